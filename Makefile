@@ -1,0 +1,55 @@
+# make demo    the whole story on this machine: world, start policy, GRPO against SD-Search, table
+# make test    style and tests
+# make bench   benchmarks: ratios of two implementations in one run
+# make lint    style only
+# make wheel   dist/megatron_sd-*.whl
+# Every target sets up .venv by itself; it is renewed when setup.py changes. Another interpreter: make PYTHON=python3.12 demo
+
+PYTHON ?= python3
+BIN    := .venv/bin
+READY  := .venv/ready
+BENCH  := .venv/ready-bench
+# Benchmark figures of this machine, to compare with later.
+JSON   ?= runs/bench.json
+# Without a CUDA GPU torch goes first and alone, so that a CPU build that pip can see is taken.
+TORCH  := torch==2.13.0
+PIP     = $(BIN)/python -m pip --quiet --disable-pip-version-check install
+
+.PHONY: demo test bench lint wheel clean
+
+demo: $(READY)
+	@$(BIN)/sd-search demo
+
+test: lint
+	@echo "== tests"
+	@$(BIN)/python -m pytest
+
+lint: $(READY)
+	@echo "== style"
+	@$(BIN)/ruff check .
+
+bench: $(BENCH)
+	@set -e; for program in kernels/bench/bench_*.py; do echo "== $$program"; $(BIN)/python $$program --json $(JSON); done
+
+wheel: $(READY)
+	@echo "== wheel"
+	@$(BIN)/python -m pip --quiet --disable-pip-version-check wheel --no-deps --wheel-dir dist .
+	@ls dist/*.whl
+
+$(READY): setup.py
+	@echo "== set-up 1/3: virtual environment in .venv"
+	@$(PYTHON) -c 'import sys; sys.exit(f"Python 3.11 or newer is needed, found {sys.version}" if sys.version_info < (3, 11) else 0)'
+	@$(PYTHON) -m venv .venv
+	@echo "== set-up 2/3: torch"
+	@if nvidia-smi -L >/dev/null 2>&1; then $(PIP) "torch>=2.13,<2.14"; else $(PIP) "$(TORCH)"; fi
+	@echo "== set-up 3/3: megatron-sd and its other packages"
+	@$(PIP) --editable ".[dev]"
+	@touch $@
+
+$(BENCH): $(READY)
+	@echo "== set-up: packages that only benchmarks need"
+	@$(PIP) --editable ".[bench]"
+	@touch $@
+
+clean:
+	rm -rf .venv build dist *.egg-info

@@ -1,0 +1,172 @@
+"""Reading and writing JSON lines, plain, .gz or .zst, without ever dropping a line in silence."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar
+
+import zstandard
+
+from megatron_sd.errors import DataError
+
+Row = dict[str, Any]
+Record = TypeVar("Record")
+_BLOCK_BYTES = 1 << 20
+
+
+class RowError(ValueError):
+    """One row cannot be used; the message says what was found and what was expected."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reject:
+    """A row, or a part of one, that was left out: where it was (`line` counts from 1), why, and its content."""
+
+    file: str
+    line: int
+    reason: str
+    content: str
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}: {self.reason}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """One raw line and where it stood."""
+
+    file: str
+    number: int
+    content: bytes
+
+    def reject(self, reason: str) -> Reject:
+        """Leave it out, or a part of it, for this reason."""
+        return Reject(file=self.file, line=self.number, reason=reason, content=self.content.decode(errors="replace"))
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """(line number from 1, line) of the non-blank lines. Raises DataError when the file is missing, truncated or corrupt."""
+    try:
+        with open(path, "rb") as handle:
+            for number, line in enumerate(_split_lines(_blocks(path, handle)), start=1):
+                if line.strip():
+                    yield number, line
+    except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
+        raise DataError(f"cannot read {path}: {error}; expected JSON lines, plain, .gz or .zst") from error
+
+
+def _blocks(path: Path, handle: BinaryIO) -> Iterator[bytes]:
+    if path.suffix == ".zst":
+        return _zstd_blocks(handle)
+    source = gzip.GzipFile(fileobj=handle) if path.suffix == ".gz" else handle
+    return iter(lambda: source.read(_BLOCK_BYTES), b"")
+
+
+def _zstd_blocks(handle: BinaryIO) -> Iterator[bytes]:
+    """Content of all frames. The library's own reader stops in silence at the end of the first frame or of a truncated file."""
+    frame = None
+    while block := handle.read(_BLOCK_BYTES):
+        while block:
+            frame = frame or zstandard.ZstdDecompressor().decompressobj()
+            yield frame.decompress(block)
+            block, frame = (frame.unused_data, None) if frame.eof else (b"", frame)
+    if frame is not None:
+        raise EOFError("the file ends within a compressed frame")
+
+
+def _split_lines(blocks: Iterable[bytes]) -> Iterator[bytes]:
+    rest = b""
+    for block in blocks:
+        *lines, rest = (rest + block).split(b"\n")
+        yield from lines
+    if rest:
+        yield rest
+
+
+def parse_row(line: bytes, parse: Callable[[Row], Record]) -> Record:
+    """Parse one line. Raises RowError."""
+    try:
+        row = json.loads(line)
+        json.dumps(row, ensure_ascii=False).encode()  # a lone surrogate passes json.loads and could never be written again
+    except (ValueError, RecursionError) as error:
+        raise RowError(f"not valid JSON ({error})") from error
+    if not isinstance(row, dict):
+        raise RowError(f"found a JSON {type(row).__name__}, expected an object")
+    return parse(row)
+
+
+def parse_lines(path: Path, parse: Callable[[Row], Record]) -> Iterator[tuple[Line, Record | RowError]]:
+    """Every non-blank line with its record, or with what is wrong with it. A repeated record id is an error."""
+    first_lines: dict[str, int] = {}
+    for number, content in read_lines(path):
+        line = Line(file=path.name, number=number, content=content)
+        try:
+            record = parse_row(content, parse)
+        except RowError as error:
+            yield line, error
+            continue
+        first = first_lines.setdefault(record.id, number)
+        yield line, record if first == number else RowError(f"id {record.id!r} repeats that of line {first}")
+
+
+def read_records(path: Path, parse: Callable[[Row], Record]) -> tuple[list[Record], list[Reject]]:
+    """The records of the rows that parse, and a reject for every row that does not."""
+    records: list[Record] = []
+    rejects: list[Reject] = []
+    for line, result in parse_lines(path, parse):
+        if isinstance(result, RowError):
+            rejects.append(line.reject(str(result)))
+        else:
+            records.append(result)
+    return records, rejects
+
+
+def check_rejects(path: Path, rejects: list[Reject], num_rows: int, max_reject_share: float) -> None:
+    """Raise DataError when more than the allowed share of the rows was rejected, or when nothing is left."""
+    if num_rows == 0:
+        raise DataError(f"{path} holds no rows: expected JSON lines")
+    if len(rejects) > max_reject_share * num_rows:
+        raise DataError(
+            f"{path}: {len(rejects)} of {num_rows} rows are broken, more than the allowed share of {max_reject_share:g}; "
+            f"the first: {rejects[0]}; mend the file or allow more with max_reject_share"
+        )
+
+
+def write_rows(path: Path, rows: Iterable[Row]) -> None:
+    """Write plain JSON lines under a temporary name, then rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w", encoding="utf-8") as handle:
+        for row in rows:
+            handle.write(json.dumps(row, ensure_ascii=False) + "\n")
+    os.replace(temporary, path)
+
+
+def write_rejects(path: Path, rejects: list[Reject]) -> None:
+    """Write the rejects file, or remove an older one when nothing was rejected."""
+    if rejects:
+        write_rows(path, (vars(reject) for reject in rejects))
+    else:
+        path.unlink(missing_ok=True)
+
+
+def string_field(row: Row, name: str) -> str:
+    """A field that must be a non-blank string. Raises RowError."""
+    value = row.get(name)
+    if not isinstance(value, str) or not value.strip():
+        raise RowError(f"field {name!r} is {value!r}, expected a non-empty string")
+    return value
+
+
+def id_field(row: Row) -> str:
+    """The `id`, a non-empty string or an integer. Raises RowError."""
+    value = row.get("id")
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    return string_field(row, "id")

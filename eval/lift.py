@@ -1,0 +1,183 @@
+"""Teacher lift: do queries sampled with a hindsight block succeed more often than queries sampled without it?
+
+This is claim A of the method, and the gate before any training of a cold-started model: self-distillation can only hand on what
+the block adds. A lift alone proves nothing, because a model may have learnt to do better whenever it sees the word CORRECT. Hence
+the controls: the block of a wrong question must not lift, and on groups with mixed outcomes the true labels must lift more than
+shuffled ones. Success with the block is compared with a third sample drawn without it, not with the rollouts the block was made
+of: those differ from a new sample by regression to the mean.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+
+from megatron_sd.algorithm.hindsight import (
+    BLOCKS,
+    RENDERERS,
+    Attempt,
+    BlockBuilder,
+    BlockContext,
+    attempts_of,
+    is_correct,
+)
+from megatron_sd.records import Question, RolloutGroup
+
+
+def inverted_block(context: BlockContext) -> str:
+    """The paper's block with every label turned round: a control that must do harm to a reader."""
+    attempts = attempts_of(context.groups[context.group], context.correct_above)
+    return context.render([Attempt(queries=a.queries, correct=not a.correct) for a in attempts])
+
+
+VARIANTS: Mapping[str, BlockBuilder] = {
+    "linked": BLOCKS["paper"],
+    "shuffled": BLOCKS["shuffled"],
+    "wrong_question": BLOCKS["wrong_question"],
+    "only_correct": BLOCKS["only_correct"],
+    "inverted": inverted_block,
+}
+
+
+class Sampler(Protocol):
+    """Samples one group of scored rollouts per question at temperature 1."""
+
+    def __call__(self, questions: Sequence[Question], hindsight: Sequence[str] | None, draw: int) -> Sequence[RolloutGroup]:
+        """`hindsight`: one block a question for all its rollouts, or None. `draw` names the sample: other draw, other noise."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class LiftConfig:
+    """correct_above: rho of the labels. block_format: a key of RENDERERS, the one the model was or will be trained with.
+    num_resamples: of the bootstrap over questions. variants: keys of VARIANTS."""
+
+    correct_above: float = 0.0
+    block_format: Literal["outcome_first", "outcome_last"] = "outcome_first"
+    num_resamples: int = 2000
+    seed: int = 0
+    variants: tuple[str, ...] = tuple(VARIANTS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """A mean over questions with its 95 % bootstrap interval (percentiles); all NaN when there is no question."""
+
+    mean: float
+    low: float
+    high: float
+    num_questions: int
+
+    def __str__(self) -> str:
+        return f"{self.mean:+.3f} [{self.low:+.3f}, {self.high:+.3f}] n={self.num_questions}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LiftReport:
+    """Success rates and lifts. `overall` and `mixed` hold one lift for each variant (mixed: groups with both outcomes);
+    `linked_minus_shuffled` is paired, on mixed groups."""
+
+    success: float
+    mixed_share: float
+    all_wrong_share: float
+    overall: Mapping[str, Estimate]
+    mixed: Mapping[str, Estimate]
+    all_wrong: Mapping[str, Estimate]
+    linked_minus_shuffled: Estimate
+
+    @property
+    def failures(self) -> list[str]:
+        """Why the gate is closed, in words; empty when training may start."""
+        found = []
+        wrong = self.overall["wrong_question"]
+        if wrong.low > 0:
+            found.append(f"the block of a wrong question lifts ({wrong}): labels act as a switch, whatever the block says")
+        if not self.linked_minus_shuffled.low > 0:
+            found.append(f"linked minus shuffled on mixed groups is {self.linked_minus_shuffled}: labels are not read")
+        return found
+
+    def to_json(self) -> dict:
+        """Plain numbers, rounded to four places, for coldstart.json."""
+        return _rounded(dataclasses.asdict(self)) | {"gate": "closed" if self.failures else "passed"}
+
+    def lines(self) -> list[str]:
+        """A table for people."""
+        shares = f"groups mixed {self.mixed_share:.2f}, all wrong {self.all_wrong_share:.2f}"
+        head = f"success without a block {self.success:.3f}; {shares}"
+        rows = [
+            f"{name:>15}: overall {self.overall[name]!s:<32} mixed {self.mixed[name]!s:<32} all wrong {self.all_wrong[name]}"
+            for name in self.overall
+        ]
+        verdict = "gate: passed" if not self.failures else "gate: CLOSED: " + "; ".join(self.failures)
+        return [head, *rows, f"linked minus shuffled, mixed groups: {self.linked_minus_shuffled}", verdict]
+
+
+def measure_lift(sample: Sampler, questions: Sequence[Question], config: LiftConfig) -> LiftReport:
+    """Draw a sample to build blocks of, an independent one to compare with, and one for each variant.
+
+    `config.variants` must hold linked, shuffled and wrong_question. A question with an empty block takes no part in a variant.
+    """
+    source = list(sample(questions, None, 0))
+    without = _success_by_question(sample(questions, None, 1))
+    kinds = [_kind(group, config.correct_above) for group in source]
+    lifts: dict[str, np.ndarray] = {}
+    for draw, name in enumerate(config.variants, start=2):
+        blocks = [_block(VARIANTS[name], source, i, config) for i in range(len(source))]
+        shown = [i for i, block in enumerate(blocks) if block]
+        groups = sample([questions[i] for i in shown], [blocks[i] for i in shown], draw)
+        lifts[name] = np.full(len(questions), np.nan)
+        lifts[name][shown] = _success_by_question(groups) - without[shown]
+
+    def estimates(chosen: Callable[[str], bool]) -> dict[str, Estimate]:
+        rows = np.array([chosen(kind) for kind in kinds], dtype=bool)
+        return {name: bootstrap_mean(lift[rows], config.num_resamples, config.seed) for name, lift in lifts.items()}
+
+    is_mixed = np.array([kind == "mixed" for kind in kinds], dtype=bool)
+    difference = (lifts["linked"] - lifts["shuffled"])[is_mixed]
+    return LiftReport(
+        success=float(np.nanmean(without)),
+        mixed_share=kinds.count("mixed") / len(kinds),
+        all_wrong_share=kinds.count("all_wrong") / len(kinds),
+        overall=estimates(lambda kind: True),
+        mixed=estimates(lambda kind: kind == "mixed"),
+        all_wrong=estimates(lambda kind: kind == "all_wrong"),
+        linked_minus_shuffled=bootstrap_mean(difference, config.num_resamples, config.seed),
+    )
+
+
+def bootstrap_mean(values: np.ndarray, num_resamples: int, seed: int) -> Estimate:
+    """Mean of `values` [N] float (NaN: no such question) and its 95 % percentile interval over resampled questions."""
+    values = values[~np.isnan(values)]
+    if len(values) == 0:
+        return Estimate(mean=float("nan"), low=float("nan"), high=float("nan"), num_questions=0)
+    rng = np.random.default_rng(seed)
+    means = values[rng.integers(len(values), size=(num_resamples, len(values)))].mean(axis=1)
+    low, high = np.percentile(means, [2.5, 97.5])
+    return Estimate(mean=float(values.mean()), low=float(low), high=float(high), num_questions=len(values))
+
+
+def _block(build: BlockBuilder, source: Sequence[RolloutGroup], group: int, config: LiftConfig) -> str:
+    shared = {"correct_above": config.correct_above, "seed": config.seed, "render": RENDERERS[config.block_format]}
+    return build(BlockContext(groups=source, group=group, focal=0, **shared))
+
+
+def _kind(group: RolloutGroup, correct_above: float) -> str:
+    labels = {is_correct(rollout, correct_above) for rollout in group.usable}
+    return "mixed" if len(labels) == 2 else "all_right" if True in labels else "all_wrong"
+
+
+def _success_by_question(groups: Sequence[RolloutGroup]) -> np.ndarray:
+    """[N] share of right answers (exact match) of each group; NaN for a group without usable rollouts."""
+    return np.array([np.mean([r.scores.em for r in group.usable]) if group.usable else np.nan for group in groups])
+
+
+def _rounded(value: object) -> object:
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    if isinstance(value, float):
+        return None if np.isnan(value) else round(value, 4)
+    return value

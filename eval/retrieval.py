@@ -1,0 +1,87 @@
+"""How well a retriever finds what questions need, when the query is the question itself.
+
+    python -m eval.retrieval --corpus CORPUS --questions QUESTIONS.jsonl [--split eval] [--top_k 3]
+
+Per data set: `sup`, the mean share of hops of which a serving passage is among the top k, and `all`, the share of questions
+with every hop found.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from jsonargparse import auto_cli
+
+from megatron_sd.records import Hit, Question
+from megatron_sd.retrieval.bm25 import Bm25Retriever
+from megatron_sd.retrieval.retriever import Retriever
+from megatron_sd.search.questions import load_questions
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrievalConfig:
+    """What to measure: a corpus directory against the questions of one split (None: all) that name their passages."""
+
+    corpus: str
+    questions: str
+    split: str | None = None
+    top_k: int = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrievalFigures:
+    """Shares in [0, 1] over `num_questions` questions of one data set."""
+
+    source: str
+    num_questions: int
+    sup: float
+    all: float
+
+
+def hop_recall(hits: Sequence[Hit], supporting: Sequence[Sequence[str]]) -> float:
+    """Share of hops of which any serving passage is among the hits. `supporting` must not be empty."""
+    found = {hit.passage.id for hit in hits}
+    return sum(not found.isdisjoint(hop) for hop in supporting) / len(supporting)
+
+
+async def measure(retriever: Retriever, questions: Sequence[Question], top_k: int) -> list[RetrievalFigures]:
+    """Figures per `Question.source`, in order of name; questions without known hops are left out."""
+    asked = [question for question in questions if question.supporting]
+    found = await retriever.search([question.text for question in asked], top_k)
+    recalls = defaultdict(list)
+    for question, hits in zip(asked, found, strict=True):
+        recalls[question.source].append(hop_recall(hits, question.supporting))
+    return [
+        RetrievalFigures(
+            source=source,
+            num_questions=len(values),
+            sup=sum(values) / len(values),
+            all=sum(value == 1.0 for value in values) / len(values),
+        )
+        for source, values in sorted(recalls.items())
+    ]
+
+
+def render(figures: Sequence[RetrievalFigures]) -> str:
+    """The figures as a Markdown table."""
+    rows = [f"| {f.source} | {f.num_questions} | {f.sup:.3f} | {f.all:.3f} |" for f in figures]
+    return "\n".join(["| data set | questions | sup | all |", "|---|---|---|---|", *rows])
+
+
+def main(config: RetrievalConfig) -> list[RetrievalFigures]:
+    """Measure, print the table, return the figures. Raises DataError for missing or broken input."""
+    retriever = Bm25Retriever(config.corpus)
+    questions = load_questions(config.questions, config.split)
+    figures = asyncio.run(measure(retriever, questions, config.top_k))
+    print(render(figures))
+    return figures
+
+
+if __name__ == "__main__":
+    main(auto_cli(RetrievalConfig, as_positional=False))

@@ -1,0 +1,92 @@
+"""What SD-Search costs over GRPO: one trainer of each, from the same start policy on the synthetic world, step by step in turn.
+
+    python kernels/bench/bench_overhead.py [--json FILE]
+
+Ratios are GRPO's seconds over SD-Search's: 0.90 means that SD-Search takes 1 / 0.90 = 1.11 times as long. The world's rollouts
+are as short as their hindsight blocks, the worst case for the teacher's forward; with 500-token observations its share falls.
+Steps that measure the gradient ratio (three updates instead of one) are timed apart.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import tempfile
+import time
+from importlib.resources import files
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+from baseline import Comparison, report
+
+NUM_WARM_UP_STEPS, NUM_STEPS = 2, 12
+MEASURED = "update with measurement"
+
+
+def build(world: Path, run_dir: Path, *overrides: str):
+    """A trainer of the demo's recipe that writes nothing but its metrics."""
+    from megatron_sd.build import build_trainer
+    from megatron_sd.config import load
+    from megatron_sd.distributed.world import join_world
+
+    arguments = [
+        f"--config={files('launch') / 'configs' / 'world.yaml'}",
+        f"--model.path={files('data_prep') / 'coldstart_model'}",
+        f"--data.train={world / 'questions.jsonl'}",
+        f"--retriever.corpus={world / 'corpus'}",
+        f"--run_dir={run_dir}",
+        "--distill.alpha.warmup_steps=0",
+        "--distill.alpha.mode=fixed",
+        f"--distill.measure_every={NUM_STEPS // 2}",
+        "--log.transcripts_every=0",
+        *overrides,
+    ]
+    return build_trainer(load(arguments), join_world())
+
+
+def phases(trainer) -> dict[str, float]:
+    """Take one step; seconds by phase."""
+    seconds: dict[str, float] = {}
+    trainer.recorder.record = lambda _, metrics: seconds.update(metrics)
+    started = time.perf_counter()
+    trainer.take_step()
+    whole = time.perf_counter() - started
+    update = "update" if "distill/grad_ratio" not in seconds else MEASURED
+    return {update: seconds["time/update_s"], "whole step": whole if update == "update" else float("nan")}
+
+
+def main() -> None:
+    """Measure and report."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as directory:
+        from data_prep.world import WorldConfig
+        from launch.programs import make_world
+
+        world = Path(directory) / "world"
+        make_world(WorldConfig(output=str(world)))
+        arms = {"GRPO": ("--distill.block=none",), "SD-Search, gated": (), "SD-Search, every group": ("--distill.gate=none",)}
+        trainers = {name: build(world, Path(directory) / name, *overrides) for name, overrides in arms.items()}
+        figures: dict[str, dict[str, list[float]]] = {name: {} for name in arms}
+        for step in range(NUM_WARM_UP_STEPS + NUM_STEPS):
+            for name, trainer in trainers.items():
+                for phase, seconds in phases(trainer).items():
+                    if step >= NUM_WARM_UP_STEPS and seconds == seconds:
+                        figures[name].setdefault(phase, []).append(seconds)
+    medians = {name: {phase: statistics.median(s) for phase, s in own.items()} for name, own in figures.items()}
+    plain = medians["GRPO"]
+    comparisons = [
+        Comparison(name=f"{name}: {phase}", ours=seconds, theirs=plain[phase.split(" with ")[0]], unit="s", against="GRPO")
+        for name, own in medians.items()
+        if name != "GRPO"
+        for phase, seconds in own.items()
+    ]
+    report("overhead", comparisons, arguments.json)
+
+
+if __name__ == "__main__":
+    main()

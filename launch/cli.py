@@ -1,0 +1,98 @@
+"""`sd-search`: the one command. Each subcommand is a program with a frozen dataclass of parameters."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from launch.local import choose_accelerator
+from megatron_sd.errors import ConfigError, MegatronSdError
+
+USAGE_EXIT_CODE = 2
+INTERRUPTED_EXIT_CODE = 130
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """A subcommand: where its entry function lives (imported only when it runs) and one line of help."""
+
+    entry: str  # "module:function"; the function takes argv
+    help: str
+
+    def load(self) -> Callable[[Sequence[str]], None]:
+        """Import the entry function."""
+        module, function = self.entry.split(":")
+        return getattr(importlib.import_module(module), function)
+
+
+def _command(entry: str, help_line: str) -> Command:
+    return Command(entry=entry, help=help_line)
+
+
+COMMANDS: dict[str, Command] = {
+    "demo": _command("launch.demo:main", "the whole story on a CPU: world, start policy, GRPO against SD-Search, table"),
+    "train": _command("launch.local:main", "train a policy: --config FILE.yaml [--section.key value ...] [--num-ranks N]"),
+    "eval": _command("eval.run:main", "evaluate a model directory greedily on a questions file"),
+    "world": _command("launch.programs:world", "write the synthetic multi-hop world and its BM25 corpus"),
+    "coldstart": _command("launch.programs:coldstart", "train the small start policy on mediocre demonstrations"),
+    "gate": _command("eval.gate:main", "does the start policy read hindsight blocks? wrong-question and shuffled controls"),
+    "data import": _command("launch.programs:data_import", "convert passages or questions to the project's jsonl"),
+    "data index": _command("launch.programs:data_index", "build a BM25 corpus directory from passages"),
+    "data info": _command("launch.programs:data_info", "verify a corpus directory and print its manifest"),
+    "data recall": _command("launch.programs:data_recall", "supporting-passage recall of a corpus on a questions file"),
+}
+
+
+def usage() -> str:
+    """The text of `sd-search --help`."""
+    width = max(len(name) for name in COMMANDS)
+    lines = [f"  {name:<{width}}  {command.help}" for name, command in COMMANDS.items()]
+    return "usage: sd-search COMMAND [options]   (sd-search COMMAND --help lists its options)\n\n" + "\n".join(lines)
+
+
+def find(argv: Sequence[str]) -> tuple[Command, list[str]]:
+    """The command that argv names and the arguments left for it. Raises ConfigError for an unknown one."""
+    for words in (2, 1):
+        name = " ".join(argv[:words])
+        if name in COMMANDS:
+            return COMMANDS[name], list(argv[words:])
+    given = " ".join(word for word in argv[:2] if not word.startswith("-")) or argv[0]
+    family = [name for name in COMMANDS if name.startswith(f"{argv[0]} ")]
+    close = difflib.get_close_matches(given, COMMANDS, n=1) or difflib.get_close_matches(argv[0], COMMANDS, n=1)
+    if close and given not in {name.split()[0] for name in COMMANDS}:
+        hint = f"did you mean `sd-search {close[0]}`?"
+    else:
+        hint = f"expected one of {', '.join(family or COMMANDS)};"
+    raise ConfigError(f"unknown command {given!r}; {hint} `sd-search --help` says what each does")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand; errors of ours end in one line on stderr, exit code 2 for a usage error and 1 otherwise."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help"):
+        print(usage())
+        return 0
+    choose_accelerator()
+    try:
+        command, rest = find(argv)
+        command.load()(rest)
+    except ConfigError as error:
+        print(f"sd-search: {error}", file=sys.stderr)
+        return USAGE_EXIT_CODE
+    except MegatronSdError as error:
+        print(f"sd-search: {type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:  # a full disk, a directory that is a file, a missing permission: the system's words name the path
+        print(f"sd-search: {error}; expected to read or write there: free the path or choose another", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("sd-search: interrupted; a training run goes on from its last checkpoint with the same command", file=sys.stderr)
+        return INTERRUPTED_EXIT_CODE
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,259 @@
+"""Cutting a step's samples into microbatches: equal in number on every rank, balanced in cost, with little padding.
+
+Losses are sums over rows divided by global totals, so any packing gives the same gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from megatron_sd.algorithm.distill_loss import TermWeights
+from megatron_sd.records import Batch, Microbatch, TokenIds, Totals, TrainingSample
+
+Bin = list[int]  # indices of the samples of one microbatch
+Packer = Callable[[Sequence[TrainingSample]], Batch]  # all samples of the step -> this rank's part
+
+
+def pack(samples: Sequence[TrainingSample], *, max_tokens: int, world_size: int, aggregation: str) -> list[Batch]:
+    """One batch per rank, from all samples of the step; deterministic.
+
+    Samples are sorted by length and cut into the smallest number of microbatches that is a multiple of world_size and keeps
+    each under max_tokens positions (student and teacher, padding included); the cut then makes the largest one as small as
+    possible. A sample longer than max_tokens gets a microbatch of its own. Microbatches at the same place on different ranks
+    have similar costs, because ranks wait for each other there.
+    aggregation: "token" (every completion token weighs 1) or "rollout" (1 / completion tokens of its rollout).
+    """
+    sizes = sizes_of(samples)
+    bins = plan_bins(sizes, max_tokens, world_size)
+    totals = count_totals(samples, aggregation)
+    batches = []
+    for rank_bins in assign_bins(bins, [bin_cost(sizes, b) for b in bins], world_size):
+        microbatches = [build_microbatch([samples[i] for i in b], aggregation) for b in rank_bins]
+        batches.append(Batch(microbatches=tuple(microbatches), totals=totals))
+    return align_teachers(batches)
+
+
+def count_totals(samples: Sequence[TrainingSample], aggregation: str) -> Totals:
+    """Global denominators of the step."""
+    policy_weight = sum(float(_row_weight(s, aggregation)) * int(s.loss_mask.sum()) for s in samples)
+    return Totals(policy_weight=policy_weight, distilled_rollouts=float(sum(s.is_distilled for s in samples)))
+
+
+def _row_weight(sample: TrainingSample, aggregation: str) -> float:
+    return {"token": 1.0, "rollout": 1.0 / max(int(sample.loss_mask.sum()), 1)}[aggregation]
+
+
+class Size(NamedTuple):
+    """Token counts of a sample: the student's sequence, the teacher's continuation (0: not distilled), the teacher's prompt, and
+    a number that samples with the same teacher prompt share."""
+
+    student: int
+    continuation: int
+    prompt: int
+    prompt_number: int
+
+
+def sizes_of(samples: Sequence[TrainingSample]) -> list[Size]:
+    """One per sample."""
+    numbers: dict[TokenIds, int] = {}
+    sizes = []
+    for s in samples:
+        if s.is_distilled:
+            number = numbers.setdefault(s.teacher_prompt_ids, len(numbers))
+            sizes.append(Size(len(s.ids), len(s.teacher_continuation), len(s.teacher_prompt_ids), number))
+        else:
+            sizes.append(Size(len(s.ids), 0, 0, -1))
+    return sizes
+
+
+class _Tally:
+    """Padded positions of a microbatch as it fills: every block of sequences is as wide as its longest."""
+
+    def __init__(self):
+        self._students = self._continuations = self._widest = self._widest_continuation = self._widest_prompt = 0
+        self._prompts: set[int] = set()
+
+    def add(self, size: Size) -> int:
+        """The cost with this sample in it."""
+        self._students += 1
+        self._widest = max(self._widest, size.student)
+        if size.continuation:
+            self._continuations += 1
+            self._prompts.add(size.prompt_number)
+            self._widest_continuation = max(self._widest_continuation, size.continuation)
+            self._widest_prompt = max(self._widest_prompt, size.prompt)
+        return (
+            self._students * self._widest
+            + self._continuations * self._widest_continuation
+            + len(self._prompts) * self._widest_prompt
+        )
+
+
+def bin_cost(sizes: Sequence[Size], indices: Bin) -> int:
+    """Positions of the microbatch: student and teacher, padding included."""
+    tally = _Tally()
+    return max((tally.add(sizes[i]) for i in indices), default=0)
+
+
+def plan_bins(sizes: Sequence[Size], max_tokens: int, world_size: int) -> list[Bin]:
+    """Bins of sample indices; their number is a positive multiple of world_size (empty bins fill up)."""
+    order = sorted(range(len(sizes)), key=lambda i: (-sizes[i].student, -sizes[i].continuation, i))
+    num_bins = max(len(_fill(sizes, order, max_tokens)), 1)
+    num_bins = -(-num_bins // world_size) * world_size
+    low, high = 1, max_tokens
+    while low < high:  # the smallest capacity that needs no more than num_bins
+        middle = (low + high) // 2
+        low, high = (low, middle) if len(_fill(sizes, order, middle)) <= num_bins else (middle + 1, high)
+    bins = _fill(sizes, order, low)
+    return bins + [[] for _ in range(num_bins - len(bins))]
+
+
+def _fill(sizes: Sequence[Size], order: Sequence[int], capacity: int) -> list[Bin]:
+    """Cut the order into runs as long as the capacity allows; a sample above the capacity is a run of its own."""
+    bins: list[Bin] = []
+    tally = _Tally()
+    for index in order:
+        if bins and tally.add(sizes[index]) <= capacity:
+            bins[-1].append(index)
+            continue
+        tally = _Tally()
+        tally.add(sizes[index])
+        bins.append([index])
+    return bins
+
+
+def assign_bins(bins: Sequence[Bin], costs: Sequence[int], world_size: int) -> list[list[Bin]]:
+    """Deal the bins, costliest first, in rounds of one per rank; within a round the least loaded rank gets the costliest."""
+    ranks: list[list[Bin]] = [[] for _ in range(world_size)]
+    loads = [0] * world_size
+    order = sorted(range(len(bins)), key=lambda i: (-costs[i], i))
+    for start in range(0, len(order), world_size):
+        receivers = sorted(range(world_size), key=lambda rank: (loads[rank], rank))
+        for rank, index in zip(receivers, order[start : start + world_size], strict=True):
+            ranks[rank].append(bins[index])
+            loads[rank] += costs[index]
+    return ranks
+
+
+def padding_share(batch: Batch) -> float:
+    """Positions of the batch, student's and teacher's, that hold no token."""
+    padding = sum(microbatch.num_padding_tokens for microbatch in batch)
+    return padding / sum(microbatch.input_ids.size + microbatch.teacher_ids.size for microbatch in batch)
+
+
+def align_teachers(batches: Sequence[Batch]) -> list[Batch]:
+    """Where any rank's microbatch has a teacher, every rank's has one: a single token without rows, so that collectives match."""
+    columns = zip(*(batch.microbatches for batch in batches), strict=True)
+    aligned = [
+        [m.with_dummy_teacher() if any(other.has_teacher for other in column) and not m.has_teacher else m for m in column]
+        for column in columns
+    ]
+    return [
+        Batch(microbatches=tuple(microbatches), totals=batch.totals)
+        for batch, microbatches in zip(batches, zip(*aligned, strict=True), strict=True)
+    ]
+
+
+def build_microbatch(samples: Sequence[TrainingSample], aggregation: str) -> Microbatch:
+    """The arrays of one microbatch (records.Microbatch says what they hold); no samples give the empty one."""
+    input_ids, lengths = _pad([s.ids for s in samples] or [np.zeros(1, dtype=np.int64)])
+    positions = [np.flatnonzero(s.loss_mask) for s in samples]
+    counts = [len(p) for p in positions]
+    first_rows = np.cumsum([0, *counts])
+    query_rows = [
+        first + np.searchsorted(own, s.query_positions)
+        for s, own, first in zip(samples, positions, first_rows)
+        if s.is_distilled
+    ]
+    distilled = [s for s in samples if s.is_distilled]
+    num_queries = [len(s.query_positions) for s in distilled]
+    return Microbatch(
+        input_ids=input_ids,
+        lengths=lengths,
+        row_index=_join([b * input_ids.shape[1] + p - 1 for b, p in enumerate(positions)], np.int64),
+        targets=_join([s.ids[p] for s, p in zip(samples, positions)], np.int64),
+        rollout_logprobs=_join([s.rollout_logprobs[p] for s, p in zip(samples, positions)], np.float32),
+        advantages=_spread([s.advantage for s in samples], counts, np.float32),
+        row_weights=_spread([_row_weight(s, aggregation) for s in samples], counts, np.float32),
+        **_teacher_arrays(distilled),
+        query_rows=_join(query_rows, np.int64),
+        query_weights=_spread([1.0 / n for n in num_queries], num_queries, np.float32),
+        query_in_spread=_spread([s.group_has_spread for s in distilled], num_queries, bool),
+    )
+
+
+def _teacher_arrays(distilled: Sequence[TrainingSample]) -> dict[str, np.ndarray]:
+    """The teacher's prompts, each once, and the continuations of the distilled samples."""
+    numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(s.teacher_prompt_ids for s in distilled))}
+    prompts, prompt_lengths = _pad([np.array(prompt[:-1], dtype=np.int64) for prompt in numbers], at_least=1)
+    ids, lengths = _pad([s.teacher_continuation for s in distilled])
+    rows = [b * ids.shape[1] + s.query_positions - s.prompt_length for b, s in enumerate(distilled)]
+    return {
+        "teacher_prompts": prompts,
+        "teacher_prompt_lengths": prompt_lengths,
+        "teacher_prompt_of": np.array([numbers[s.teacher_prompt_ids] for s in distilled], dtype=np.int64),
+        "teacher_ids": ids,
+        "teacher_lengths": lengths,
+        "teacher_rows": _join(rows, np.int64),
+    }
+
+
+def distilled_part(microbatch: Microbatch, weights: TermWeights) -> Microbatch:
+    """What a pass without the policy term needs: the query rows that it distils, the sequences they lie in, cut after the last.
+
+    Nothing left gives the empty microbatch. A microbatch with a teacher keeps one, so that ranks stay aligned.
+    """
+    m = microbatch
+    kept = np.where(m.query_in_spread, weights.distill_spread, weights.distill_no_spread) != 0.0
+    rows = m.query_rows[kept]
+    if len(rows) == 0:
+        empty = build_microbatch([], "token")
+        return empty.with_dummy_teacher() if m.has_teacher else empty
+    input_ids, lengths, row_index, _ = _cut(m.input_ids, m.lengths, m.row_index[rows])
+    teacher_ids, teacher_lengths, teacher_rows, used = _cut(m.teacher_ids, m.teacher_lengths, m.teacher_rows[kept])
+    prompts, prompt_of = np.unique(m.teacher_prompt_of[used], return_inverse=True)
+    by_row = {name: getattr(m, name)[rows] for name in ("targets", "rollout_logprobs", "advantages", "row_weights")}
+    by_query = {name: getattr(m, name)[kept] for name in ("query_weights", "query_in_spread")}
+    return Microbatch(
+        input_ids=input_ids,
+        lengths=lengths,
+        row_index=row_index,
+        teacher_prompts=m.teacher_prompts[prompts],
+        teacher_prompt_lengths=m.teacher_prompt_lengths[prompts],
+        teacher_prompt_of=prompt_of,
+        teacher_ids=teacher_ids,
+        teacher_lengths=teacher_lengths,
+        teacher_rows=teacher_rows,
+        query_rows=np.arange(len(rows)),
+        **by_row,
+        **by_query,
+    )
+
+
+def _cut(ids: np.ndarray, lengths: np.ndarray, flat_rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """ids [N, S], lengths [N] and flat positions in them, without the sequences and columns that hold none of the positions; and
+    which sequences are left."""
+    sequences, columns = np.divmod(flat_rows, ids.shape[1])
+    used, places = np.unique(sequences, return_inverse=True)
+    width = int(columns.max()) + 1
+    return ids[used, :width], np.minimum(lengths[used], width), places * width + columns, used
+
+
+def _pad(rows: Sequence[np.ndarray], at_least: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Right-padded [N, longest] with zeros (no narrower than at_least), and the lengths [N]."""
+    lengths = np.array([len(row) for row in rows], dtype=np.int64)
+    padded = np.zeros((len(rows), int(lengths.max(initial=at_least))), dtype=np.int64)
+    for number, row in enumerate(rows):
+        padded[number, : len(row)] = row
+    return padded, lengths
+
+
+def _join(parts: Sequence[np.ndarray], dtype: type) -> np.ndarray:
+    return np.concatenate([np.zeros(0, dtype), *parts]).astype(dtype, copy=False)
+
+
+def _spread(values: Sequence[float], counts: Sequence[int], dtype: type) -> np.ndarray:
+    return np.repeat(np.array(values, dtype=dtype), np.array(counts, dtype=np.int64))

@@ -1,0 +1,42 @@
+"""The clipped policy gradient of GRPO on rows, one row per sampled token."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class PolicyRows(NamedTuple):
+    """All [R] float32. losses: differentiable in the policy's log-probabilities. kl: the k3 estimate, likewise (0 without a
+    reference). clipped: 1 where the clip bound. logprob_gap: |policy - engine log-probability|. The last two have no gradient."""
+
+    losses: Tensor
+    kl: Tensor
+    clipped: Tensor
+    logprob_gap: Tensor
+
+
+def policy_rows(
+    logprobs: Tensor, rollout_logprobs: Tensor, advantages: Tensor, reference_logprobs: Tensor | None, *, clip: float
+) -> PolicyRows:
+    """-min(ratio A, clip(ratio, 1 - c, 1 + c) A) with ratio = pi_now / pi_at_sampling (PPO, equation 7; GRPO, equation 3).
+
+    All arguments [R] float32; logprobs alone may carry a gradient. The KL to the reference policy is Schulman's k3,
+    pi_ref / pi - log(pi_ref / pi) - 1: never negative, unbiased over tokens sampled from pi.
+    """
+    log_ratio = logprobs - rollout_logprobs
+    ratio = log_ratio.exp()
+    unbounded, bounded = ratio * advantages, ratio.clamp(1.0 - clip, 1.0 + clip) * advantages
+    if reference_logprobs is None:
+        kl = torch.zeros_like(log_ratio)
+    else:
+        log_reference_ratio = reference_logprobs - logprobs
+        kl = log_reference_ratio.expm1() - log_reference_ratio
+    return PolicyRows(
+        losses=-torch.minimum(unbounded, bounded),
+        kl=kl,
+        clipped=(bounded < unbounded).detach().float(),
+        logprob_gap=log_ratio.detach().abs(),
+    )

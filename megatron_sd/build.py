@@ -1,0 +1,156 @@
+"""The composition root: the only file that knows every class. Configuration in, objects out; nothing runs here."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers.utils.logging import disable_progress_bar
+
+from megatron_sd.algorithm.hindsight import BLOCKS, RENDERERS, HindsightBlocks
+from megatron_sd.algorithm.packing import pack
+from megatron_sd.algorithm.samples import GATES, TeacherPrompts, apply_gate
+from megatron_sd.config import Config, ModelConfig, ProtocolConfig, RetrieverConfig, RolloutConfig, dump
+from megatron_sd.distributed.world import World
+from megatron_sd.errors import ConfigError
+from megatron_sd.observability.recorder import Recorder
+from megatron_sd.observability.timers import Timers
+from megatron_sd.records import Batch, Question, RolloutGroup, TrainingSample
+from megatron_sd.retrieval.bm25 import Bm25Retriever
+from megatron_sd.retrieval.retriever import Retriever
+from megatron_sd.rollout.rollouter import Rollouter
+from megatron_sd.rollout.torch_engine import TorchEngine, load_model
+from megatron_sd.search.environment import Environment
+from megatron_sd.search.protocol import build_protocol
+from megatron_sd.search.questions import QuestionStream, load_questions
+from megatron_sd.search.reward import score
+from megatron_sd.search.tokens import load_codec
+from megatron_sd.trainer import Schedule, Trainer
+from megatron_sd.training.checkpoint import Checkpoints
+from megatron_sd.training.gradient_ratio import AlphaController
+from megatron_sd.training.policy import load_policy
+from megatron_sd.training.publisher import GatherPublisher
+
+disable_progress_bar()  # of weight loading: one bar for every model and rank says nothing
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutSide:
+    """Everything that samples rollouts; training and evaluation share it."""
+
+    engine: TorchEngine
+    environment: Environment
+    retriever: Retriever
+    rollouter: Rollouter
+
+
+def build_rollout_side(
+    model: ModelConfig,
+    protocol: ProtocolConfig,
+    rollout: RolloutConfig,
+    retriever: RetrieverConfig,
+    *,
+    seed: int,
+    device: torch.device | None = None,
+) -> RolloutSide:
+    """Engine, environment, retriever and the rollouter over them. device: None takes the first CUDA device, or the CPU.
+
+    Raises DataError for a missing model or corpus, ConfigError for rollouts longer than the model's positions.
+    """
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    codec = load_codec(model.path, chat_template=protocol.chat_template)
+    environment = Environment(codec, build_protocol(protocol), rollout)
+    weights = load_model(model.path, dtype=getattr(torch, model.dtype), device=device)
+    engine = TorchEngine(weights, codec, max_rows=rollout.max_concurrent_sequences)
+    if rollout.max_rollout_tokens > engine.max_length:
+        raise ConfigError(
+            f"rollout.max_rollout_tokens is {rollout.max_rollout_tokens}, expected at most {engine.max_length}, "
+            f"the positions of the model in {model.path}"
+        )
+    corpus = Bm25Retriever(Path(retriever.corpus))
+    rollouter = Rollouter(engine, corpus, environment, top_k=retriever.top_k, seed=seed)
+    return RolloutSide(engine=engine, environment=environment, retriever=corpus, rollouter=rollouter)
+
+
+def build_trainer(config: Config, world: World) -> Trainer:
+    """The trainer of a run. Raises ConfigError or DataError before anything is trained."""
+    run_dir = Path(config.run_dir)
+    if run_dir.exists() and not run_dir.is_dir():
+        raise ConfigError(f"run_dir: found a file at {run_dir}, expected a directory of this run, or a new one")
+    side = build_rollout_side(
+        config.model, config.protocol, config.rollout, config.retriever, seed=config.seed, device=world.device
+    )
+    policy = load_policy(config, world)
+    return Trainer(
+        schedule=Schedule(
+            num_steps=config.num_steps,
+            eval_every=config.log.eval_every,
+            transcripts_every=config.log.transcripts_every,
+            checkpoint_every=config.checkpoint.every,
+        ),
+        world=world,
+        questions=QuestionStream(
+            questions=load_questions(config.data.train, config.data.train_split),
+            batch_size=config.rollout.questions_per_step,
+            seed=config.seed,
+            shuffle=config.data.shuffle,
+        ),
+        eval_questions=_eval_questions(config),
+        rollouter=side.rollouter,
+        score=functools.partial(score, config=config.reward),
+        hindsight=HindsightBlocks(
+            first_step=config.distill.alpha.warmup_steps,
+            build=BLOCKS[config.distill.block],
+            render=RENDERERS[config.distill.block_format],
+            correct_above=config.distill.correct_above,
+            seed=config.seed,
+        ),
+        teacher_prompts=functools.partial(teacher_prompts, side.environment, config),
+        pack=functools.partial(_own_batch, config, world),
+        alpha=AlphaController(config.distill),
+        policy=policy,
+        publisher=GatherPublisher(),
+        engine=side.engine,
+        checkpoints=Checkpoints(run_dir / "checkpoints", config, world, corpus_version=side.retriever.corpus_version),
+        recorder=Recorder(
+            run_dir,
+            enabled=world.is_first,
+            num_steps=config.num_steps,
+            config_text=dump(config),
+            decode=side.environment.codec.decode,
+            transcripts_per_step=config.log.transcripts_per_step,
+        ),
+        timers=Timers(),
+    )
+
+
+def teacher_prompts(
+    environment: Environment, config: Config, groups: Sequence[RolloutGroup], blocks: Sequence[Sequence[str]]
+) -> TeacherPrompts:
+    """The teacher's prompt of every rollout: None where the block is empty or the gate is closed."""
+    encode = functools.lru_cache(maxsize=None)(environment.prompt_ids)
+    prompts = [
+        [encode(group.question.text, block) if block else None for block in own]
+        for group, own in zip(groups, blocks, strict=True)
+    ]
+    return apply_gate(groups, prompts, GATES[config.distill.gate], config.distill.correct_above)
+
+
+def _own_batch(config: Config, world: World, samples: Sequence[TrainingSample]) -> Batch:
+    """This rank's part of the step."""
+    batches = pack(
+        samples,
+        max_tokens=config.update.max_microbatch_tokens,
+        world_size=world.size,
+        aggregation=config.policy_loss.aggregation,
+    )
+    return batches[world.rank]
+
+
+def _eval_questions(config: Config) -> tuple[Question, ...]:
+    if config.data.eval is None or config.log.eval_every == 0:
+        return ()
+    return load_questions(config.data.eval, config.data.eval_split, config.data.max_eval_questions)

@@ -1,0 +1,291 @@
+"""The configuration tree: every default of the project lives here, and nowhere else.
+
+`load(argv)` reads `--config FILE.yaml` and `--section.key value` overrides into a frozen `Config`. A typo, a wrong type, a value
+out of range or a missing section is a `ConfigError` that names the key, what was found and what was expected.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import yaml
+
+from megatron_sd.command_line import parse
+from megatron_sd.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The policy: any local Hugging Face causal language model directory (Qwen2, Qwen3, Llama, ...)."""
+
+    path: str  # directory with config.json, tokenizer and safetensors
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    gradient_checkpointing: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Questions: jsonl, one record a line (`sd-search data import` writes it)."""
+
+    train: str
+    eval: str | None = None
+    train_split: str | None = None  # keep only records whose `split` equals this
+    eval_split: str | None = None
+    max_eval_questions: int = 200
+    shuffle: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrieverConfig:
+    """Where passages come from: an in-process corpus directory (`sd-search data index`)."""
+
+    corpus: str
+    top_k: int = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProtocolConfig:
+    """The text protocol between policy and environment. `preset` fills every field left at None (search/protocol.py)."""
+
+    preset: Literal["search_r1", "autorefine", "compact"] = "search_r1"
+    prompt: str | None = None  # needs {question} and {hindsight}; the student's {hindsight} is empty
+    chat_template: bool = False  # wrap the prompt as a user message of the tokenizer's chat template
+    search_tags: tuple[str, str] | None = None
+    information_tags: tuple[str, str] | None = None
+    answer_tags: tuple[str, str] | None = None
+    think_tags: tuple[str, str] | None = None
+    note_tags: tuple[str, str] | None = None  # a span that may come before the thought, where the preset has one (AutoRefine's)
+    passage_format: str | None = None  # fields: {rank} {title} {text}
+    invalid_action_message: str | None = None  # appended when a turn neither searches nor answers; empty string: stop instead
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutConfig:
+    """How rollouts are sampled. Token limits count the policy's tokenizer's tokens."""
+
+    questions_per_step: int = 256
+    group_size: int = 5
+    temperature: float = 1.0
+    max_search_turns: int = 4  # one last turn follows, in which a search is not served
+    max_turn_tokens: int = 500
+    max_observation_tokens: int = 512
+    max_rollout_tokens: int = 4096  # prompt, completions and observations
+    max_failed_share: float = 0.2  # the run stops when more of a rank's rollouts of a step failed for infrastructure reasons
+    engine: Literal["torch"] = "torch"
+    max_concurrent_sequences: int = 256  # rows of the embedded engine's KV cache
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardConfig:
+    """reward = answer score (+ format_weight if the rollout's form is valid)."""
+
+    answer: Literal["em", "f1", "sub_em"] = "f1"
+    normalization: Literal["search_r1", "strict"] = "search_r1"
+    format_weight: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyLossConfig:
+    """GRPO. `aggregation`: token (mean over all completion tokens of the step) or rollout (mean of rollout means)."""
+
+    clip: float = 0.2
+    kl_weight: float = 1e-3  # k3 KL to the start policy; 0 builds no reference policy
+    aggregation: Literal["token", "rollout"] = "token"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlphaConfig:
+    """Weight of L_SD. fixed: `value` (paper: 1e-3); grad_ratio: adapted to |alpha grad L_SD| = target_ratio |grad L_GRPO|."""
+
+    mode: Literal["fixed", "grad_ratio"] = "fixed"
+    value: float = 1e-3
+    target_ratio: float = 0.2
+    warmup_steps: int = 50  # alpha is 0 for the first steps
+    max_value: float = 3.0  # of the adapted alpha: beyond it a live teacher feeds back on itself
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillConfig:
+    """Hindsight self-distillation. `block: none` is plain GRPO, bit for bit."""
+
+    block: Literal["paper", "only_correct", "no_labels", "shuffled", "wrong_question", "none"] = "paper"
+    block_format: Literal["outcome_last", "outcome_first"] = "outcome_last"
+    correct_above: float = 0.0  # rho: a rollout is CORRECT when its answer's token F1 exceeds this
+    gate: Literal["none", "has_correct", "mixed"] = "none"  # which groups distil
+    divergence: Literal["jsd", "forward_kl", "reverse_kl"] = "jsd"
+    beta: float = 0.5
+    temperature: float = 1.0
+    top_k: int | None = None  # None: the full vocabulary; the paper: 50, the teacher's, renormalised
+    alpha: AlphaConfig = field(default_factory=AlphaConfig)
+    measure_every: int = 25  # steps between exact gradient-ratio measurements (each costs two more updates); 0: never
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW under ZeRO-3."""
+
+    learning_rate: float = 1e-6
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.0
+    warmup_steps: int = 0
+    max_grad_norm: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpdateConfig:
+    """How a batch is cut into microbatches and sharded."""
+
+    max_microbatch_tokens: int = 16384  # student and teacher positions, padding included
+    head_chunk_rows: int = 1024  # hidden rows whose vocabulary logits exist at one time
+    zero_stage: Literal[0, 1, 2, 3] = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """`every` 0 saves only at the end."""
+
+    every: int = 50
+    keep: int = 2
+    resume: bool = True  # continue from the newest checkpoint of run_dir that verifies
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    """TensorBoard, metrics.jsonl and transcripts under run_dir."""
+
+    eval_every: int = 0  # 0: only when asked for by `sd-search eval`
+    transcripts_every: int = 10
+    transcripts_per_step: int = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """One training run."""
+
+    run_dir: str
+    model: ModelConfig
+    data: DataConfig
+    retriever: RetrieverConfig
+    num_steps: int = 200
+    seed: int = 0
+    protocol: ProtocolConfig = field(default_factory=ProtocolConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    policy_loss: PolicyLossConfig = field(default_factory=PolicyLossConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    update: UpdateConfig = field(default_factory=UpdateConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+
+def load(argv: Sequence[str]) -> Config:
+    """The training configuration from `--config FILE.yaml` and `--section.key value` overrides (later wins).
+
+    Raises ConfigError naming the key at fault, what was found and what was expected.
+    """
+    config = parse(Config, argv, "sd-search train")
+    check(config)
+    return config
+
+
+def dump(config: Config) -> str:
+    """The resolved configuration as YAML that `load` reads back to an equal Config."""
+    return yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False, allow_unicode=True)
+
+
+_RANGES: dict[str, tuple[str, ...]] = {
+    "0 or more": (
+        "num_steps",
+        "rollout.max_search_turns",
+        "reward.format_weight",
+        "policy_loss.kl_weight",
+        "distill.measure_every",
+        "distill.alpha.value",
+        "distill.alpha.warmup_steps",
+        "optimizer.weight_decay",
+        "optimizer.warmup_steps",
+        "optimizer.max_grad_norm",
+        "checkpoint.every",
+        "log.eval_every",
+        "log.transcripts_every",
+        "log.transcripts_per_step",
+    ),
+    "1 or more": (
+        "data.max_eval_questions",
+        "retriever.top_k",
+        "rollout.questions_per_step",
+        "rollout.group_size",
+        "rollout.max_turn_tokens",
+        "rollout.max_observation_tokens",
+        "rollout.max_rollout_tokens",
+        "rollout.max_concurrent_sequences",
+        "distill.top_k",
+        "update.max_microbatch_tokens",
+        "update.head_chunk_rows",
+        "checkpoint.keep",
+        "limit",  # of an evaluation
+    ),
+    "more than 0": (
+        "rollout.temperature",  # evaluation decodes greedily by itself
+        "policy_loss.clip",
+        "distill.temperature",
+        "distill.alpha.target_ratio",
+        "distill.alpha.max_value",
+        "optimizer.learning_rate",
+    ),
+    "between 0 and 1": ("rollout.max_failed_share", "optimizer.betas"),
+    "strictly between 0 and 1 (for its limits use divergence forward_kl or reverse_kl)": ("distill.beta",),
+}
+_IN_RANGE: dict[str, Callable[[Any], bool]] = {
+    "0": lambda value: 0 <= value < math.inf,
+    "1": lambda value: 1 <= value < math.inf,
+    "more": lambda value: 0 < value < math.inf,
+    "between": lambda value: 0 <= value <= 1,
+    "strictly": lambda value: 0 < value < 1,
+}
+
+
+def check_ranges(config: Any) -> None:
+    """Raise ConfigError for a number out of its range, in any record that has some of the training configuration's keys."""
+    for expected, keys in _RANGES.items():
+        in_range = _IN_RANGE[expected.split()[0]]
+        for key in keys:
+            value = _value(config, key)
+            if not all(map(in_range, value if isinstance(value, tuple) else [] if value is None else [value])):
+                raise ConfigError(f"{key}: found {value!r}, expected {expected}")
+
+
+def check(config: Config) -> None:
+    """Raise ConfigError for a value out of range, and for values that do not go together."""
+    check_ranges(config)
+    distill = config.distill
+    measures = distill.block != "none" and distill.measure_every > 0
+    if distill.alpha.mode == "grad_ratio" and distill.measure_every == 0:
+        raise ConfigError(
+            "distill.alpha.mode: found 'grad_ratio' with distill.measure_every 0, expected fixed, or measure_every above 0: "
+            "the ratio has to be measured"
+        )
+    if measures and config.update.zero_stage != 3:
+        raise ConfigError(
+            f"update.zero_stage: found {config.update.zero_stage}, expected 3, where the gradient ratio can be measured; "
+            "or set distill.measure_every to 0 with distill.alpha.mode fixed"
+        )
+
+
+def _value(config: Any, key: str) -> Any:
+    """The value of a dotted key, None where the record has no such key."""
+    for name in key.split("."):
+        config = getattr(config, name, None)
+    return config
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

@@ -1,0 +1,64 @@
+"""The few collective operations the project needs outside DeepSpeed. Every rank must call them in the same order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from megatron_sd.distributed.world import World
+from megatron_sd.errors import MegatronSdError
+
+Item = TypeVar("Item")
+
+
+def sum_floats(world: World, values: Sequence[float]) -> list[float]:
+    """Elementwise sum over ranks, in float64."""
+    if world.size == 1:
+        return list(values)
+    total = torch.tensor(values, dtype=torch.float64, device=world.device)
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+def share(world: World, items: Sequence[Item]) -> Sequence[Item]:
+    """This rank's contiguous part of the items: all parts in rank order are the whole, and sizes differ by one at most."""
+    start, stop = (len(items) * rank // world.size for rank in (world.rank, world.rank + 1))
+    return items[start:stop]
+
+
+def gather_objects(world: World, value: Any) -> list[Any]:
+    """The picklable values of all ranks, in rank order, on every rank."""
+    if world.size == 1:
+        return [value]
+    values: list[Any] = [None] * world.size
+    dist.all_gather_object(values, value)
+    return values
+
+
+def together(world: World, action: Callable[[], Item]) -> list[Item]:
+    """The action's values from all ranks, in rank order. An error of ours on one rank is raised on every rank: none is left
+    waiting for a rank that has given up."""
+    value, failure = None, None
+    try:
+        value = action()
+    except MegatronSdError as error:
+        if world.size == 1:
+            raise
+        failure = type(error)(f"rank {world.rank}: {error}")
+    results = gather_objects(world, (value, failure))
+    for _, failed in results:
+        if failed is not None:
+            raise failed
+    return [value for value, _ in results]
+
+
+def broadcast_object(world: World, value: Any, source: int = 0) -> Any:
+    """The picklable value of rank `source`, on every rank."""
+    if world.size == 1:
+        return value
+    holder = [value]
+    dist.broadcast_object_list(holder, src=source)
+    return holder[0]

@@ -1,0 +1,68 @@
+"""Who am I among the ranks: the only place that reads the launcher's environment."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from megatron_sd.errors import ConfigError
+
+COLLECTIVE_TIMEOUT = timedelta(hours=2)  # a rank may wait this long for the slowest rank's rollouts
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """This process among `size` data-parallel ranks, and the device it owns."""
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        """The rank that writes files and speaks."""
+        return self.rank == 0
+
+
+def join_world() -> World:
+    """Read RANK, WORLD_SIZE, LOCAL_RANK (set by deepspeed, torchrun or srun), join the process group and choose the device.
+
+    Started by plain python, without these variables, the world is this process alone; no port is opened. NCCL on CUDA devices,
+    gloo on CPUs. A second call returns the same world. Raises ConfigError when the environment is half set.
+    """
+    found = {name: os.environ.get(name) for name in ("RANK", "WORLD_SIZE")}
+    if None in found.values() and set(found.values()) != {None}:
+        raise ConfigError(f"environment has {found}, expected both or neither: start with deepspeed, torchrun or plain python")
+    rank, size = int(found["RANK"] or 0), int(found["WORLD_SIZE"] or 1)
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    os.environ["LOCAL_RANK"] = str(local_rank)  # DeepSpeed asks for it even in a world of one
+    device = _choose_device(local_rank)
+    if not dist.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        if found["RANK"] is None:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=COLLECTIVE_TIMEOUT)
+        else:
+            dist.init_process_group(backend, rank=rank, world_size=size, timeout=COLLECTIVE_TIMEOUT)
+    return World(rank=rank, size=size, local_rank=local_rank, device=device)
+
+
+def leave_world() -> None:
+    """Close the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _choose_device(local_rank: int) -> torch.device:
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed reads it when it is imported
+        return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise ConfigError(f"LOCAL_RANK is {local_rank}, expected less than the {torch.cuda.device_count()} visible CUDA devices")
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device

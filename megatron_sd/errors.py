@@ -1,0 +1,31 @@
+"""Typed errors: each message names what was found, what was expected and what to do."""
+
+from __future__ import annotations
+
+
+class MegatronSdError(Exception):
+    """Base of every error this project raises on purpose; doors print it without a traceback."""
+
+
+class ConfigError(MegatronSdError):
+    """A configuration key is unknown, missing, of the wrong type or out of range."""
+
+
+class DataError(MegatronSdError):
+    """An input file (questions, corpus, index, model directory) is missing, broken or does not fit the run."""
+
+
+class RetrievalError(MegatronSdError):
+    """The retriever could not answer; the rollout that asked becomes `StopReason.RETRIEVAL_FAILED`."""
+
+
+class RolloutError(MegatronSdError):
+    """Too many rollouts failed for a step to be worth training on, or the engine returned nothing."""
+
+
+class NonFiniteError(MegatronSdError):
+    """A loss or gradient is NaN or infinite on at least one rank; no rank took the optimiser step."""
+
+
+class CheckpointError(MegatronSdError):
+    """A checkpoint could not be written, does not verify, or belongs to another run."""

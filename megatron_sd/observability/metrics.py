@@ -1,0 +1,140 @@
+"""Scalars of a step, by TensorBoard name, computed from its rollouts."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+
+from megatron_sd.records import Passage, Rollout, RolloutGroup, StopReason
+
+_WORDS = re.compile(r"\w+")
+
+
+def rollout_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
+    """What the rollouts of scored groups did and earned. Means are over usable rollouts; shares lie in [0, 1].
+
+    rollout/stop_<reason> is the share of all rollouts, infrastructure failures included. Hop hits are left out where no
+    question names its passages. Empty when there is no rollout.
+    """
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    usable = [rollout for group in groups for rollout in group.usable]
+    if not rollouts:
+        return {}
+    stops = Counter(rollout.stop_reason for rollout in rollouts)
+    metrics = {f"rollout/stop_{reason}": stops[reason] / len(rollouts) for reason in StopReason}
+    if usable:
+        metrics |= _reward_metrics(usable) | _length_metrics(usable) | _group_metrics(groups)
+    return metrics
+
+
+def _reward_metrics(usable: Sequence[Rollout]) -> dict[str, float]:
+    scores = [rollout.scores for rollout in usable]
+    metrics = {
+        "reward/mean": _mean(score.reward for score in scores),
+        "reward/em": _mean(score.em for score in scores),
+        "reward/f1": _mean(score.f1 for score in scores),
+        "reward/format_valid": _mean(score.format_valid for score in scores),
+    }
+    hits = [score.hop_hit_rate for score in scores if score.hop_hit_rate is not None]
+    return metrics | ({"rollout/hop_hit_rate": _mean(hits)} if hits else {})
+
+
+def _length_metrics(usable: Sequence[Rollout]) -> dict[str, float]:
+    queries = [[_fold(query) for query in rollout.queries] for rollout in usable]
+    num_queries = sum(map(len, queries))
+    num_repeats = sum(len(own) - len(set(own)) for own in queries)
+    return {
+        "rollout/searches": num_queries / len(usable),
+        "rollout/turns": _mean(len(rollout.turns) for rollout in usable),
+        "rollout/completion_tokens": _mean(sum(len(turn.completion_ids) for turn in rollout.turns) for rollout in usable),
+        "rollout/observation_tokens": _mean(sum(len(turn.observation_ids) for turn in rollout.turns) for rollout in usable),
+        "rollout/total_tokens_max": float(max(rollout.num_tokens for rollout in usable)),
+        "rollout/duplicate_query_share": num_repeats / num_queries if num_queries else 0.0,
+    }
+
+
+def _group_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
+    """Shares of groups by outcome, right meaning exact match, and of groups in which GRPO has no gradient."""
+    outcomes = [[rollout.scores.em == 1.0 for rollout in group.usable] for group in groups if group.usable]
+    rewards = [{rollout.scores.reward for rollout in group.usable} for group in groups if group.usable]
+    return {
+        "distill/share_groups_all_wrong": _mean(not any(right) for right in outcomes),
+        "distill/share_groups_all_right": _mean(all(right) for right in outcomes),
+        "distill/share_groups_mixed": _mean(any(right) and not all(right) for right in outcomes),
+        "distill/share_groups_no_spread": _mean(len(distinct) == 1 for distinct in rewards),
+    }
+
+
+def block_metrics(groups: Sequence[RolloutGroup], blocks: Sequence[Sequence[str]]) -> dict[str, float]:
+    """What the hindsight blocks reveal (METHOD, known ways to be wrong 3 and 4). blocks[g][i] is the text for rollout i.
+
+    distill/share_rollouts_with_block: usable rollouts whose block is not empty. Over these alone:
+    distill/share_blocks_with_gold: blocks that hold a gold answer as whole words, case ignored.
+    distill/share_block_words_unseen: words of the siblings' queries that stand neither in the question, nor in the rollout's
+        own queries, nor in the passages it saw: the student could not know them.
+    distill/copy_rate_correct, _incorrect: share of the rollout's queries that a sibling which was CORRECT (F1 above 0)
+        or INCORRECT asked word for word. Left out when no sibling bears the label.
+    Empty when no rollout is usable; only the first figure when no rollout has a block.
+    """
+    pairs = [
+        (group, rollout, block)
+        for group, own in zip(groups, blocks, strict=True)
+        for rollout, block in zip(group.rollouts, own, strict=True)
+        if not rollout.stop_reason.is_infrastructure
+    ]
+    if not pairs:
+        return {}
+    shown = [pair for pair in pairs if pair[2]]
+    metrics = {"distill/share_rollouts_with_block": len(shown) / len(pairs)}
+    if shown:
+        metrics["distill/share_blocks_with_gold"] = _mean(_holds_any(block, g.question.golden_answers) for g, _, block in shown)
+        metrics["distill/share_block_words_unseen"] = _mean(_unseen_share(group, rollout) for group, rollout, _ in shown)
+        metrics |= _copy_rates([(group, rollout) for group, rollout, _ in shown])
+    return metrics
+
+
+def _unseen_share(group: RolloutGroup, rollout: Rollout) -> float:
+    siblings = [other for other in group.usable if other is not rollout]
+    words = _words(query for other in siblings for query in other.queries)
+    unseen = words - _words([group.question.text, *rollout.queries])
+    for turn in rollout.turns:
+        for hit in turn.hits:
+            unseen -= _passage_words(hit.passage)
+    return len(unseen) / len(words) if words else 0.0
+
+
+@functools.lru_cache(maxsize=512)  # the rollouts of a question, which come one after another, see the same passages
+def _passage_words(passage: Passage) -> frozenset[str]:
+    return frozenset(_words((passage.title, passage.text)))
+
+
+def _copy_rates(pairs: Sequence[tuple[RolloutGroup, Rollout]]) -> Mapping[str, float]:
+    copied: dict[str, list[bool]] = {"correct": [], "incorrect": []}
+    for group, rollout in pairs:
+        for label, flags in copied.items():
+            siblings = [o for o in group.usable if o is not rollout and (o.scores.f1 > 0) == (label == "correct")]
+            asked = {_fold(query) for other in siblings for query in other.queries}
+            if siblings:
+                flags.extend(_fold(query) in asked for query in rollout.queries)
+    return {f"distill/copy_rate_{label}": _mean(flags) for label, flags in copied.items() if flags}
+
+
+def _fold(text: str) -> str:
+    return " ".join(text.casefold().split())
+
+
+def _words(texts: Iterable[str]) -> set[str]:
+    return {word for text in texts for word in _WORDS.findall(text.casefold())}
+
+
+def _holds_any(block: str, golden_answers: Sequence[str]) -> bool:
+    words = f" {' '.join(_WORDS.findall(block.casefold()))} "
+    golds = (" ".join(_WORDS.findall(gold.casefold())) for gold in golden_answers)
+    return any(gold and f" {gold} " in words for gold in golds)
+
+
+def _mean(values: Iterable[float]) -> float:
+    values = list(values)
+    return sum(values) / len(values)

@@ -1,0 +1,81 @@
+"""Rollouts for human eyes, and the same as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from megatron_sd.records import Question, Rollout, RolloutGroup, Turn
+
+Decode = Callable[[Sequence[int]], str]
+
+_GUTTER = 9
+
+
+def render_group(group: RolloutGroup, blocks: Sequence[str], decode: Decode) -> str:
+    """One group as text: the question, the prompt, and each rollout's segments by writer, with hits, scores and its block.
+
+    blocks: the hindsight text the teacher saw for each rollout, empty where it saw none. Control characters are replaced, so
+    that nothing a policy writes can steer a terminal.
+
+        policy   | <search> Kalo Miren guide </search>
+        hits     | 1. p17 Kalo Miren (12.31), hop 1
+        observed | <information> ...
+    """
+    question = group.question
+    lines = [
+        f"question {question.id}: {question.text}",
+        f"gold     {' | '.join(question.golden_answers)}",
+        *(f"hop {number}    any of {', '.join(ids)}" for number, ids in enumerate(question.supporting, start=1)),
+    ]
+    if group.rollouts:
+        lines += _segment("prompt", decode(group.rollouts[0].prompt_ids))
+    shown = ""
+    for rollout, block in zip(group.rollouts, blocks, strict=True):
+        lines += ["", _headline(rollout)]
+        if block and block == shown:
+            lines += _segment("block", "(as above)")
+        elif block:
+            lines += _segment("block", block)
+        shown = block or shown
+        for turn in rollout.turns:
+            lines += _turn_lines(turn, question, decode)
+    return "\n".join(lines) + "\n"
+
+
+def _headline(rollout: Rollout) -> str:
+    parts = [f"rollout {rollout.index}", f"stopped: {rollout.stop_reason}", f"answer: {rollout.answer!r}"]
+    scores = dataclasses.asdict(rollout.scores) if rollout.scores else {}
+    parts += [f"{name} {value:.3g}" for name, value in scores.items() if value is not None]
+    return "--- " + " · ".join(parts)
+
+
+def _turn_lines(turn: Turn, question: Question, decode: Decode) -> list[str]:
+    lines = _segment("policy", decode(turn.completion_ids))
+    if turn.query is not None and not turn.hits:
+        lines += _segment("hits", "none")
+    for rank, hit in enumerate(turn.hits, start=1):
+        serves = [str(hop) for hop, ids in enumerate(question.supporting, start=1) if hit.passage.id in ids]
+        needed = f", hop {' and '.join(serves)}" if serves else ""
+        lines += _segment("hits", f"{rank}. {hit.passage.id} {hit.passage.title} ({hit.score:.2f}){needed}")
+    if turn.observation_ids:
+        lines += _segment("observed", decode(turn.observation_ids))
+    return lines
+
+
+def _segment(writer: str, text: str) -> list[str]:
+    lines = ("".join(c if c.isprintable() or c == "\t" else "\ufffd" for c in line) for line in text.strip("\n").split("\n"))
+    return [f"{writer:<{_GUTTER - 1}} | {line}".rstrip() for line in lines]
+
+
+def group_record(group: RolloutGroup, blocks: Sequence[str], decode: Decode) -> dict[str, Any]:
+    """One group as JSON-ready data: the records as they are, with the text of every segment beside its ids."""
+    record = dataclasses.asdict(group)
+    for rollout, block in zip(record["rollouts"], blocks, strict=True):
+        rollout["hindsight"] = block
+        rollout["prompt_text"] = decode(rollout["prompt_ids"])
+        for turn in rollout["turns"]:
+            turn["completion_text"] = decode(turn["completion_ids"])
+            turn["observation_text"] = decode(turn["observation_ids"])
+    return record

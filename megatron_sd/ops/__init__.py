@@ -1,0 +1,5 @@
+"""Operations on the vocabulary axis. `build_info()` says what native code this installation has."""
+
+from megatron_sd.ops.native import BuildInfo, build_info
+
+__all__ = ["BuildInfo", "build_info"]

@@ -1,0 +1,139 @@
+"""The one door to the divergence of listed rows; `impl` names who computes it."""
+
+from __future__ import annotations
+
+import functools
+import logging
+
+import torch
+from torch import Tensor
+
+from megatron_sd.errors import ConfigError
+from megatron_sd.ops import jsd_native, native
+from megatron_sd.ops.jsd_reference import RowDivergence, divergence_rows
+
+_LOG = logging.getLogger(__name__)
+
+DIVERGENCES = ("jsd", "forward_kl", "reverse_kl")
+IMPLEMENTATIONS = ("auto", "torch", "cpp", "cuda")
+
+
+def jsd_rows(  # noqa: PLR0913 (five tensors and the divergence's options: the whole operation)
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    student_rows: Tensor,
+    teacher_rows: Tensor,
+    weights: Tensor,
+    *,
+    divergence: str,
+    beta: float,
+    temperature: float,
+    top_k: int | None = None,
+    impl: str = "auto",
+) -> RowDivergence:
+    """weights[i] * D(teacher_logits[teacher_rows[i]], student_logits[student_rows[i]]) for every i.
+
+    student_logits [S, V], teacher_logits [T, V]: any floating dtype, arithmetic in float32 (float64 stays float64).
+    student_rows, teacher_rows: [N] integer; only these rows are touched. weights: [N] floating, no gradient. Returns [N] values
+    in the arithmetic's dtype, differentiable in student_logits alone, and the [N] truncated masses. N = 0 is fine.
+    impl: "cpp" is the native code of kernels/csrc (CPU, float32 or bfloat16, full vocabulary), "torch" the reference, "auto" the
+    native code where it can and otherwise the reference, said once in the log. Raises ConfigError for options and ValueError
+    for tensors that do not fit; row indices are checked only where that costs no device synchronisation (on the CPU).
+    """
+    check_options(divergence=divergence, beta=beta, temperature=temperature, top_k=top_k, impl=impl)
+    _check_tensors(student_logits, teacher_logits, student_rows, teacher_rows, weights)
+    if top_k is not None and top_k > student_logits.shape[-1]:
+        raise ConfigError(f"distill.top_k is {top_k}, expected at most the vocabulary size {student_logits.shape[-1]}")
+    if _chosen(impl, student_logits, teacher_logits, top_k) == "cpp":
+        values, _ = jsd_native.jsd_rows(
+            student_logits,
+            teacher_logits.detach(),
+            student_rows,
+            teacher_rows,
+            divergence,
+            beta,
+            temperature,
+            student_logits.requires_grad and torch.is_grad_enabled(),
+        )
+        return RowDivergence(values * weights.detach().to(values.dtype), torch.zeros_like(values))
+    dtype = torch.float64 if student_logits.dtype == torch.float64 else torch.float32
+    values, truncated_mass = divergence_rows(
+        student_logits[student_rows].to(dtype),
+        teacher_logits[teacher_rows].to(dtype),
+        divergence=divergence,
+        beta=beta,
+        temperature=temperature,
+        top_k=top_k,
+    )
+    return RowDivergence(values * weights.detach().to(dtype), truncated_mass)
+
+
+def _chosen(impl: str, student: Tensor, teacher: Tensor, top_k: int | None) -> str:
+    """"cpp" or "torch". Raises ValueError if impl is "cpp" and these tensors or top_k are not for it."""
+    obstacle = _native_obstacle(student, teacher, top_k)
+    if impl == "cpp" and obstacle:
+        expected = "CPU tensors of float32 or bfloat16 and no top_k, or impl='auto'"
+        raise ValueError(f"impl='cpp' cannot serve {obstacle}; expected {expected}")
+    if impl != "auto":
+        return impl
+    chosen = "torch" if native.LIBRARY is None or obstacle else "cpp"
+    if not torch.compiler.is_compiling():
+        _say_once(chosen, native.MISSING or obstacle or native.INSTRUCTION_SET)
+    return chosen
+
+
+def _native_obstacle(student: Tensor, teacher: Tensor, top_k: int | None) -> str:
+    """What keeps the native code from this call, "" if nothing does."""
+    if student.device.type != "cpu":
+        return f"tensors on {student.device}"
+    for name, logits in (("student", student), ("teacher", teacher)):
+        if logits.dtype not in native.ELEMENT_TYPES:
+            return f"{name} logits of {logits.dtype}"
+    return "" if top_k is None else f"top_k={top_k}"
+
+
+@functools.cache
+def _say_once(chosen: str, reason: str) -> None:
+    _LOG.info("divergence of rows: impl='auto' takes %r (%s)", chosen, reason)
+
+
+def check_options(*, divergence: str, beta: float, temperature: float, top_k: int | None, impl: str) -> None:
+    """Raises ConfigError naming the option, what was found and what was expected."""
+    if divergence not in DIVERGENCES:
+        raise ConfigError(f"distill.divergence is {divergence!r}, expected one of {DIVERGENCES}")
+    if divergence == "jsd" and not 0.0 < beta < 1.0:
+        raise ConfigError(
+            f"distill.beta is {beta}, expected 0 < beta < 1: the generalised JSD vanishes at both ends; "
+            "for the KL divergences set distill.divergence to forward_kl or reverse_kl"
+        )
+    if not temperature > 0.0:
+        raise ConfigError(f"distill.temperature is {temperature}, expected more than 0")
+    if top_k is not None and top_k < 1:
+        raise ConfigError(f"distill.top_k is {top_k}, expected at least 1, or null for the full vocabulary")
+    if impl not in IMPLEMENTATIONS:
+        raise ConfigError(f"impl is {impl!r}, expected one of {IMPLEMENTATIONS}")
+    if impl == "cuda":
+        raise ConfigError("impl='cuda' is not part of this build, expected 'auto', 'cpp' or 'torch'")
+    if impl == "cpp" and native.LIBRARY is None:
+        raise ConfigError(f"impl='cpp' is not part of this build, expected 'auto' or 'torch': {native.MISSING}")
+
+
+def _check_tensors(student: Tensor, teacher: Tensor, student_rows: Tensor, teacher_rows: Tensor, weights: Tensor) -> None:
+    if student.ndim != 2 or teacher.ndim != 2:
+        raise ValueError(f"logits have shapes {tuple(student.shape)} and {tuple(teacher.shape)}, expected [rows, vocabulary]")
+    if student.shape[1] != teacher.shape[1]:
+        raise ValueError(
+            f"the student's vocabulary has {student.shape[1]} entries and the teacher's {teacher.shape[1]}: "
+            "expected the same; cut or pad one of the heads to the tokenizer's size"
+        )
+    if not student_rows.shape == teacher_rows.shape == weights.shape or student_rows.ndim != 1:
+        raise ValueError(
+            f"student_rows, teacher_rows and weights have shapes {tuple(student_rows.shape)}, {tuple(teacher_rows.shape)} and "
+            f"{tuple(weights.shape)}, expected three times [N]"
+        )
+    devices = {str(t.device) for t in (student, teacher, student_rows, teacher_rows, weights)}
+    if len(devices) > 1:
+        raise ValueError(f"the tensors lie on {sorted(devices)}, expected one device")
+    if student.device.type == "cpu" and not torch.compiler.is_compiling():
+        jsd_native.check_rows("student_rows", student_rows, len(student))
+        jsd_native.check_rows("teacher_rows", teacher_rows, len(teacher))

@@ -1,0 +1,264 @@
+"""The vocabulary of the project: frozen records that travel between the phases of a training step.
+
+    Question -> Rollout (Turns) -> RolloutGroup -> TrainingSample -> Microbatch -> Batch
+
+Every token of a rollout knows who wrote it: completion ids were sampled by the policy, observation ids were appended by the
+environment. Sampled ids are never decoded and encoded again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+
+import numpy as np
+
+TokenIds = tuple[int, ...]
+
+
+class StopReason(StrEnum):
+    """Why a rollout ended."""
+
+    ANSWERED = "answered"  # the policy closed an answer tag
+    NO_ACTION = "no_action"  # a turn ended with neither a search nor an answer
+    TURN_LIMIT = "turn_limit"  # the last turn, in which a search is not served, did not answer
+    TOKEN_LIMIT = "token_limit"  # the turn or the rollout ran out of tokens
+    RETRIEVAL_FAILED = "retrieval_failed"  # infrastructure: the retriever gave up
+    ENGINE_FAILED = "engine_failed"  # infrastructure: the engine returned nothing
+
+    @property
+    def is_infrastructure(self) -> bool:
+        """True when the rollout is no data: it leaves the loss and the group baseline, and is counted."""
+        return self in (StopReason.RETRIEVAL_FAILED, StopReason.ENGINE_FAILED)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Passage:
+    """One retrievable text. `id` is unique within a corpus."""
+
+    id: str
+    title: str
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hit:
+    """A retrieved passage and the retriever's score (larger is better; scale depends on the retriever)."""
+
+    passage: Passage
+    score: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """A question with its accepted answers.
+
+    `supporting` holds one tuple per hop: the ids of the passages of which any one serves that hop; empty when unknown.
+
+    Example: Question(id="w1", text="Who guides the mentor of Kalo Miren?", golden_answers=("Dava Sul",),
+                      supporting=(("p17",), ("p90", "p91")))
+    """
+
+    id: str
+    text: str
+    golden_answers: tuple[str, ...]
+    source: str = ""
+    split: str = ""
+    supporting: tuple[tuple[str, ...], ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Turn:
+    """One completion of the policy and what the environment appended to it.
+
+    completion_ids / completion_logprobs: [C] sampled ids and their log-probabilities under the sampling distribution (nats).
+    observation_ids: [O] ids the environment appended (empty on the last turn).
+    query: the plain text between the search tags (control tags removed), or None if the turn did not search.
+    query_span: [start, stop) offsets into completion_ids of the tokens strictly between the search tags; a token that
+        straddles a tag boundary is outside. Empty (start == stop) when no token lies fully inside.
+    hits: what the retriever returned, best first. policy_version: optimiser step whose weights sampled this turn.
+    well_formed: the completion is thoughts and then exactly one closed search or answer, nothing else
+        (search/reward.py, completion_is_well_formed).
+    """
+
+    completion_ids: TokenIds
+    completion_logprobs: tuple[float, ...]
+    observation_ids: TokenIds = ()
+    query: str | None = None
+    query_span: tuple[int, int] | None = None
+    hits: tuple[Hit, ...] = ()
+    policy_version: int = 0
+    well_formed: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """What a rollout earned. `reward` is what GRPO sees; the others are its parts and diagnostics, all in [0, 1]."""
+
+    reward: float
+    em: float
+    f1: float
+    format_valid: float
+    hop_hit_rate: float | None = None  # share of hops whose needed passage was retrieved; None when hops are unknown
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rollout:
+    """prompt | completion | observation | completion | ... of one attempt at one question."""
+
+    question_id: str
+    index: int  # place in the group, 0-based
+    prompt_ids: TokenIds
+    turns: tuple[Turn, ...]
+    stop_reason: StopReason
+    answer: str | None = None
+    scores: Scores | None = None
+
+    @property
+    def queries(self) -> tuple[str, ...]:
+        """The search queries in order."""
+        return tuple(turn.query for turn in self.turns if turn.query is not None)
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt, completions and observations together."""
+        return len(self.prompt_ids) + sum(len(t.completion_ids) + len(t.observation_ids) for t in self.turns)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutGroup:
+    """All rollouts of one question, in index order."""
+
+    question: Question
+    rollouts: tuple[Rollout, ...]
+
+    @property
+    def usable(self) -> tuple[Rollout, ...]:
+        """The rollouts that are data (no infrastructure failure)."""
+        return tuple(r for r in self.rollouts if not r.stop_reason.is_infrastructure)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSample:
+    """One rollout as the update sees it. L = len(ids), Q = number of query tokens.
+
+    ids: [L] int64, prompt and everything after it. loss_mask: [L] bool, True where the policy sampled the token.
+    rollout_logprobs: [L] float32, the engine's log-probability where loss_mask, else 0.
+    query_positions: [Q] int64, increasing positions in `ids` of search-query tokens; the logits at p-1 predict the token at p.
+    teacher_prompt_ids: the prompt with the hindsight block, or None when this sample is not distilled (no block, gated off).
+    group: index of its question in the step. group_has_spread: the group's rewards differ, so GRPO has a gradient there.
+    """
+
+    ids: np.ndarray
+    prompt_length: int
+    loss_mask: np.ndarray
+    rollout_logprobs: np.ndarray
+    query_positions: np.ndarray
+    advantage: float
+    group: int
+    group_has_spread: bool
+    teacher_prompt_ids: TokenIds | None = None
+
+    @property
+    def is_distilled(self) -> bool:
+        """True when L_SD has a term for this sample."""
+        return self.teacher_prompt_ids is not None and len(self.query_positions) > 0
+
+    @property
+    def teacher_continuation(self) -> np.ndarray:
+        """[C] int64: what the teacher reads after all but the last token of its prompt: that token, then the rollout verbatim up
+        to the token before its last query token. Its hidden state at offset i predicts the rollout's token i."""
+        last_query = int(self.query_positions[-1])
+        return np.concatenate([np.array(self.teacher_prompt_ids[-1:]), self.ids[self.prompt_length : last_query]])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Microbatch:
+    """Right-padded sequences of several samples and flat row lists into them; int64 / float32 numpy arrays.
+
+    B sequences of padded length S; Bt teacher sequences of padded length St (Bt may be 0).
+    input_ids: [B, S]; lengths: [B]. row_index: [R] flat positions b * S + (p - 1) whose hidden state predicts a completion
+        token; targets, rollout_logprobs, advantages, row_weights: [R] (weights already hold the per-row part of the loss
+        aggregation, see packing.py).
+    The teacher reads each distinct prompt once: teacher_prompts: [U, Sp], all but the last token of a prompt;
+        teacher_prompt_lengths: [U]. Then each rollout as its continuation: teacher_ids: [Bt, St]; teacher_lengths: [Bt];
+        teacher_prompt_of: [Bt] which of the U it continues. teacher_rows: [Q] flat positions b * St + i in the continuations'
+        hidden states.
+    query_rows: [Q] increasing indices into the R rows, of the same tokens; query_weights: [Q] per-row weight (1 / tokens of the
+        rollout's queries); query_in_spread: [Q] bool, the row's group has reward spread.
+    An empty microbatch has B = 1, S = 1 and R = Q = 0: it still runs, so that collectives stay aligned across ranks. For the
+    same reason a microbatch without query rows may carry a dummy teacher of one token (U = Sp = Bt = St = 1, Q = 0).
+    """
+
+    input_ids: np.ndarray
+    lengths: np.ndarray
+    row_index: np.ndarray
+    targets: np.ndarray
+    rollout_logprobs: np.ndarray
+    advantages: np.ndarray
+    row_weights: np.ndarray
+    teacher_prompts: np.ndarray
+    teacher_prompt_lengths: np.ndarray
+    teacher_prompt_of: np.ndarray
+    teacher_ids: np.ndarray
+    teacher_lengths: np.ndarray
+    teacher_rows: np.ndarray
+    query_rows: np.ndarray
+    query_weights: np.ndarray
+    query_in_spread: np.ndarray
+
+    @property
+    def has_teacher(self) -> bool:
+        """The teacher's forward runs, possibly on a dummy."""
+        return self.teacher_ids.size > 0
+
+    def with_dummy_teacher(self) -> Microbatch:
+        """This microbatch, whose teacher part must be empty, with a teacher of one token and no rows."""
+        token, one = np.zeros((1, 1), dtype=np.int64), np.ones(1, dtype=np.int64)
+        return replace(
+            self,
+            teacher_prompts=token,
+            teacher_prompt_lengths=one,
+            teacher_prompt_of=one - 1,
+            teacher_ids=token,
+            teacher_lengths=one,
+        )
+
+    @property
+    def num_padding_tokens(self) -> int:
+        """Student and teacher positions that hold no token."""
+        padded = (
+            (self.input_ids, self.lengths),
+            (self.teacher_prompts, self.teacher_prompt_lengths),
+            (self.teacher_ids, self.teacher_lengths),
+        )
+        return sum(ids.size - int(lengths.sum()) for ids, lengths in padded)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Totals:
+    """Global denominators of one optimiser step, summed over all ranks before the first backward."""
+
+    policy_weight: float  # sum of row_weights (tokens, or rollouts, by the aggregation)
+    distilled_rollouts: float  # rollouts that have at least one query token and a teacher
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """This rank's microbatches of one optimiser step; every rank has the same number. `totals` are global."""
+
+    microbatches: tuple[Microbatch, ...]
+    totals: Totals
+
+    def __iter__(self) -> Iterator[Microbatch]:
+        return iter(self.microbatches)
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpdateResult:
+    """What one optimiser step did: scalar metrics by TensorBoard name (already reduced over ranks)."""
+
+    grad_norm: float
+    learning_rate: float
+    metrics: Mapping[str, float] = field(default_factory=dict)

@@ -1,0 +1,163 @@
+"""BM25 over a corpus directory, in process, memory-mapped and deterministic.
+
+`bm25s` scores every posting when the index is built (Lucene's variant); a query then only adds up precomputed numbers. The
+search loop is our own, because bm25s breaks ties arbitrarily: this one orders equal scores by passage id.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import bm25s
+import numba
+import numpy as np
+import Stemmer
+from bm25s.stopwords import STOPWORDS_EN
+
+from megatron_sd.errors import DataError, RetrievalError
+from megatron_sd.records import Hit
+from megatron_sd.retrieval.manifest import open_manifest
+from megatron_sd.retrieval.passages import PASSAGES_NAME, PassageStore
+
+BM25_DIRECTORY = "bm25"
+logging.getLogger("bm25s").setLevel(logging.WARNING)  # it asks for DEBUG when imported
+_ARRAYS = ("scores", "rows", "starts")
+BM25_FILES = tuple(f"{BM25_DIRECTORY}/{name}" for name in ("vocabulary.json", *(f"{array}.npy" for array in _ARRAYS)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bm25Settings:
+    """How text becomes terms and how terms are scored; stored in the manifest, so a query is read as the corpus was.
+
+    stop_words: drop bm25s's English list. stemmer: Snowball's English stemmer. token_pattern: regular expression whose matches
+    in the lower-cased text are the words. k1, b: BM25's saturation and length normalisation.
+    """
+
+    stop_words: Literal["english", "none"]
+    stemmer: Literal["english", "none"]
+    token_pattern: str
+    k1: float
+    b: float
+
+
+class Analyzer:
+    """Text to terms, the same for passages and queries."""
+
+    def __init__(self, settings: Bm25Settings) -> None:
+        self._find_words = re.compile(settings.token_pattern).findall
+        self._stop_words = frozenset(STOPWORDS_EN if settings.stop_words == "english" else ())
+        self._stem = Stemmer.Stemmer("english").stemWords if settings.stemmer == "english" else list
+
+    def terms(self, text: str) -> list[str]:
+        """The terms of a text in order, repetitions included."""
+        return self._stem([word for word in self._find_words(text.lower()) if word not in self._stop_words])
+
+
+@numba.njit(nogil=True)
+def _top_rows(terms, index, totals, top_k):
+    """Rows and scores of the best passages: larger score first, then smaller row.
+
+    terms: [T] int64. index: (scores [P] float32, rows [P] int32, starts [V + 1] int64), the postings of term t being
+    starts[t]:starts[t + 1]. totals: [N] float32 workspace, whatever it holds. Rows are visited in rising order, so a later row
+    must score more than an earlier one to come before it.
+    """
+    scores, rows, starts = index
+    totals[:] = 0
+    for term in terms:
+        for posting in range(starts[term], starts[term + 1]):
+            totals[rows[posting]] += scores[posting]
+    best_rows = np.zeros(top_k, np.int32)
+    best_scores = np.zeros(top_k, np.float32)  # every score is positive, so 0 marks a free place
+    num_kept = 0
+    worst = np.float32(0)
+    for row in range(len(totals)):
+        total = totals[row]
+        if total > worst:
+            num_kept = min(num_kept + 1, top_k)
+            place = num_kept - 1
+            while place > 0 and total > best_scores[place - 1]:
+                best_rows[place] = best_rows[place - 1]
+                best_scores[place] = best_scores[place - 1]
+                place -= 1
+            best_rows[place] = row
+            best_scores[place] = total
+            worst = best_scores[top_k - 1]
+    return best_rows[:num_kept], best_scores[:num_kept]
+
+
+def write_bm25(directory: Path, texts: Iterable[str], settings: Bm25Settings) -> int:
+    """Index the texts of rows 0, 1, ... into `directory`/bm25 and return the number of distinct terms.
+
+    The same texts and settings give the same bytes. Raises DataError when no text holds a term.
+    """
+    analyzer = Analyzer(settings)
+    vocabulary: dict[str, int] = {}
+    term_ids = [[vocabulary.setdefault(term, len(vocabulary)) for term in analyzer.terms(text)] for text in texts]
+    if not vocabulary:
+        raise DataError(f"no passage holds a term under {settings}: nothing to index; change the settings or the passages")
+    index = bm25s.BM25(method="lucene", k1=settings.k1, b=settings.b)
+    index.index((term_ids, vocabulary), create_empty_token=False, show_progress=False)
+    path = directory / BM25_DIRECTORY
+    path.mkdir(parents=True, exist_ok=True)
+    arrays = {"scores": np.float32, "rows": np.int32, "starts": np.int64}
+    for (name, dtype), source in zip(arrays.items(), ("data", "indices", "indptr"), strict=True):
+        np.save(path / f"{name}.npy", index.scores[source].astype(dtype, copy=False), allow_pickle=False)
+    (path / "vocabulary.json").write_text(json.dumps(list(vocabulary), ensure_ascii=False, indent=0), encoding="utf-8")
+    return len(vocabulary)
+
+
+class Bm25Retriever:
+    """Searches a corpus directory inline: no threads, no waiting, the same answer every time.
+
+    `corpus_version` is the SHA-256 of the corpus manifest; `passages` the store; `index` the postings (scores [P] float32,
+    rows [P] int32, starts [V + 1] int64). One object serves one thread.
+    """
+
+    def __init__(self, corpus: Path | str) -> None:
+        """Verify and map the corpus. Raises DataError that names the missing, truncated or corrupt file."""
+        directory = Path(corpus)
+        manifest, self.corpus_version = open_manifest(directory, required=(PASSAGES_NAME, *BM25_FILES))
+        try:
+            settings = Bm25Settings(**manifest.settings)
+        except TypeError as error:
+            raise DataError(f"{directory}: its manifest has no settings of a BM25 index ({error}): build it again") from error
+        self.passages = PassageStore(directory / PASSAGES_NAME)
+        self._analyzer = Analyzer(settings)
+        words = json.loads((directory / BM25_DIRECTORY / "vocabulary.json").read_text(encoding="utf-8"))
+        self._vocabulary = {word: term for term, word in enumerate(words)}
+        self.index = tuple(
+            np.asarray(np.load(directory / BM25_DIRECTORY / f"{name}.npy", mmap_mode="r", allow_pickle=False)) for name in _ARRAYS
+        )
+        self._totals = np.zeros(len(self.passages), np.float32)
+        self.search_terms((), top_k=1)  # compiles the search loop, about a second
+
+    def term_ids(self, query: str) -> list[int]:
+        """The indexed terms of a query, in order, repetitions included."""
+        return [self._vocabulary[term] for term in self._analyzer.terms(query) if term in self._vocabulary]
+
+    def search_terms(self, term_ids: Sequence[int], top_k: int) -> tuple[np.ndarray, np.ndarray]:
+        """Rows [K] int32 and scores [K] float32 of the best passages, K <= top_k; empty without a term.
+
+        Raises RetrievalError when top_k is below 1.
+        """
+        if top_k < 1:
+            raise RetrievalError(f"top_k is {top_k}, expected at least 1")
+        return _top_rows(np.array(term_ids, dtype=np.int64), self.index, self._totals, top_k)
+
+    async def search(self, queries: Sequence[str], top_k: int) -> list[tuple[Hit, ...]]:
+        """The best `top_k` passages of each query, best first, ties by passage id; no hits when no term matches."""
+        return [
+            tuple(
+                Hit(passage=self.passages[row], score=score)
+                for row, score in zip(rows.tolist(), scores.tolist(), strict=True)
+            )
+            for rows, scores in (self.search_terms(self.term_ids(query), top_k) for query in queries)
+        ]
+
+

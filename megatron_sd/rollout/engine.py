@@ -1,0 +1,70 @@
+"""What the rollouter needs of an inference engine, and what publishing needs of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+
+from megatron_sd.records import TokenIds
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationRequest:
+    """One turn of one rollout.
+
+    session: names the rollout; the prompt_ids of later requests of a session extend what the engine has already seen, so it may
+        keep its KV cache between them. seed: of the rollout; the noise of the token at absolute position p is a function of
+        (seed, p) alone. temperature: 0 is greedy. stop: strings after whose appearance in the completion's text sampling ends;
+        the token that completes the string is kept whole.
+    """
+
+    session: str
+    prompt_ids: TokenIds
+    max_new_tokens: int
+    temperature: float
+    seed: int
+    stop: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completion:
+    """ids: [C] sampled ids, the end-of-sequence id included when it was sampled; logprobs: [C] natural logs under the sampling
+    distribution softmax(logits / temperature) (temperature 1 when greedy); finish: why it ended."""
+
+    ids: TokenIds
+    logprobs: tuple[float, ...]
+    finish: Literal["stop", "eos", "length"]
+    policy_version: int
+
+
+class InferenceEngine(Protocol):
+    """Asynchronous generation; many `generate` calls are in flight at once and are batched by the engine."""
+
+    policy_version: int
+
+    async def generate(self, request: GenerationRequest) -> Completion:
+        """Sample one completion. Raises RolloutError when nothing can be returned."""
+        ...
+
+    def release(self, session: str) -> None:
+        """The rollout is over: its cache may go."""
+        ...
+
+
+class WeightReceiver(Protocol):
+    """The side of an engine that takes new weights, bucket by bucket."""
+
+    def begin_update(self) -> None:
+        """Forget every cache; no generation may be in flight."""
+        ...
+
+    def load_bucket(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Copy full parameters, by Hugging Face name."""
+        ...
+
+    def finish_update(self, policy_version: int) -> None:
+        """All buckets are in; completions from here on carry this version."""
+        ...

@@ -1,0 +1,193 @@
+"""Runs the rollouts of a batch concurrently: think, search, read, ..., answer. No rollout waits for another one's search."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from megatron_sd.errors import RetrievalError, RolloutError
+from megatron_sd.records import Hit, Question, Rollout, RolloutGroup, StopReason, TokenIds, Turn
+from megatron_sd.retrieval.retriever import Retriever
+from megatron_sd.rollout.engine import Completion, GenerationRequest, InferenceEngine
+from megatron_sd.rollout.sampling import rollout_seed
+from megatron_sd.search.environment import Environment, Verdict
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Attempt:
+    """What one rollout starts from."""
+
+    session: str
+    question_id: str
+    index: int
+    prompt_ids: TokenIds
+    seed: int
+    temperature: float
+
+
+class Rollouter:
+    """Samples groups of rollouts from an engine, a retriever and an environment.
+
+    top_k: passages a search returns. seed: of the run; a rollout's tokens follow from (seed, step, question id, index) and the
+    weights alone. The limits are `environment.limits`.
+    """
+
+    def __init__(self, engine: InferenceEngine, retriever: Retriever, environment: Environment, *, top_k: int, seed: int):
+        self._engine = engine
+        self._retriever = retriever
+        self._environment = environment
+        self._top_k = top_k
+        self._seed = seed
+
+    def run(
+        self, questions: Sequence[Question], *, step: int, greedy: bool = False, hindsight: Sequence[str] | None = None
+    ) -> list[RolloutGroup]:
+        """`group_size` rollouts of every question, in question and index order; greedy: one, since all would be equal.
+
+        hindsight: one block per question, put into its prompt as the teacher sees it (None: no blocks). Returns when every
+        rollout has ended; runs its own event loop, so it must not be called from a running one.
+        Raises RolloutError when more than `max_failed_share` of the rollouts failed for infrastructure reasons.
+        """
+        blocks = [""] * len(questions) if hindsight is None else list(hindsight)
+        if len(blocks) != len(questions):
+            raise ValueError(f"found {len(blocks)} hindsight blocks for {len(questions)} questions, expected one per question")
+        attempts = [
+            self._attempts(question, block, step=step, place=place, greedy=greedy)
+            for place, (question, block) in enumerate(zip(questions, blocks))
+        ]
+        outcomes = iter(asyncio.run(self._run_all([attempt for group in attempts for attempt in group])))
+        results = [[next(outcomes) for _ in group] for group in attempts]
+        self._refuse_many_failures([outcome for group in results for outcome in group])
+        return [
+            RolloutGroup(question=question, rollouts=tuple(rollout for rollout, _ in group))
+            for question, group in zip(questions, results)
+        ]
+
+    def _attempts(self, question: Question, block: str, *, step: int, place: int, greedy: bool) -> list[_Attempt]:
+        limits = self._environment.limits
+        prompt_ids = self._environment.prompt_ids(question.text, block)
+        return [
+            _Attempt(
+                session=f"step {step}, question {place} ({question.id}), rollout {index}",
+                question_id=question.id,
+                index=index,
+                prompt_ids=prompt_ids,
+                seed=rollout_seed(self._seed, step=step, question_id=question.id, index=index),
+                temperature=0.0 if greedy else limits.temperature,
+            )
+            for index in range(1 if greedy else limits.group_size)
+        ]
+
+    async def _run_all(self, attempts: Sequence[_Attempt]) -> list[tuple[Rollout, Exception | None]]:
+        """One task per rollout, started in order; an unexpected error ends them all and is raised as it is."""
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                running = [tasks.create_task(self._roll_out(attempt)) for attempt in attempts]
+        except ExceptionGroup as errors:
+            raise errors.exceptions[0] from None
+        return [task.result() for task in running]
+
+    async def _roll_out(self, attempt: _Attempt) -> tuple[Rollout, Exception | None]:
+        """One rollout to its end, and the error when it failed for infrastructure reasons."""
+        episode = _Episode(attempt, attempt.prompt_ids)
+        try:
+            while episode.stop is None:
+                await self._take_turn(episode)
+        except RolloutError as error:
+            return episode.rollout(StopReason.ENGINE_FAILED), error
+        except RetrievalError as error:
+            return episode.rollout(StopReason.RETRIEVAL_FAILED), error
+        finally:
+            self._engine.release(attempt.session)
+        return episode.rollout(episode.stop), None
+
+    async def _take_turn(self, episode: _Episode) -> None:
+        """Sample a completion, judge it, and append what the environment answers."""
+        environment = self._environment
+        budget = environment.turn_budget(len(episode.ids))
+        if budget == 0:
+            episode.stop = StopReason.TOKEN_LIMIT
+            return
+        completion = await self._complete(episode, budget)
+        verdict = environment.judge(completion.ids, turn=len(episode.turns), truncated=completion.finish == "length")
+        episode.act(completion, verdict, well_formed=environment.is_well_formed(completion.ids))
+        if verdict.stop is not None:
+            return
+        hits: tuple[Hit, ...] = ()
+        observation = verdict.observation_ids
+        if verdict.query is not None:
+            (hits,) = await self._retriever.search([verdict.query], self._top_k)
+            observation = environment.observation_ids(hits)
+        if environment.turn_budget(len(episode.ids) + len(observation)) == 0:
+            observation, episode.stop = (), StopReason.TOKEN_LIMIT
+        episode.observe(hits, observation)
+
+    async def _complete(self, episode: _Episode, budget: int) -> Completion:
+        attempt = episode.attempt
+        request = GenerationRequest(
+            session=attempt.session,
+            prompt_ids=episode.ids,
+            max_new_tokens=budget,
+            temperature=attempt.temperature,
+            seed=attempt.seed,
+            stop=self._environment.protocol.stop_strings,
+        )
+        completion = await self._engine.generate(request)
+        if not completion.ids:
+            raise RolloutError(f"the engine returned no token for {attempt.session}, expected 1 to {budget}; see its log")
+        return completion
+
+    def _refuse_many_failures(self, outcomes: Sequence[tuple[Rollout, Exception | None]]) -> None:
+        failures = [(rollout, error) for rollout, error in outcomes if error is not None]
+        limit = self._environment.limits.max_failed_share
+        if len(failures) <= limit * len(outcomes):
+            return
+        counts = Counter(rollout.stop_reason.value for rollout, _ in failures)
+        raise RolloutError(
+            f"{len(failures)} of {len(outcomes)} rollouts failed ({dict(counts)}), "
+            f"expected at most {limit:.0%} (rollout.max_failed_share); the first cause: {failures[0][1]}"
+        ) from failures[0][1]
+
+
+@dataclass
+class _Episode:
+    """A rollout while it runs. ids: everything the engine has to see before the next turn."""
+
+    attempt: _Attempt
+    ids: TokenIds
+    turns: list[Turn] = field(default_factory=list)
+    answer: str | None = None
+    stop: StopReason | None = None
+
+    def act(self, completion: Completion, verdict: Verdict, *, well_formed: bool) -> None:
+        """Append what the policy sampled."""
+        self.turns.append(
+            Turn(
+                completion_ids=completion.ids,
+                completion_logprobs=completion.logprobs,
+                query=verdict.query,
+                query_span=verdict.query_span,
+                policy_version=completion.policy_version,
+                well_formed=well_formed,
+            )
+        )
+        self.ids = (*self.ids, *completion.ids)
+        self.answer, self.stop = verdict.answer, verdict.stop
+
+    def observe(self, hits: tuple[Hit, ...], observation_ids: TokenIds) -> None:
+        """Append what the environment answered to the last turn."""
+        self.turns[-1] = replace(self.turns[-1], hits=hits, observation_ids=observation_ids)
+        self.ids = (*self.ids, *observation_ids)
+
+    def rollout(self, stop_reason: StopReason) -> Rollout:
+        """The record of what happened so far."""
+        return Rollout(
+            question_id=self.attempt.question_id,
+            index=self.attempt.index,
+            prompt_ids=self.attempt.prompt_ids,
+            turns=tuple(self.turns),
+            stop_reason=stop_reason,
+            answer=self.answer,
+        )

@@ -1,0 +1,110 @@
+"""The environment of a rollout as pure functions: what it shows, what it appends, and when it ends the rollout."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_sd.config import RolloutConfig
+from megatron_sd.errors import ConfigError
+from megatron_sd.records import Hit, StopReason, TokenIds
+from megatron_sd.search.protocol import Protocol, fill, parse_action
+from megatron_sd.search.reward import completion_is_well_formed
+from megatron_sd.search.sanitize import Sanitizer
+from megatron_sd.search.tokens import TextCodec
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What follows a completion: a search to serve (query, query_span), a message and another turn (observation_ids), or the end
+    (stop, with the answer if there is one). Exactly one of the three holds: a search that is not served is no query."""
+
+    query: str | None = None
+    query_span: tuple[int, int] | None = None
+    answer: str | None = None
+    observation_ids: TokenIds = ()
+    stop: StopReason | None = None
+
+
+class Environment:
+    """A text protocol bound to a tokenizer and to limits. It holds no state: every method is a function of its arguments.
+
+    Raises ConfigError when max_observation_tokens cannot hold the information tags.
+    """
+
+    def __init__(self, codec: TextCodec, protocol: Protocol, limits: RolloutConfig):
+        self.codec = codec
+        self.protocol = protocol
+        self.limits = limits
+        self.sanitizer = Sanitizer((*protocol.control_tags, *codec.control_strings))
+        self._opening_ids = codec.encode(f"\n{protocol.information_tags[0]}")
+        self._closing_ids = codec.encode(f"{protocol.information_tags[1]}\n")
+        self._retry_ids = codec.encode(protocol.invalid_action_message)
+        frame = len(self._opening_ids) + len(self._closing_ids)
+        if limits.max_observation_tokens <= frame:
+            raise ConfigError(
+                f"rollout.max_observation_tokens is {limits.max_observation_tokens}, expected more than the {frame} tokens "
+                "of the information tags"
+            )
+
+    def prompt_ids(self, question: str, hindsight: str = "") -> TokenIds:
+        """The prompt of a question, which is sanitised; `hindsight` is the teacher's block, empty for the student."""
+        return self.codec.prompt_ids(self.protocol.render_prompt(self.sanitizer.clean(question), hindsight))
+
+    def observation_ids(self, hits: Sequence[Hit]) -> TokenIds:
+        """`\\n<information>` passages `</information>\\n`; the passages, best first, are cut so that the closing tag always fits.
+
+        Holds no control id: titles and texts are sanitised, then encoded as plain text.
+        """
+        passages = "".join(self._show(rank, hit) for rank, hit in enumerate(hits, start=1))
+        room = self.limits.max_observation_tokens - len(self._opening_ids) - len(self._closing_ids)
+        body = self.codec.encode(passages)
+        if len(body) > room:
+            body = self._whole_characters(body[:room])
+        return (*self._opening_ids, *body, *self._closing_ids)
+
+    def _show(self, rank: int, hit: Hit) -> str:
+        """One passage as text. Lines are cleaned once more, since a tag may be split between title and text."""
+        clean = self.sanitizer.clean
+        fields = {"rank": str(rank), "title": clean(hit.passage.title), "text": clean(hit.passage.text)}
+        return "\n".join(map(clean, fill(self.protocol.passage_format, fields).split("\n")))
+
+    def _whole_characters(self, ids: TokenIds) -> TokenIds:
+        """`ids` without the last tokens when they end in the middle of a character."""
+        while ids:
+            decoder = codecs.getincrementaldecoder("utf-8")(errors="ignore")
+            decoder.decode(self.codec.bytes_of(ids[-4:]))
+            if not decoder.getstate()[0]:
+                break
+            ids = ids[:-1]
+        return ids
+
+    def turn_budget(self, num_tokens: int) -> int:
+        """How many tokens the next turn may sample after `num_tokens` of prompt, completions and observations; 0: none."""
+        return max(0, min(self.limits.max_turn_tokens, self.limits.max_rollout_tokens - num_tokens))
+
+    def judge(self, completion_ids: TokenIds, *, turn: int, truncated: bool) -> Verdict:
+        """What follows the completion of 0-based `turn`. truncated: sampling ended at a token limit.
+
+        Turns 0 .. max_search_turns - 1 may search; turn max_search_turns is the last, in which a search is not served.
+        """
+        action = parse_action(completion_ids, self.protocol, self.codec)
+        if action.answer is not None:
+            return Verdict(answer=action.answer.strip(), stop=StopReason.ANSWERED)
+        is_last = turn >= self.limits.max_search_turns
+        query = "" if action.query is None else self.sanitizer.clean_query(action.query)
+        if query and not is_last:
+            return Verdict(query=query, query_span=action.query_span)
+        if truncated:
+            return Verdict(stop=StopReason.TOKEN_LIMIT)
+        if is_last:
+            return Verdict(stop=StopReason.TURN_LIMIT)
+        if not self._retry_ids:
+            return Verdict(stop=StopReason.NO_ACTION)
+        return Verdict(observation_ids=self._retry_ids)
+
+    def is_well_formed(self, completion_ids: TokenIds) -> bool:
+        """reward.completion_is_well_formed of the text; an end-of-sequence id is left out."""
+        ids = completion_ids[:-1] if completion_ids[-1] in self.codec.eos_ids else completion_ids
+        return completion_is_well_formed(self.codec.decode(ids), self.protocol)

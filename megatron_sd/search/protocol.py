@@ -1,0 +1,182 @@
+"""The text protocol: tags, prompt, how passages are shown, and how a completion is read.
+
+A rollout reads  prompt | <think>..</think> <search>q</search> | <information>passages</information> | ... | <answer>a</answer>
+Tags and texts are configuration; a preset fills what the configuration leaves open.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from bisect import bisect_left, bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from megatron_sd.config import ProtocolConfig
+from megatron_sd.errors import ConfigError
+from megatron_sd.search.tokens import TextCodec
+
+Tags = tuple[str, str]
+
+_INSTRUCTIONS = (
+    "Answer the question below. Think between {think_open} and {think_close} each time you learn something new. If you lack "
+    "knowledge, search for it with {search_open} query {search_close}; the best passages come back between {information_open} "
+    "and {information_close}. Search as often as you need. When you know enough, give the answer alone between {answer_open} "
+    "and {answer_close}, for example {answer_open} Beijing {answer_close}.\n"
+)
+_RETRY = (
+    "\nThat was neither a search nor an answer. To search, write the query between {search_open} and {search_close}; to answer, "
+    "write the answer between {answer_open} and {answer_close}.\n"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Protocol:
+    """A complete text protocol: every field of ProtocolConfig, filled. note_tags is None where turns begin with the thought."""
+
+    prompt: str
+    search_tags: Tags
+    information_tags: Tags
+    answer_tags: Tags
+    think_tags: Tags
+    passage_format: str
+    invalid_action_message: str
+    note_tags: Tags | None = None
+    chat_template: bool = False
+
+    @property
+    def control_tags(self) -> tuple[str, ...]:
+        """Every tag that means something to the environment."""
+        return (*self.search_tags, *self.information_tags, *self.answer_tags, *self.think_tags, *(self.note_tags or ()))
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """Strings that end a completion: a closed search or a closed answer."""
+        return (self.search_tags[1], self.answer_tags[1])
+
+    def render_prompt(self, question: str, hindsight: str = "") -> str:
+        """The prompt of a question; the student's hindsight is empty, the teacher's is its block."""
+        return fill(self.prompt, {"hindsight": hindsight, "question": question})
+
+
+def fill(template: str, fields: Mapping[str, str]) -> str:
+    """The template with each `{name}` of `fields` replaced, in one pass: what a value says is never filled in again."""
+    return re.sub(r"\{(\w+)\}", lambda match: fields.get(match[1], match[0]), template)
+
+
+def _tag(name: str) -> Tags:
+    return (f"<{name}>", f"</{name}>")
+
+
+PRESETS: dict[str, Protocol] = {
+    "search_r1": Protocol(
+        prompt=_INSTRUCTIONS + "{hindsight}Question: {question}\n",
+        search_tags=_tag("search"),
+        information_tags=_tag("information"),
+        answer_tags=_tag("answer"),
+        think_tags=_tag("think"),
+        passage_format="Doc {rank}(Title: {title}) {text}\n",
+        invalid_action_message=_RETRY,
+    ),
+    "autorefine": Protocol(
+        prompt=_INSTRUCTIONS
+        + "After each result, note what matters between {note_open} and {note_close}.\n{hindsight}Question: {question}\n",
+        search_tags=_tag("search"),
+        information_tags=_tag("documents"),
+        answer_tags=_tag("answer"),
+        think_tags=_tag("think"),
+        note_tags=_tag("refine"),
+        passage_format="Doc {rank}(Title: {title}) {text}\n",
+        invalid_action_message=_RETRY,
+    ),
+    # Few tokens for small models trained from scratch (the synthetic world): no instructions, one line a passage.
+    "compact": Protocol(
+        prompt="{hindsight}Question: {question}\n",
+        search_tags=_tag("search"),
+        information_tags=_tag("information"),
+        answer_tags=_tag("answer"),
+        think_tags=_tag("think"),
+        passage_format=" {text}\n",
+        invalid_action_message="",
+    ),
+}
+
+
+def _fill_tags(text: str, protocol: Protocol) -> str:
+    for name in ("search", "information", "answer", "think", "note"):
+        opening, closing = getattr(protocol, f"{name}_tags") or ("", "")
+        text = text.replace(f"{{{name}_open}}", opening).replace(f"{{{name}_close}}", closing)
+    return text
+
+
+def build_protocol(config: ProtocolConfig) -> Protocol:
+    """The preset with the configuration's own fields in place. Raises ConfigError for tags or prompts that cannot work."""
+    own = {f.name: getattr(config, f.name) for f in dataclasses.fields(Protocol) if getattr(config, f.name) is not None}
+    protocol = dataclasses.replace(PRESETS[config.preset], **own)
+    protocol = dataclasses.replace(
+        protocol,
+        prompt=_fill_tags(protocol.prompt, protocol),
+        invalid_action_message=_fill_tags(protocol.invalid_action_message, protocol),
+    )
+    for placeholder in ("{question}", "{hindsight}"):
+        if protocol.prompt.count(placeholder) != 1:
+            raise ConfigError(
+                f"protocol.prompt holds {placeholder} {protocol.prompt.count(placeholder)} times, expected exactly once: "
+                "the hindsight block and the question each need one place"
+            )
+    tags = protocol.control_tags
+    if len(set(tags)) != len(tags) or not all(tags):
+        raise ConfigError(f"protocol tags must be non-empty and distinct, found {tags}")
+    return protocol
+
+
+@dataclass(frozen=True, kw_only=True)
+class Action:
+    """What a completion does: a search (query and query_span), an answer, or neither (all None).
+
+    query, answer: the text between the tags, as sampled (not yet sanitised). query_span: [start, stop) token offsets into the
+    completion of the tokens strictly between the search tags; empty (start == stop) when no token lies fully inside.
+    """
+
+    query: str | None = None
+    query_span: tuple[int, int] | None = None
+    answer: str | None = None
+
+
+def parse_action(completion_ids: Sequence[int], protocol: Protocol, codec: TextCodec) -> Action:
+    """Read the first complete action of one completion: the first closing search or answer tag that has its opening before it.
+
+    Works on the raw bytes of the ids, so that no id is ever decoded and encoded again; the last opening tag before the closing
+    one counts. Bytes that are no UTF-8 read as U+FFFD.
+
+    The straddle rule: a token belongs to the query when all its bytes lie between the last byte of the opening tag and the first
+    byte of the closing one. A token that also holds a byte of a tag is excluded, and so is every token of the tags themselves.
+    """
+    offsets = codec.offsets(completion_ids)
+    text = codec.bytes_of(completion_ids)
+    search = _first_enclosed(text, protocol.search_tags)
+    answer = _first_enclosed(text, protocol.answer_tags)
+    if search is not None and (answer is None or search[1] < answer[1]):
+        return Action(query=_decode(text, search), query_span=_tokens_inside(offsets, search))
+    return Action(answer=None if answer is None else _decode(text, answer))
+
+
+def _first_enclosed(text: bytes, tags: Tags) -> tuple[int, int] | None:
+    """[start, stop) of the bytes before the first closing tag that follows an opening one, from the last such opening."""
+    opening, closing = (tag.encode("utf-8") for tag in tags)
+    first = text.find(opening)
+    if first < 0:
+        return None
+    stop = text.find(closing, first + len(opening))
+    return None if stop < 0 else (text.rfind(opening, first, stop) + len(opening), stop)
+
+
+def _tokens_inside(offsets: Sequence[int], span: tuple[int, int]) -> tuple[int, int]:
+    """[start, stop) of the tokens whose bytes all lie within the byte span; offsets: [C + 1] byte offsets."""
+    start = bisect_left(offsets, span[0])
+    stop = bisect_right(offsets, span[1]) - 1
+    return (start, max(start, stop))
+
+
+def _decode(text: bytes, span: tuple[int, int]) -> str:
+    return text[span[0] : span[1]].decode("utf-8", errors="replace")

@@ -1,0 +1,184 @@
+"""Rewards: how an answer compares with the gold answers, and what a rollout earns.
+
+Two normalisations. `search_r1` is SQuAD's, as Search-R1 and its relatives use it: comparable with published numbers, and with
+known quirks (see `normalize_search_r1`). `strict` mends them (see `normalize_strict`). Answers come from `Rollout.answer` only,
+which is read from the policy's own tokens: a passage that holds an answer tag earns nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import string
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+from megatron_sd.config import RewardConfig
+from megatron_sd.records import Rollout, RolloutGroup, Scores, StopReason
+from megatron_sd.search.protocol import Protocol
+
+Normalizer = Callable[[str], str]
+
+_ASCII_PUNCTUATION = str.maketrans("", "", string.punctuation)
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_STRAIGHT_QUOTES = str.maketrans("‘’‚‛´`“”„‟«»", "''''''" + '"' * 6, "\ue000\ue001")
+_DASHES = re.compile("[‐‑‒–—―−]")
+_THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
+_MINUS = re.compile(r"(?:^|(?<=[\s(]))-(?=\.?\d)")
+_DECIMAL_POINT = re.compile("(?:^|(?<=[\\s(\ue000\\d]))\\.(?=\\d)")
+_KEPT_MARKS = {"\ue000": "-", "\ue001": "."}  # private-use stand-ins while punctuation is removed
+_CLOSED_CLASS_ANSWERS = ("yes", "no", "noanswer")
+
+
+def normalize_search_r1(text: str) -> str:
+    """Lower case, drop ASCII punctuation, drop the articles a/an/the, squeeze white space, in this order (SQuAD's script).
+
+    Quirks kept for comparability: "3.5" equals "35", "-5" equals "5", "The A" becomes empty, "café" differs from "cafe" and
+    from its own decomposed form, curly quotes stay.
+    """
+    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_ASCII_PUNCTUATION)).split())
+
+
+def normalize_strict(text: str) -> str:
+    """Unicode-aware normalisation that keeps numbers apart.
+
+    - NFKC and case folding: composed and decomposed forms, full-width letters and "STRASSE"/"straße" agree; diacritics still
+      count ("café" is not "cafe").
+    - A minus sign before a number and a decimal point inside one stay ("-5" is not "5", "3.5" is not "35"); commas between
+      thousands go ("1,000" equals "1000").
+    - Every other punctuation mark or symbol goes: apostrophes and full stops without a trace ("U.S." equals "US"), the rest
+      as a space ("Spider-Man" equals "spider man", "1990–1995" equals "1990-1995").
+    - The articles a/an/the go, unless nothing else is left ("The A" stays "the a").
+    """
+    text = unicodedata.normalize("NFKC", text.translate(_STRAIGHT_QUOTES))
+    text = unicodedata.normalize("NFKC", text.casefold())
+    text = _THOUSANDS.sub("", _DASHES.sub("-", text))
+    text = _DECIMAL_POINT.sub("\ue001", _MINUS.sub("\ue000", text))
+    characters = "".join(_without_punctuation(character) for character in text)
+    words = unicodedata.normalize("NFKC", characters).split()
+    return " ".join([word for word in words if word not in ("a", "an", "the")] or words)
+
+
+def _without_punctuation(character: str) -> str:
+    if character in _KEPT_MARKS:
+        return _KEPT_MARKS[character]
+    if character in "'.":
+        return ""
+    return " " if unicodedata.category(character)[0] in "PSC" else character
+
+
+NORMALIZERS: dict[str, Normalizer] = {"search_r1": normalize_search_r1, "strict": normalize_strict}
+
+
+def empty_answers(golden_answers: Sequence[str]) -> list[str]:
+    """The gold answers of which Search-R1's normalisation leaves nothing ("The", "!?"): an empty answer would match them."""
+    return [gold for gold in golden_answers if not normalize_search_r1(gold)]
+
+
+def exact_match(answer: str, golden_answers: Sequence[str], normalize: Normalizer) -> float:
+    """1.0 when the normalised answer equals a normalised gold answer, else 0.0 (Search-R1's EM)."""
+    normalized = normalize(answer)
+    return float(any(normalize(gold) == normalized for gold in golden_answers))
+
+
+def sub_em(answer: str, golden_answers: Sequence[str], normalize: Normalizer) -> float:
+    """1.0 when a normalised gold answer occurs in the normalised answer, else 0.0 (Search-R1's substring EM).
+
+    Under `search_r1` any substring counts ("Norway" contains "no"), under `strict` whole words only.
+    """
+    normalized = normalize(answer)
+    golds = [normalize(gold) for gold in golden_answers]
+    if normalize is normalize_strict:
+        return float(any(gold and f" {gold} " in f" {normalized} " for gold in golds))
+    return float(any(gold in normalized for gold in golds))
+
+
+def token_f1(answer: str, golden_answers: Sequence[str], normalize: Normalizer) -> float:
+    """The best token F1 with any gold answer, in [0, 1]: harmonic mean of precision and recall over words as multisets.
+
+    As HotpotQA's evaluation: when either side is yes, no or noanswer, only equality scores. An empty side scores 0.
+    """
+    normalized = normalize(answer)
+    return max((_f1(normalized, normalize(gold)) for gold in golden_answers), default=0.0)
+
+
+def _f1(answer: str, gold: str) -> float:
+    if answer != gold and (answer in _CLOSED_CLASS_ANSWERS or gold in _CLOSED_CLASS_ANSWERS):
+        return 0.0
+    answer_words, gold_words = answer.split(), gold.split()
+    num_common = sum((Counter(answer_words) & Counter(gold_words)).values())
+    return 2 * num_common / (len(answer_words) + len(gold_words)) if num_common else 0.0
+
+
+AnswerScore = Callable[[str, Sequence[str], Normalizer], float]
+ANSWER_SCORES: dict[str, AnswerScore] = {"em": exact_match, "f1": token_f1, "sub_em": sub_em}
+
+
+def completion_is_well_formed(text: str, protocol: Protocol) -> bool:
+    """True for: at most one note span (where the protocol has them), at most one think span, then exactly one search or answer
+    span, white space around them, nothing else.
+
+    `text` is one decoded completion without the end-of-sequence token. No control tag may occur inside a span.
+    """
+    body = text.strip()
+    for opening, closing in filter(None, (protocol.note_tags, protocol.think_tags)):
+        if body.startswith(opening):
+            thought, closed, body = body.removeprefix(opening).partition(closing)
+            if not closed or _holds_tag(thought, protocol):
+                return False
+            body = body.strip()
+    for opening, closing in (protocol.search_tags, protocol.answer_tags):
+        if body.startswith(opening) and body.endswith(closing):
+            content = body[len(opening) : -len(closing)]
+            return bool(content.strip()) and not _holds_tag(content, protocol)
+    return False
+
+
+def _holds_tag(text: str, protocol: Protocol) -> bool:
+    return any(tag in text for tag in protocol.control_tags)
+
+
+def format_valid(rollout: Rollout) -> float:
+    """1.0 when every turn is well-formed, all but the last search, and the last one answers; else 0.0."""
+    if rollout.stop_reason is not StopReason.ANSWERED or not rollout.answer or not rollout.turns:
+        return 0.0
+    *searches, last = rollout.turns
+    in_order = all(turn.query is not None for turn in searches) and last.query is None
+    return float(in_order and all(turn.well_formed for turn in rollout.turns))
+
+
+def hop_hit_rate(rollout: Rollout, supporting: Sequence[Sequence[str]]) -> float | None:
+    """Share of hops of which any serving passage was retrieved in any turn; None when the hops are unknown."""
+    if not supporting:
+        return None
+    found = {hit.passage.id for turn in rollout.turns for hit in turn.hits}
+    return sum(not found.isdisjoint(passages) for passages in supporting) / len(supporting)
+
+
+def score_rollout(rollout: Rollout, group: RolloutGroup, config: RewardConfig) -> Scores:
+    """What one rollout earned: reward = answer score + format_weight * format_valid. No answer scores 0."""
+    normalize = NORMALIZERS[config.normalization]
+    golds = group.question.golden_answers
+    answer = dict.fromkeys(ANSWER_SCORES, 0.0)
+    if rollout.answer is not None:
+        answer = {name: compare(rollout.answer, golds, normalize) for name, compare in ANSWER_SCORES.items()}
+    valid = format_valid(rollout)
+    return Scores(
+        reward=answer[config.answer] + config.format_weight * valid,
+        em=answer["em"],
+        f1=answer["f1"],
+        format_valid=valid,
+        hop_hit_rate=hop_hit_rate(rollout, group.question.supporting),
+    )
+
+
+def score(groups: Sequence[RolloutGroup], config: RewardConfig) -> list[RolloutGroup]:
+    """The groups with `Rollout.scores` filled in, infrastructure failures (which `RolloutGroup.usable` leaves out) included."""
+    return [
+        dataclasses.replace(
+            group,
+            rollouts=tuple(dataclasses.replace(r, scores=score_rollout(r, group, config)) for r in group.rollouts),
+        )
+        for group in groups
+    ]

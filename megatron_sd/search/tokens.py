@@ -1,0 +1,150 @@
+"""Text <-> token ids, byte-exact in one direction and safe in the other.
+
+Sampled ids are read as raw bytes (a tag, or a single character, may straddle tokens). Text from outside (questions, passages,
+messages) is encoded by a copy of the tokenizer that knows no added token at all, so plain text can never become a control id.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from itertools import accumulate
+from pathlib import Path
+
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from megatron_sd.errors import ConfigError, DataError
+from megatron_sd.records import TokenIds
+
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+_CONTENT_MARK = "@@megatron-sd-content@@"  # stands for the user's message while a chat template is taken apart
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """GPT-2's printable stand-ins for the 256 bytes: character -> byte."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [b for b in range(256) if b not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + n): b for n, b in enumerate(others)}
+
+
+def _decoder_types(decoder: dict | None) -> set[str]:
+    """Names of all decoders in a (possibly nested) `tokenizer.json` decoder."""
+    if decoder is None:
+        return set()
+    return {decoder["type"]}.union(*(_decoder_types(d) for d in decoder.get("decoders", ())))
+
+
+def _piece_bytes(piece: str, alphabet: dict[str, int] | None) -> bytes:
+    """Raw bytes of a vocabulary entry; `alphabet` is None for SentencePiece-style vocabularies."""
+    if alphabet is not None and all(c in alphabet for c in piece):
+        return bytes(alphabet[c] for c in piece)
+    byte = _BYTE_TOKEN.fullmatch(piece)
+    return bytes([int(byte[1], 16)]) if byte else piece.replace("▁", " ").encode("utf-8")
+
+
+class TextCodec:
+    """A Hugging Face tokenizer as rollouts need it.
+
+    token_bytes: raw bytes of every id (added tokens: their text; ids without an entry: nothing). control_ids: ids that plain text
+    never encodes to. control_strings: their texts. eos_ids: ids that end a completion. Raises DataError for a tokenizer whose ids
+    cannot be read as bytes, or which turns plain text into control ids; ConfigError when `chat_template` is asked for and absent.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, chat_template: bool):
+        spec = json.loads(tokenizer.backend_tokenizer.to_str())
+        added = {entry["id"]: entry["content"] for entry in spec["added_tokens"]}
+        self._plain = Tokenizer.from_str(json.dumps(spec | {"added_tokens": [], "post_processor": None}))
+        self._plain.no_padding()
+        self._plain.no_truncation()
+        self.token_bytes = self._read_vocabulary(tokenizer, spec, added)
+        self.control_ids = frozenset(added)
+        self.control_strings = tuple(sorted(set(added.values())))
+        self.eos_ids = frozenset() if tokenizer.eos_token_id is None else frozenset({tokenizer.eos_token_id})
+        self._refuse_leaks()
+        self._prefix_ids, self._suffix_ids = (_chat_frame if chat_template else _plain_frame)(tokenizer)
+
+    @staticmethod
+    def _read_vocabulary(tokenizer: PreTrainedTokenizerBase, spec: dict, added: dict[int, str]) -> tuple[bytes, ...]:
+        kinds = _decoder_types(spec["decoder"])
+        if not kinds & {"ByteLevel", "ByteFallback", "Metaspace"}:
+            raise DataError(
+                f"the tokenizer's decoder is {sorted(kinds) or 'absent'}, expected byte-level BPE (Qwen, Llama 3, GPT-2) or "
+                "SentencePiece with byte fallback: sampled ids must be readable as raw bytes"
+            )
+        alphabet = _byte_alphabet() if "ByteLevel" in kinds else None
+        pieces = {index: _piece_bytes(piece, alphabet) for piece, index in tokenizer.get_vocab().items()}
+        pieces |= {index: content.encode("utf-8") for index, content in added.items()}
+        return tuple(pieces.get(index, b"") for index in range(max(pieces) + 1))
+
+    def _refuse_leaks(self) -> None:
+        leaking = [text for text in self.control_strings if not self.control_ids.isdisjoint(self.encode(text))]
+        if leaking:
+            raise DataError(
+                f"the tokenizer encodes the plain texts {leaking[:5]} to control ids, expected ordinary ids: "
+                "a passage could forge control tokens; use a tokenizer that keeps its added tokens out of its model's vocabulary"
+            )
+
+    def encode(self, text: str) -> TokenIds:
+        """Ids of untrusted plain text; never a control id, whatever the text says."""
+        return tuple(self._plain.encode(text, add_special_tokens=False).ids)
+
+    def prompt_ids(self, text: str) -> TokenIds:
+        """Ids of a prompt: `encode(text)` after what the tokenizer puts before every text (if anything), or in its chat frame."""
+        return (*self._prefix_ids, *self.encode(text), *self._suffix_ids)
+
+    def bytes_of(self, ids: Iterable[int]) -> bytes:
+        """Raw bytes of sampled ids. Ids beyond the tokenizer (padding rows of the embedding) have none."""
+        return b"".join(self.pieces(ids))
+
+    def pieces(self, ids: Iterable[int]) -> list[bytes]:
+        """Raw bytes of each id."""
+        table = self.token_bytes
+        return [table[index] if index < len(table) else b"" for index in ids]
+
+    def offsets(self, ids: Sequence[int]) -> list[int]:
+        """[len(ids) + 1] byte offsets: token i covers bytes [offsets[i], offsets[i + 1])."""
+        return list(accumulate(map(len, self.pieces(ids)), initial=0))
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text for reading (transcripts, answers); bytes that are no UTF-8 become U+FFFD. Never encoded again."""
+        return self.bytes_of(ids).decode("utf-8", errors="replace")
+
+
+def _plain_frame(tokenizer: PreTrainedTokenizerBase) -> tuple[TokenIds, TokenIds]:
+    """What the tokenizer puts before every text (Llama's begin-of-text); what it puts after would be an ending: left out."""
+    bare = tokenizer("a", add_special_tokens=False).input_ids
+    full = tokenizer("a", add_special_tokens=True).input_ids
+    starts = [n for n in range(len(full)) if full[n : n + len(bare)] == bare]
+    return (tuple(full[: starts[0]]) if starts else ()), ()
+
+
+def _chat_frame(tokenizer: PreTrainedTokenizerBase) -> tuple[TokenIds, TokenIds]:
+    """Ids before and after the user's message in the tokenizer's chat template, the assistant's opening included."""
+    if not tokenizer.chat_template:
+        raise ConfigError("protocol.chat_template is true but the tokenizer has no chat template; set it to false")
+    messages = [{"role": "user", "content": _CONTENT_MARK}]
+    frame = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True).split(_CONTENT_MARK)
+    if len(frame) != 2:
+        raise ConfigError(
+            f"the tokenizer's chat template shows the user's message {len(frame) - 1} times, expected once; "
+            "set protocol.chat_template to false and write the frame into protocol.prompt"
+        )
+    before, after = (tuple(tokenizer(part, add_special_tokens=False).input_ids) for part in frame)
+    return before, after
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).split("\n")[0]
+
+
+def load_codec(path: str, *, chat_template: bool) -> TextCodec:
+    """The codec of a local model directory. Raises DataError when there is no tokenizer."""
+    if not Path(path).is_dir():
+        raise DataError(f"model.path: found no directory at {path}, expected a local Hugging Face model directory")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise DataError(f"no tokenizer in {path} ({_first_line(error)}); expected a directory with tokenizer.json") from error
+    return TextCodec(tokenizer, chat_template=chat_template)

@@ -1,0 +1,51 @@
+"""Bringing a loaded model to its device without ever holding all of it there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import deepspeed
+import torch
+from deepspeed.utils import set_z3_leaf_modules
+from torch import nn
+from transformers import PreTrainedModel
+
+from megatron_sd.errors import DataError
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def place(module: Module, model: PreTrainedModel, settings: Mapping[str, Any], device: torch.device) -> Module:
+    """Under ZeRO-3: each parameter goes to the device alone and stays there as this rank's shard. Else: the whole module.
+
+    module: what DeepSpeed will wrap, with `model` inside; settings: the configuration it will be initialised with. The weights
+    must be in host memory, in the dtype they shall have; deepspeed.zero.Init around their construction would also cast the
+    rotary embedding's frequencies.
+    """
+    if settings["zero_optimization"]["stage"] < 3:
+        return module.to(device)
+    gather_layers_whole(model)
+    deepspeed.init_distributed(auto_mpi_discovery=False)  # takes over torch's group; without it zero.Init sees a world of one
+    deepspeed.zero.Init(module=module, config_dict_or_path=dict(settings))
+    for buffer in module.buffers():
+        buffer.data = buffer.data.to(device)
+    return module
+
+
+def gather_layers_whole(model: PreTrainedModel) -> None:
+    """Let ZeRO-3 gather and reduce a decoder layer at once instead of module by module: half the overhead of a small model.
+
+    DeepSpeed then reduces a layer's gradients when that of its first positional argument is known. A layer called by keyword
+    would be reduced too early, silently: hence the check.
+    """
+    for layer in set_z3_leaf_modules(model, sorted(model._no_split_modules or ()), raise_if_not_found=False):
+        layer.register_forward_pre_hook(_check_positional)
+
+
+def _check_positional(layer: nn.Module, arguments: tuple) -> None:
+    if not (arguments and torch.is_tensor(arguments[0])):
+        raise DataError(
+            f"{type(layer).__name__} gets its hidden states by keyword, which ZeRO-3's whole-layer gathering cannot follow: "
+            "set update.zero_stage to 2 for this model"
+        )

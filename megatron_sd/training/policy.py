@@ -1,0 +1,221 @@
+"""The trained policy: a language model under DeepSpeed, updated by accumulate(...), accumulate(...), step()."""
+
+from __future__ import annotations
+
+import math
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import deepspeed
+import torch
+from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+from deepspeed.utils import safe_get_local_grad
+from torch import Tensor, nn
+
+from megatron_sd.algorithm.distill_loss import TermWeights
+from megatron_sd.algorithm.logprobs import HeadOptions
+from megatron_sd.algorithm.packing import distilled_part
+from megatron_sd.config import Config, OptimizerConfig
+from megatron_sd.distributed.collectives import sum_floats
+from megatron_sd.distributed.world import World
+from megatron_sd.errors import CheckpointError, ConfigError, NonFiniteError
+from megatron_sd.ops.jsd import check_options
+from megatron_sd.records import Microbatch, Totals, UpdateResult
+from megatron_sd.training.clipped_adamw import ClippedAdamW
+from megatron_sd.training.deepspeed_config import deepspeed_config
+from megatron_sd.training.placement import place
+from megatron_sd.training.policy_module import DeviceMicrobatch, PolicyModule, load_causal_lm
+from megatron_sd.training.reference import ReferencePolicy
+from megatron_sd.training.update_metrics import SUM_NAMES, to_metrics
+
+# DeepSpeed 0.19 calls collectives that torch 2.13 renamed, on every microbatch.
+warnings.filterwarnings("ignore", message="`torch.distributed.*is deprecated", category=FutureWarning)
+# DeepSpeed would compile a shared-memory collective for CPUs at start-up (minutes, needs a compiler); gloo does without.
+sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # `import ... as` would find the torch package instead
+
+
+_SHARDS = "shards"
+
+
+class _PatientWriter(TorchCheckpointEngine):
+    """Notes a failed write instead of raising it: an exception would leave the other ranks waiting in DeepSpeed's barriers."""
+
+    def __init__(self, config_params):
+        super().__init__(config_params)
+        self.failures: list[tuple[str, Exception]] = []
+
+    def save(self, state_dict, path: str) -> None:
+        try:
+            super().save(state_dict, path)
+        except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+            self.failures.append((path, error))
+
+
+class Policy:
+    """One rank's handle on the policy. Every rank makes the same calls in the same order."""
+
+    def __init__(self, engine: deepspeed.DeepSpeedEngine, config: Config, world: World, reference: ReferencePolicy | None):
+        self.engine = engine
+        self.world = world
+        self.version = 0  # optimiser steps taken
+        self._optimizer_config: OptimizerConfig = config.optimizer
+        self._zero_stage = config.update.zero_stage
+        self._chunk_rows = config.update.head_chunk_rows
+        self._reference = reference
+        self._forget_sums()
+
+    @property
+    def model(self) -> nn.Module:
+        """The Hugging Face model; under ZeRO-3 its parameters are empty outside gathered regions."""
+        return self.engine.module.model
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Hugging Face names; a tied parameter comes once."""
+        return self.model.named_parameters()
+
+    def accumulate(self, microbatch: Microbatch, totals: Totals, weights: TermWeights) -> None:
+        """Add the gradient of this microbatch's share of `weights.policy * L_GRPO + weights.distill * L_SD`.
+
+        An empty microbatch must be accumulated too: the forward and backward of all ranks run in step.
+        """
+        if weights.policy == 0.0:
+            microbatch = distilled_part(microbatch, weights)
+        on_device = DeviceMicrobatch.of(microbatch, self.world.device, self._chunk_rows)
+        reference_logprobs = None
+        if self._reference is not None and weights.policy != 0.0:
+            reference_logprobs = self._reference.logprobs(on_device)
+        loss, sums = self.engine(
+            microbatch=on_device, totals=totals, weights=weights, reference_logprobs=reference_logprobs
+        )
+        # DeepSpeed averages gradients over ranks; ours are shares of one global sum.
+        self.engine.backward(loss * self.world.size, scale_wrt_gas=False)
+        self._loss = self._loss + loss.detach()
+        self._sums = self._sums + sums
+
+    def step(self) -> UpdateResult:
+        """Take the optimiser step with what was accumulated. Raises NonFiniteError on every rank, with the optimiser, the
+        parameters and the version untouched and the accumulated gradient dropped, when any rank's loss or gradient is not
+        finite."""
+        sums, learning_rate = self._sum_over_ranks(), self.learning_rate()
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.engine.step()
+        if not self.engine.was_step_applied():
+            self._refuse("gradient", self._ranks_with_non_finite_gradient())
+        self.version += 1
+        self._forget_sums()
+        return UpdateResult(
+            grad_norm=float(self.engine.get_global_grad_norm()), learning_rate=learning_rate, metrics=to_metrics(sums)
+        )
+
+    def learning_rate(self) -> float:
+        """Of the next step: linear warm-up to a constant."""
+        warmup = max(self._optimizer_config.warmup_steps, 1)
+        return self._optimizer_config.learning_rate * min((self.version + 1) / warmup, 1.0)
+
+    def local_gradients(self) -> list[Tensor]:
+        """What has been accumulated since the last step: this rank's partition of every parameter's gradient, float32, summed
+        over ranks. Views: clone what must outlive the next accumulate. Raises ConfigError below ZeRO stage 3, which has no
+        complete partition before the step."""
+        if self._zero_stage != 3:
+            raise ConfigError(
+                f"update.zero_stage is {self._zero_stage}, and the gradient ratio can be measured at stage 3 only: "
+                "set update.zero_stage to 3, or distill.measure_every to 0 with distill.alpha.mode fixed"
+            )
+        return [safe_get_local_grad(parameter) for parameter in self.model.parameters()]
+
+    def save_shards(self, directory: Path) -> None:
+        """DeepSpeed's checkpoint in `directory`/shards. Raises OSError naming the file, after all ranks have passed the barriers
+        inside."""
+        writer = _PatientWriter(self.engine._config)
+        self.engine.checkpoint_engine = writer
+        self.engine._copy_recovery_script = lambda _: None  # the model is saved in full beside the shards
+        self.engine.save_checkpoint(str(directory), tag=_SHARDS, save_latest=False)
+        if writer.failures:
+            raise OSError(f"{writer.failures[0][0]}: {writer.failures[0][1]}")
+
+    def load_shards(self, directory: Path, *, version: int) -> None:
+        """The state that save_shards wrote, at the same number of ranks. Raises CheckpointError when DeepSpeed finds none."""
+        path, _ = self.engine.load_checkpoint(str(directory), tag=_SHARDS, load_lr_scheduler_states=False)
+        if path is None:
+            raise CheckpointError(f"{directory / _SHARDS} holds no shards for rank {self.world.rank} of {self.world.size}")
+        self.version = version
+        self._forget_sums()
+
+    def _sum_over_ranks(self) -> list[float]:
+        """The step's sums over all ranks. Raises NonFiniteError when a rank's loss is not finite."""
+        loss, *own = torch.cat([self._loss[None], self._sums]).tolist()
+        flags = [0.0] * self.world.size
+        flags[self.world.rank] = 0.0 if math.isfinite(loss) else 1.0
+        total = sum_floats(self.world, flags + own)
+        bad_ranks = [rank for rank in range(self.world.size) if total[rank]]
+        if bad_ranks:
+            self._refuse("loss", bad_ranks)
+        return total[self.world.size :]
+
+    def _ranks_with_non_finite_gradient(self) -> list[int]:
+        if self._zero_stage != 3:
+            return []
+        flags = [0.0] * self.world.size
+        flags[self.world.rank] = float(not all(bool(torch.isfinite(g).all()) for g in self.local_gradients()))
+        return [rank for rank, flag in enumerate(sum_floats(self.world, flags)) if flag]
+
+    def _refuse(self, quantity: str, ranks: list[int]) -> None:
+        self._forget_sums()
+        self._forget_gradients()
+        where = f"rank {', '.join(map(str, ranks))}" if ranks else "the average over ranks"
+        raise NonFiniteError(
+            f"the {quantity} of {where} is not finite at step {self.version}: no rank took the optimiser step. "
+            "Resume from the last checkpoint; a lower optimizer.learning_rate or float32 parameters are the usual remedies"
+        )
+
+    def _forget_gradients(self) -> None:
+        optimizer = self.engine.optimizer
+        (self.engine if self._zero_stage == 0 else optimizer).zero_grad()
+        if self._zero_stage in (1, 2):  # their zero_grad leaves what earlier backwards have reduced
+            optimizer.all_grad_tensors.update(dict.fromkeys(optimizer.all_grad_tensors))
+
+    def _forget_sums(self) -> None:
+        self._loss = torch.zeros((), device=self.world.device)
+        self._sums = torch.zeros(len(SUM_NAMES), device=self.world.device)
+
+
+def load_policy(config: Config, world: World) -> Policy:
+    """The policy of config.model.path under DeepSpeed, and beside it the frozen start policy when policy_loss.kl_weight asks
+    for one. Raises ConfigError or DataError."""
+    options = head_options(config)
+    if config.update.zero_stage == 0 and config.model.dtype != "float32":
+        raise ConfigError("update.zero_stage 0 keeps no float32 master weights: expected model.dtype float32, or a stage 1 to 3")
+    reference = ReferencePolicy.load(config, world, options) if config.policy_loss.kl_weight > 0.0 else None
+    settings = deepspeed_config(config, world.size)
+    module = PolicyModule(load_causal_lm(config.model), options, config.policy_loss)
+    module = place(module, module.model, settings, world.device)
+    engine, *_ = deepspeed.initialize(model=module, optimizer=_optimizer(module, config), config=settings)
+    return Policy(engine, config, world, reference)
+
+
+def _optimizer(module: nn.Module, config: Config) -> torch.optim.Optimizer:
+    settings = config.optimizer
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    options = {"lr": settings.learning_rate, "betas": settings.betas, "weight_decay": settings.weight_decay}
+    if config.update.zero_stage == 0:
+        return ClippedAdamW(parameters, max_grad_norm=settings.max_grad_norm, **options)
+    return torch.optim.AdamW(parameters, **options)
+
+
+def head_options(config: Config) -> HeadOptions:
+    """The head's part of the configuration, checked. Rollouts sampled greedily (temperature 0) are scored at temperature 1."""
+    distill = config.distill
+    check_options(
+        divergence=distill.divergence, beta=distill.beta, temperature=distill.temperature, top_k=distill.top_k, impl="auto"
+    )
+    return HeadOptions(
+        sampling_temperature=config.rollout.temperature or 1.0,
+        divergence=distill.divergence,
+        beta=distill.beta,
+        temperature=distill.temperature,
+        top_k=distill.top_k,
+        chunk_rows=config.update.head_chunk_rows,
+    )

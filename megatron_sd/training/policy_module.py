@@ -1,0 +1,190 @@
+"""The one module that DeepSpeed wraps: student and teacher through the same backbone, and the head that sees listed rows only.
+
+Everything of a microbatch happens in one forward, so that ZeRO-3 gathers each parameter in the order it has seen before, and
+gathers the head's weight only around the head's own call. The teacher's pass is a separate call of the backbone without a
+graph: whether it runs changes no bit of the student's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from megatron_sd.algorithm.distill_loss import TermWeights, query_row_weights
+from megatron_sd.algorithm.logprobs import HeadOptions, HeadRows, RowValues, plan_chunks, row_values
+from megatron_sd.algorithm.policy_loss import policy_rows
+from megatron_sd.config import ModelConfig, PolicyLossConfig
+from megatron_sd.errors import ConfigError, DataError
+from megatron_sd.records import Microbatch, Totals
+from megatron_sd.training.update_metrics import distill_sums, policy_sums
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceMicrobatch:
+    """The arrays of a records.Microbatch as tensors on the device (shapes there); the head's chunks are plain integers."""
+
+    input_ids: Tensor
+    row_index: Tensor
+    rollout_logprobs: Tensor
+    advantages: Tensor
+    row_weights: Tensor
+    teacher_prompts: Tensor
+    teacher_prompt_lengths: Tensor
+    teacher_prompt_of: Tensor
+    teacher_ids: Tensor
+    teacher_rows: Tensor
+    query_rows: Tensor
+    query_weights: Tensor
+    query_in_spread: Tensor
+    head_rows: HeadRows
+    has_teacher: bool
+
+    @classmethod
+    def of(cls, microbatch: Microbatch, device: torch.device, chunk_rows: int) -> DeviceMicrobatch:
+        """Copy to the device."""
+
+        def on_device(name: str) -> Tensor:
+            return torch.from_numpy(getattr(microbatch, name)).to(device, non_blocking=True)
+
+        names = [name for name in cls.__dataclass_fields__ if name not in ("head_rows", "has_teacher")]
+        tensors = {name: on_device(name) for name in names}
+        chunks = plan_chunks(len(microbatch.row_index), microbatch.query_rows, chunk_rows)
+        head_rows = HeadRows(on_device("targets"), tensors["query_rows"], chunks)
+        return cls(head_rows=head_rows, has_teacher=microbatch.has_teacher, **tensors)
+
+
+class RowHead(nn.Module):
+    """The model's output embedding, asked for log-probabilities and divergences at listed rows instead of [T, V] logits.
+
+    It shares the parameters (and their names) of the layer it replaces, tied to the input embedding or not.
+    """
+
+    def __init__(self, output_embedding: nn.Module, options: HeadOptions):
+        super().__init__()
+        self.weight = output_embedding.weight
+        self.bias = getattr(output_embedding, "bias", None)
+        self.options = options
+
+    def forward(self, hidden: Tensor, teacher_hidden: Tensor, rows: HeadRows) -> RowValues:
+        """algorithm.logprobs.row_values with this head's weight."""
+        return row_values(hidden, teacher_hidden, (self.weight, self.bias), rows, options=self.options)
+
+
+class PolicyModule(nn.Module):
+    """A Hugging Face causal language model whose forward returns the loss of one microbatch."""
+
+    def __init__(self, model: PreTrainedModel, options: HeadOptions, loss: PolicyLossConfig):
+        super().__init__()
+        self.model = with_row_head(model, options)
+        self.loss = loss
+
+    def forward(
+        self, microbatch: DeviceMicrobatch, totals: Totals, weights: TermWeights, reference_logprobs: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """(loss, sums). loss: this microbatch's share of the step's loss, over global denominators: its sum over microbatches
+        and ranks is the step's loss. sums: the detached vector of update_metrics.SUM_NAMES."""
+        teacher_hidden = None
+        if microbatch.has_teacher and weights.distils:
+            teacher_hidden = teacher_hidden_rows(self.model, microbatch)
+        values = student_values(self.model, microbatch, teacher_hidden)
+
+        rows = policy_rows(
+            values.logprobs, microbatch.rollout_logprobs, microbatch.advantages, reference_logprobs, clip=self.loss.clip
+        )
+        row_weights = microbatch.row_weights / (totals.policy_weight or 1.0)
+        loss = weights.policy * (row_weights * (rows.losses + self.loss.kl_weight * rows.kl)).sum()
+        sums = policy_sums(rows, values, row_weights, counted=weights.policy != 0.0)
+        if teacher_hidden is not None:
+            alpha = query_row_weights(microbatch.query_weights, microbatch.query_in_spread, weights)
+            loss = loss + (alpha * values.divergences).sum() / (totals.distilled_rollouts or 1.0)
+            mean_weights = microbatch.query_weights / (totals.distilled_rollouts or 1.0)
+            sums = sums + distill_sums(values, microbatch.query_rows, mean_weights, counted=alpha != 0.0)
+        return loss, sums
+
+
+def with_row_head(model: PreTrainedModel, options: HeadOptions) -> PreTrainedModel:
+    """The model with a RowHead in the place of its output embedding; its parameters stay the same tensors."""
+    model.set_output_embeddings(RowHead(model.get_output_embeddings(), options))
+    return model
+
+
+def student_values(model: PreTrainedModel, microbatch: DeviceMicrobatch, teacher_hidden: Tensor | None) -> RowValues:
+    """What the head says of the student's rows (and of the teacher's hidden states [Q, H], where there is a teacher)."""
+    hidden = hidden_rows(model, microbatch.input_ids, microbatch.row_index)
+    head = model.get_output_embeddings()
+    if teacher_hidden is None:
+        return head(hidden, hidden[:0].detach(), microbatch.head_rows.without_teacher())
+    return head(hidden, teacher_hidden, microbatch.head_rows)
+
+
+def hidden_rows(model: PreTrainedModel, ids: Tensor, rows: Tensor) -> Tensor:
+    """[len(rows), H] last hidden states at flat positions of right-padded ids [B, S].
+
+    No padding mask: under causal attention nothing to the right of a token reaches it, and padding is never asked for.
+    """
+    states = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    return states.flatten(0, 1).index_select(0, rows)
+
+
+@torch.no_grad()
+def teacher_hidden_rows(model: PreTrainedModel, microbatch: DeviceMicrobatch) -> Tensor:
+    """[Q, H] last hidden states of the teacher at its rows.
+
+    Rollouts of a group share the teacher's prompt, hindsight block and all: it is read once, and every rollout continues from
+    its keys and values.
+    """
+    backbone, m = model.base_model, microbatch
+    was_training = backbone.training
+    backbone.eval()  # gradient checkpointing would drop the cache
+    cache = backbone(input_ids=m.teacher_prompts, use_cache=True).past_key_values
+    cache.batch_select_indices(m.teacher_prompt_of)
+    lengths = m.teacher_prompt_lengths[m.teacher_prompt_of][:, None]
+    columns = torch.arange(m.teacher_prompts.shape[1] + m.teacher_ids.shape[1], device=lengths.device)
+    is_padding = (columns >= lengths) & (columns < m.teacher_prompts.shape[1])
+    states = backbone(
+        input_ids=m.teacher_ids,
+        attention_mask=(~is_padding).long(),
+        position_ids=lengths + columns[: m.teacher_ids.shape[1]],
+        past_key_values=cache,
+        use_cache=True,
+    ).last_hidden_state
+    backbone.train(was_training)
+    return states.flatten(0, 1).index_select(0, m.teacher_rows)
+
+
+def load_causal_lm(config: ModelConfig) -> PreTrainedModel:
+    """The model of a local directory, ready for training: dropout off, no cache. Raises DataError when it cannot be used,
+    ConfigError when its attention cannot."""
+    path = Path(config.path)
+    if not (path / "config.json").is_file():
+        raise DataError(f"model.path {config.path} holds no config.json, expected a Hugging Face model directory")
+    model_config = AutoConfig.from_pretrained(path)
+    _check_head(model_config, config.path)
+    for name in vars(model_config):
+        if "dropout" in name or name.endswith("_pdrop"):
+            setattr(model_config, name, 0.0)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            path, config=model_config, dtype=getattr(torch, config.dtype), attn_implementation=config.attention
+        )
+    except ImportError as error:
+        raise ConfigError(
+            f"model.attention: found {config.attention!r}, which this machine lacks ({error}); expected sdpa, or the extra "
+            "megatron-sd[flash-attn] installed"
+        ) from error
+    model.train()
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
+def _check_head(model_config, path: str) -> None:
+    """Models that change logits after their head would be trained on other logits than they sample from."""
+    for name, neutral in (("final_logit_softcapping", None), ("logits_scaling", 1.0), ("logit_scale", 1.0)):
+        value = getattr(model_config, name, neutral)
+        if value not in (neutral, None):
+            raise DataError(f"model.path {path} has {name}={value} in its config.json, expected a plain linear head")

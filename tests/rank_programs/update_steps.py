@@ -1,0 +1,106 @@
+"""Takes update steps on the samples of fakes_train and writes what came of them: one program for one and for several ranks.
+
+    python -m tests.rank_programs.update_steps '[{"model": DIR, "output": FILE, ...}, ...]'     (keys: class Order)
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_sd.algorithm.packing import pack
+from megatron_sd.distributed.world import World, join_world, leave_world
+from megatron_sd.errors import MegatronSdError
+from megatron_sd.records import Batch
+from megatron_sd.training.checkpoint import Checkpoints
+from megatron_sd.training.gradient_ratio import AlphaController
+from megatron_sd.training.policy import Policy, load_policy
+from megatron_sd.training.publisher import gathered_buckets
+from tests.fakes_train import make_config, make_samples
+
+
+@dataclass(frozen=True, kw_only=True)
+class Order:
+    """config: of make_config. poison: {step: rank} whose rollout log-probabilities are NaN in that step."""
+
+    model: str
+    output: str = ""
+    steps: int = 2
+    config: dict[str, Any] = field(default_factory=dict)
+    num_samples: int = 16
+    only: list[int] | None = None  # of the samples
+    max_tokens: int = 150
+    poison: dict[str, int] = field(default_factory=dict)
+    checkpoint: str | None = None
+    full_disk_rank: int | None = None  # may write no file beyond 10 kB when the checkpoint is saved
+    reverse: bool = False
+
+
+def full_parameters(policy: Policy) -> dict[str, torch.Tensor]:
+    buckets = gathered_buckets(policy.named_parameters(), 20_000)
+    return {name: tensor.clone() for bucket in buckets for name, tensor in bucket}
+
+
+def batch_of(order: Order, world: World, aggregation: str) -> Batch:
+    samples = make_samples(order.num_samples)
+    samples = samples[::-1] if order.reverse else samples
+    samples = samples if order.only is None else [samples[i] for i in order.only]
+    return pack(samples, max_tokens=order.max_tokens, world_size=world.size, aggregation=aggregation)[world.rank]
+
+
+def take_steps(order: Order, world: World) -> dict[str, Any]:
+    """The order's outcome on this rank."""
+    config = make_config(Path(order.model), **order.config)
+    policy, alpha = load_policy(config, world), AlphaController(config.distill)
+    checkpoints = Checkpoints(Path(order.checkpoint), config, world, corpus_version="c") if order.checkpoint else None
+    state = (checkpoints.load(policy) if checkpoints else None) or {"step": 0, "alpha": alpha.state()}
+    alpha.load_state(state["alpha"])
+    history, errors = [], []
+    for step in range(state["step"], order.steps):
+        batch = batch_of(order, world, config.policy_loss.aggregation)
+        if order.poison.get(str(step)) == world.rank:
+            batch.microbatches[0].rollout_logprobs[:] = float("nan")
+        for weights in alpha.passes(step):
+            for microbatch in batch:
+                policy.accumulate(microbatch, batch.totals, weights)
+            alpha.observe(policy)
+        try:
+            update = policy.step()
+            history.append({"grad_norm": update.grad_norm, **update.metrics, **alpha.metrics()})
+        except MegatronSdError as error:
+            errors.append(f"{type(error).__name__}: {error}")
+    if checkpoints:
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        if world.rank == order.full_disk_rank:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+        try:
+            checkpoints.save(policy, step=order.steps, state={"alpha": alpha.state()})
+        except MegatronSdError as error:
+            errors.append(f"{type(error).__name__}: {error}")
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    return {
+        "parameters": full_parameters(policy),
+        "history": history,
+        "errors": errors,
+        "version": policy.version,
+        "rows": [len(microbatch.row_index) for microbatch in batch_of(order, world, "token")],
+        "query_rows": [len(microbatch.query_rows) for microbatch in batch_of(order, world, "token")],
+    }
+
+
+def main(argv: list[str]) -> None:
+    world = join_world()
+    for fields in json.loads(argv[-1]):
+        order = Order(**fields)
+        torch.save(take_steps(order, world), f"{order.output}.{world.rank}")
+    leave_world()
+
+
+if __name__ == "__main__":
+    main(sys.argv)

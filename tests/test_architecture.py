@@ -1,0 +1,219 @@
+"""The laws of DESIGN.md that a machine can check: floors, homes of frameworks, sizes, names, docstrings."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("megatron_sd", "data_prep", "eval", "launch")
+
+# The longest prefix of a module's name decides its floor.
+FLOORS = {
+    "launch": 6,
+    "eval": 5,
+    "data_prep": 5,
+    "megatron_sd.train": 4,
+    "megatron_sd.build": 4,
+    "megatron_sd.trainer": 3,
+    "megatron_sd.training": 2,
+    "megatron_sd.rollout": 2,
+    "megatron_sd.resharding": 2,
+    "megatron_sd.distributed": 2,
+    "megatron_sd.algorithm": 1,
+    "megatron_sd.search": 1,
+    "megatron_sd.retrieval": 1,
+    "megatron_sd.ops": 0,
+    "megatron_sd.observability": 0,
+    "megatron_sd.records": 0,
+    "megatron_sd.config": 0,
+    "megatron_sd.command_line": 0,
+    "megatron_sd.errors": 0,
+    "megatron_sd": 0,
+}
+# What packages of the same floor may import from each other, and why.
+SHARED_WITHIN_FLOOR = {
+    "megatron_sd.rollout.engine": "holds Protocols only",
+    "megatron_sd.retrieval.retriever": "holds a Protocol only",
+    "megatron_sd.distributed": "ranks and collectives serve every machine of floor 2",
+    "megatron_sd.records": "the vocabulary",
+    "megatron_sd.config": "the vocabulary",
+    "megatron_sd.command_line": "how the vocabulary's records are read",
+    "megatron_sd.errors": "the vocabulary",
+}
+# Where a framework, or a thing of the interpreter, may be touched: path prefixes.
+HOMES = {
+    "deepspeed": ("megatron_sd/training/", "megatron_sd/distributed/world.py"),
+    "vllm": ("megatron_sd/rollout/vllm_",),
+    "faiss": ("megatron_sd/retrieval/", "data_prep/"),
+    "bm25s": ("megatron_sd/retrieval/", "data_prep/"),
+    "tensorboard": ("megatron_sd/observability/",),
+    "torch.utils.tensorboard": ("megatron_sd/observability/",),
+    "torch.distributed": ("megatron_sd/distributed/", "megatron_sd/resharding/transport.py"),
+    "os.environ": ("megatron_sd/distributed/world.py", "launch/"),
+    "os.getenv": ("megatron_sd/distributed/world.py", "launch/"),
+    "trl": (),  # benchmarks only
+}
+MAX_LINES = 300
+MAX_LINES_WITH_REASON = 400
+LONG_FILES: dict[str, str] = {}  # path -> why it may have up to 400 lines
+MAX_TRAINER_LINES = 220
+MAX_POSITIONAL = 4
+FIXED_SIGNATURES = {  # whose parameters are decided elsewhere
+    "jsd_rows": "its five aligned tensors are the signature of the native op",
+    "row_attention": "transformers calls it with these five",
+}
+BAD_FILE_WORDS = {"utils", "util", "helpers", "helper", "misc", "common", "manager", "handler"}
+BAD_CLASS_ENDINGS = ("Manager", "Handler", "Helper", "Utils")
+
+
+def sources(*folders: str) -> list[Path]:
+    return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py") if "__pycache__" not in path.parts)
+
+
+def where(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def parse(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+
+
+def imports(path: Path) -> Iterator[tuple[int, str]]:
+    """(line, dotted name) of everything a file imports, at its top or inside a function; `from a import b` gives a.b."""
+    for node in ast.walk(parse(path)):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{where(path)}:{node.lineno}: relative import; write the full name"
+            yield from ((node.lineno, f"{node.module}.{alias.name}") for alias in node.names)
+
+
+def uses(path: Path) -> Iterator[tuple[int, str]]:
+    """Imports, and dotted attribute chains such as os.environ."""
+    yield from imports(path)
+    for node in ast.walk(parse(path)):
+        if isinstance(node, ast.Attribute):
+            yield node.lineno, ast.unparse(node)
+
+
+def within(name: str, prefix: str) -> bool:
+    return name == prefix or name.startswith(prefix + ".")
+
+
+def longest_prefix(name: str, prefixes) -> str | None:
+    return max((prefix for prefix in prefixes if within(name, prefix)), key=len, default=None)
+
+
+def package_of(name: str) -> str:
+    """The unit that must not import its neighbours: megatron_sd.rollout, or a single file such as megatron_sd.records."""
+    return ".".join(name.split(".")[:2]) if within(name, "megatron_sd") else name.split(".")[0]
+
+
+LIBRARY = sources(*PACKAGES)
+EVERYTHING = [*LIBRARY, *sources("kernels", "tests"), *([ROOT / "setup.py"] if (ROOT / "setup.py").exists() else [])]
+each_library_file = pytest.mark.parametrize("path", LIBRARY, ids=where)
+each_file = pytest.mark.parametrize("path", EVERYTHING, ids=where)
+
+
+@each_library_file
+def test_a_file_imports_from_its_own_floor_or_below(path):
+    own = module_name(path)
+    floor = FLOORS[longest_prefix(own, FLOORS)]
+    for line, name in imports(path):
+        known = longest_prefix(name, FLOORS)
+        if known is None:
+            continue
+        message = f"{where(path)}:{line} (floor {floor}) imports {name} (floor {FLOORS[known]})"
+        assert FLOORS[known] <= floor, f"{message}: move it up, hand the object in from build.py, or lower what it needs"
+        is_neighbour = FLOORS[known] == floor <= 2 and package_of(name) != package_of(own)
+        if is_neighbour and longest_prefix(name, SHARED_WITHIN_FLOOR) is None:
+            raise AssertionError(f"{message}: packages of one floor meet through Protocols or records only")
+
+
+def test_every_module_of_the_library_has_a_floor():
+    stray = [where(path) for path in sources("megatron_sd") if longest_prefix(module_name(path), FLOORS) == "megatron_sd"]
+    assert stray == ["megatron_sd/__init__.py"], "give new files of megatron_sd/ a floor in FLOORS, and in DESIGN.md"
+
+
+@each_library_file
+def test_a_framework_is_used_in_its_home_only(path):
+    for line, name in uses(path):
+        for framework, homes in HOMES.items():
+            if within(name, framework):
+                at_home = where(path).startswith(homes) if homes else False
+                assert at_home, f"{where(path)}:{line} uses {name}; {framework} lives in {homes or 'kernels/bench'}"
+
+
+@each_file
+def test_a_file_has_at_most_300_lines(path):
+    num_lines = len(path.read_text(encoding="utf-8").splitlines())
+    limit = MAX_LINES_WITH_REASON if where(path) in LONG_FILES else MAX_LINES
+    assert num_lines <= limit, f"{where(path)} has {num_lines} lines, at most {limit}: cut it where its subject divides"
+
+
+def test_the_story_is_short():
+    num_lines = len((ROOT / "megatron_sd/trainer.py").read_text(encoding="utf-8").splitlines())
+    assert num_lines <= MAX_TRAINER_LINES, f"trainer.py has {num_lines} lines, at most {MAX_TRAINER_LINES}"
+
+
+@each_file
+def test_names_say_what_a_thing_is(path):
+    words = set(path.stem.lower().split("_"))
+    assert not words & BAD_FILE_WORDS, f"{where(path)}: name a file after its subject, not {sorted(words & BAD_FILE_WORDS)}"
+    for node in ast.walk(parse(path)):
+        if isinstance(node, ast.ClassDef):
+            assert not node.name.endswith(BAD_CLASS_ENDINGS), f"{where(path)}:{node.lineno}: name {node.name} after what it is"
+
+
+@each_library_file
+def test_parameters_are_explicit(path):
+    """At most four positional parameters in a public function; **options are never handed on."""
+    for node in ast.walk(parse(path)):
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        place = f"{where(path)}:{node.lineno}: {node.name}"
+        names = [argument.arg for argument in (*node.args.posonlyargs, *node.args.args)]
+        num_positional = len([name for name in names if name not in ("self", "cls", "ctx")])
+        if not node.name.startswith("_") and node.name not in FIXED_SIGNATURES and names[:1] != ["ctx"]:
+            assert num_positional <= MAX_POSITIONAL, f"{place} has {num_positional} positional parameters: make some keyword-only"
+        if node.args.kwarg is not None and node.name not in FIXED_SIGNATURES:
+            keywords = [keyword for call in ast.walk(node) if isinstance(call, ast.Call) for keyword in call.keywords]
+            handed_on = [ast.unparse(keyword.value) for keyword in keywords if keyword.arg is None]
+            assert node.args.kwarg.arg not in handed_on, f"{place} hands **{node.args.kwarg.arg} on: name its parameters"
+
+
+@each_library_file
+def test_public_things_have_docstrings(path):
+    tree = parse(path)
+    assert ast.get_docstring(tree) or where(path).endswith("__init__.py"), f"{where(path)} has no docstring"
+    classes = [node for node in tree.body if isinstance(node, ast.ClassDef) and not node.name.startswith("_")]
+    members = [node for parent in classes for node in parent.body]
+    for node in (*tree.body, *members):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+            assert ast.get_docstring(node), f"{where(path)}:{node.lineno}: {node.name} is public and has no docstring"
+
+
+@pytest.mark.parametrize("name", ["megatron_sd/records.py", "megatron_sd/config.py"])
+def test_records_are_frozen(name):
+    for node in parse(ROOT / name).body:
+        decorators = [ast.unparse(decorator) for decorator in getattr(node, "decorator_list", [])]
+        if any(decorator.startswith("dataclass") for decorator in decorators):
+            assert "dataclass(frozen=True, kw_only=True)" in decorators, f"{name}:{node.lineno}: {node.name} must be frozen"
+
+
+def test_kernels_is_no_python_package():
+    assert not (ROOT / "kernels/__init__.py").exists(), "a package `kernels` shadows Hugging Face's, which transformers imports"
+
+
+def test_nothing_else_lies_at_the_top():
+    """The top level is fixed; a new folder belongs into one that exists."""
+    known = {*PACKAGES, "kernels", "tests", "docs", "setup.py", "pyproject.toml", "Makefile", "LICENSE"}
+    tops = {path.name for path in ROOT.iterdir() if path.suffix in (".py", ".toml", ".cfg") or (path / "__init__.py").exists()}
+    assert tops <= known, f"unexpected at the top level: {sorted(tops - known)}"

@@ -1,0 +1,89 @@
+"""Directories that exist whole or not at all."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from megatron_sd.training import commit
+
+
+def write(root, step, content="weights"):
+    directory = commit.directory_of(root, step)
+    staging = commit.staging_of(directory)
+    (staging / "model").mkdir(parents=True)
+    (staging / "model" / "a.bin").write_text(content)
+    (staging / "state.json").write_text("{}")
+    commit.commit(staging, directory, commit.seal(staging))
+    return directory
+
+
+def test_committed_directories_verify_and_are_found_newest_first(tmp_path):
+    directories = [write(tmp_path, step) for step in (4, 100, 20)]
+    assert commit.committed(tmp_path) == [directories[1], directories[2], directories[0]]
+    assert all(commit.find_damage(directory) is None for directory in directories)
+    manifest = json.loads((directories[0] / "manifest.json").read_text())["files"]
+    assert manifest["model/a.bin"] == {"bytes": 7, "sha256": commit.sha256(directories[0] / "model" / "a.bin")}
+    assert set(manifest) == {"model/a.bin", "state.json"}
+    assert commit.committed(tmp_path / "nowhere") == []
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda d: (d / "model" / "a.bin").write_text("weightz"), "model/a.bin does not match its checksum"),
+        (lambda d: (d / "model" / "a.bin").write_text("weight"), "model/a.bin has 6 bytes, expected 7"),
+        (lambda d: (d / "state.json").unlink(), "state.json is missing"),
+        (lambda d: (d / "manifest.json").unlink(), "manifest.json cannot be read"),
+        (lambda d: (d / "manifest.json").write_text('{"files": '), "manifest.json cannot be read"),
+    ],
+)
+def test_damage_is_named(tmp_path, damage, words):
+    directory = write(tmp_path, 1)
+    damage(directory)
+    assert words in commit.find_damage(directory)
+
+
+def test_shares_cover_every_file(tmp_path):
+    directory = write(tmp_path, 1)
+    seals = [commit.seal(directory, (rank, 3)) for rank in range(3)]
+    assert seals[0] | seals[1] | seals[2] == json.loads((directory / "manifest.json").read_text())["files"]
+    (directory / "state.json").write_text("[]")
+    assert sorted(commit.find_damage(directory, (rank, 2)) is None for rank in range(2)) == [False, True]
+
+
+def test_prune_clear_and_set_aside(tmp_path):
+    for step in (1, 2, 3):
+        write(tmp_path, step)
+    (tmp_path / "step_00000004.tmp" / "model").mkdir(parents=True)
+    commit.clear_staging(tmp_path)
+    commit.prune(tmp_path, 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000002", "step_00000003"]
+    assert commit.set_aside(commit.directory_of(tmp_path, 3)).name == "step_00000003.broken"
+    assert [path.name for path in commit.committed(tmp_path)] == ["step_00000002"]
+
+
+def test_killed_at_any_point_leaves_whole_directories_only(tmp_path):
+    """A process that commits checkpoints in a loop is killed at 12 different moments: whatever has its final name verifies."""
+    program = (
+        "import sys, pathlib, tests.test_commit as t\n"
+        "root = pathlib.Path(sys.argv[1]); step = 0\n"
+        "print('go', flush=True)\n"
+        "while True:\n    step += 1; t.write(root, step, 'x' * 200000)\n"
+    )
+    seen = 0
+    for attempt in range(12):
+        root = tmp_path / str(attempt)
+        process = subprocess.Popen([sys.executable, "-c", program, str(root)], stdout=subprocess.PIPE, env=os.environ)
+        process.stdout.readline()
+        try:
+            process.wait(0.01 + 0.006 * attempt)
+        except subprocess.TimeoutExpired:
+            process.kill()
+        process.wait()
+        directories = commit.committed(root)
+        seen += len(directories)
+        assert all(commit.find_damage(directory) is None for directory in directories)
+    assert seen > 0

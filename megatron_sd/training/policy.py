@@ -209,7 +209,12 @@ def head_options(config: Config) -> HeadOptions:
     """The head's part of the configuration, checked. Rollouts sampled greedily (temperature 0) are scored at temperature 1."""
     distill = config.distill
     check_options(
-        divergence=distill.divergence, beta=distill.beta, temperature=distill.temperature, top_k=distill.top_k, impl="auto"
+        divergence=distill.divergence,
+        beta=distill.beta,
+        temperature=distill.temperature,
+        top_k=distill.top_k,
+        tail_bucket=distill.tail_bucket,
+        impl="auto",
     )
     return HeadOptions(
         sampling_temperature=config.rollout.temperature or 1.0,

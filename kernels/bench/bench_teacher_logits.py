@@ -3,8 +3,8 @@
     python kernels/bench/bench_teacher_logits.py [--json FILE]
 
 Hidden states and head in bfloat16, V = 151,936, H = 256, logits of standard deviation 3.5; exact means float64 from the same
-states. The table is Markdown: ratio of the summed divergence to the exact one, and the error of its gradient with respect to the student's
-hidden states, by the standard deviation of the logits' difference.
+states. The table is Markdown: ratio of the summed divergence to the exact one, and the error of its gradient with respect to the
+student's hidden states, by the standard deviation of the logits' difference.
 """
 
 from __future__ import annotations

@@ -31,6 +31,7 @@ REQUIRES = [
     "jsonargparse[signatures]>=4.50,<5",
     "pyyaml",
     "tqdm",
+    "regex",
     "xxhash",
     "zstandard",
 ]
@@ -41,7 +42,7 @@ EXTRAS = {
     "retriever-gpu-cu12": ["faiss-gpu>=1.15,<2"],
     "retriever-gpu-cu13": ["faiss-gpu-cuvs>=1.15,<2"],
     "bench": ["trl>=1.16,<1.17"],
-    "dev": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.12", "setuptools>=77"],
+    "dev": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.12", "setuptools>=77", "scipy>=1.13", "statsmodels>=0.14.4"],
 }
 
 # No option that changes results but fused a * b + c, and none that ties the library to this machine's processor.
@@ -87,6 +88,7 @@ setup(
     package_data={
         "launch": ["configs/*.yaml", "*.sbatch"],
         "data_prep": ["coldstart_model/*"],
+        "eval": ["report_page/*.css"],
     },
     ext_modules=[NATIVE],
     cmdclass={"build_ext": BuildNative, "bdist_wheel": NativeWheel},

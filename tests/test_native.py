@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megatron_sd.errors import ConfigError
-from megatron_sd.ops import build_info, jsd, native
+from megatron_sd.ops import build_info, jsd, native, native_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 HAS_COMPILER = shutil.which("c++") or shutil.which("g++")
@@ -74,4 +74,4 @@ def test_a_newer_instruction_set_than_the_processors_is_refused(monkeypatch):
     logits, rows = torch.zeros(1, 3), torch.tensor([0])
     options = {"divergence": "jsd", "beta": 0.5, "temperature": 1.0, "with_gradient": False}
     with pytest.raises(ValueError, match="instruction_set is 'avx2', expected at most 'baseline' on this processor"):
-        native.jsd_rows(logits, logits, rows, rows, instruction_set="avx2", **options)
+        native_rows.jsd_rows(logits, logits, rows, rows, instruction_set="avx2", **options)

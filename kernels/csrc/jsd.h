@@ -144,11 +144,11 @@ JSD_HD RowConstants row_constants(double student_log_normaliser, double teacher_
   return {scale, row_side(student, scale), row_side(teacher, scale), static_cast<float>(teacher - student)};
 }
 
-// highest and total: the largest logit, or one about as large, and the sum of 2^(scale * (logit - highest)). -inf if nothing lies
-// above kMasked.
-JSD_HD double log_normaliser(float highest, double total, float scale) {
+// From the largest logit in bits, or one about as large, and the sum of 2^(scale * logit - highest_bits). -inf if nothing lies above
+// kMasked.
+JSD_HD double log_normaliser(double highest_bits, double total, float scale) {
   if (total != total) return total;
-  return highest > kMasked ? static_cast<double>(highest) * scale + log2(total) : -HUGE_VAL;
+  return highest_bits > static_cast<double>(kMasked) * scale * 0.999999 ? highest_bits + log2(total) : -HUGE_VAL;
 }
 
 // As the doors take it: 1 / (ln 2 * temperature), which turns logits into base 2.

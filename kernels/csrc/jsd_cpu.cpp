@@ -127,8 +127,8 @@ ALWAYS_INLINE void normalise_row(const JsdTask& task, int64_t index) {
     add_block(student, pair.student, scale);
     add_block(teacher, pair.teacher, scale);
   }
-  task.normalisers[2 * index] = jsd::kLn2 * jsd::log_normaliser(student.highest, student.total, scale);
-  task.normalisers[2 * index + 1] = jsd::kLn2 * jsd::log_normaliser(teacher.highest, teacher.total, scale);
+  task.normalisers[2 * index] = jsd::kLn2 * jsd::log_normaliser(static_cast<double>(student.highest) * scale, student.total, scale);
+  task.normalisers[2 * index + 1] = jsd::kLn2 * jsd::log_normaliser(static_cast<double>(teacher.highest) * scale, teacher.total, scale);
 }
 
 ALWAYS_INLINE jsd::RowConstants constants_of(const JsdTask& task, int64_t index) {

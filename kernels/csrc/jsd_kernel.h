@@ -34,7 +34,7 @@ struct Exchange {
   uint64_t tiles[kMaxTiles];
   Normalisers warp_normalisers[kThreads / 32], block_normalisers[kMaxBlocks];
   Sums warp_sums[kThreads / 32], block_sums[kMaxBlocks];
-  RowConstants row;
+  Row row;
   float expected;
 };
 
@@ -42,14 +42,14 @@ struct Exchange {
 
 // Butterflies: every lane ends with the same bits.
 template <class Machine>
-JSD_DEVICE Normalisers merge_lanes(Machine& machine, Normalisers mine, float scale) {
+JSD_DEVICE Normalisers merge_lanes(Machine& machine, Normalisers mine) {
   const float student = mine.student_highest, teacher = mine.teacher_highest;
   for (int offset = 16; offset > 0; offset /= 2) {
     mine.student_highest = fmaxf(mine.student_highest, machine.shuffle_xor(mine.student_highest, offset));
     mine.teacher_highest = fmaxf(mine.teacher_highest, machine.shuffle_xor(mine.teacher_highest, offset));
   }
-  mine.student_total *= polynomial_power_of_2((student - mine.student_highest) * scale).value;
-  mine.teacher_total *= polynomial_power_of_2((teacher - mine.teacher_highest) * scale).value;
+  mine.student_total *= polynomial_power_of_2(student - mine.student_highest).value;
+  mine.teacher_total *= polynomial_power_of_2(teacher - mine.teacher_highest).value;
   for (int offset = 16; offset > 0; offset /= 2) {
     mine.student_total += machine.shuffle_xor(mine.student_total, offset);
     mine.teacher_total += machine.shuffle_xor(mine.teacher_total, offset);
@@ -58,7 +58,7 @@ JSD_DEVICE Normalisers merge_lanes(Machine& machine, Normalisers mine, float sca
 }
 
 template <class Machine>
-JSD_DEVICE Sums merge_lanes(Machine& machine, Sums mine, float) {
+JSD_DEVICE Sums merge_lanes(Machine& machine, Sums mine) {
   for (int offset = 16; offset > 0; offset /= 2) {
     mine.value += machine.shuffle_xor(mine.value, offset);
     mine.score += machine.shuffle_xor(mine.score, offset);
@@ -68,38 +68,38 @@ JSD_DEVICE Sums merge_lanes(Machine& machine, Sums mine, float) {
 
 // Of the block's threads; the result is warp 0's alone. `warps` has a place for each warp.
 template <class Machine, class T>
-JSD_DEVICE T merge_block(Machine& machine, T mine, T nothing, T* warps, float scale) {
-  mine = merge_lanes(machine, mine, scale);
+JSD_DEVICE T merge_block(Machine& machine, T mine, T nothing, T* warps) {
+  mine = merge_lanes(machine, mine);
   if (machine.lane() == 0) warps[machine.warp()] = mine;
   machine.sync();
   if (machine.warp() == 0) {
     mine = machine.lane() < machine.num_threads() / 32 ? warps[machine.lane()] : nothing;
-    mine = merge_lanes(machine, mine, scale);
+    mine = merge_lanes(machine, mine);
   }
   return mine;
 }
 
 // Of a list of partial results, by one warp: a lane takes every 32nd.
 template <class Machine>
-JSD_DEVICE Normalisers merge_list(Machine& machine, const Normalisers* list, int num, float scale) {
+JSD_DEVICE Normalisers merge_list(Machine& machine, const Normalisers* list, int num) {
   Normalisers mine = no_normalisers();
   for (int i = machine.lane(); i < num; i += 32) {
     const float student = fmaxf(mine.student_highest, list[i].student_highest);
     const float teacher = fmaxf(mine.teacher_highest, list[i].teacher_highest);
-    mine.student_total = mine.student_total * polynomial_power_of_2((mine.student_highest - student) * scale).value +
-                         list[i].student_total * polynomial_power_of_2((list[i].student_highest - student) * scale).value;
-    mine.teacher_total = mine.teacher_total * polynomial_power_of_2((mine.teacher_highest - teacher) * scale).value +
-                         list[i].teacher_total * polynomial_power_of_2((list[i].teacher_highest - teacher) * scale).value;
+    mine.student_total = mine.student_total * polynomial_power_of_2(mine.student_highest - student).value +
+                         list[i].student_total * polynomial_power_of_2(list[i].student_highest - student).value;
+    mine.teacher_total = mine.teacher_total * polynomial_power_of_2(mine.teacher_highest - teacher).value +
+                         list[i].teacher_total * polynomial_power_of_2(list[i].teacher_highest - teacher).value;
     mine.student_highest = student, mine.teacher_highest = teacher;
   }
-  return merge_lanes(machine, mine, scale);
+  return merge_lanes(machine, mine);
 }
 
 template <class Machine>
-JSD_DEVICE Sums merge_list(Machine& machine, const Sums* list, int num, float scale) {
+JSD_DEVICE Sums merge_list(Machine& machine, const Sums* list, int num) {
   Sums mine = {0.0, 0.0};
   for (int i = machine.lane(); i < num; i += 32) mine.value += list[i].value, mine.score += list[i].score;
-  return merge_lanes(machine, mine, scale);
+  return merge_lanes(machine, mine);
 }
 
 // ---- where a row lies ---------------------------------------------------------------------------------------------------
@@ -214,7 +214,7 @@ template <int32_t kDivergence, class K, class Machine>
 JSD_DEVICE void sum_and_store(Machine& machine, const Launch& launch, const Place<Machine>& place, const Part<K, true>& part,
                               Exchange& exchange) {
   const int thread = machine.thread(), num_threads = machine.num_threads();
-  const RowConstants row = exchange.row;
+  const Row row = exchange.row;
   const Target target = place.target(launch);
   const bool keeps = kDivergence == kJsd && launch.keeps_scores;
   Sums sums;
@@ -223,13 +223,13 @@ JSD_DEVICE void sum_and_store(Machine& machine, const Launch& launch, const Plac
   else
     sums = sweep_sums<kDivergence, false, K>(part, row, launch.beta, launch.near, target, place.factors(launch, 0.0f), thread,
                                              num_threads);
-  sums = merge_block(machine, sums, {0.0, 0.0}, exchange.warp_sums, 0.0f);
+  sums = merge_block(machine, sums, {0.0, 0.0}, exchange.warp_sums);
   if (machine.warp() == 0 && machine.lane() < launch.num_blocks)
     *machine.peer(&exchange.block_sums[place.rank], machine.lane()) = sums;
   machine.cluster_arrive();
   machine.cluster_wait();  // also keeps every block alive until no peer writes to it any more
   if (machine.warp() == 0) {
-    sums = merge_list(machine, exchange.block_sums, launch.num_blocks, 0.0f);
+    sums = merge_list(machine, exchange.block_sums, launch.num_blocks);
     if (machine.lane() == 0) {
       exchange.expected = static_cast<float>(sums.score);
       if (place.rank == 0) write_sums(launch.task, place.index, sums);
@@ -274,18 +274,18 @@ JSD_DEVICE void fused_rows(Machine& machine, const Launch& launch) {
       sweep_normalisers<K>(part, launch.scale, machine.thread(), machine.num_threads(), [&](int tile) {
         if (bulk_loads) machine.wait(&exchange.tiles[tile]);
       });
-  normalisers = merge_block(machine, normalisers, no_normalisers(), exchange.warp_normalisers, launch.scale);
+  normalisers = merge_block(machine, normalisers, no_normalisers(), exchange.warp_normalisers);
   machine.cluster_wait();  // every block of the cluster has begun: its memory may be written
   if (machine.warp() == 0 && machine.lane() < launch.num_blocks)
     *machine.peer(&exchange.block_normalisers[place.rank], machine.lane()) = normalisers;
   machine.cluster_arrive();
   machine.cluster_wait();
   if (machine.warp() == 0) {
-    normalisers = merge_list(machine, exchange.block_normalisers, launch.num_blocks, launch.scale);
+    normalisers = merge_list(machine, exchange.block_normalisers, launch.num_blocks);
     if (machine.lane() == 0) {
       const double student_bits = log_normaliser(normalisers.student_highest, normalisers.student_total, launch.scale);
       const double teacher_bits = log_normaliser(normalisers.teacher_highest, normalisers.teacher_total, launch.scale);
-      exchange.row = row_constants(student_bits, teacher_bits, launch.scale);
+      exchange.row = row_of(student_bits, teacher_bits, launch.scale);
       if (place.rank == 0) write_normalisers(launch.task, place.index, student_bits, teacher_bits);
     }
   }
@@ -306,7 +306,7 @@ JSD_DEVICE void normaliser_parts(Machine& machine, const Launch& launch) {
     mine = sweep_normalisers<K>(place.template part<K>(launch), launch.scale, machine.thread(), machine.num_threads(), [](int) {});
   else
     mine.student_total = mine.teacher_total = NAN;
-  mine = merge_block(machine, mine, no_normalisers(), exchange.warp_normalisers, launch.scale);
+  mine = merge_block(machine, mine, no_normalisers(), exchange.warp_normalisers);
   if (machine.thread() == 0) launch.partial_normalisers[machine.block()] = mine;
 }
 
@@ -315,15 +315,15 @@ template <class Machine>
 JSD_DEVICE void merge_normaliser_parts(Machine& machine, const Launch& launch) {
   const int64_t index = machine.block();
   const Normalisers merged =
-      merge_list(machine, launch.partial_normalisers + index * launch.num_blocks, launch.num_blocks, launch.scale);
+      merge_list(machine, launch.partial_normalisers + index * launch.num_blocks, launch.num_blocks);
   if (machine.lane() == 0)
     write_normalisers(launch.task, index, log_normaliser(merged.student_highest, merged.student_total, launch.scale),
                       log_normaliser(merged.teacher_highest, merged.teacher_total, launch.scale));
 }
 
-JSD_DEVICE RowConstants given_constants(const Launch& launch, int64_t index) {
+JSD_DEVICE Row given_row(const Launch& launch, int64_t index) {
   const double* normalisers = launch.task.normalisers + 2 * index;
-  return row_constants(normalisers[0] / kLn2, normalisers[1] / kLn2, launch.scale);
+  return row_of(normalisers[0] / kLn2, normalisers[1] / kLn2, launch.scale);
 }
 
 template <class K, class Machine>
@@ -331,7 +331,7 @@ JSD_DEVICE void sum_parts(Machine& machine, const Launch& launch) {
   const Place<Machine> place(machine, launch);
   Exchange& exchange = *reinterpret_cast<Exchange*>(machine.memory());
   const int thread = machine.thread(), num_threads = machine.num_threads();
-  const RowConstants row = given_constants(launch, place.index);
+  const Row row = given_row(launch, place.index);
   const Target nowhere = {nullptr, 0, false, false};
   Sums mine = {NAN, NAN};
   if (place.known) {
@@ -343,7 +343,7 @@ JSD_DEVICE void sum_parts(Machine& machine, const Launch& launch) {
     if (launch.task.divergence == kReverseKl)
       mine = sweep_sums<kReverseKl, false, K>(part, row, launch.beta, launch.near, nowhere, {}, thread, num_threads);
   }
-  mine = merge_block(machine, mine, {0.0, 0.0}, exchange.warp_sums, 0.0f);
+  mine = merge_block(machine, mine, {0.0, 0.0}, exchange.warp_sums);
   if (machine.thread() == 0) launch.partial_sums[machine.block()] = mine;
 }
 
@@ -351,7 +351,7 @@ JSD_DEVICE void sum_parts(Machine& machine, const Launch& launch) {
 template <class Machine>
 JSD_DEVICE void merge_sum_parts(Machine& machine, const Launch& launch) {
   const int64_t index = machine.block();
-  const Sums merged = merge_list(machine, launch.partial_sums + index * launch.num_blocks, launch.num_blocks, 0.0f);
+  const Sums merged = merge_list(machine, launch.partial_sums + index * launch.num_blocks, launch.num_blocks);
   if (machine.lane() == 0) write_sums(launch.task, index, merged);
 }
 
@@ -362,7 +362,7 @@ JSD_DEVICE void gradient_parts(Machine& machine, const Launch& launch) {
   const Target target = place.target(launch);
   if (!place.known) return spoil(machine, target);
   if (target.data == nullptr) return;
-  const RowConstants row = given_constants(launch, place.index);
+  const Row row = given_row(launch, place.index);
   const GradientConstants factors = place.factors(launch, static_cast<float>(launch.task.sums[2 * place.index + 1] / kLn2));
   const Part<K, false> part = place.template part<K>(launch);
   if (launch.task.divergence == kJsd)

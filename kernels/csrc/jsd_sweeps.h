@@ -247,26 +247,46 @@ JSD_DEVICE void store_gradient(const Target& target, int vector, const float (&g
 
 constexpr float kLeastScore = -255.0f;  // log2(Q/M), when Q is 0 in float32 long since
 
-// Of each entry: its share of the value in bits, h of the gradient constant * Q (h - sum Q h), and Q. With forward_kl `score` is
-// Q - P, the gradient itself, and Q is not used.
+// Of each entry: its share of the value in bits, h of the gradient constant * Q (h - sum Q h), and Q; value and Q are still to be
+// multiplied by `factor`. With forward_kl `score` is Q - P, the gradient itself, and Q is not used.
 template <int kVector>
 struct Terms {
   float value[kVector], score[kVector], q[kVector];
+  float factor;
 };
 
+// A row's constants, and the student's side once more as a fused multiply-add wants it:
+// Q = 2^(scale * logit - student_bits) * student_factor, exact at the top because such an addition rounds once.
+struct Row : RowConstants {
+  float student_bits, student_factor;
+};
+
+JSD_DEVICE Row row_of(double student_log_normaliser, double teacher_log_normaliser, float scale) {
+  Row row = {row_constants(student_log_normaliser, teacher_log_normaliser, scale), 0.0f, 0.0f};
+  row.student_bits = static_cast<float>(student_log_normaliser);
+  row.student_factor = static_cast<float>(exp2(row.student_bits - student_log_normaliser));
+  return row;
+}
+
+// Less student_factor.
+JSD_DEVICE float bare_probability(float student, const Row& row) {
+  return power_of_2(fmaf(student, row.scale, -row.student_bits)).value;
+}
+
 template <int32_t kDivergence, class K>
-JSD_DEVICE Terms<K::kVector> terms_of(Entries<K> entries, RowConstants row, float beta, const NearPolynomials& near) {
+JSD_DEVICE Terms<K::kVector> terms_of(Entries<K> entries, const Row& row, float beta, const NearPolynomials& near) {
   Terms<K::kVector> terms;
+  terms.factor = kDivergence == kForwardKl ? 1.0f : row.student_factor;
   if (kDivergence == kJsd) {
     float d[K::kVector];
     bool all_near = true;  // a NaN or infinite d is not
     JSD_UNROLL for (int i = 0; i < K::kVector; ++i) {
-      d[i] = entries.difference(i) * row.scale - row.normaliser_difference;
+      d[i] = fmaf(entries.difference(i), row.scale, -row.normaliser_difference);
       all_near = all_near && fabsf(d[i]) <= kNearLimit;
     }
     if (all_near) {
       JSD_UNROLL for (int i = 0; i < K::kVector; ++i) {
-        terms.q[i] = probability(entries.student[i], row.student, row.scale);
+        terms.q[i] = bare_probability(entries.student[i], row);
         terms.score[i] = d[i] * polynomial(near.score, d[i]);
         terms.value[i] = terms.q[i] * (d[i] * d[i]) * polynomial(near.value, d[i]);
       }
@@ -276,8 +296,8 @@ JSD_DEVICE Terms<K::kVector> terms_of(Entries<K> entries, RowConstants row, floa
   entries.clamp();
   JSD_UNROLL for (int i = 0; i < K::kVector; ++i) {
     if (kDivergence == kReverseKl) {
-      const float d = entries.difference(i) * row.scale - row.normaliser_difference;
-      terms.q[i] = probability(entries.student[i], row.student, row.scale);
+      const float d = fmaf(entries.difference(i), row.scale, -row.normaliser_difference);
+      terms.q[i] = bare_probability(entries.student[i], row);
       terms.score[i] = -d;
       terms.value[i] = terms.q[i] * -d;
       continue;
@@ -285,40 +305,46 @@ JSD_DEVICE Terms<K::kVector> terms_of(Entries<K> entries, RowConstants row, floa
     const Probabilities e = probabilities(entries.student[i], entries.teacher_logit(i), entries.difference(i), row);
     terms.q[i] = e.q;
     if (kDivergence == kJsd) {
-      const Term term = generalised_jsd(e, beta);
+      Term term = generalised_jsd(e, beta);
+      if (fabsf(e.d) <= kNearLimit) {  // a likely token must not have its logarithm from the hardware because of its neighbours
+        term.score = e.d * polynomial(near.score, e.d);
+        term.value = beta * e.p * (e.d + term.score) + (1.0f - beta) * e.q * term.score;
+      }
       terms.value[i] = term.value, terms.score[i] = fmaxf(term.score, kLeastScore);
     } else {
       terms.value[i] = forward_kl(e), terms.score[i] = student_minus_teacher(e);
     }
   }
+  if (kDivergence == kJsd) terms.factor = 1.0f;  // these had both sides' own
   return terms;
 }
 
 template <int kVector>
 JSD_DEVICE float sum_of(const float (&terms)[kVector]) {
-  float sums[kVector];
-  JSD_UNROLL for (int i = 0; i < kVector; ++i) sums[i] = terms[i];
-  JSD_UNROLL for (int half = kVector / 2; half > 0; half /= 2) {
-    JSD_UNROLL for (int i = 0; i < half; ++i) sums[i] += sums[i + half];
-  }
-  return sums[0];
+  float sum = terms[0];
+  JSD_UNROLL for (int i = 1; i < kVector; ++i) sum += terms[i];
+  return sum;
 }
 
 // ---- a thread's sweeps --------------------------------------------------------------------------------------------------
 
-// The sum of 2^(scale * (logit - highest)) of both sides; `highest` is some logit of the thread's, not always the largest.
+// The sum of 2^(scale * logit - highest) of both sides; `highest`, in bits, is that of some logit of the thread's, not always the
+// largest.
 struct Normalisers {
   float student_highest, teacher_highest;
   double student_total, teacher_total;
 };
 
-JSD_DEVICE Normalisers no_normalisers() { return {kMasked, kMasked, 0.0, 0.0}; }
+constexpr float kNothing = -3e38f;  // as `highest`: below every logit's
+
+JSD_DEVICE Normalisers no_normalisers() { return {kNothing, kNothing, 0.0, 0.0}; }
 
 // The reference is the largest entry of the thread's first vector: no maximum to keep, no sum to rescale. Only if an entry
 // lies far above it does the sum overflow, and then the thread starts again with its true maximum. wait(k) returns once the
 // block's k-th tile has arrived.
 template <class K, class PartT, class Wait>
 JSD_DEVICE Normalisers sweep_normalisers(const PartT& part, float scale, int thread, int num_threads, Wait wait) {
+  if (thread >= part.num_vectors()) return no_normalisers();
   float student_reference = kMasked, teacher_reference = kMasked, student_total = 0.0f, teacher_total = 0.0f;
   int tile = 0;
   for (int vector = thread; vector < part.num_vectors(); vector += num_threads, ++tile) {
@@ -329,12 +355,13 @@ JSD_DEVICE Normalisers sweep_normalisers(const PartT& part, float scale, int thr
         student_reference = fmaxf(student_reference, entries.student[i]);
         teacher_reference = fmaxf(teacher_reference, entries.teacher_logit(i));
       }
+      student_reference *= scale, teacher_reference *= scale;
     }
     float student_powers[K::kVector], teacher_powers[K::kVector];
     JSD_UNROLL for (int i = 0; i < K::kVector; ++i) {
-      student_powers[i] = power_of_2((entries.student[i] - student_reference) * scale).value;
-      const float above = (K::kDifference ? entries.student[i] : entries.teacher[i]) - teacher_reference;
-      teacher_powers[i] = power_of_2(K::kDifference ? entries.teacher[i] * scale + above * scale : above * scale).value;
+      student_powers[i] = power_of_2(fmaf(entries.student[i], scale, -student_reference)).value;
+      const float exponent = fmaf(K::kDifference ? entries.student[i] : entries.teacher[i], scale, -teacher_reference);
+      teacher_powers[i] = power_of_2(K::kDifference ? fmaf(entries.teacher[i], scale, exponent) : exponent).value;
     }
     student_total += sum_of(student_powers), teacher_total += sum_of(teacher_powers);
   }
@@ -350,13 +377,14 @@ JSD_DEVICE Normalisers sweep_normalisers(const PartT& part, float scale, int thr
       teacher_reference = fmaxf(teacher_reference, entries.teacher_logit(i));
     }
   }
+  student_reference *= scale, teacher_reference *= scale;
   student_total = teacher_total = 0.0f;
   for (int vector = thread; vector < part.num_vectors(); vector += num_threads) {
     Entries<K> entries = part.load(vector);
     entries.clamp();
     JSD_UNROLL for (int i = 0; i < K::kVector; ++i) {
-      student_total += power_of_2((entries.student[i] - student_reference) * scale).value;
-      teacher_total += power_of_2((entries.teacher_logit(i) - teacher_reference) * scale).value;
+      student_total += power_of_2(fmaf(entries.student[i], scale, -student_reference)).value;
+      teacher_total += power_of_2(fmaf(entries.teacher_logit(i), scale, -teacher_reference)).value;
     }
   }
   return {student_reference, teacher_reference, student_total, teacher_total};
@@ -373,12 +401,12 @@ struct GradientConstants {
 
 // forward_kl needs no sum for its gradient and stores it here, if `target` has data; the others keep their scores if asked to.
 template <int32_t kDivergence, bool kKeep, class K, class PartT>
-JSD_DEVICE Sums sweep_sums(const PartT& part, RowConstants row, float beta, const NearPolynomials& near, const Target& target,
+JSD_DEVICE Sums sweep_sums(const PartT& part, const Row& row, float beta, const NearPolynomials& near, const Target& target,
                            GradientConstants factors, int thread, int num_threads) {
   float value = 0.0f, score = 0.0f;
   for (int vector = thread; vector < part.num_vectors(); vector += num_threads) {
     const Terms<K::kVector> terms = terms_of<kDivergence, K>(part.load(vector), row, beta, near);
-    value += sum_of(terms.value);
+    value += terms.factor * sum_of(terms.value);
     if (kDivergence == kForwardKl) {
       if (target.data != nullptr) {
         float gradient[K::kVector];
@@ -388,7 +416,7 @@ JSD_DEVICE Sums sweep_sums(const PartT& part, RowConstants row, float beta, cons
     } else {
       float weighted[K::kVector];
       JSD_UNROLL for (int i = 0; i < K::kVector; ++i) weighted[i] = terms.q[i] * terms.score[i];
-      score += sum_of(weighted);
+      score += terms.factor * sum_of(weighted);
       if (kKeep) part.keep(vector, terms.score);
     }
   }
@@ -396,7 +424,7 @@ JSD_DEVICE Sums sweep_sums(const PartT& part, RowConstants row, float beta, cons
 }
 
 template <int32_t kDivergence, bool kKept, class K, class PartT>
-JSD_DEVICE void sweep_gradient(const PartT& part, RowConstants row, float beta, const NearPolynomials& near, const Target& target,
+JSD_DEVICE void sweep_gradient(const PartT& part, const Row& row, float beta, const NearPolynomials& near, const Target& target,
                                GradientConstants factors, int thread, int num_threads) {
   for (int vector = thread; vector < part.num_vectors(); vector += num_threads) {
     float gradient[K::kVector];
@@ -404,12 +432,12 @@ JSD_DEVICE void sweep_gradient(const PartT& part, RowConstants row, float beta, 
       float student[K::kVector], scores[K::kVector];
       part.load_kept(vector, student, scores);
       JSD_UNROLL for (int i = 0; i < K::kVector; ++i)
-        gradient[i] = factors.constant * probability(student[i], row.student, row.scale) * (scores[i] - factors.expected);
+        gradient[i] = factors.constant * row.student_factor * bare_probability(student[i], row) * (scores[i] - factors.expected);
     } else {
       const Terms<K::kVector> terms = terms_of<kDivergence, K>(part.load(vector), row, beta, near);
       JSD_UNROLL for (int i = 0; i < K::kVector; ++i)
         gradient[i] = kDivergence == kForwardKl ? factors.constant * terms.score[i]
-                                                : factors.constant * terms.q[i] * (terms.score[i] - factors.expected);
+                                                : factors.constant * terms.factor * terms.q[i] * (terms.score[i] - factors.expected);
     }
     store_gradient(target, vector, gradient);
   }

@@ -75,3 +75,17 @@ def test_a_newer_instruction_set_than_the_processors_is_refused(monkeypatch):
     options = {"divergence": "jsd", "beta": 0.5, "temperature": 1.0, "with_gradient": False}
     with pytest.raises(ValueError, match="instruction_set is 'avx2', expected at most 'baseline' on this processor"):
         native_rows.jsd_rows(logits, logits, rows, rows, instruction_set="avx2", **options)
+
+
+def test_the_operations_need_torch_alone():
+    """A machine for kernels only has nothing else."""
+    program = (
+        "import sys\n"
+        "for name in ('deepspeed', 'transformers', 'datasets', 'bm25s', 'numba', 'faiss', 'jsonargparse', 'yaml', 'tqdm'):\n"
+        "    sys.modules[name] = None\n"
+        "import megatron_sd.ops, megatron_sd.ops.jsd\n"
+        "print(megatron_sd.ops.build_info().instruction_set)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.strip() in native.INSTRUCTION_SETS

@@ -339,9 +339,16 @@ constexpr float kNothing = -3e38f;  // as `highest`: below every logit's
 
 JSD_DEVICE Normalisers no_normalisers() { return {kNothing, kNothing, 0.0, 0.0}; }
 
-// The reference is the largest entry of the thread's first vector: no maximum to keep, no sum to rescale. Only if an entry
-// lies far above it does the sum overflow, and then the thread starts again with its true maximum. wait(k) returns once the
-// block's k-th tile has arrived.
+// 2^(scale * logit - bits) for logits up to `reference`, where bits is scale * reference rounded. What the rounding lost is put
+// back, except with references so large that it would be a multiple of the sum.
+JSD_DEVICE float power_below(float logit, float reference, float scale) {
+  const float lost = fmaf(reference, scale, -(reference * scale));
+  return power_of_2((logit - reference) * scale + (fabsf(lost) <= 1.0f ? lost : 0.0f)).value;
+}
+
+// The reference is the largest entry of the thread's first vector: no maximum to keep, no sum to rescale. Only if an entry lies
+// far above it does the sum overflow, and only without an entry near it (all masked) is the sum next to nothing; then the thread
+// starts again with its true maximum. wait(k) returns once the block's k-th tile has arrived.
 template <class K, class PartT, class Wait>
 JSD_DEVICE Normalisers sweep_normalisers(const PartT& part, float scale, int thread, int num_threads, Wait wait) {
   if (thread >= part.num_vectors()) return no_normalisers();
@@ -365,7 +372,7 @@ JSD_DEVICE Normalisers sweep_normalisers(const PartT& part, float scale, int thr
     }
     student_total += sum_of(student_powers), teacher_total += sum_of(teacher_powers);
   }
-  if (student_total < HUGE_VALF && teacher_total < HUGE_VALF)
+  if (fminf(student_total, teacher_total) >= 0.5f && student_total < HUGE_VALF && teacher_total < HUGE_VALF)
     return {student_reference, teacher_reference, student_total, teacher_total};
 
   student_reference = teacher_reference = kMasked;
@@ -377,17 +384,16 @@ JSD_DEVICE Normalisers sweep_normalisers(const PartT& part, float scale, int thr
       teacher_reference = fmaxf(teacher_reference, entries.teacher_logit(i));
     }
   }
-  student_reference *= scale, teacher_reference *= scale;
   student_total = teacher_total = 0.0f;
   for (int vector = thread; vector < part.num_vectors(); vector += num_threads) {
     Entries<K> entries = part.load(vector);
     entries.clamp();
     JSD_UNROLL for (int i = 0; i < K::kVector; ++i) {
-      student_total += power_of_2(fmaf(entries.student[i], scale, -student_reference)).value;
-      teacher_total += power_of_2(fmaf(entries.teacher_logit(i), scale, -teacher_reference)).value;
+      student_total += power_below(entries.student[i], student_reference, scale);
+      teacher_total += power_below(entries.teacher_logit(i), teacher_reference, scale);
     }
   }
-  return {student_reference, teacher_reference, student_total, teacher_total};
+  return {student_reference * scale, teacher_reference * scale, student_total, teacher_total};
 }
 
 struct Sums {

@@ -31,14 +31,16 @@ def load(path: Path) -> tuple[ctypes.CDLL | None, str]:
         return None, f"{path} does not exist: install again with nvcc at hand (MEGATRON_SD_CUDA=1 pip install .)"
     try:
         library = ctypes.CDLL(str(path))
+        for name in CALLS:
+            getattr(library, f"megatron_sd_cuda_{name}").argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p]
+        library.megatron_sd_cuda_architectures.restype = ctypes.c_char_p
+        library.megatron_sd_cuda_error.restype = ctypes.c_char_p
+        library.megatron_sd_cuda_scratch_bytes.argtypes = [ctypes.c_void_p]
+        library.megatron_sd_cuda_scratch_bytes.restype = ctypes.c_int64
     except OSError as error:
         return None, f"{path} cannot be loaded: {error}"
-    for name in CALLS:
-        getattr(library, f"megatron_sd_cuda_{name}").argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p]
-    library.megatron_sd_cuda_architectures.restype = ctypes.c_char_p
-    library.megatron_sd_cuda_error.restype = ctypes.c_char_p
-    library.megatron_sd_cuda_scratch_bytes.argtypes = [ctypes.c_void_p]
-    library.megatron_sd_cuda_scratch_bytes.restype = ctypes.c_int64
+    except AttributeError as error:
+        return None, f"{path} is not of this version, install again (MEGATRON_SD_CUDA=1 pip install .): {error}"
     return library, ""
 
 

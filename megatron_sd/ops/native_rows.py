@@ -58,7 +58,7 @@ def jsd_rows(  # noqa: PLR0913 (the whole operation)
     values = torch.empty(pairs.num_rows, dtype=torch.float32, device=device)
     normalisers, sums = _pair_of_doubles(pairs), _pair_of_doubles(pairs)
     task.values, task.normalisers, task.sums = values.data_ptr(), normalisers.data_ptr(), sums.data_ptr()
-    gradient = _gradient(pairs, task, with_gradient=with_gradient, dtype=gradient_dtype, in_place=in_place)
+    gradient = _gradient(pairs, task, with_gradient=with_gradient, dtype=gradient_dtype, in_place=student if in_place else None)
     scales = _set_scales(task, scales)
     needs_room = in_place or gradient.dtype != torch.float32
     keeps_scores = with_gradient and divergence != "forward_kl" and needs_room
@@ -131,7 +131,7 @@ def jsd_gradient(  # noqa: PLR0913
     task = pairs.task(divergence=divergence, beta=beta, temperature=temperature)
     normalisers, sums = normalisers.to(torch.float64).contiguous(), sums.to(torch.float64).contiguous()
     task.normalisers, task.sums = normalisers.data_ptr(), sums.data_ptr()
-    gradient = _gradient(pairs, task, with_gradient=True, dtype=gradient_dtype, in_place=in_place)
+    gradient = _gradient(pairs, task, with_gradient=True, dtype=gradient_dtype, in_place=student if in_place else None)
     scales = _set_scales(task, scales)
     _run_step("jsd_gradient", pairs, task)
     return gradient
@@ -171,12 +171,17 @@ def _pair_of_doubles(pairs: RowPairs) -> Tensor:
     return torch.empty(pairs.num_rows, 2, dtype=torch.float64, device=pairs.student.device)
 
 
-def _gradient(pairs: RowPairs, task: RowsTask, *, with_gradient: bool, dtype: torch.dtype | None, in_place: bool) -> Tensor:
-    """Where the gradients go; the task is told."""
-    if in_place and not (with_gradient and dtype in (None, pairs.student.dtype)):
-        raise ValueError(f"in_place with gradient_dtype={dtype}, with_gradient={with_gradient}: expected the logits' dtype, True")
-    if in_place:
-        gradient, task.gradient_rows = pairs.student, task.student_rows
+def _gradient(
+    pairs: RowPairs, task: RowsTask, *, with_gradient: bool, dtype: torch.dtype | None, in_place: Tensor | None
+) -> Tensor:
+    """Where the gradients go, `in_place` or a new matrix; the task is told."""
+    if in_place is not None:
+        if not with_gradient or dtype not in (None, in_place.dtype):
+            found = f"gradient_dtype={dtype}, with_gradient={with_gradient}"
+            raise ValueError(f"in_place with {found}: expected a gradient, in the logits' {in_place.dtype}")
+        if in_place.stride(1) != 1:
+            raise ValueError(f"in_place on logits of strides {in_place.stride()}, expected adjacent columns")
+        gradient, task.gradient_rows = in_place, task.student_rows
     else:
         num_rows = pairs.num_rows if with_gradient else 0
         gradient = torch.empty(num_rows, pairs.vocabulary, dtype=dtype or pairs.student.dtype, device=pairs.student.device)

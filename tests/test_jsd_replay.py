@@ -18,7 +18,7 @@ from megatron_sd.ops.jsd_reference import divergence_rows
 REPLAY = Path(__file__).parent / "replay/replay.cpp"
 COMPILER = shutil.which("c++") or shutil.which("g++")
 BF16, FP32 = torch.bfloat16, torch.float32
-EPS = {FP32: 4e-7, BF16: 4e-3}  # as in test_jsd_native, and a power's 2^-22
+EPS = {FP32: 1e-6, BF16: 4e-3}  # four hardware powers of 2^-22 meet in a result; two roundings of the stored gradient
 DIVERGENCES = ["jsd", "forward_kl", "reverse_kl"]
 # (student dtype, teacher dtype, the teacher's matrix holds differences, gradient dtype)
 KINDS = [(BF16, BF16, False, BF16), (FP32, FP32, False, FP32), (FP32, FP32, False, BF16), (BF16, BF16, False, FP32),
@@ -91,9 +91,11 @@ def check(found, student, logits, kind, distance, **options):
     exact, exact_gradient = reference(student.double(), logits, **options)
     torch_value, torch_gradient = reference(student.float(), logits.float(), **options)
     assert found[0].dtype == FP32 and found[1].dtype == kind[3]
-    value_eps = EPS[FP32] + 2e-8 / distance + (2**-22 / exact.norm().item() if student.shape[1] < 100 else 0.0)
+    few = student.shape[1] < 100
+    value_eps = EPS[FP32] + 2e-8 / distance + few * 2**-22 / exact.norm().item()
     assert relative_error(found[0], exact) <= 2 * relative_error(torch_value, exact) + value_eps
-    assert relative_error(found[1], exact_gradient) <= 2 * relative_error(torch_gradient, exact_gradient) + EPS[kind[3]]
+    gradient_eps = (1 + few) * EPS[kind[3]]
+    assert relative_error(found[1], exact_gradient) <= 2 * relative_error(torch_gradient, exact_gradient) + gradient_eps
 
 
 @each_divergence

@@ -214,9 +214,10 @@ JSD_HD float student_minus_teacher(Probabilities e) {
 constexpr float kNearLimit = 1.4426950f;  // in bits
 constexpr int kNearTerms = 8;
 
-// In bits: log2(Q/M) = d * (score[0] + score[1] d + ...), the share is Q d^2 (value[0] + value[1] d + ...).
+// In bits: log2(Q/M) = d * (score[0] + score[1] d + ...), the share is Q d^2 (value[0] + value[1] d + ...); and for forward_kl
+// P/Q - 1 = d * (excess[0] + excess[1] d + ...).
 struct NearPolynomials {
-  float score[kNearTerms], value[kNearTerms];
+  float score[kNearTerms], value[kNearTerms], excess[kNearTerms];
 };
 
 // The coefficients of the polynomial through (x, y), by Newton's differences; y is used up.
@@ -233,16 +234,18 @@ inline void interpolate(const double* x, double* y, float* coefficients) {
 
 // Through Chebyshev's points: within 4e-7 of the functions for every beta, the value's within 1e-6.
 inline NearPolynomials near_polynomials(double beta) {
-  double x[kNearTerms], score[kNearTerms], value[kNearTerms];
+  double x[kNearTerms], score[kNearTerms], value[kNearTerms], excess[kNearTerms];
   for (int i = 0; i < kNearTerms; ++i) {
     x[i] = kNearLimit * std::cos((2 * i + 1) * 3.14159265358979324 / (2 * kNearTerms));
     const double d = x[i] * kLn2, k = std::log1p(beta * std::expm1(d));
     score[i] = -k / d;
+    excess[i] = std::expm1(d) / x[i];
     value[i] = (beta * std::exp(d) * d - std::exp(k) * k) / (d * d) * kLn2;
   }
   NearPolynomials polynomials;
   interpolate(x, score, polynomials.score);
   interpolate(x, value, polynomials.value);
+  interpolate(x, excess, polynomials.excess);
   return polynomials;
 }
 

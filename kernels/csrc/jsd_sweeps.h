@@ -248,7 +248,7 @@ JSD_DEVICE void store_gradient(const Target& target, int vector, const float (&g
 constexpr float kLeastScore = -255.0f;  // log2(Q/M), when Q is 0 in float32 long since
 
 // Of each entry: its share of the value in bits, h of the gradient constant * Q (h - sum Q h), and Q; value and Q are still to be
-// multiplied by `factor`. With forward_kl `score` is Q - P, the gradient itself, and Q is not used.
+// multiplied by `factor`. With forward_kl `score` is Q - P, the gradient itself less that factor, and Q is not used.
 template <int kVector>
 struct Terms {
   float value[kVector], score[kVector], q[kVector];
@@ -276,8 +276,8 @@ JSD_DEVICE float bare_probability(float student, const Row& row) {
 template <int32_t kDivergence, class K>
 JSD_DEVICE Terms<K::kVector> terms_of(Entries<K> entries, const Row& row, float beta, const NearPolynomials& near) {
   Terms<K::kVector> terms;
-  terms.factor = kDivergence == kForwardKl ? 1.0f : row.student_factor;
-  if (kDivergence == kJsd) {
+  terms.factor = row.student_factor;
+  if (kDivergence != kReverseKl) {
     float d[K::kVector];
     bool all_near = true;  // a NaN or infinite d is not
     JSD_UNROLL for (int i = 0; i < K::kVector; ++i) {
@@ -287,6 +287,12 @@ JSD_DEVICE Terms<K::kVector> terms_of(Entries<K> entries, const Row& row, float 
     if (all_near) {
       JSD_UNROLL for (int i = 0; i < K::kVector; ++i) {
         terms.q[i] = bare_probability(entries.student[i], row);
+        if (kDivergence == kForwardKl) {
+          const float excess = d[i] * polynomial(near.excess, d[i]);
+          terms.score[i] = -terms.q[i] * excess;
+          terms.value[i] = (terms.q[i] + terms.q[i] * excess) * d[i];
+          continue;
+        }
         terms.score[i] = d[i] * polynomial(near.score, d[i]);
         terms.value[i] = terms.q[i] * (d[i] * d[i]) * polynomial(near.value, d[i]);
       }
@@ -313,9 +319,10 @@ JSD_DEVICE Terms<K::kVector> terms_of(Entries<K> entries, const Row& row, float 
       terms.value[i] = term.value, terms.score[i] = fmaxf(term.score, kLeastScore);
     } else {
       terms.value[i] = forward_kl(e), terms.score[i] = student_minus_teacher(e);
+      if (fabsf(e.d) <= kNearLimit) terms.score[i] = -e.q * (e.d * polynomial(near.excess, e.d));
     }
   }
-  if (kDivergence == kJsd) terms.factor = 1.0f;  // these had both sides' own
+  if (kDivergence != kReverseKl) terms.factor = 1.0f;  // these had both sides' own
   return terms;
 }
 
@@ -416,7 +423,7 @@ JSD_DEVICE Sums sweep_sums(const PartT& part, const Row& row, float beta, const 
     if (kDivergence == kForwardKl) {
       if (target.data != nullptr) {
         float gradient[K::kVector];
-        JSD_UNROLL for (int i = 0; i < K::kVector; ++i) gradient[i] = factors.constant * terms.score[i];
+        JSD_UNROLL for (int i = 0; i < K::kVector; ++i) gradient[i] = factors.constant * terms.factor * terms.score[i];
         store_gradient(target, vector, gradient);
       }
     } else {
@@ -442,7 +449,7 @@ JSD_DEVICE void sweep_gradient(const PartT& part, const Row& row, float beta, co
     } else {
       const Terms<K::kVector> terms = terms_of<kDivergence, K>(part.load(vector), row, beta, near);
       JSD_UNROLL for (int i = 0; i < K::kVector; ++i)
-        gradient[i] = kDivergence == kForwardKl ? factors.constant * terms.score[i]
+        gradient[i] = kDivergence == kForwardKl ? factors.constant * terms.factor * terms.score[i]
                                                 : factors.constant * terms.factor * terms.q[i] * (terms.score[i] - factors.expected);
     }
     store_gradient(target, vector, gradient);

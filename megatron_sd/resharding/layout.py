@@ -126,8 +126,8 @@ def check_tiling(worker: WorkerLayout) -> None:
         found = sum(piece.numel for piece in tensor.pieces)
         if not (inside and disjoint and found == num_rows * num_columns):
             raise ReshardError(
-                f"{spec.name} of tensor-parallel rank {worker.tp_rank}: found pieces of {found} elements at {rectangles}, expected "
-                f"a tiling of {num_rows} x {num_columns}: the family's description in resharding/names.py is wrong"
+                f"{spec.name} of tensor-parallel rank {worker.tp_rank}: found pieces of {found} elements at {rectangles}, "
+                f"expected a tiling of {num_rows} x {num_columns}: the family's description in resharding/names.py is wrong"
             )
 
 

@@ -20,6 +20,7 @@ from megatron_sd.distributed.collectives import gather_objects
 from megatron_sd.distributed.world import World, join_world, leave_world
 from megatron_sd.errors import ReshardError
 from megatron_sd.resharding.layout import WorkerId
+from megatron_sd.resharding.staging import num_staged
 from megatron_sd.training.policy import Policy, load_policy
 from megatron_sd.training.publisher import ShardPublisher, gathered_buckets
 from tests.fakes_reshard import WorkerGroup, peak_bytes
@@ -97,6 +98,10 @@ def play(scene: Scene, world: World, group: WorkerGroup) -> dict[str, Any]:
         outcome["sent"].append(publisher.num_bytes)
         outcome["received"].append(group.received)
     outcome["log"], outcome["numel"] = group.log, sum(spec.numel for spec in publisher.plan.source.parameters)
+    outcome["staged"] = [num_staged(layout) * publisher.plan.item_bytes for layout in publisher.plan.workers] * scene.num_replicas
+    outcome["largest_copy"] = (
+        4 * max(spec.numel for spec in publisher.plan.source.parameters) if scene.publish.get("checksums") else 0
+    )
     outcome["shards"] = [layout.numel for layout in publisher.plan.workers] * scene.num_replicas
     publisher.close()
     return outcome

@@ -99,27 +99,26 @@ class ReshardPlan:
 
     # ---- who meets whom when ----
 
-    @property
-    def _num_rounds(self) -> int:
-        return max(self.num_workers, self.source.world_size)
+    def rounds(self) -> Iterator[list[tuple[int, int]]]:
+        """The (rank, worker) pairs of each round: everybody is in one pair at most, and every pair comes once.
 
-    def _seat(self, worker: int) -> int:
-        """Ranks and workers sit around a table of `_num_rounds` seats, a worker beside the ranks that hold its rows: their long
-        links then fall into the same rounds."""
-        replica, tp_rank = divmod(worker, len(self.workers))
-        return tp_rank * (self._num_rounds // len(self.workers)) + replica
+        Ranks and workers sit around a table, a worker beside the ranks that hold its rows; in round k a rank meets the worker k
+        seats on. The long links so fall into the same rounds, and no order of waiting is circular.
+        """
+        num_seats = max(self.num_workers, self.source.world_size)
+        tp_size = len(self.workers)
+        seats = {worker % tp_size * (num_seats // tp_size) + worker // tp_size: worker for worker in range(self.num_workers)}
+        for k in range(num_seats):
+            meetings = ((rank, seats.get((rank + k) % num_seats)) for rank in range(self.source.world_size))
+            yield [(rank, worker) for rank, worker in meetings if worker is not None]
 
     def workers_of(self, rank: int) -> list[int]:
-        """The order in which a rank serves the workers: in round k the one k seats on. No worker is served by two ranks at a
-        time, and no order of waiting is circular."""
-        by_seat = {self._seat(worker): worker for worker in range(self.num_workers)}
-        seats = ((rank + k) % self._num_rounds for k in range(self._num_rounds))
-        return [by_seat[seat] for seat in seats if seat in by_seat]
+        """The order in which a rank serves the workers."""
+        return [worker for meetings in self.rounds() for number, worker in meetings if number == rank]
 
     def ranks_of(self, worker: int) -> list[int]:
-        """The order in which a worker is served, round by round."""
-        ranks = ((self._seat(worker) - k) % self._num_rounds for k in range(self._num_rounds))
-        return [rank for rank in ranks if rank < self.source.world_size]
+        """The order in which a worker is served."""
+        return [rank for meetings in self.rounds() for rank, number in meetings if number == worker]
 
 
 def make_plan(source: ShardLayout, workers: Sequence[WorkerLayout], *, num_replicas: int) -> ReshardPlan:

@@ -8,8 +8,11 @@ import torch
 
 from megatron_sd.distributed.world import join_world
 from megatron_sd.errors import ReshardError
+from megatron_sd.resharding import staging
+from megatron_sd.resharding.connection import choose_wire, worker_id
 from megatron_sd.resharding.layout import WorkerId
 from megatron_sd.resharding.receiver import ShardReceiver
+from megatron_sd.resharding.staging import SharedMemory
 from megatron_sd.resharding.transport import MeetingPoint, Session
 from megatron_sd.training.policy import load_policy
 from megatron_sd.training.publisher import GatherPublisher, sharded_or_gathering
@@ -36,9 +39,9 @@ def group(workers):
 
 
 def begin(path, group, *, tp_size: int = 2, **publish):
-    dtype = publish.pop("dtype", "float32")
-    replicas = len(group.workers) // tp_size
-    scene = Scene(model=str(path), output="", tp_size=tp_size, num_replicas=replicas, publish=publish, dtype=dtype)
+    own = {key: publish.pop(key) for key in ("dtype", "zero_stage") if key in publish}
+    num_replicas = len(group.workers) // tp_size
+    scene = Scene(model=str(path), output="", tp_size=tp_size, num_replicas=num_replicas, publish=publish, **own)
     policy, publisher = make_publisher(scene, join_world())
     group.join(publisher)
     return policy, publisher
@@ -58,7 +61,7 @@ def assert_published(policy, publisher, group):
     [
         ("qwen2", True, {"wire": "shared_memory"}),
         ("qwen3", False, {"wire": "gloo", "bucket_mib": 0.001, "checksums": True}),
-        ("llama", False, {"wire": "shared_memory", "checksums": True, "tp_size": 1}),
+        ("llama", False, {"wire": "shared_memory", "checksums": True, "tp_size": 1, "zero_stage": 1}),
         ("qwen2", False, {"wire": "gloo", "dtype": "bfloat16", "tp_size": 1}),
     ],
 )
@@ -146,6 +149,83 @@ def test_a_worker_of_another_form_is_named_before_anything_is_sent(tmp_path, gro
     assert "worker 1 (replica 0" in str(caught.value) and message in str(caught.value)
     assert publisher.num_bytes == 0 and all(worker.call("version") == -1 for worker in group.workers)
     assert all(torch.isnan(tensor).all() for tensor in group.workers[0].tensors().values())
+
+
+class Colocated(WorkerGroup):
+    """Workers that live in the trainer's own process, each receiving in a thread. told: the version they are told to take."""
+
+    def __init__(self, publisher, told: int | None = None):
+        self.told, self.received = told, []
+        self.live = []
+        super().__init__(2, [self.Worker(self, publisher, number) for number in range(2)])
+
+    class Worker:
+        def __init__(self, group, publisher, number):
+            self.group, self.worker = group, worker_id(publisher.plan, number)
+            layout = publisher.plan.layout_of(number)
+            self.live = {tensor.spec.name: torch.full(tensor.spec.shape, float("nan")) for tensor in layout.tensors}
+            self.receiver = ShardReceiver(self.live, worker=self.worker, address=publisher.address, timeout_s=60.0)
+
+        def call(self, action: str, policy_version: int) -> int:
+            return self.receiver.receive(policy_version if self.group.told is None else self.group.told)
+
+        def tensors(self):
+            return self.live
+
+
+@pytest.mark.parametrize("wire", ["shared_memory", "gloo"])
+def test_workers_may_live_in_the_trainers_process(tmp_path, wire):
+    scene = Scene(model=str(write_model(tmp_path / "model")), output="", tp_size=2, num_replicas=1, publish={"wire": wire})
+    policy, publisher = make_publisher(scene, join_world())
+    group = Colocated(publisher)
+    for version in range(2):
+        publisher.publish(policy, group, version)
+        assert_published(policy, publisher, group)
+        take_step(policy)
+
+
+def test_a_worker_that_expects_another_version_takes_none(tmp_path):
+    scene = Scene(model=str(write_model(tmp_path / "model")), output="", tp_size=2, num_replicas=1)
+    policy, publisher = make_publisher(scene, join_world())
+    group = Colocated(publisher, told=4)
+    with pytest.raises(ReshardError, match=r"worker \d .* was told to take version 4, the trainer sends version 5"):
+        publisher.publish(policy, group, 5)
+    assert all(torch.isnan(tensor).all() for worker in group.workers for tensor in worker.live.values())
+
+
+def test_a_tied_name_is_the_same_tensor_and_a_transposed_one_is_refused(tmp_path):
+    scene = Scene(model=str(write_model(tmp_path / "model")), output="", tp_size=2, num_replicas=1)
+    policy, publisher = make_publisher(scene, join_world())
+    group = Colocated(publisher)
+    for worker in group.workers:
+        tied = {**worker.live, "lm_head.weight": worker.live["model.embed_tokens.weight"]}
+        worker.receiver = ShardReceiver(tied, worker=worker.worker, address=publisher.address, timeout_s=60.0)
+    publisher.publish(policy, group, 0)
+    assert_published(policy, publisher, group)
+    worker = group.workers[0]
+    turned = {**worker.live, "model.layers.0.mlp.down_proj.weight": torch.zeros(24, 32).t()}
+    worker.receiver = ShardReceiver(turned, worker=worker.worker, address=publisher.address, timeout_s=60.0)
+    with pytest.raises(ReshardError, match="down_proj.weight is not contiguous"):
+        publisher.publish(policy, group, 1)
+
+
+def test_the_wire_fits_everybody():
+    here, there = {"host": "a", "device": "cpu"}, {"host": "b", "device": "cpu"}
+    gpu, far_gpu = {"host": "a", "device": "cuda"}, {"host": "b", "device": "cuda"}
+    cases = {"shared_memory": [here, here], "gloo": [here, there], "cuda_ipc": [gpu, gpu], "nccl": [gpu, far_gpu]}
+    for wire, parties in cases.items():
+        assert choose_wire("auto", parties) == wire == choose_wire(wire, parties)
+    assert choose_wire("auto", [here, gpu]) == "shared_memory" and choose_wire("gloo", [gpu, gpu]) == "gloo"
+    with pytest.raises(ReshardError, match="publish.wire is shared_memory, but ranks and workers run on several nodes"):
+        choose_wire("shared_memory", [here, there])
+    with pytest.raises(ReshardError, match="publish.wire is nccl, but not every rank and worker has CUDA"):
+        choose_wire("nccl", [gpu, there])
+
+
+def test_too_little_memory_is_said_before_it_is_taken(monkeypatch):
+    monkeypatch.setattr(staging, "available_bytes", lambda: 1 << 30)
+    with pytest.raises(ReshardError, match="needs 2.00 GiB beside the current one, found 1.00 GiB of free memory"):
+        SharedMemory(1 << 29, torch.float32)
 
 
 def test_an_unknown_family_is_gathered_and_that_is_said(tmp_path, monkeypatch, caplog):

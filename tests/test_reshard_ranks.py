@@ -19,6 +19,7 @@ SCENES = {
     2: {
         "tied": {"model": "qwen2 tied", "tp_size": 2, "num_replicas": 1},
         "replicas": {"model": "qwen3", "tp_size": 1, "num_replicas": 2, "publish": {"wire": "gloo", "bucket_mib": BUCKET_MIB}},
+        "stage 1": {"model": "qwen2", "tp_size": 1, "num_replicas": 1, "zero_stage": 1},
         "lost": {"model": "qwen2", "tp_size": 2, "num_replicas": 1, "fault": "die_when_staged"},
         "cut off": {"model": "qwen3", "tp_size": 2, "num_replicas": 1, "publish": {"wire": "gloo", "bucket_mib": BUCKET_MIB},
                     "fault": "die_while_receiving"},

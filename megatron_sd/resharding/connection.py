@@ -65,7 +65,7 @@ def open_session(session: Session, plan: ReshardPlan, terms: PublishConfig) -> N
     for worker, description in enumerate(found):
         specs = {name: TensorSpec(name=name, shape=tuple(shape), dtype=dtype) for name, shape, dtype in description["tensors"]}
         check_worker(worker_id(plan, worker), plan.layout_of(worker), specs)
-    wire = _choose_wire(terms.wire, [*hosts, *found])
+    wire = choose_wire(terms.wire, [*hosts, *found])
     log.info("weights reach %d workers over %s", plan.num_workers, wire)
     session.post("wire", wire)
 
@@ -75,7 +75,8 @@ def whereabouts(device: torch.device) -> dict[str, Any]:
     return {"host": host_id(), "device": device.type}
 
 
-def _choose_wire(wanted: str, parties: Sequence[Mapping[str, Any]]) -> str:
+def choose_wire(wanted: str, parties: Sequence[Mapping[str, Any]]) -> str:
+    """The wire that reaches everybody, from their whereabouts. Raises ReshardError when the wanted one does not."""
     one_node = len({party["host"] for party in parties}) == 1
     all_cuda = all(party["device"] == "cuda" for party in parties)
     if wanted == "auto":

@@ -132,7 +132,7 @@ class ShardReceiver:
         """An error ends the session for everybody; all raise its first reason."""
         try:
             yield
-        except (ReshardError, RuntimeError, OSError) as error:
+        except Exception as error:  # whatever it was: nobody shall wait for this process
             try:
                 session.close(str(error))
                 raise ReshardError(session.closed()) from error

@@ -48,18 +48,25 @@ def host_id() -> str:
     return f"{boot.read_text().strip()} {os.readlink(namespace)} {os.getuid()}" if boot.is_file() else f"pid {os.getpid()}"
 
 
+def available_bytes() -> int:
+    """Memory that may still be taken on this machine, as the kernel estimates it."""
+    fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines())
+    return int(fields["MemAvailable"].split()[0]) * 1024
+
+
 class SharedMemory:
     """Anonymous memory that other processes of the node can open. It has no name: a killed process leaves nothing behind, and
     the size of /dev/shm does not limit it."""
 
     def __init__(self, numel: int, dtype: torch.dtype):
         num_bytes = max(numel * dtype.itemsize, 1)
+        if num_bytes > available_bytes():
+            raise ReshardError(
+                f"the next version's shard needs {num_bytes / 2**30:.2f} GiB beside the current one, found "
+                f"{available_bytes() / 2**30:.2f} GiB of free memory: use more tensor-parallel workers, or nodes"
+            )
         self._file = os.memfd_create("megatron_sd_staging")
-        try:
-            os.posix_fallocate(self._file, 0, num_bytes)
-        except OSError as error:
-            os.close(self._file)
-            raise ReshardError(f"no {num_bytes / 2**30:.2f} GiB of memory for the next version's shard: {error}") from error
+        os.posix_fallocate(self._file, 0, num_bytes)
         self.tensor = _map(self._file, numel, dtype)
         self.token: Token = {"process": os.getpid(), "file": self._file}
 

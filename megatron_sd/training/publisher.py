@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from megatron_sd.config import Config
 from megatron_sd.distributed.collectives import broadcast_object
 from megatron_sd.distributed.world import World
-from megatron_sd.errors import MegatronSdError
 from megatron_sd.resharding.layout import check_parameters
 from megatron_sd.resharding.names import UnknownArchitectureError, whole_parameters, worker_layouts
 from megatron_sd.resharding.plan import make_plan
@@ -109,7 +108,7 @@ class ShardPublisher:
         try:
             self.num_bytes = self._sender.send(shards, policy_version)
             receiving.result(timeout=self._timeout_s)
-        except MegatronSdError:
+        except Exception:  # whatever it was: the engine is not left closed
             receiver.cancel_update()
             raise
         receiver.finish_update(policy_version)

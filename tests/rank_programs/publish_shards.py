@@ -38,12 +38,13 @@ class Scene:
     num_replicas: int
     publish: dict[str, Any] = field(default_factory=dict)
     dtype: str = "float32"
+    zero_stage: int = 3
     fault: str | None = None
 
 
 def make_publisher(scene: Scene, world: World) -> tuple[Policy, ShardPublisher]:
     """The policy of the scene and its publisher."""
-    config = make_config(Path(scene.model), model={"dtype": scene.dtype})
+    config = make_config(Path(scene.model), model={"dtype": scene.dtype}, update={"zero_stage": scene.zero_stage})
     config = dataclasses.replace(config, publish=dataclasses.replace(config.publish, **scene.publish))
     policy = load_policy(config, world)
     return policy, ShardPublisher(policy, config, world, tp_size=scene.tp_size, num_replicas=scene.num_replicas)

@@ -25,7 +25,7 @@ from megatron_sd.resharding.layout import (
     check_worker,
 )
 from megatron_sd.resharding.names import FAMILIES, UnknownArchitectureError, whole_parameters, worker_layouts
-from megatron_sd.resharding.plan import ReshardPlan, buckets, make_plan
+from megatron_sd.resharding.plan import ReshardPlan, incoming, make_plan
 from tests.fakes_train import write_model
 from tests.tensor_parallel_oracle import worker_tensors
 
@@ -82,15 +82,14 @@ def simulate(plan: ReshardPlan, full: dict[str, np.ndarray], worker: int, bucket
     """The worker's tensors after the plan; fails when an element is written twice or padding at all, or never."""
     layout = plan.layout_of(worker)
     tensors = {t.spec.name: np.zeros(t.spec.numel, dtype=np.int64) for t in layout.tensors}
-    for rank in plan.ranks_of(worker):
-        shards = shards_of(plan, full, rank)
-        for bucket in buckets(plan.slices(rank, worker), bucket_numel):
-            assert sum(part.numel for part in bucket) <= bucket_numel
-            for part in bucket:
-                target = places(part.target_offset, part.target_stride, part)
-                assert not tensors[part.tensor][target].any(), "written twice"
-                source = places(part.source_offset, part.source_stride, part)
-                tensors[part.tensor][target] = shards[part.parameter][source]
+    shards = [shards_of(plan, full, rank) for rank in range(plan.source.world_size)]
+    for rank, bucket in incoming(plan, worker, bucket_numel):
+        assert sum(part.numel for part in bucket) <= bucket_numel
+        for part in bucket:
+            target = places(part.target_offset, part.target_stride, part)
+            assert not tensors[part.tensor][target].any(), "written twice"
+            source = places(part.source_offset, part.source_stride, part)
+            tensors[part.tensor][target] = shards[rank][part.parameter][source]
     return {t.spec.name: tensors[t.spec.name].reshape(t.spec.shape) for t in layout.tensors}
 
 

@@ -90,16 +90,15 @@ def choose_wire(wanted: str, parties: Sequence[Mapping[str, Any]]) -> str:
 
 def make_outbox(session: Session, plan: ReshardPlan, terms: PublishConfig, *, rank: int, device: torch.device) -> Outbox:
     """Trainer rank `rank`'s side of the wire that was decided."""
-    dtype = getattr(torch, plan.dtype)
+    dtype, bucket_numel = getattr(torch, plan.dtype), bucket_elements(plan, terms)
     (wire,) = session.wait_for({"wire": "trainer rank 0"}, patience=2)
     if wire in OPEN_MEMORY:
         windows = {}
         for worker, token in enumerate(session.wait_for(workers(plan, "memory"))):
             layout = plan.layout_of(worker)
             windows[worker] = tensor_views(OPEN_MEMORY[wire](token, num_staged(layout), dtype), layout)
-        return DirectOutbox(plan, rank, windows, device=device)
+        return DirectOutbox(plan, rank, windows, bucket_numel=bucket_numel, device=device)
     channel = GroupWire(session, wire, rank, [*ranks(plan, "").values(), *workers(plan, "").values()])
-    bucket_numel = bucket_elements(plan, terms)
     buffers = BucketBuffers(bucket_numel, dtype, _buffer_device(wire, device))
     return BucketOutbox(plan, rank, channel, buffers, bucket_numel=bucket_numel, device=device)
 

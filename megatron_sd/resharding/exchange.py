@@ -13,7 +13,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from megatron_sd.resharding.plan import ReshardPlan, Slice, buckets
+from megatron_sd.resharding.plan import ReshardPlan, Slice, buckets, incoming, outgoing
 from megatron_sd.resharding.transport import Pending, Wire
 
 Tensors = Mapping[str, Tensor]  # flat
@@ -62,23 +62,25 @@ def target_runs(staged: Tensors, part: Slice) -> Tensor:
 
 
 class DirectOutbox:
-    """Writes every slice where it belongs: one copy, no bucket. windows: the workers' staged tensors, by worker."""
+    """Writes every slice where it belongs, in one copy; between devices a copy may pass through as much as a bucket.
 
-    def __init__(self, plan: ReshardPlan, rank: int, windows: Mapping[int, Tensors], *, device: torch.device):
-        self._plan = plan
-        self._rank = rank
-        self._device = device
+    windows: the workers' staged tensors, by worker.
+    """
+
+    def __init__(self, plan: ReshardPlan, rank: int, windows: Mapping[int, Tensors], *, bucket_numel: int, device: torch.device):
+        self._parts = [(worker, part) for worker, bucket in outgoing(plan, rank, bucket_numel) for part in bucket]
         self._windows = dict(windows)
+        self._item_bytes = plan.item_bytes
+        self._device = device
 
     def send(self, shards: Tensors) -> int:
         """All slices, worker by worker."""
         numel = 0
-        for worker in self._plan.workers_of(self._rank):
-            for part in self._plan.slices(self._rank, worker):
-                target_runs(self._windows[worker], part).copy_(source_runs(shards, part))
-                numel += part.numel
+        for worker, part in self._parts:
+            target_runs(self._windows[worker], part).copy_(source_runs(shards, part))
+            numel += part.numel
         synchronize(self._device)
-        return numel * self._plan.item_bytes
+        return numel * self._item_bytes
 
     def close(self) -> None:
         """Unmap the windows."""
@@ -114,29 +116,28 @@ class BucketOutbox:
     def __init__(
         self, plan: ReshardPlan, rank: int, wire: Wire, buffers: BucketBuffers, *, bucket_numel: int, device: torch.device
     ):
-        self._plan = plan
-        self._rank = rank
-        self._device = device
+        self._buckets = list(outgoing(plan, rank, bucket_numel))
+        self._first_worker = plan.source.world_size  # among the wire's parties
         self._wire = wire
         self._buffers = buffers
-        self._bucket_numel = bucket_numel
+        self._item_bytes = plan.item_bytes
+        self._device = device
 
     def send(self, shards: Tensors) -> int:
         """Bucket by bucket, worker by worker."""
         numel, travelling = 0, deque()
-        for worker in self._plan.workers_of(self._rank):
-            for bucket in buckets(self._plan.slices(self._rank, worker), self._bucket_numel):
-                if len(travelling) == NUM_BUFFERS:
-                    travelling.popleft().wait()
-                buffer = self._buffers.take(bucket)
-                for part, packed in packed_runs(bucket, buffer):
-                    packed.copy_(source_runs(shards, part))
-                travelling.append(self._wire.send(_bytes(buffer), self._plan.source.world_size + worker))
-                numel += len(buffer)
+        for worker, bucket in self._buckets:
+            if len(travelling) == NUM_BUFFERS:
+                travelling.popleft().wait()
+            buffer = self._buffers.take(bucket)
+            for part, packed in packed_runs(bucket, buffer):
+                packed.copy_(source_runs(shards, part))
+            travelling.append(self._wire.send(_bytes(buffer), self._first_worker + worker))
+            numel += len(buffer)
         for pending in travelling:
             pending.wait()
         synchronize(self._device)
-        return numel * self._plan.item_bytes
+        return numel * self._item_bytes
 
     def close(self) -> None:
         """Hang up."""
@@ -147,22 +148,19 @@ class BucketInbox:
     """Receives what BucketOutbox sends and unpacks it into the staged tensors, one bucket while the next one travels."""
 
     def __init__(self, plan: ReshardPlan, worker: int, wire: Wire, buffers: BucketBuffers, *, bucket_numel: int, staged: Tensors):
-        self._plan = plan
-        self._worker = worker
+        self._buckets = list(incoming(plan, worker, bucket_numel))
         self._wire = wire
         self._buffers = buffers
-        self._bucket_numel = bucket_numel
         self._staged = staged
 
     def receive(self) -> None:
         """Rank by rank, in the plan's order."""
         travelling: deque[tuple[list[Slice], Tensor, Pending]] = deque()
-        for rank in self._plan.ranks_of(self._worker):
-            for bucket in buckets(self._plan.slices(rank, self._worker), self._bucket_numel):
-                buffer = self._buffers.take(bucket)
-                travelling.append((bucket, buffer, self._wire.receive(_bytes(buffer), rank)))
-                if len(travelling) == NUM_BUFFERS:
-                    self._unpack(*travelling.popleft())
+        for rank, bucket in self._buckets:
+            buffer = self._buffers.take(bucket)
+            travelling.append((bucket, buffer, self._wire.receive(_bytes(buffer), rank)))
+            if len(travelling) == NUM_BUFFERS:
+                self._unpack(*travelling.popleft())
         while travelling:
             self._unpack(*travelling.popleft())
         synchronize(next(iter(self._staged.values())).device)

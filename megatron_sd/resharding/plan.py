@@ -207,6 +207,20 @@ def buckets(slices: Iterable[Slice], bucket_numel: int) -> Iterator[list[Slice]]
         yield bucket
 
 
+def outgoing(plan: ReshardPlan, rank: int, bucket_numel: int) -> Iterator[tuple[int, list[Slice]]]:
+    """(worker, bucket) in the order in which a rank sends."""
+    for worker in plan.workers_of(rank):
+        for bucket in buckets(plan.slices(rank, worker), bucket_numel):
+            yield worker, bucket
+
+
+def incoming(plan: ReshardPlan, worker: int, bucket_numel: int) -> Iterator[tuple[int, list[Slice]]]:
+    """(rank, bucket) in the order in which a worker receives."""
+    for rank in plan.ranks_of(worker):
+        for bucket in buckets(plan.slices(rank, worker), bucket_numel):
+            yield rank, bucket
+
+
 def _split(whole: Slice, room: int) -> tuple[Slice, list[Slice]]:
     """At most `room` elements from the front, and what remains, last first: whole runs if one fits, else a part of the first."""
     if whole.numel <= room:

@@ -51,6 +51,8 @@ class ShardSender:
             if self._rank == 0:
                 session.wait_for(ranks(self._plan, f"{t}/sent"))
                 session.wait_for(workers(self._plan, f"{t}/staged"))
+                if session.closed() is not None:
+                    raise ReshardError(session.closed())
                 session.post_in(t, "decision", "commit")
                 session.wait_for(workers(self._plan, f"{t}/committed"))
                 session.post_in(t, "done")

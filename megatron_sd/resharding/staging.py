@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import weakref
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -66,13 +67,14 @@ class SharedMemory:
                 f"{available_bytes() / 2**30:.2f} GiB of free memory: use more tensor-parallel workers, or nodes"
             )
         self._file = os.memfd_create("megatron_sd_staging")
+        self._closing = weakref.finalize(self, os.close, self._file)
         os.posix_fallocate(self._file, 0, num_bytes)
         self.tensor = _map(self._file, numel, dtype)
         self.token: Token = {"process": os.getpid(), "file": self._file}
 
     def close(self) -> None:
         """Give this process's hold on the memory up; it goes with the last mapping."""
-        os.close(self._file)
+        self._closing()
 
 
 def open_shared_memory(token: Token, numel: int, dtype: torch.dtype) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megatron_sd.errors import ReshardError
 
-FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.0005, 0.05
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.0005, 0.02
 
 
 class MeetingPoint:

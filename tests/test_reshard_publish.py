@@ -6,14 +6,16 @@ import threading
 import pytest
 import torch
 
+from megatron_sd.config import PublishConfig
 from megatron_sd.distributed.world import join_world
 from megatron_sd.errors import ReshardError
 from megatron_sd.resharding import staging
 from megatron_sd.resharding.connection import choose_wire, worker_id
 from megatron_sd.resharding.layout import WorkerId
 from megatron_sd.resharding.receiver import ShardReceiver
+from megatron_sd.resharding.sender import ShardSender
 from megatron_sd.resharding.staging import SharedMemory
-from megatron_sd.resharding.transport import MeetingPoint, Session
+from megatron_sd.resharding.transport import GroupWire, MeetingPoint, Session
 from megatron_sd.training.policy import load_policy
 from megatron_sd.training.publisher import GatherPublisher, sharded_or_gathering
 from tests.fakes_reshard import WorkerGroup
@@ -261,6 +263,42 @@ def test_what_two_transfers_ago_was_said_is_forgotten():
     for transfer in range(1, 5):
         session.post_in(transfer, "version", transfer)
     assert [session.has(f"{transfer}/version") for transfer in range(1, 5)] == [False, False, True, True]
+
+
+def test_whoever_hangs_up_leaves_nobody_waiting():
+    """Although its own transfer is still under way: a worker must not sit out the timeout for a rank that has given up."""
+    session = Session(MeetingPoint.host("127.0.0.1", timeout_s=20), 1, timeout_s=600)
+    names, errors, connected = ["trainer rank 0", "worker 0"], [], threading.Event()
+
+    def wait_for_rank_0():
+        wire = GroupWire(session, "gloo", 1, names)
+        connected.set()
+        try:
+            wire.receive(torch.zeros(4), 0).wait()
+        except ReshardError as error:
+            errors.append(str(error))
+
+    waiting = threading.Thread(target=wait_for_rank_0, daemon=True)
+    waiting.start()
+    wire = GroupWire(session, "gloo", 0, names)
+    pending = wire.receive(torch.zeros(4), 1)
+    assert connected.wait(timeout=120)
+    wire.close()
+    waiting.join(timeout=120)
+    assert not waiting.is_alive() and pending is not None
+    assert "trainer rank 0 has stopped answering" in errors[0]
+
+
+def test_a_rank_may_leave_after_rank_0_has_gone():
+    host = MeetingPoint.host("127.0.0.1", timeout_s=20)
+    meeting = MeetingPoint.join(host.address, timeout_s=20)
+    sender = ShardSender(meeting, None, PublishConfig(timeout_s=1), rank=1, device=torch.device("cpu"))
+    host.post("0/send/1", 1)
+    sender._agree_on_session()
+    del host
+    with pytest.raises(ReshardError, match="the meeting point at .* is gone"):
+        sender.give_up("anything")
+    sender.close()
 
 
 def test_an_address_without_a_trainer_is_said():

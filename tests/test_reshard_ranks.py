@@ -13,7 +13,7 @@ from tests.fakes_train import write_model
 from tests.test_ranks import free_port
 
 pytestmark = pytest.mark.ranks
-LIMIT_S = 400
+LIMIT_S = 600
 BUCKET_MIB = 0.002
 SCENES = {
     2: {

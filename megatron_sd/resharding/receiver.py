@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import contextmanager
 
 from torch import Tensor
 
@@ -48,7 +47,7 @@ class ShardReceiver:
         if self._connection is not None and self._connection.session.closed() is not None:
             self._disconnect()
         session = self._open_session()
-        with self._ending(session):
+        with session.ended_by_errors(self._disconnect):
             connection = self._connection = self._connection or self._connect(session)
             connection.transfer += 1
             t = connection.transfer
@@ -126,18 +125,6 @@ class ShardReceiver:
                     f"checksums differ in {len(wrong)} parameters, such as {wrong[0]}, between trainer rank {rank} and "
                     f"{self._worker}: expected the bytes that were sent; publish again, and look at the link if it repeats"
                 )
-
-    @contextmanager
-    def _ending(self, session: Session):
-        """An error ends the session for everybody; all raise its first reason."""
-        try:
-            yield
-        except Exception as error:  # whatever it was: nobody shall wait for this process
-            try:
-                session.close(str(error))
-                raise ReshardError(session.closed()) from error
-            finally:
-                self._disconnect()
 
     def _disconnect(self) -> None:
         if self._connection is not None:

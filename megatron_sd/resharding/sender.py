@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -40,7 +39,7 @@ class ShardSender:
         every worker keeps the version it had; `send` may then be called again.
         """
         session = self._agree_on_session()
-        with self._ending(session):
+        with session.ended_by_errors(self._drop):
             self._outbox = self._outbox or self._connect(session)
             self._transfer += 1
             t = self._transfer
@@ -65,8 +64,8 @@ class ShardSender:
             self._session.close(reason)
 
     def close(self) -> None:
-        """End the session; workers that still wait are told."""
-        if self._session is not None:
+        """Leave; rank 0 ends the session, and workers that still wait are told."""
+        if self._session is not None and self._rank == 0:
             self._session.close("the trainer has ended")
         self._drop()
 
@@ -95,18 +94,6 @@ class ShardSender:
         if not self._terms.checksums:
             return {}
         return sent_checksums(self._plan, self._rank, shards)
-
-    @contextmanager
-    def _ending(self, session: Session):
-        """An error ends the session for everybody; all raise its first reason."""
-        try:
-            yield
-        except Exception as error:  # whatever it was: nobody shall wait for this process
-            try:
-                session.close(str(error))
-                raise ReshardError(session.closed()) from error
-            finally:
-                self._drop()
 
     def _drop(self) -> None:
         if self._outbox is not None:

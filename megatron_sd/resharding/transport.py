@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, Protocol
@@ -75,7 +76,7 @@ class MeetingPoint:
         return dist.PrefixStore(prefix, self._store)
 
     @contextmanager
-    def _reachable(self):
+    def _reachable(self) -> Iterator[None]:
         try:
             yield
         except dist.DistError as error:
@@ -128,6 +129,18 @@ class Session:
         """Why the session ended, if it did."""
         return self.meeting.read(f"{self.number}/closed") if self.has("closed") else None
 
+    @contextmanager
+    def ended_by_errors(self, let_go: Callable[[], None]) -> Iterator[None]:
+        """An error inside ends the session for everybody; all raise its first reason. Then lets go of what belonged to it."""
+        try:
+            yield
+        except Exception as error:  # whatever it was: nobody shall wait for this process
+            try:
+                self.close(str(error))
+                raise ReshardError(self.closed()) from error
+            finally:
+                let_go()
+
 
 class Pending(Protocol):
     """A transfer under way."""
@@ -162,6 +175,7 @@ class GroupWire:
     def __init__(self, session: Session, backend: str, party: int, names: Sequence[str]):
         store, timeout = session.meeting.prefixed(f"{session.number}/{backend}"), timedelta(seconds=session.timeout_s)
         self._names = names
+        self._pending: weakref.WeakSet[_GroupPending] = weakref.WeakSet()
         try:
             if backend == "nccl":
                 options = dist.ProcessGroupNCCL.Options()
@@ -174,21 +188,28 @@ class GroupWire:
 
     def send(self, buffer: Tensor, peer: int) -> Pending:
         """Begin to send a contiguous buffer."""
-        return _GroupPending(lambda: self._group.send([buffer], peer, 0), self._names[peer])
+        return self._begin(lambda: self._group.send([buffer], peer, 0), peer)
 
     def receive(self, buffer: Tensor, peer: int) -> Pending:
         """Begin to fill a contiguous buffer."""
-        return _GroupPending(lambda: self._group.recv([buffer], peer, 0), self._names[peer])
+        return self._begin(lambda: self._group.recv([buffer], peer, 0), peer)
+
+    def _begin(self, begin: Callable[[], Any], peer: int) -> _GroupPending:
+        pending = _GroupPending(begin, self._names[peer])
+        self._pending.add(pending)
+        return pending
 
     def close(self) -> None:
-        """Drop the connections."""
+        """Drop the connections. Transfers under way would keep them open, and the peers waiting for what never comes."""
+        for pending in self._pending:
+            pending.drop()
         self._group = None
 
 
 class _GroupPending:
     """A Work of torch's, whose errors name the peer."""
 
-    def __init__(self, begin, peer: str):
+    def __init__(self, begin: Callable[[], Any], peer: str):
         self._peer = peer
         with self._named():
             self._work = begin()
@@ -197,8 +218,11 @@ class _GroupPending:
         with self._named():
             self._work.wait()
 
+    def drop(self) -> None:
+        self._work = None
+
     @contextmanager
-    def _named(self):
+    def _named(self) -> Iterator[None]:
         try:
             yield
         except RuntimeError as error:

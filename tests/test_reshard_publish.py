@@ -271,7 +271,8 @@ def test_whoever_hangs_up_leaves_nobody_waiting():
     names, errors, connected = ["trainer rank 0", "worker 0"], [], threading.Event()
 
     def wait_for_rank_0():
-        wire = GroupWire(session, "gloo", 1, names)
+        own = MeetingPoint.join(session.meeting.address, timeout_s=20)  # a client of the store serves one party at a time
+        wire = GroupWire(Session(own, 1, timeout_s=600), "gloo", 1, names)
         connected.set()
         try:
             wire.receive(torch.zeros(4), 0).wait()

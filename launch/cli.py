@@ -38,6 +38,7 @@ COMMANDS: dict[str, Command] = {
     "eval": _command("eval.run:main", "evaluate a model directory greedily on a questions file"),
     "world": _command("launch.programs:world", "write the synthetic multi-hop world and its BM25 corpus"),
     "coldstart": _command("launch.programs:coldstart", "train the small start policy on mediocre demonstrations"),
+    "reshard-plan": _command("launch.reshard_plan:main", "what publishing a model's weights to inference workers would move"),
     "gate": _command("eval.gate:main", "does the start policy read hindsight blocks? wrong-question and shuffled controls"),
     "data import": _command("launch.programs:data_import", "convert passages or questions to the project's jsonl"),
     "data index": _command("launch.programs:data_index", "build a BM25 corpus directory from passages"),

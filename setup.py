@@ -33,6 +33,10 @@ REQUIRES = [
     "tqdm",
     "xxhash",
     "zstandard",
+    "fastapi>=0.115",
+    "uvicorn>=0.30",
+    "httptools",
+    "httpx>=0.27",
 ]
 EXTRAS = {
     "vllm": ["vllm>=0.32,<0.33"],

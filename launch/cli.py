@@ -42,6 +42,7 @@ COMMANDS: dict[str, Command] = {
     "data import": _command("launch.programs:data_import", "convert passages or questions to the project's jsonl"),
     "data index": _command("launch.programs:data_index", "build a BM25 corpus directory from passages"),
     "data info": _command("launch.programs:data_info", "verify a corpus directory and print its manifest"),
+    "retriever serve": _command("launch.retriever:main", "serve a corpus directory over HTTP (Search-R1's /retrieve)"),
     "data recall": _command("launch.programs:data_recall", "supporting-passage recall of a corpus on a questions file"),
 }
 

@@ -5,15 +5,19 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
+import faiss
 import pyarrow as pa
 
 from data_prep.corpus import read_passages
 from data_prep.table import PassageTable, is_table, new_directory, to_batches
+from data_prep.vector_index import VectorIndexConfig, write_vector_index
+from data_prep.vectors import VectorShards
+from megatron_sd.errors import ConfigError, DataError
 from megatron_sd.records import Passage
 from megatron_sd.retrieval.bm25 import Bm25Settings, write_bm25
 from megatron_sd.retrieval.manifest import Manifest, file_entries, write_manifest
@@ -29,7 +33,11 @@ class IndexConfig:
     passages: str  # a passages directory (`sd-search data import`), or a jsonl file small enough for memory
     output: str
     vectors: str | None = None  # of the same passages (`sd-search data encode`): adds a vector index
-    bm25: bool = True  # false: vectors only
+    vector_index: VectorIndexConfig = field(default_factory=VectorIndexConfig)
+    recall: str | None = None  # a questions file: report the vector index's recall against exact search on its questions
+    recall_questions: int = 200
+    recall_top_k: int = 10
+    bm25: bool = True  # false: the vector index alone
     sources: tuple[str, ...] = ()  # of a jsonl file's passages, for the manifest; empty: the file's name
     licenses: tuple[str, ...] = ()
     stop_words: Literal["english", "none"] = "english"
@@ -49,6 +57,15 @@ class Labels:
     made_from: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """What is built besides the passages."""
+
+    bm25: Bm25Settings | None
+    vectors: VectorShards | None
+    vector_index: VectorIndexConfig
+
+
 def bm25_settings(config: IndexConfig) -> Bm25Settings:
     """The part of the configuration that a query must share with the index."""
     return Bm25Settings(**{field.name: getattr(config, field.name) for field in dataclasses.fields(Bm25Settings)})
@@ -59,8 +76,33 @@ def build_index(config: IndexConfig) -> str:
 
     Raises DataError for unreadable or broken passages, repeated ids, or an output that exists.
     """
+    if config.vectors is None and not config.bm25:
+        raise ConfigError("bm25: found false without vectors, expected one of the two: a corpus needs an index")
     batches, labels = _read(config)
-    return _write(Path(config.output), batches, labels, bm25_settings(config))
+    vectors = None if config.vectors is None else _vectors(Path(config.vectors), labels)
+    parts = Parts(bm25=bm25_settings(config) if config.bm25 else None, vectors=vectors, vector_index=config.vector_index)
+    corpus_version = _write(Path(config.output), batches, labels, parts)
+    if vectors is not None and config.recall is not None:
+        _report_recall(config, vectors, config.recall)
+    return corpus_version
+
+
+def _report_recall(config: IndexConfig, vectors: VectorShards, questions: str) -> None:
+    from data_prep.vector_recall import measure_recall  # imports torch
+
+    limit, top_k = config.recall_questions, config.recall_top_k
+    found = measure_recall(Path(config.output), vectors, questions, limit=limit, top_k=top_k)
+    log.info("recall@%d of the vector index against exact search: %.4f", top_k, found)
+
+
+def _vectors(directory: Path, labels: Labels) -> VectorShards:
+    vectors = VectorShards(directory)
+    of = vectors.manifest.made_from["passages"]
+    if of != labels.made_from.get("passages"):
+        found = labels.made_from.get("passages", "no passages directory (`sd-search data import` makes one)")
+        raise DataError(f"{directory} holds vectors of the passages {of}, found {found}: encode the passages that are indexed")
+    labels.made_from["vectors"] = vectors.version
+    return vectors
 
 
 def _read(config: IndexConfig) -> tuple[Iterator[pa.RecordBatch], Labels]:
@@ -83,24 +125,31 @@ def write_corpus(output: Path, passages: Iterable[Passage], settings: Bm25Settin
     The same passages in any order give the same bytes, and a directory named `output` is always complete. Raises DataError when
     `output` exists, when there is no passage, or when an id is repeated.
     """
-    return _write(output, to_batches(sorted(passages, key=lambda passage: passage.id)), labels, settings)
+    batches = to_batches(sorted(passages, key=lambda passage: passage.id))
+    return _write(output, batches, labels, Parts(bm25=settings, vectors=None, vector_index=VectorIndexConfig()))
 
 
-def _write(output: Path, batches: Iterable[pa.RecordBatch], labels: Labels, bm25: Bm25Settings) -> str:
+def _write(output: Path, batches: Iterable[pa.RecordBatch], labels: Labels, parts: Parts) -> str:
+    settings: dict[str, object] = {}
     with new_directory(output) as partial:
         write_batches(partial / PASSAGES_NAME, batches)
         store = PassageStore(partial / PASSAGES_NAME)
-        num_terms = write_bm25(partial, (f"{passage.title} {passage.text}" for passage in store), bm25)
+        if parts.bm25 is not None:
+            num_terms = write_bm25(partial, (f"{passage.title} {passage.text}" for passage in store), parts.bm25)
+            settings["bm25"] = dataclasses.asdict(parts.bm25)
+            log.info("BM25: %d terms", num_terms)
+        if parts.vectors is not None:
+            settings["dense"] = write_vector_index(partial, parts.vectors, parts.vector_index)
         manifest = Manifest(
             kind="corpus",
             num_passages=len(store),
             licenses=labels.licenses,
             sources=labels.sources,
-            settings={"bm25": dataclasses.asdict(bm25)},
+            settings=settings,
             made_from=labels.made_from,
-            versions={name: version(name) for name in ("bm25s", "numpy", "pyarrow", "PyStemmer")},
+            versions={name: version(name) for name in ("bm25s", "numpy", "pyarrow", "PyStemmer")} | {"faiss": faiss.__version__},
             files=file_entries(partial),
         )
         corpus_version = write_manifest(partial, manifest)
-    log.info("%s: %d passages, %d terms, corpus version %s", output, len(store), num_terms, corpus_version[:16])
+    log.info("%s: %d passages, corpus version %s", output, len(store), corpus_version[:16])
     return corpus_version

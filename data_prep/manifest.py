@@ -1,8 +1,8 @@
-"""`sd-search data info`: what a prepared directory holds, and whether its files are whole."""
+"""`sd-search data info` and `verify`: what a prepared directory holds, and whether its files are whole."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,12 @@ class InfoConfig:
     """Which directory (passages, vectors or corpus) to describe."""
 
     path: str
+
+
+def verify_directory(config: InfoConfig, say: Callable[[str], None]) -> None:
+    """Check every file, telling `say` about each. Raises DataError that names a missing or damaged one."""
+    manifest, version = open_manifest(Path(config.path), None, progress=say)
+    say(f"{manifest.kind} version {version}: all {len(manifest.files)} files are whole")
 
 
 def corpus_info(config: InfoConfig) -> str:

@@ -164,12 +164,14 @@ class PassageTable:
         return self.manifest.num_passages
 
     def batches(self, start: int = 0, stop: int | None = None) -> Iterator[pa.RecordBatch]:
-        """Rows start .. stop in batches of ROWS_PER_BATCH, the last one shorter; `start` must be a multiple of it."""
-        stop = len(self) if stop is None else stop
-        for row in range(start, stop, ROWS_PER_BATCH):
+        """Rows start .. stop, cut where ROWS_PER_BATCH divides the row number."""
+        row, stop = start, len(self) if stop is None else stop
+        while row < stop:
             shard, offset = divmod(row, ROWS_PER_SHARD)
-            group = pq.ParquetFile(self.directory / self._shards[shard]).read_row_group(offset // ROWS_PER_BATCH)
-            yield group.slice(0, min(ROWS_PER_BATCH, stop - row)).cast(SCHEMA).combine_chunks().to_batches()[0]
+            group, skip = divmod(offset, ROWS_PER_BATCH)
+            rows = pq.ParquetFile(self.directory / self._shards[shard]).read_row_group(group).slice(skip, stop - row)
+            yield rows.cast(SCHEMA).combine_chunks().to_batches()[0]
+            row += rows.num_rows
 
     def __iter__(self) -> Iterator[SourcedPassage]:
         for batch in self.batches():

@@ -73,3 +73,12 @@ def plan(argv: Sequence[str]) -> None:
 
     config = parse(PlanConfig, argv, "sd-search data plan")
     print(render_plan(config, estimates(config)))
+
+
+def upload(argv: Sequence[str]) -> None:
+    """`sd-search data upload`."""
+    from data_prep.upload import UploadConfig, upload_passages
+    from megatron_sd.retrieval.qdrant import connect
+
+    config = parse(UploadConfig, argv, "sd-search data upload")
+    print(f"{upload_passages(config, connect(config.qdrant))} passages -> {config.qdrant.collection} at {config.qdrant.url}")

@@ -71,12 +71,25 @@ class ClientConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class QdrantConfig:
+    """A Qdrant collection that `sd-search data upload` filled."""
+
+    url: str
+    collection: str
+    vectors: str  # the vectors directory it was filled from: its encoder reads the queries, its version is the corpus version
+    deadline_s: float = 60.0
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # of the query encoder
+    token_file: str | None = None  # a file with the server's API key
+
+
+@dataclass(frozen=True, kw_only=True)
 class RetrieverConfig:
-    """Where passages come from: a corpus directory (`sd-search data index`) in this process, or running servers."""
+    """Where passages come from: a corpus directory (`sd-search data index`) in this process, running servers, or Qdrant."""
 
     corpus: str | None = None
     endpoints: tuple[str, ...] = ()  # http://host:port of servers of one corpus, which share the load
     sharded: bool = False  # the endpoints serve different parts of one corpus; each search asks all of them
+    qdrant: QdrantConfig | None = None
     top_k: int = 3
     search: SearchConfig = field(default_factory=SearchConfig)
     client: ClientConfig = field(default_factory=ClientConfig)
@@ -301,9 +314,11 @@ def check_ranges(config: Any) -> None:
     """Raise ConfigError for a number out of its range, or passages from nowhere, in any record that has some of the training
     configuration's keys."""
     retriever = _value(config, "retriever")
-    if retriever is not None and (retriever.corpus is None) == (not retriever.endpoints):
-        found = "neither" if retriever.corpus is None else "both"
-        raise ConfigError(f"retriever.corpus, retriever.endpoints: found {found}, expected a corpus directory or servers of one")
+    if retriever is not None:
+        found = [name for name in ("corpus", "endpoints", "qdrant") if getattr(retriever, name)]
+        if len(found) != 1:
+            expected = "expected one: a corpus directory, its servers, or a Qdrant collection"
+            raise ConfigError(f"retriever.corpus, .endpoints, .qdrant: found {' and '.join(found) or 'none'}, {expected}")
     for expected, keys in _RANGES.items():
         in_range = _IN_RANGE[expected.split()[0]]
         for key in keys:

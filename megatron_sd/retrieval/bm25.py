@@ -25,6 +25,7 @@ from megatron_sd.retrieval.fusion import Ranking
 
 BM25_DIRECTORY = "bm25"
 logging.getLogger("bm25s").setLevel(logging.WARNING)  # it asks for DEBUG when imported
+_BLOCK_ROWS = 512
 _ARRAYS = ("scores", "rows", "starts")
 BM25_FILES = tuple(f"{BM25_DIRECTORY}/{name}" for name in ("vocabulary.json", *(f"{array}.npy" for array in _ARRAYS)))
 
@@ -57,13 +58,22 @@ class Analyzer:
         return self._stem([word for word in self._find_words(text.lower()) if word not in self._stop_words])
 
 
+@numba.njit(nogil=True, fastmath={"nnan", "nsz"})
+def _largest(block):
+    """The largest of some scores, which are finite: eight at a time."""
+    largest = np.float32(0)
+    for score in block:
+        largest = max(largest, score)
+    return largest
+
+
 @numba.njit(nogil=True)
 def _top_rows(terms, index, totals, top_k):
     """Rows and scores of the best passages: larger score first, then smaller row.
 
     terms: [T] int64. index: (scores [P] float32, rows [P] int32, starts [V + 1] int64), the postings of term t being
     starts[t]:starts[t + 1]. totals: [N] float32 workspace, whatever it holds. Rows are visited in rising order, so a later row
-    must score more than an earlier one to come before it.
+    must score more than an earlier one to come before it. Most blocks of rows hold nothing better and are passed over whole.
     """
     scores, rows, starts = index
     totals[:] = 0
@@ -74,18 +84,22 @@ def _top_rows(terms, index, totals, top_k):
     best_scores = np.zeros(top_k, np.float32)  # every score is positive, so 0 marks a free place
     num_kept = 0
     worst = np.float32(0)
-    for row in range(len(totals)):
-        total = totals[row]
-        if total > worst:
-            num_kept = min(num_kept + 1, top_k)
-            place = num_kept - 1
-            while place > 0 and total > best_scores[place - 1]:
-                best_rows[place] = best_rows[place - 1]
-                best_scores[place] = best_scores[place - 1]
-                place -= 1
-            best_rows[place] = row
-            best_scores[place] = total
-            worst = best_scores[top_k - 1]
+    for start in range(0, len(totals), _BLOCK_ROWS):
+        block = totals[start : start + _BLOCK_ROWS]
+        if _largest(block) <= worst:
+            continue
+        for offset in range(len(block)):
+            total = block[offset]
+            if total > worst:
+                num_kept = min(num_kept + 1, top_k)
+                place = num_kept - 1
+                while place > 0 and total > best_scores[place - 1]:
+                    best_rows[place] = best_rows[place - 1]
+                    best_scores[place] = best_scores[place - 1]
+                    place -= 1
+                best_rows[place] = start + offset
+                best_scores[place] = total
+                worst = best_scores[top_k - 1]
     return best_rows[:num_kept], best_scores[:num_kept]
 
 

@@ -16,6 +16,10 @@ def open_retriever(config: RetrieverConfig) -> Retriever:
     """
     if config.corpus is not None:
         return _local(config, config.corpus)
+    if config.qdrant is not None:
+        from megatron_sd.retrieval.qdrant import QdrantRetriever, connect  # the extra [qdrant]
+
+        return QdrantRetriever(config.qdrant, connect(config.qdrant))
     from megatron_sd.retrieval.client import HttpRetriever
     from megatron_sd.retrieval.shards import ShardedRetriever
 

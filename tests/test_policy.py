@@ -104,7 +104,6 @@ def test_kl_to_the_start_policy(world, model_path):
 
 def test_block_none_is_grpo_bit_for_bit(world, model_path, monkeypatch):
     """No teacher prompts, or no distillation at all: the same parameters, to the bit, at measuring steps too."""
-
     def without_teachers(num):
         return [dataclasses.replace(s, teacher_prompt_ids=None) for s in make_samples(num)]
 

@@ -86,7 +86,9 @@ class Policy:
         reference_logprobs = None
         if self._reference is not None and weights.policy != 0.0:
             reference_logprobs = self._reference.logprobs(on_device)
-        loss, sums = self.engine(microbatch=on_device, totals=totals, weights=weights, reference_logprobs=reference_logprobs)
+        loss, sums = self.engine(
+            microbatch=on_device, totals=totals, weights=weights, reference_logprobs=reference_logprobs
+        )
         # DeepSpeed averages gradients over ranks; ours are shares of one global sum.
         self.engine.backward(loss * self.world.size, scale_wrt_gas=False)
         self._loss = self._loss + loss.detach()

@@ -1,6 +1,6 @@
 """Takes update steps on the samples of fakes_train and writes what came of them: one program for one and for several ranks.
 
-python -m tests.rank_programs.update_steps '[{"model": DIR, "output": FILE, ...}, ...]'     (keys: class Order)
+    python -m tests.rank_programs.update_steps '[{"model": DIR, "output": FILE, ...}, ...]'     (keys: class Order)
 """
 
 from __future__ import annotations

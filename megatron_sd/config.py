@@ -168,6 +168,8 @@ class DistillConfig:
     beta: float = 0.5
     temperature: float = 1.0
     top_k: int | None = None  # None: the full vocabulary; the paper: 50, the teacher's, renormalised
+    tail_bucket: bool = False  # with top_k: all other tokens together are one more event, instead of nothing
+    teacher_logits: Literal["delta", "float32_delta", "float32", "same_dtype"] = "delta"  # how they keep their digits in bfloat16
     alpha: AlphaConfig = field(default_factory=AlphaConfig)
     measure_every: int = 25  # steps between exact gradient-ratio measurements (each costs two more updates); 0: never
 

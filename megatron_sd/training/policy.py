@@ -6,6 +6,7 @@ import math
 import sys
 import warnings
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import deepspeed
@@ -15,17 +16,17 @@ from deepspeed.utils import safe_get_local_grad
 from torch import Tensor, nn
 
 from megatron_sd.algorithm.distill_loss import TermWeights
-from megatron_sd.algorithm.logprobs import HeadOptions
 from megatron_sd.algorithm.packing import distilled_part
 from megatron_sd.config import Config, OptimizerConfig
 from megatron_sd.distributed.collectives import sum_floats
 from megatron_sd.distributed.world import World
 from megatron_sd.errors import CheckpointError, ConfigError, NonFiniteError
 from megatron_sd.ops.jsd import check_options
+from megatron_sd.ops.linear_jsd import HeadOptions
 from megatron_sd.records import Microbatch, Totals, UpdateResult
 from megatron_sd.training.clipped_adamw import ClippedAdamW
 from megatron_sd.training.deepspeed_config import deepspeed_config
-from megatron_sd.training.placement import place
+from megatron_sd.training.placement import place, zero3_linear
 from megatron_sd.training.policy_module import DeviceMicrobatch, PolicyModule, load_causal_lm
 from megatron_sd.training.reference import ReferencePolicy
 from megatron_sd.training.update_metrics import SUM_NAMES, to_metrics
@@ -62,7 +63,6 @@ class Policy:
         self.version = 0  # optimiser steps taken
         self._optimizer_config: OptimizerConfig = config.optimizer
         self._zero_stage = config.update.zero_stage
-        self._chunk_rows = config.update.head_chunk_rows
         self._reference = reference
         self._forget_sums()
 
@@ -82,15 +82,16 @@ class Policy:
         """
         if weights.policy == 0.0:
             microbatch = distilled_part(microbatch, weights)
-        on_device = DeviceMicrobatch.of(microbatch, self.world.device, self._chunk_rows)
+        on_device = DeviceMicrobatch.of(microbatch, self.world.device)
         reference_logprobs = None
         if self._reference is not None and weights.policy != 0.0:
             reference_logprobs = self._reference.logprobs(on_device)
-        loss, sums = self.engine(
-            microbatch=on_device, totals=totals, weights=weights, reference_logprobs=reference_logprobs
-        )
-        # DeepSpeed averages gradients over ranks; ours are shares of one global sum.
-        self.engine.backward(loss * self.world.size, scale_wrt_gas=False)
+        with zero3_linear() if self._zero_stage == 3 else nullcontext():
+            loss, sums = self.engine(
+                microbatch=on_device, totals=totals, weights=weights, reference_logprobs=reference_logprobs
+            )
+            # DeepSpeed averages gradients over ranks; ours are shares of one global sum.
+            self.engine.backward(loss * self.world.size, scale_wrt_gas=False)
         self._loss = self._loss + loss.detach()
         self._sums = self._sums + sums
 
@@ -209,7 +210,12 @@ def head_options(config: Config) -> HeadOptions:
     """The head's part of the configuration, checked. Rollouts sampled greedily (temperature 0) are scored at temperature 1."""
     distill = config.distill
     check_options(
-        divergence=distill.divergence, beta=distill.beta, temperature=distill.temperature, top_k=distill.top_k, impl="auto"
+        divergence=distill.divergence,
+        beta=distill.beta,
+        temperature=distill.temperature,
+        top_k=distill.top_k,
+        tail_bucket=distill.tail_bucket,
+        impl="auto",
     )
     return HeadOptions(
         sampling_temperature=config.rollout.temperature or 1.0,
@@ -217,5 +223,7 @@ def head_options(config: Config) -> HeadOptions:
         beta=distill.beta,
         temperature=distill.temperature,
         top_k=distill.top_k,
+        tail_bucket=distill.tail_bucket,
+        teacher_logits=distill.teacher_logits,
         chunk_rows=config.update.head_chunk_rows,
     )

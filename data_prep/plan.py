@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from data_prep.vector_index import VectorIndexConfig, factory_string, num_codes
 from megatron_sd.errors import ConfigError
+from megatron_sd.retrieval.faiss_index import FaissKind
 
 MEASURED_PASSAGES, MEASURED_DIM = 200_000, 384
 ARROW_BYTES_PER_WORD, BM25_BYTES_PER_WORD, PARQUET_BYTES_PER_WORD = 6.6, 7.4, 3.1
@@ -42,73 +43,44 @@ class Estimate:
     remark: str
 
 
+def _coded_bytes(dim: int) -> float:
+    return num_codes(dim) / 2 + LIST_ID_BYTES + dim
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Measured:
-    """qps: of one core; build_core_s: core seconds; slower: by what factor, n times the passages and d times the dimensions."""
+    """qps: of one core; build_core_s: core seconds to build; both at MEASURED_PASSAGES x MEASURED_DIM."""
 
-    kind: str
+    kind: FaissKind
     bytes_per_vector: Callable[[int], float]
     qps: float
     build_core_s: float
-    slower: Callable[[float, float], float]
-    remark: str
+    recall: float  # at 3
 
 
 _MEASURED = (
-    _Measured(
-        kind="flat",
-        bytes_per_vector=lambda d: 4 * d,
-        qps=83,
-        build_core_s=0.2,
-        slower=lambda n, d: n * d,
-        remark="exact",
-    ),
-    _Measured(
-        kind="fp16",
-        bytes_per_vector=lambda d: 2 * d,
-        qps=193,
-        build_core_s=0.5,
-        slower=lambda n, d: n * d,
-        remark="recall 0.9997",
-    ),
-    _Measured(
-        kind="sq8",
-        bytes_per_vector=lambda d: d,
-        qps=188,
-        build_core_s=0.5,
-        slower=lambda n, d: n * d,
-        remark="recall 0.989",
-    ),
-    _Measured(
-        kind="hnsw",
-        bytes_per_vector=lambda d: 4 * d + GRAPH_BYTES,
-        qps=4218,
-        build_core_s=400,
-        slower=lambda n, d: d * _depth(n),
-        remark="recall 0.965",
-    ),
-    _Measured(
-        kind="hnsw_sq8",
-        bytes_per_vector=lambda d: d + GRAPH_BYTES,
-        qps=4103,
-        build_core_s=450,
-        slower=lambda n, d: d * _depth(n),
-        remark="recall 0.953",
-    ),
-    _Measured(
-        kind="ivf_pq",
-        bytes_per_vector=lambda d: num_codes(d) / 2 + LIST_ID_BYTES + d,
-        qps=10_000,
-        build_core_s=200,
-        slower=lambda n, d: d * math.sqrt(n),
-        remark="recall 0.85",
-    ),
+    _Measured(kind="flat", bytes_per_vector=lambda d: 4 * d, qps=83, build_core_s=0.2, recall=1.0),
+    _Measured(kind="fp16", bytes_per_vector=lambda d: 2 * d, qps=193, build_core_s=0.5, recall=0.9997),
+    _Measured(kind="sq8", bytes_per_vector=lambda d: d, qps=188, build_core_s=0.5, recall=0.989),
+    _Measured(kind="hnsw", bytes_per_vector=lambda d: 4 * d + GRAPH_BYTES, qps=4218, build_core_s=400, recall=0.965),
+    _Measured(kind="hnsw_sq8", bytes_per_vector=lambda d: d + GRAPH_BYTES, qps=4103, build_core_s=450, recall=0.953),
+    _Measured(kind="ivf_pq", bytes_per_vector=_coded_bytes, qps=10_000, build_core_s=200, recall=0.85),
 )
-_BM25_QPS, _BM25_BUILD_CORE_S = 5500, 26
+_BM25_QPS, _BM25_BUILD_CORE_S = 9700, 45
+
+
+def _slower(kind: FaissKind, n: float, d: float) -> float:
+    """By what factor a search slows with n times the vectors of d times the dimensions.
+
+    A graph's path grows with the logarithm of N; 64 of 4 sqrt(N) lists hold 16 sqrt(N) vectors; the others look at all.
+    """
+    if kind.startswith("hnsw"):
+        return d * _depth(n)
+    return d * (math.sqrt(n) if kind == "ivf_pq" else n)
 
 
 def _depth(n: float) -> float:
-    """A graph's path grows with the logarithm of its size."""
+    """log N over the logarithm of the measured N."""
     return math.log(max(2.0, n * MEASURED_PASSAGES)) / math.log(MEASURED_PASSAGES)
 
 
@@ -139,8 +111,8 @@ def _dense(measured: _Measured, config: PlanConfig, growth: tuple[float, float],
         index=factory_string(VectorIndexConfig(kind=measured.kind), int(config.passages), config.dim),
         ram_gb=text_gb + config.passages * measured.bytes_per_vector(config.dim) / 1e9,
         build_hours=build_s / 3600,
-        qps=config.cores * measured.qps / measured.slower(n, d),
-        remark=measured.remark,
+        qps=config.cores * measured.qps / _slower(measured.kind, n, d),
+        remark=f"recall@3 {measured.recall:g} as measured",
     )
 
 

@@ -100,7 +100,8 @@ def honest(queries: list[str], top_k: int) -> FakeReply:
 
 
 class FakeServer:
-    """Answers POST /retrieve with `behave(queries, top_k, number of the request)`, and GET /info."""
+    """Answers POST /retrieve with `behave(queries, top_k, number of the request)`, and GET /info, unless `version` is empty:
+    then it knows no more than Search-R1's server."""
 
     def __init__(self, behave: Callable[[list[str], int, int], FakeReply], version: str = "v1") -> None:
         self.behave = behave
@@ -115,13 +116,15 @@ class FakeServer:
                 pass
 
             def do_GET(self) -> None:
-                self._send(FakeReply(body=json.dumps({"corpus_version": fake.version}).encode()))
+                known = FakeReply(body=json.dumps({"corpus_version": fake.version}).encode())
+                self._send(known if fake.version else FakeReply(status=404))
 
             def do_POST(self) -> None:
                 fields = json.loads(self.rfile.read(int(self.headers["content-length"])))
                 fake.requests.append(fields["queries"])
                 reply = fake.behave(fields["queries"], fields["topk"], len(fake.requests))
-                self._send(reply, {VERSION_HEADER: fake.version, QUERIES_HEADER: queries_digest(fields["queries"])})
+                ours = {VERSION_HEADER: fake.version, QUERIES_HEADER: queries_digest(fields["queries"])}
+                self._send(reply, ours if fake.version else {})
 
             def _send(self, reply: FakeReply, headers: dict[str, str] | None = None) -> None:
                 time.sleep(reply.delay_s)

@@ -178,6 +178,15 @@ def test_the_corpus_of_the_endpoints_is_checked():
         HttpRetriever([f"http://127.0.0.1:{port}"], quick_client(token_file="nowhere"))
 
 
+def test_a_server_that_knows_search_r1s_exchange_only():
+    with FakeServer(lambda queries, top_k, _: honest(queries, top_k), version="") as server:
+        with pytest.raises(RetrievalError, match=r"status 404.*name its corpus in retriever\.client\.corpus_version"):
+            HttpRetriever([server.url], quick_client())
+        with client_of(server, corpus_version="wiki-18") as retriever:
+            assert retriever.corpus_version == "wiki-18"
+            assert search(retriever, "a", "b") == [["a"], ["b"]]
+
+
 def test_shards_are_merged_by_score_then_id():
     def shard(*documents):
         hits = [{"document": {"id": id_, "contents": f'"t"\n{id_}'}, "score": score} for id_, score in documents]

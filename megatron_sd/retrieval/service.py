@@ -7,7 +7,7 @@ import ipaddress
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from megatron_sd.errors import ConfigError, MegatronSdError
+from megatron_sd.errors import ConfigError
 from megatron_sd.retrieval.corpus import CorpusRetriever
 from megatron_sd.retrieval.search_queue import QueueFullError, SearchQueue
 from megatron_sd.retrieval.service_metrics import ServiceMetrics
@@ -63,7 +63,7 @@ class RetrievalService:
         self.stage = "starting"
         self.corpus: CorpusRetriever | None = None
         self.queue: SearchQueue | None = None
-        self.failure: MegatronSdError | None = None
+        self.failure: Exception | None = None
         self._open_corpus = open_corpus
         self._say = say
 
@@ -71,7 +71,7 @@ class RetrievalService:
         """Open the corpus in a thread, answer a first query, then search until cancelled; `stop` is called when opening fails."""
         try:
             self.corpus = await asyncio.to_thread(self._open)
-        except MegatronSdError as error:
+        except Exception as error:  # whatever it is, the server must end and say it
             self.failure = error
             stop()
             return

@@ -109,6 +109,11 @@ def decode_row(line: bytes) -> Row:
         json.dumps(row, ensure_ascii=False).encode()  # a lone surrogate passes json.loads and could never be written again
     except (ValueError, RecursionError) as error:
         raise RowError(f"not valid JSON ({error})") from error
+    return check_row(row)
+
+
+def check_row(row: Any) -> Row:
+    """A decoded row, if it is an object. Raises RowError."""
     if not isinstance(row, dict):
         raise RowError(f"found a JSON {type(row).__name__}, expected an object")
     return row

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_prep.jsonl import Line, Row, RowError, decode_row, read_lines, read_text
+from data_prep.jsonl import Line, Row, RowError, check_row, decode_row, read_lines, read_text
 from megatron_sd.errors import DataError
 
 Record = TypeVar("Record")
@@ -118,13 +118,6 @@ def _objects(path: Path, rows: Iterable[Any]) -> Iterator[tuple[Line, Row | RowE
     for number, row in enumerate(rows, start=1):
         content = json.dumps(row, ensure_ascii=False, default=str).encode(errors="replace")
         yield _checked(Line(file=path.name, number=number, content=content), lambda row=row: check_row(row))
-
-
-def check_row(row: Any) -> Row:
-    """A decoded row, if it is an object. Raises RowError."""
-    if not isinstance(row, dict):
-        raise RowError(f"found a JSON {type(row).__name__}, expected an object")
-    return row
 
 
 def _checked(line: Line, decode: Callable[[], Row]) -> tuple[Line, Row | RowError]:

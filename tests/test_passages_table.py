@@ -68,6 +68,17 @@ def test_an_index_of_a_directory_is_that_of_its_rows(tmp_path):
     assert retriever.find(["t17"], 1)[0][0].passage.id == "17"
 
 
+def test_what_a_killed_build_left_is_cleared_away(tmp_path):
+    for name in ("passages.partial", "corpus.partial"):
+        (tmp_path / name / "bm25").mkdir(parents=True)
+        (tmp_path / name / "bm25/rows.npy").write_bytes(b"half")
+    write_table(tmp_path / "passages", _passages(5), Origin())
+    paths = {"passages": str(tmp_path / "passages")}
+    version = build_index(IndexConfig(**paths, output=str(tmp_path / "corpus")))
+    assert build_index(IndexConfig(**paths, output=str(tmp_path / "again"))) == version
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "corpus", "passages"]
+
+
 @pytest.mark.parametrize("directory", ["passages", "corpus"])
 def test_a_directory_of_another_stage_is_named(tmp_path, directory):
     write_table(tmp_path / "passages", _passages(3), Origin())

@@ -2,6 +2,7 @@
 # make test    style and tests
 # make bench   benchmarks: ratios of two implementations in one run
 # make lint    style only
+# make gpu-check  on a machine with a CUDA GPU and nvcc: build, GPU tests, sanitizers, benchmarks; no set-up, PYTHON needs torch only
 # make wheel   dist/megatron_sd-*.whl
 # Every target sets up .venv by itself; it is renewed when setup.py changes. Another interpreter: make PYTHON=python3.12 demo
 
@@ -15,7 +16,7 @@ JSON   ?= runs/bench.json
 TORCH  := torch==2.13.0
 PIP     = $(BIN)/python -m pip --quiet --disable-pip-version-check install
 
-.PHONY: demo test bench lint wheel clean
+.PHONY: demo test bench gpu-check lint wheel clean
 
 demo: $(READY)
 	@$(BIN)/sd-search demo
@@ -30,6 +31,9 @@ lint: $(READY)
 
 bench: $(BENCH)
 	@set -e; for program in kernels/bench/bench_*.py; do echo "== $$program"; $(BIN)/python $$program --json $(JSON); done
+
+gpu-check:
+	@$(PYTHON) kernels/bench/gpu_check.py
 
 wheel: $(READY)
 	@echo "== wheel"

@@ -80,6 +80,20 @@ def test_a_request_the_server_will_never_serve_is_not_repeated():
         assert search(retriever, "a") == [["a"]]
 
 
+def test_one_refused_query_does_not_drag_down_those_it_travels_with():
+    def refuse_long(queries, top_k, _number):
+        return FakeReply(status=413, body=b"too long") if "long" in queries else honest(queries, top_k)
+
+    async def ask_all(retriever):
+        asked = [retriever.search([query], 1) for query in ("a", "long", "b")]
+        return await asyncio.gather(*asked, return_exceptions=True)
+
+    with FakeServer(refuse_long) as server, client_of(server, gather_s=0.3) as retriever:
+        ((one,),), refused, ((other,),) = asyncio.run(ask_all(retriever))
+        assert (one.passage.text, other.passage.text) == ("a", "b")
+        assert isinstance(refused, RetrievalError) and "status 413: too long" in str(refused)
+
+
 def test_fewer_hits_than_asked_are_an_answer():
     with FakeServer(lambda *_: FakeReply(body=b'{"result": [[]]}')) as server, client_of(server) as retriever:
         assert search(retriever, "a", top_k=5) == [[]]

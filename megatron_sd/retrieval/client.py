@@ -98,20 +98,26 @@ class HttpRetriever:
 
     async def _serve(self, queries: tuple[str, ...], top_k: int) -> None:
         """Ask for some queries and settle the futures of those who wait for them."""
-        futures = [self._asked[self.corpus_version, query, top_k] for query in queries]
+        keys = [(self.corpus_version, query, top_k) for query in queries]
         try:
             found = await self._ask(SearchOrder(queries=queries, top_k=top_k, return_scores=True))
-        except RetrievalError as error:
-            for future in futures:
-                future.set_exception(RetrievalError(str(error)))
-                future.exception()  # those who asked may have gone
+        except _RefusedError as error:
+            if len(queries) > 1:  # one of them is at fault: the others must not suffer for it
+                await asyncio.gather(*(self._serve((query,), top_k) for query in queries))
+            else:
+                self._fail(keys, error)
+        except Exception as error:  # whatever it is, those who wait must hear of it
+            self._fail(keys, error)
         else:
-            for query, future, hits in zip(queries, futures, found, strict=True):
-                self._remember((self.corpus_version, query, top_k), hits)
-                future.set_result(hits)
-        finally:
-            for query in queries:
-                self._asked.pop((self.corpus_version, query, top_k), None)
+            for key, hits in zip(keys, found, strict=True):
+                self._remember(key, hits)
+                self._asked.pop(key).set_result(hits)
+
+    def _fail(self, keys: Sequence[tuple[str, str, int]], error: Exception) -> None:
+        for key in keys:
+            future = self._asked.pop(key)
+            future.set_exception(RetrievalError(str(error)) if isinstance(error, RetrievalError) else error)
+            future.exception()  # those who asked may have gone
 
     def _remember(self, key: tuple[str, str, int], hits: Hits) -> None:
         self._cache[key] = hits

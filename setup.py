@@ -42,6 +42,10 @@ REQUIRES = [
     "tqdm",
     "xxhash",
     "zstandard",
+    "fastapi>=0.115",
+    "uvicorn>=0.30",
+    "httptools",
+    "httpx>=0.27",
 ]
 EXTRAS = {
     "vllm": ["vllm>=0.32,<0.33"],
@@ -49,8 +53,9 @@ EXTRAS = {
     # Each brings its own `faiss` in place of faiss-cpu's: uninstall faiss-cpu first, and never install both.
     "retriever-gpu-cu12": ["faiss-gpu>=1.15,<2"],
     "retriever-gpu-cu13": ["faiss-gpu-cuvs>=1.15,<2"],
+    "qdrant": ["qdrant-client>=1.15"],
     "bench": ["trl>=1.16,<1.17"],
-    "dev": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.12", "setuptools>=77"],
+    "dev": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.12", "setuptools>=77", "qdrant-client>=1.15"],
 }
 
 # No option that changes results but fused a * b + c, and none that ties the library to this machine's processor.

@@ -19,7 +19,7 @@ from megatron_sd.errors import ConfigError
 from megatron_sd.observability.recorder import Recorder
 from megatron_sd.observability.timers import Timers
 from megatron_sd.records import Batch, Question, RolloutGroup, TrainingSample
-from megatron_sd.retrieval.bm25 import Bm25Retriever
+from megatron_sd.retrieval.choice import open_retriever
 from megatron_sd.retrieval.retriever import Retriever
 from megatron_sd.rollout.rollouter import Rollouter
 from megatron_sd.rollout.torch_engine import TorchEngine, load_model
@@ -58,7 +58,8 @@ def build_rollout_side(
 ) -> RolloutSide:
     """Engine, environment, retriever and the rollouter over them. device: None takes the first CUDA device, or the CPU.
 
-    Raises DataError for a missing model or corpus, ConfigError for rollouts longer than the model's positions.
+    Raises DataError for a missing model or corpus, RetrievalError for servers that cannot be reached, ConfigError for rollouts
+    longer than the model's positions.
     """
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     codec = load_codec(model.path, chat_template=protocol.chat_template)
@@ -70,9 +71,9 @@ def build_rollout_side(
             f"rollout.max_rollout_tokens is {rollout.max_rollout_tokens}, expected at most {engine.max_length}, "
             f"the positions of the model in {model.path}"
         )
-    corpus = Bm25Retriever(Path(retriever.corpus))
-    rollouter = Rollouter(engine, corpus, environment, top_k=retriever.top_k, seed=seed)
-    return RolloutSide(engine=engine, environment=environment, retriever=corpus, rollouter=rollouter)
+    passages = open_retriever(retriever)
+    rollouter = Rollouter(engine, passages, environment, top_k=retriever.top_k, seed=seed)
+    return RolloutSide(engine=engine, environment=environment, retriever=passages, rollouter=rollouter)
 
 
 def build_trainer(config: Config, world: World) -> Trainer:

@@ -41,11 +41,58 @@ class DataConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RetrieverConfig:
-    """Where passages come from: an in-process corpus directory (`sd-search data index`)."""
+class SearchConfig:
+    """How a corpus directory is searched, in a run's own process or by `sd-search retriever serve`."""
 
-    corpus: str
+    method: Literal["auto", "bm25", "dense", "hybrid"] = "auto"  # auto: dense where the corpus has vectors, else bm25
+    effort: int | None = None  # HNSW's efSearch, IVF's nprobe; None: as the index was built for
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # of the query encoder, and of the vectors where FAISS has GPU code
+    fusion_depth: int = 100  # hybrid: how many passages of each method are ranked together
+    fusion_constant: int = 60  # hybrid: a passage at rank r counts 1 / (constant + r)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClientConfig:
+    """How endpoints are asked. A search that fails for good makes its rollout `retrieval_failed`: no data, and counted."""
+
+    deadline_s: float = 60.0  # of one search, retries included
+    try_timeout_s: float = 20.0
+    ready_s: float = 600.0  # how long the start of a run waits for a server that is still loading
+    first_pause_s: float = 0.2  # pauses between tries are drawn from [0, p), p doubling from here
+    max_pause_s: float = 5.0
+    gather_s: float = 0.002  # queries asked within this time travel together
+    max_request_queries: int = 64
+    max_connections: int = 16
+    breaker_failures: int = 5  # in a row: the endpoint is left alone
+    breaker_open_s: float = 10.0
+    cache_size: int = 100_000  # searches whose passages are remembered
+    token_file: str | None = None  # a file with the server's secret
+    corpus_version: str | None = None  # a name for the corpus of servers that have no /info
+
+
+@dataclass(frozen=True, kw_only=True)
+class QdrantConfig:
+    """A Qdrant collection that `sd-search data upload` filled."""
+
+    url: str
+    collection: str
+    vectors: str  # the vectors directory it was filled from: its encoder reads the queries, its version is the corpus version
+    deadline_s: float = 60.0
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # of the query encoder
+    token_file: str | None = None  # a file with the server's API key
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrieverConfig:
+    """Where passages come from: a corpus directory (`sd-search data index`) in this process, running servers, or Qdrant."""
+
+    corpus: str | None = None
+    endpoints: tuple[str, ...] = ()  # http://host:port of servers of one corpus, which share the load
+    sharded: bool = False  # the endpoints serve different parts of one corpus; each search asks all of them
+    qdrant: QdrantConfig | None = None
     top_k: int = 3
+    search: SearchConfig = field(default_factory=SearchConfig)
+    client: ClientConfig = field(default_factory=ClientConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,6 +284,13 @@ _RANGES: dict[str, tuple[str, ...]] = {
     "1 or more": (
         "data.max_eval_questions",
         "retriever.top_k",
+        "retriever.search.effort",
+        "retriever.search.fusion_depth",
+        "retriever.search.fusion_constant",
+        "retriever.client.max_request_queries",
+        "retriever.client.max_connections",
+        "retriever.client.breaker_failures",
+        "retriever.client.cache_size",
         "rollout.questions_per_step",
         "rollout.group_size",
         "rollout.max_turn_tokens",
@@ -250,6 +304,11 @@ _RANGES: dict[str, tuple[str, ...]] = {
         "limit",  # of an evaluation
     ),
     "more than 0": (
+        "retriever.client.deadline_s",
+        "retriever.client.try_timeout_s",
+        "retriever.client.first_pause_s",
+        "retriever.client.max_pause_s",
+        "retriever.client.breaker_open_s",
         "rollout.temperature",  # evaluation decodes greedily by itself
         "policy_loss.clip",
         "distill.temperature",
@@ -272,7 +331,14 @@ _IN_RANGE: dict[str, Callable[[Any], bool]] = {
 
 
 def check_ranges(config: Any) -> None:
-    """Raise ConfigError for a number out of its range, in any record that has some of the training configuration's keys."""
+    """Raise ConfigError for a number out of its range, or passages from nowhere, in any record that has some of the training
+    configuration's keys."""
+    retriever = _value(config, "retriever")
+    if retriever is not None:
+        found = [name for name in ("corpus", "endpoints", "qdrant") if getattr(retriever, name)]
+        if len(found) != 1:
+            expected = "expected one: a corpus directory, its servers, or a Qdrant collection"
+            raise ConfigError(f"retriever.corpus, .endpoints, .qdrant: found {' and '.join(found) or 'none'}, {expected}")
     for expected, keys in _RANGES.items():
         in_range = _IN_RANGE[expected.split()[0]]
         for key in keys:

@@ -33,6 +33,7 @@ REQUIRES = [
     "tqdm",
     "xxhash",
     "zstandard",
+    "httpx>=0.27",
 ]
 EXTRAS = {
     "vllm": ["vllm>=0.32,<0.33"],

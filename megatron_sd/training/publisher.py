@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol
 
 import deepspeed
 from torch import Tensor, nn
 
+from megatron_sd.distributed.collectives import together
+from megatron_sd.errors import RolloutError
 from megatron_sd.rollout.engine import WeightReceiver
 from megatron_sd.training.policy import Policy
 
@@ -31,11 +33,32 @@ class GatherPublisher:
     """
 
     def publish(self, policy: Policy, receiver: WeightReceiver, policy_version: int) -> None:
-        """Names are Hugging Face names; a tied weight is sent once."""
-        receiver.begin_update()
+        """Names are Hugging Face names; a tied weight is sent once. No rank returns before every rank's engine has the version,
+        and an engine's RolloutError is raised on every rank, after the last gather."""
+        stages = _Stages()
+        stages.attempt(receiver.begin_update)
         for bucket in gathered_buckets(policy.named_parameters(), BUCKET_BYTES):
-            receiver.load_bucket(bucket)
-        receiver.finish_update(policy_version)
+            stages.attempt(lambda: receiver.load_bucket(bucket))  # noqa: B023, it is called at once
+        stages.attempt(lambda: receiver.finish_update(policy_version))
+        together(policy.world, stages.result)
+
+
+class _Stages:
+    """Steps of which the first that fails ends the others, while the caller goes on with its collectives."""
+
+    def __init__(self) -> None:
+        self._failure: RolloutError | None = None
+
+    def attempt(self, step: Callable[[], None]) -> None:
+        if self._failure is None:
+            try:
+                step()
+            except RolloutError as error:
+                self._failure = error
+
+    def result(self) -> None:
+        if self._failure is not None:
+            raise self._failure
 
 
 def gathered_buckets(parameters: Iterable[tuple[str, nn.Parameter]], bucket_bytes: int) -> Iterator[list[tuple[str, Tensor]]]:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from megatron_sd.config import load
-from megatron_sd.distributed.world import join_world, leave_world
+from megatron_sd.distributed.world import end_process, join_world, leave_world
 from megatron_sd.errors import ConfigError, MegatronSdError
 
 
@@ -32,4 +32,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))
+    end_process(main(sys.argv[1:]))

@@ -1,5 +1,7 @@
 """How ranks are started."""
 
+import signal
+import subprocess
 import sys
 
 import pytest
@@ -36,3 +38,22 @@ def test_the_number_of_ranks_is_ours_and_the_rest_is_training():
     assert split_num_ranks(["--num_steps=3"]) == (1, ["--num_steps=3"])
     with pytest.raises(ConfigError, match="found 'nothing'"):
         split_num_ranks(["--num_steps=3", "--num-ranks"])
+
+
+TEARDOWN_ABORTS = """
+import os, sys
+class Thread:
+    def __del__(self, abort=os.abort):
+        abort()
+kept = Thread()
+from megatron_sd.distributed.world import end_process
+print("done")
+(end_process if sys.argv[1] == "ours" else sys.exit)(3)
+"""
+
+
+@pytest.mark.parametrize(("exit_by", "code"), [("ours", 3), ("python", -signal.SIGABRT)])
+def test_a_finished_run_is_not_undone_by_what_aborts_while_the_interpreter_is_torn_down(exit_by, code):
+    found = subprocess.run([sys.executable, "-c", TEARDOWN_ABORTS, exit_by], capture_output=True, text=True, check=False)
+    assert found.returncode == code
+    assert exit_by == "python" or found.stdout == "done\n", "what was printed is flushed"

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from deepspeed.runtime.zero.linear import zero3_linear_wrap
 
 from megatron_sd.algorithm.distill_loss import TermWeights
 from megatron_sd.distributed.world import join_world
@@ -208,3 +209,21 @@ def test_layers_called_by_keyword_are_refused(world, model_path):
     policy = load_policy(make_config(model_path), world)
     with pytest.raises(DataError, match="Qwen2DecoderLayer gets its hidden states by keyword"):
         policy.model.base_model.layers[0](hidden_states=torch.zeros(1, 2, 32))
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_zero3s_linear_serves_the_update_alone(world, model_path, stage, monkeypatch):
+    """Everywhere else, in the rollout engine above all, torch's own is faster."""
+    plain, seen = torch.nn.functional.linear, []
+    policy = load_policy(make_config(model_path, update={"zero_stage": stage}), world)
+    forward = PolicyModule.forward
+
+    def watched(*arguments, **keywords):
+        seen.append(torch.nn.functional.linear)
+        return forward(*arguments, **keywords)
+
+    monkeypatch.setattr(PolicyModule, "forward", watched)
+    batch = batch_of(Order(model="", max_tokens=ONE_MICROBATCH), world, "token")
+    policy.accumulate(batch.microbatches[0], batch.totals, TermWeights(policy=1.0, distill_spread=0.0, distill_no_spread=0.0))
+    assert seen == [zero3_linear_wrap if stage == 3 else plain]
+    assert torch.nn.functional.linear is plain

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import deepspeed
 import torch
+from deepspeed.runtime.zero.linear import zero3_linear_wrap
 from deepspeed.utils import set_z3_leaf_modules
 from torch import nn
 from transformers import PreTrainedModel
@@ -41,6 +43,18 @@ def gather_layers_whole(model: PreTrainedModel) -> None:
     """
     for layer in set_z3_leaf_modules(model, sorted(model._no_split_modules or ()), raise_if_not_found=False):
         layer.register_forward_pre_hook(_check_positional)
+
+
+@contextmanager
+def zero3_linear() -> Iterator[None]:
+    """Within it, linear layers do not keep the gathered weight alive for the backward, as ZeRO-3 needs. DeepSpeed would leave
+    that slower linear in torch for good, and the rollout engine of this process would pay for it at every token."""
+    plain = torch.nn.functional.linear
+    torch.nn.functional.linear = zero3_linear_wrap
+    try:
+        yield
+    finally:
+        torch.nn.functional.linear = plain
 
 
 def _check_positional(layer: nn.Module, arguments: tuple) -> None:

@@ -6,6 +6,7 @@ import math
 import sys
 import warnings
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import deepspeed
@@ -25,7 +26,7 @@ from megatron_sd.ops.jsd import check_options
 from megatron_sd.records import Microbatch, Totals, UpdateResult
 from megatron_sd.training.clipped_adamw import ClippedAdamW
 from megatron_sd.training.deepspeed_config import deepspeed_config
-from megatron_sd.training.placement import place
+from megatron_sd.training.placement import place, zero3_linear
 from megatron_sd.training.policy_module import DeviceMicrobatch, PolicyModule, load_causal_lm
 from megatron_sd.training.reference import ReferencePolicy
 from megatron_sd.training.update_metrics import SUM_NAMES, to_metrics
@@ -86,11 +87,12 @@ class Policy:
         reference_logprobs = None
         if self._reference is not None and weights.policy != 0.0:
             reference_logprobs = self._reference.logprobs(on_device)
-        loss, sums = self.engine(
-            microbatch=on_device, totals=totals, weights=weights, reference_logprobs=reference_logprobs
-        )
-        # DeepSpeed averages gradients over ranks; ours are shares of one global sum.
-        self.engine.backward(loss * self.world.size, scale_wrt_gas=False)
+        with zero3_linear() if self._zero_stage == 3 else nullcontext():
+            loss, sums = self.engine(
+                microbatch=on_device, totals=totals, weights=weights, reference_logprobs=reference_logprobs
+            )
+            # DeepSpeed averages gradients over ranks; ours are shares of one global sum.
+            self.engine.backward(loss * self.world.size, scale_wrt_gas=False)
         self._loss = self._loss + loss.detach()
         self._sums = self._sums + sums
 

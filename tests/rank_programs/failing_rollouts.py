@@ -1,7 +1,7 @@
 """Rank 1's rollouts fail; what each rank then raises: `python -m tests.rank_programs.failing_rollouts` under a launcher."""
 
 from megatron_sd.distributed.collectives import together
-from megatron_sd.distributed.world import join_world, leave_world
+from megatron_sd.distributed.world import end_process, join_world, leave_world
 from megatron_sd.errors import RolloutError
 
 
@@ -19,6 +19,7 @@ def main() -> None:
     except RolloutError as error:
         print(f"RolloutError: {error}")
     leave_world()
+    end_process(0)
 
 
 if __name__ == "__main__":

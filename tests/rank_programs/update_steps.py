@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from megatron_sd.algorithm.packing import pack
-from megatron_sd.distributed.world import World, join_world, leave_world
+from megatron_sd.distributed.world import World, end_process, join_world, leave_world
 from megatron_sd.errors import MegatronSdError
 from megatron_sd.records import Batch
 from megatron_sd.training.checkpoint import Checkpoints
@@ -100,6 +100,7 @@ def main(argv: list[str]) -> None:
         order = Order(**fields)
         torch.save(take_steps(order, world), f"{order.output}.{world.rank}")
     leave_world()
+    end_process(0)
 
 
 if __name__ == "__main__":

@@ -168,6 +168,21 @@ class UpdateConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PublishConfig:
+    """How new weights reach inference workers in other processes. A rank packs `bucket_mib` at a time and holds two such buckets.
+
+    wire `auto`: shared memory (CUDA IPC between GPUs) when all ranks and workers run on one node, else gloo (NCCL between GPUs).
+    """
+
+    source: Literal["parameters", "master"] = "parameters"  # master: the optimiser's float32 weights (ZeRO-3, float32 workers)
+    wire: Literal["auto", "shared_memory", "gloo", "cuda_ipc", "nccl"] = "auto"
+    bucket_mib: float = 64
+    checksums: bool = False  # compare what lies in the workers with what was sent, by parameter; each publish packs twice
+    timeout_s: float = 120  # without an answer for so long a worker counts as lost
+    host: str = "127.0.0.1"  # of the node of rank 0, as the other nodes see it
+
+
+@dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
     """`every` 0 saves only at the end."""
 
@@ -202,6 +217,7 @@ class Config:
     distill: DistillConfig = field(default_factory=DistillConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     update: UpdateConfig = field(default_factory=UpdateConfig)
+    publish: PublishConfig = field(default_factory=PublishConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
@@ -268,6 +284,8 @@ _RANGES: dict[str, tuple[str, ...]] = {
         "distill.alpha.target_ratio",
         "distill.alpha.max_value",
         "optimizer.learning_rate",
+        "publish.bucket_mib",
+        "publish.timeout_s",
     ),
     "between 0 and 1": ("rollout.max_failed_share", "rollout.vllm.gpu_memory_share", "optimizer.betas"),
     "strictly between 0 and 1 (for its limits use divergence forward_kl or reverse_kl)": ("distill.beta",),

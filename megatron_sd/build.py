@@ -14,6 +14,7 @@ from megatron_sd.algorithm.hindsight import BLOCKS, RENDERERS, HindsightBlocks
 from megatron_sd.algorithm.packing import pack
 from megatron_sd.algorithm.samples import GATES, TeacherPrompts, apply_gate
 from megatron_sd.config import Config, ModelConfig, ProtocolConfig, RetrieverConfig, RolloutConfig, dump
+from megatron_sd.distributed.collectives import share
 from megatron_sd.distributed.world import World, lone_world
 from megatron_sd.errors import ConfigError
 from megatron_sd.observability.recorder import Recorder
@@ -22,6 +23,7 @@ from megatron_sd.records import Batch, Question, RolloutGroup, TrainingSample
 from megatron_sd.retrieval.bm25 import Bm25Retriever
 from megatron_sd.retrieval.retriever import Retriever
 from megatron_sd.rollout.rollouter import Rollouter
+from megatron_sd.rollout.sampling_order import InStep, OneAhead, SamplingOrder
 from megatron_sd.rollout.torch_engine import TorchEngine, load_model
 from megatron_sd.rollout.vllm_engine import VllmEngine
 from megatron_sd.rollout.vllm_placement import connect_vllm
@@ -33,8 +35,8 @@ from megatron_sd.search.tokens import TextCodec, load_codec
 from megatron_sd.trainer import Schedule, Trainer
 from megatron_sd.training.checkpoint import Checkpoints
 from megatron_sd.training.gradient_ratio import AlphaController
-from megatron_sd.training.policy import load_policy
-from megatron_sd.training.publisher import GatherPublisher
+from megatron_sd.training.policy import Policy, load_policy
+from megatron_sd.training.publisher import GatherPublisher, Publisher, ShardPublisher, sharded_or_gathering
 
 disable_progress_bar()  # of weight loading: one bar for every model and rank says nothing
 
@@ -103,7 +105,14 @@ def build_trainer(config: Config, world: World) -> Trainer:
     side = build_rollout_side(
         config.model, config.protocol, config.rollout, config.retriever, seed=config.seed, output=run_dir, world=world
     )
+    questions = QuestionStream(
+        questions=load_questions(config.data.train, config.data.train_split),
+        batch_size=config.rollout.questions_per_step,
+        seed=config.seed,
+        shuffle=config.data.shuffle,
+    )
     policy = load_policy(config, world)
+    publisher = _publisher(policy, config, world, side.engine)
     return Trainer(
         schedule=Schedule(
             num_steps=config.num_steps,
@@ -112,14 +121,9 @@ def build_trainer(config: Config, world: World) -> Trainer:
             checkpoint_every=config.checkpoint.every,
         ),
         world=world,
-        questions=QuestionStream(
-            questions=load_questions(config.data.train, config.data.train_split),
-            batch_size=config.rollout.questions_per_step,
-            seed=config.seed,
-            shuffle=config.data.shuffle,
-        ),
         eval_questions=_eval_questions(config),
         rollouter=side.rollouter,
+        sampling=_sampling_order(config, world, questions, side.rollouter),
         score=functools.partial(score, config=config.reward),
         hindsight=HindsightBlocks(
             first_step=config.distill.alpha.warmup_steps,
@@ -132,7 +136,7 @@ def build_trainer(config: Config, world: World) -> Trainer:
         pack=functools.partial(_own_batch, config, world),
         alpha=AlphaController(config.distill),
         policy=policy,
-        publisher=GatherPublisher(),
+        publisher=publisher,
         engine=side.engine,
         checkpoints=Checkpoints(run_dir / "checkpoints", config, world, corpus_version=side.retriever.corpus_version),
         recorder=Recorder(
@@ -145,6 +149,25 @@ def build_trainer(config: Config, world: World) -> Trainer:
         ),
         timers=Timers(),
     )
+
+
+def _sampling_order(config: Config, world: World, questions: QuestionStream, rollouter: Rollouter) -> SamplingOrder:
+    def sample(step: int) -> list[RolloutGroup]:
+        return rollouter.run(share(world, questions.batch(step)), step=step)
+
+    return OneAhead(sample, num_steps=config.num_steps) if config.rollout.max_lag else InStep(sample)
+
+
+def _publisher(policy: Policy, config: Config, world: World, engine: TorchEngine | VllmEngine) -> Publisher:
+    """Shards straight into vLLM's workers; whole parameters into the embedded engine, below ZeRO stage 3, or when asked for."""
+    own, stage = config.rollout.vllm, config.update.zero_stage
+    if isinstance(engine, TorchEngine) or own.publish == "gather" or stage != 3:
+        return GatherPublisher()
+    size = own.tensor_parallel_size
+    publisher = sharded_or_gathering(policy, config, world, tp_size=size, num_replicas=engine.num_replicas)
+    if isinstance(publisher, ShardPublisher):
+        engine.meeting_point = publisher.address
+    return publisher
 
 
 def teacher_prompts(

@@ -78,6 +78,7 @@ class VllmConfig:
     gpu_memory_share: float = 0.85
     block_tokens: int | None = None  # tokens of a block of the KV cache, the unit of reuse; None: vLLM's choice (16; on CPUs 128)
     threads_per_worker: int = 1  # on CPUs
+    publish: Literal["shards", "gather"] = "shards"  # gather: whole tensors through vLLM's loader, as for families without layout
     publish_host: str | None = None  # name under which servers elsewhere reach this node; None: its host name
     start_timeout_s: float = 900.0
     request_timeout_s: float = 600.0  # for one completion, or for one bucket of an update

@@ -11,7 +11,7 @@ import logging
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -22,7 +22,7 @@ from megatron_sd.rollout.loop_thread import LoopThread
 from megatron_sd.rollout.stop_strings import StopTable
 from megatron_sd.rollout.vllm_buckets import BucketServer
 from megatron_sd.rollout.vllm_process import ServerProcess
-from megatron_sd.rollout.vllm_replica import LOWEST_LOGPROB, UNTRAINED, Replica, ReplicaLost
+from megatron_sd.rollout.vllm_replica import LOWEST_LOGPROB, UNTRAINED, Replica, ReplicaLost, finish_of
 from megatron_sd.search.tokens import TextCodec
 
 _log = logging.getLogger(__name__)
@@ -38,45 +38,55 @@ class ServedPolicy:
     max_length: int
 
 
-class VllmEngine:
-    """InferenceEngine and WeightReceiver over vLLM servers.
+@dataclass(frozen=True, kw_only=True)
+class Servers:
+    """The vLLM servers of a rank.
 
-    processes: those of them that this rank started (and that serve by now); it starts them again before a publish when they
-    ended. publishes: True on the
-    one rank that hands the servers new weights; on the others an update only changes the version they expect. publish_host: the
-    name under which the workers reach this process. Connecting raises ConfigError when a server is not there or serves another
-    model, or shorter sequences.
+    processes: those of them that this rank started (and that serve by now). publishes: True on the one rank that hands these
+    servers new weights. publish_host: the name under which their workers reach it. first_replica: the number of urls[0] among
+    the num_replicas servers of all nodes.
+    """
+
+    urls: tuple[str, ...]
+    processes: tuple[ServerProcess, ...] = ()
+    publishes: bool
+    publish_host: str
+    first_replica: int = 0
+    num_replicas: int
+
+
+class VllmEngine:
+    """InferenceEngine and WeightReceiver over vLLM servers; training/publisher.py's ShardedEngine, too.
+
+    Servers of ours that ended are started again before a publish. On a rank that does not publish, an update only changes the
+    version it expects. meeting_point: where the workers find the trainer's shards; set before the first sharded publish.
+    Connecting raises ConfigError when a server is not there, or serves another model or shorter sequences.
     """
 
     def __init__(
-        self,
-        urls: Sequence[str],
-        codec: TextCodec,
-        policy: ServedPolicy,
-        *,
-        processes: Sequence[ServerProcess] = (),
-        publishes: bool,
-        publish_host: str,
-        start_timeout_s: float,
-        request_timeout_s: float,
+        self, servers: Servers, codec: TextCodec, policy: ServedPolicy, *, start_timeout_s: float, request_timeout_s: float
     ):
         self.policy_version = 0
+        self.meeting_point = ""
         self.max_length = policy.max_length
+        self.num_replicas = servers.num_replicas
         self._policy = policy
         self._eos_ids = tuple(sorted(policy.eos_ids))
         self._stops = StopTable(codec, policy.vocabulary_size)
-        self._replicas = [Replica(url, timeout_s=request_timeout_s) for url in urls]
-        self._processes = {process.url: process for process in processes}
-        self._publishes = publishes
+        self._replicas = [Replica(url, timeout_s=request_timeout_s) for url in servers.urls]
+        self._processes = {process.url: process for process in servers.processes}
+        self._publishes = servers.publishes
+        self._first_replica = servers.first_replica
         self._start_timeout_s = start_timeout_s
         self._request_timeout_s = request_timeout_s
         self._label = UNTRAINED
         self._updating = False
+        self._receiving: list[asyncio.Task[None]] = []
         self._in_flight: dict[str, Future[Completion]] = {}
         self._homes: dict[TokenIds, int] = {}  # place of the replica that holds a prompt's keys and values
         self._home_of: dict[str, int] = {}  # the same, by session
         self._thread = LoopThread()
-        self._buckets = BucketServer(publish_host, timeout_s=request_timeout_s) if publishes else None
+        self._buckets = BucketServer(servers.publish_host, timeout_s=request_timeout_s) if servers.publishes else None
         self._connect()
 
     def _connect(self) -> None:
@@ -183,7 +193,7 @@ class VllmEngine:
                 f"{self.policy_version}, expected finite numbers; check the weights it was given"
             )
         length = self._stops.first_completed(self._stops.number(request.stop), ids)
-        finish = "stop" if length is not None else _finish(choice, ids, self._policy.eos_ids)
+        finish = "stop" if length is not None else finish_of(choice, ids, self._policy.eos_ids)
         length = length or len(ids)
         return Completion(ids=ids[:length], logprobs=logprobs[:length], finish=finish, policy_version=self.policy_version)
 
@@ -221,30 +231,37 @@ class VllmEngine:
         else:
             for replica in self._replicas:  # what they answer will say whether it is true
                 replica.version = label
-        self._open(label, policy_version)
+        self._label, self.policy_version, self._updating = label, policy_version, False
 
-    def start_receiving(self, address: str, policy_version: int) -> Future[None]:
-        """Make the workers of every server take their shards from the trainer's meeting point (resharding), at the same time as
-        the trainer sends them; returns at once."""
-        return self._thread.start(self._receive(address, policy_version))
+    def start_receiving(self, policy_version: int) -> Future[None]:
+        """Make the workers of every server take their shards from the meeting point, while the trainer sends them, and return at
+        once. The future ends with the first error."""
+        return self._thread.start(self._receive(policy_version))
 
-    async def _receive(self, address: str, policy_version: int) -> None:
+    async def _receive(self, policy_version: int) -> None:
         if self._publishes:
-            shards = {"address": address, "policy_version": policy_version, "timeout_s": self._request_timeout_s}
-            places = {replica: place for place, replica in enumerate(self._replicas)}
-            await self._on_all(self._replicas, lambda replica: replica.update(shards=shards | {"replica": places[replica]}))
+            terms = {"address": self.meeting_point, "policy_version": policy_version, "timeout_s": self._request_timeout_s}
+            self._receiving = [
+                asyncio.create_task(replica.update(shards=terms | {"replica": self._first_replica + place}))
+                for place, replica in enumerate(self._replicas)
+            ]
+            await asyncio.gather(*self._receiving)
 
     def cancel_update(self) -> None:
-        """The update failed before any weight changed: serve on under the version from before."""
+        """A sharded update failed, and no weight changed: when no worker receives any more, serve on under the version from
+        before (or stay closed, before the first)."""
         if self._publishes:
-            label = self._label
+            self._thread.run(self._serve_on(self._label))
+        self._updating = self._label == UNTRAINED
 
-            async def serve_on(replica: Replica) -> None:
+    async def _serve_on(self, label: str) -> None:
+        await asyncio.gather(*self._receiving, return_exceptions=True)
+        for replica in self._replicas:
+            try:
                 await replica.abandon()
                 await replica.serve_again(label)
-
-            self._update("cancel", serve_on)
-        self._open(self._label, self.policy_version)
+            except RolloutError as error:
+                replica.failure = str(error)
 
     def close(self) -> None:
         """End the servers that this rank started."""
@@ -256,9 +273,6 @@ class VllmEngine:
         if self._buckets is not None:
             self._buckets.close()
         self._thread.stop()
-
-    def _open(self, label: str, policy_version: int) -> None:
-        self._label, self.policy_version, self._updating = label, policy_version, False
 
     def _revive(self) -> None:
         """Start those of our servers again that ended."""
@@ -282,12 +296,3 @@ class VllmEngine:
         self._thread.run(self._on_all([replica for replica in self._replicas if replica.failure is None], attempt))
         if all(replica.failure is not None for replica in self._replicas):
             raise RolloutError(f"no vLLM server took the weights, expected 1 to {len(self._replicas)}: {self._failures()}")
-
-
-def _finish(choice: dict[str, Any], ids: TokenIds, eos_ids: frozenset[int]) -> Literal["eos", "length"]:
-    """Why a completion without a stop string ended. Raises ReplicaLost when the server aborted it."""
-    if choice["finish_reason"] == "length":
-        return "length"
-    if ids and ids[-1] in eos_ids:
-        return "eos"
-    raise ReplicaLost(f"a completion ended with {choice['finish_reason']!r} ({choice['stop_reason']!r}), expected stop or length")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ from megatron_sd.distributed.collectives import together
 from megatron_sd.distributed.world import World, environment_of_others
 from megatron_sd.errors import ConfigError
 from megatron_sd.rollout.vllm_command import ModelShape, check_server, describe, server_arguments, server_environment
-from megatron_sd.rollout.vllm_engine import ServedPolicy, VllmEngine
+from megatron_sd.rollout.vllm_engine import ServedPolicy, Servers, VllmEngine
 from megatron_sd.rollout.vllm_process import ServerProcess, require_vllm
 from megatron_sd.search.tokens import TextCodec
 
@@ -40,31 +41,25 @@ def connect_vllm(model: ModelConfig, rollout: RolloutConfig, codec: TextCodec, w
     if starts_servers and publishes:
         urls_by_rank = together(world, lambda: _start(shape, model, rollout, processes, log_dir))
     else:
-        urls_by_rank = together(world, lambda: list(own.urls))
-    urls = next(found for found in reversed(urls_by_rank[: world.rank + 1]) if found)
+        urls_by_rank = together(world, list)
+    first, urls = own_servers(urls_by_rank, world.rank) if starts_servers else (0, list(own.urls))
+    servers = Servers(
+        urls=tuple(urls),
+        processes=tuple(processes),
+        publishes=publishes,
+        publish_host=LOCAL if starts_servers else own.publish_host or socket.gethostname(),
+        first_replica=first,
+        num_replicas=sum(map(len, urls_by_rank)) if starts_servers else len(urls),
+    )
     policy = ServedPolicy(
         description=describe(shape, model),
         eos_ids=eos_ids(model.path, codec),
         vocabulary_size=shape.vocabulary_size,
         max_length=rollout.max_rollout_tokens,
     )
+    timeouts = {"start_timeout_s": own.start_timeout_s, "request_timeout_s": own.request_timeout_s}
     engines: list[VllmEngine] = []
-
-    def connect() -> None:
-        engines.append(
-            VllmEngine(
-                urls,
-                codec,
-                policy,
-                processes=processes,
-                publishes=publishes,
-                publish_host=LOCAL if starts_servers else own.publish_host or socket.gethostname(),
-                start_timeout_s=own.start_timeout_s,
-                request_timeout_s=own.request_timeout_s,
-            )
-        )
-
-    together(world, connect)
+    together(world, lambda: engines.append(VllmEngine(servers, codec, policy, **timeouts)))
     return engines[0]
 
 
@@ -89,6 +84,16 @@ def _start(
     for process in processes:
         process.wait_until_ready(rollout.vllm.start_timeout_s)
     return [process.url for process in processes]
+
+
+def own_servers(urls_by_rank: Sequence[Sequence[str]], rank: int) -> tuple[int, list[str]]:
+    """The servers of a rank's node, which its first rank started, and the number of the first one among those of all nodes.
+
+    >>> own_servers([["a", "b"], [], ["c", "d"], []], rank=3)
+    (2, ['c', 'd'])
+    """
+    owner = max(number for number in range(rank + 1) if urls_by_rank[number])
+    return sum(map(len, urls_by_rank[:owner])), list(urls_by_rank[owner])
 
 
 def eos_ids(path: str, codec: TextCodec) -> frozenset[int]:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Awaitable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import httpx
 
 from megatron_sd.errors import RolloutError
+from megatron_sd.records import TokenIds
 from megatron_sd.rollout.engine import GenerationRequest
 from megatron_sd.rollout.sampling import splitmix64_of
+
+logging.getLogger("httpx").setLevel(logging.WARNING)  # it tells of every request
 
 UNTRAINED = "default"  # vLLM's name for the weights it was started with
 UPDATING = "updating"
@@ -135,6 +139,15 @@ class Replica:
 def turn_seed(request: GenerationRequest) -> int:
     """The seed of one turn, in [0, 2**63): a hash of the rollout's seed and the turn's place; turns must not repeat noise."""
     return splitmix64_of(request.seed, len(request.prompt_ids)) >> 1
+
+
+def finish_of(choice: Mapping[str, Any], ids: TokenIds, eos_ids: frozenset[int]) -> Literal["eos", "length"]:
+    """Why a completion without a stop string ended. Raises ReplicaLost when the server aborted it."""
+    if choice["finish_reason"] == "length":
+        return "length"
+    if ids and ids[-1] in eos_ids:
+        return "eos"
+    raise ReplicaLost(f"a completion ended with {choice['finish_reason']!r} ({choice['stop_reason']!r}), expected stop or length")
 
 
 def _message(answer: httpx.Response) -> str:

@@ -93,7 +93,12 @@ class PolicyModule(nn.Module):
         values = student_values(self.model, microbatch, teacher_hidden)
 
         rows = policy_rows(
-            values.logprobs, microbatch.rollout_logprobs, microbatch.advantages, reference_logprobs, clip=self.loss.clip
+            values.logprobs,
+            microbatch.rollout_logprobs,
+            microbatch.advantages,
+            reference_logprobs,
+            clip=self.loss.clip,
+            importance_cap=self.loss.importance_cap,
         )
         row_weights = microbatch.row_weights / (totals.policy_weight or 1.0)
         loss = weights.policy * (row_weights * (rows.losses + self.loss.kl_weight * rows.kl)).sum()

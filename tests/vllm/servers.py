@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM, Qwen3Co
 from megatron_sd.config import ModelConfig, RolloutConfig, VllmConfig
 from megatron_sd.rollout.engine import Completion, GenerationRequest
 from megatron_sd.rollout.vllm_command import ModelShape, describe, server_arguments, server_environment
-from megatron_sd.rollout.vllm_engine import ServedPolicy, VllmEngine
+from megatron_sd.rollout.vllm_engine import ServedPolicy, Servers, VllmEngine
 from megatron_sd.rollout.vllm_placement import eos_ids, free_port
 from megatron_sd.rollout.vllm_process import ServerProcess
 from megatron_sd.search.tokens import TextCodec, load_codec
@@ -150,16 +150,11 @@ def policy_of(directory: Path, **changes: object) -> ServedPolicy:
 def make_engine(
     urls: Sequence[str], directory: Path, *, processes: Sequence[ServerProcess] = (), timeout_s: float = 300.0, **changes: object
 ) -> VllmEngine:
-    return VllmEngine(
-        urls,
-        load_codec(str(directory), chat_template=False),
-        policy_of(directory, **changes),
-        processes=processes,
-        publishes=True,
-        publish_host="127.0.0.1",
-        start_timeout_s=START_TIMEOUT_S,
-        request_timeout_s=timeout_s,
+    servers = Servers(
+        urls=tuple(urls), processes=tuple(processes), publishes=True, publish_host="127.0.0.1", num_replicas=len(urls)
     )
+    codec, policy = load_codec(str(directory), chat_template=False), policy_of(directory, **changes)
+    return VllmEngine(servers, codec, policy, start_timeout_s=START_TIMEOUT_S, request_timeout_s=timeout_s)
 
 
 def prompt(length: int, seed: int = 0) -> tuple[int, ...]:

@@ -112,7 +112,7 @@ def build_trainer(config: Config, world: World) -> Trainer:
         shuffle=config.data.shuffle,
     )
     policy = load_policy(config, world)
-    publisher = _publisher(policy, config, world, side.engine)
+    publisher = choose_publisher(policy, config, world, side.engine)
     return Trainer(
         schedule=Schedule(
             num_steps=config.num_steps,
@@ -158,7 +158,7 @@ def _sampling_order(config: Config, world: World, questions: QuestionStream, rol
     return OneAhead(sample, num_steps=config.num_steps) if config.rollout.max_lag else InStep(sample)
 
 
-def _publisher(policy: Policy, config: Config, world: World, engine: TorchEngine | VllmEngine) -> Publisher:
+def choose_publisher(policy: Policy, config: Config, world: World, engine: TorchEngine | VllmEngine) -> Publisher:
     """Shards straight into vLLM's workers; whole parameters into the embedded engine, below ZeRO stage 3, or when asked for."""
     own, stage = config.rollout.vllm, config.update.zero_stage
     if isinstance(engine, TorchEngine) or own.publish == "gather" or stage != 3:

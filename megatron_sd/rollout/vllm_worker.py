@@ -54,6 +54,7 @@ class PolicyWeights(WeightTransferEngine[PolicyInfo, UpdateInfo]):
         super().__init__(config, vllm_config, device, model)
         self._taken: set[str] = set()
         self._receiver = None
+        self._trainer = ""  # the address of the receiver's trainer
 
     def init_transfer_engine(self, init_info: PolicyInfo) -> None:
         """Raises RolloutError when trainer and engine are not the same model."""
@@ -81,12 +82,14 @@ class PolicyWeights(WeightTransferEngine[PolicyInfo, UpdateInfo]):
         from megatron_sd.resharding.receiver import ShardReceiver
 
         parameters = dict(self.model.named_parameters())
-        if self._receiver is None:
+        if shards["address"] != self._trainer:  # the first trainer, or one that was started again
+            self.shutdown()
             size = self.parallel_config.tensor_parallel_size
             worker = WorkerId(replica=shards["replica"], tp_rank=get_tensor_model_parallel_rank(), tp_size=size)
             self._receiver = ShardReceiver(
                 tensors=parameters, worker=worker, address=shards["address"], timeout_s=shards["timeout_s"]
             )
+            self._trainer = shards["address"]
         self._receiver.receive(shards["policy_version"])
         self._taken = set(parameters)
 
@@ -100,7 +103,7 @@ class PolicyWeights(WeightTransferEngine[PolicyInfo, UpdateInfo]):
         """Close the connection to the trainer, if there is one."""
         if self._receiver is not None:
             self._receiver.close()
-            self._receiver = None
+            self._receiver, self._trainer = None, ""
 
 
 def served_model(model_config: Any) -> dict[str, Any]:

@@ -20,8 +20,11 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(scope="session")
 def all_served(request, tmp_path_factory):
     """Every kind that a selected test asks for; the servers start at the same time."""
-    asked = [getattr(item, "callspec", None) for item in request.session.items]
-    kinds = {spec.params["served"] for spec in asked if spec is not None and "served" in spec.params} | {KINDS[0]}
+    items = request.session.items
+    specs = [item.callspec.params for item in items if hasattr(item, "callspec")]
+    kinds = {spec["served"] for spec in specs if "served" in spec} | {KINDS[0]}
+    if any("every_kind" in item.fixturenames for item in items):
+        kinds = set(KINDS)
     served = {kind: start(kind, tmp_path_factory.mktemp(kind)) for kind in sorted(kinds)}
     yield served
     for one in served.values():
@@ -40,3 +43,13 @@ def served(request, all_served) -> Served:
 def one_served(all_served) -> Served:
     """A single worker."""
     return all_served[KINDS[0]].connect()
+
+
+@pytest.fixture
+def every_kind(all_served) -> dict[str, Served]:
+    """All of them, for a program that connects to them by itself. The weights published last are forgotten: a test that follows
+    publishes its own."""
+    found = {kind: all_served[kind].connect() for kind in KINDS}
+    yield found
+    for served in found.values():
+        served.publish(served.weights)

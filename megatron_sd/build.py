@@ -74,7 +74,7 @@ def build_rollout_side(
     codec = load_codec(model.path, chat_template=protocol.chat_template)
     environment = Environment(codec, build_protocol(protocol), rollout)
     corpus = Bm25Retriever(Path(retriever.corpus))
-    engine = ENGINES[rollout.engine](model, rollout, codec, world, output)
+    engine = build_engine(model, rollout, codec, world, output=output)
     rollouter = Rollouter(engine, corpus, environment, top_k=retriever.top_k, seed=seed)
     return RolloutSide(engine=engine, environment=environment, retriever=corpus, rollouter=rollouter)
 
@@ -95,6 +95,13 @@ def _vllm_engine(model: ModelConfig, rollout: RolloutConfig, codec: TextCodec, w
 
 
 ENGINES = {"torch": _torch_engine, "vllm": _vllm_engine}
+
+
+def build_engine(
+    model: ModelConfig, rollout: RolloutConfig, codec: TextCodec, world: World, *, output: Path
+) -> TorchEngine | VllmEngine:
+    """The engine that rollout.engine names; collective. Raises ConfigError for one that cannot be had as configured."""
+    return ENGINES[rollout.engine](model, rollout, codec, world, output)
 
 
 def build_trainer(config: Config, world: World) -> Trainer:

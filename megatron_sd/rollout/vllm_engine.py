@@ -58,9 +58,9 @@ class Servers:
 class VllmEngine:
     """InferenceEngine and WeightReceiver over vLLM servers; training/publisher.py's ShardedEngine, too.
 
-    Servers of ours that ended are started again before a publish. On a rank that does not publish, an update only changes the
-    version it expects. meeting_point: where the workers find the trainer's shards; set before the first sharded publish.
-    Connecting raises ConfigError when a server is not there, or serves another model or shorter sequences.
+    Servers of ours that ended, or hang, are started again before a publish. On a rank that does not publish, an update only
+    changes the version it expects. meeting_point: where the workers find the trainer's shards; set before the first sharded
+    publish. Connecting raises ConfigError when a server is not there, or serves another model or shorter sequences.
     """
 
     def __init__(
@@ -206,10 +206,10 @@ class VllmEngine:
             raise RolloutError(f"{len(self._in_flight)} completions are in flight, expected none during an update; await them")
         self._updating = True
         self._homes, self._home_of = {}, {}
+        self._revive()
         for replica in self._replicas:
             replica.failure = None
         if self._publishes:
-            self._revive()
             self._update("begin", lambda replica: replica.begin_update())
 
     def load_bucket(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
@@ -275,10 +275,12 @@ class VllmEngine:
         self._thread.stop()
 
     def _revive(self) -> None:
-        """Start those of our servers again that ended."""
-        ended = [process for process in self._processes.values() if not process.is_running]
+        """Start those of our servers again that ended, or hang."""
+        failed = {replica.url for replica in self._replicas if replica.failure is not None}
+        ended = [p for url, p in self._processes.items() if not p.is_running or (url in failed and not p.answers())]
         for process in ended:
             _log.warning("starting the vLLM server at %s again: %s", process.url, process.last_words())
+            process.kill()
             process.start()
         for process in ended:
             process.wait_until_ready(self._start_timeout_s)

@@ -6,8 +6,11 @@ process does, however it ends.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -69,7 +72,7 @@ class ServerProcess:
     def wait_until_ready(self, timeout_s: float) -> None:
         """Raises RolloutError when it ends before it serves, with the cause it printed, or does not serve in time."""
         deadline = time.monotonic() + timeout_s
-        while not self._answers():
+        while not self.answers():
             if not self.is_running:
                 raise RolloutError(f"the vLLM server ended before it served: {self.last_words()}")
             if time.monotonic() > deadline:
@@ -93,10 +96,16 @@ class ServerProcess:
         try:
             self._process.wait(GRACE_S)
         except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+            self.kill()
 
-    def _answers(self) -> bool:
+    def kill(self) -> None:
+        """End it and its workers at once, whatever state they are in."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)  # the group it leads
+        self._process.wait()
+
+    def answers(self) -> bool:
+        """True when it says that it is well."""
         try:
             with urllib.request.urlopen(f"{self.url}/health", timeout=5):
                 return True

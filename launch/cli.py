@@ -39,6 +39,7 @@ COMMANDS: dict[str, Command] = {
     "world": _command("launch.programs:world", "write the synthetic multi-hop world and its BM25 corpus"),
     "coldstart": _command("launch.programs:coldstart", "train the small start policy on mediocre demonstrations"),
     "gate": _command("eval.gate:main", "does the start policy read hindsight blocks? wrong-question and shuffled controls"),
+    "vllm serve": _command("launch.serve:main", "a vLLM server as a run needs it: --config FILE.yaml [--host H --port P --cpu]"),
     "data import": _command("launch.programs:data_import", "convert passages or questions to the project's jsonl"),
     "data index": _command("launch.programs:data_index", "build a BM25 corpus directory from passages"),
     "data info": _command("launch.programs:data_info", "verify a corpus directory and print its manifest"),

@@ -67,7 +67,7 @@ class ProtocolConfig:
 @dataclass(frozen=True, kw_only=True)
 class VllmConfig:
     """vLLM servers as the rollout engine. `placement`: process (started and ended by the run, on the ranks' own nodes) or server
-    (already running, on nodes of their own: `sd-search serve` starts one as a run needs it)."""
+    (already running, on nodes of their own: `sd-search vllm serve` starts one as a run needs it)."""
 
     placement: Literal["process", "server"] = "process"
     urls: tuple[str, ...] = ()  # of running servers, such as http://node7:8000
@@ -144,6 +144,8 @@ class DistillConfig:
     beta: float = 0.5
     temperature: float = 1.0
     top_k: int | None = None  # None: the full vocabulary; the paper: 50, the teacher's, renormalised
+    tail_bucket: bool = False  # with top_k: all other tokens together are one more event, instead of nothing
+    teacher_logits: Literal["delta", "float32_delta", "float32", "same_dtype"] = "delta"  # how they keep their digits in bfloat16
     alpha: AlphaConfig = field(default_factory=AlphaConfig)
     measure_every: int = 25  # steps between exact gradient-ratio measurements (each costs two more updates); 0: never
 

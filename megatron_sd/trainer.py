@@ -11,6 +11,7 @@ from megatron_sd.algorithm.packing import padding_share
 from megatron_sd.algorithm.samples import TeacherPrompts, to_samples
 from megatron_sd.distributed.collectives import share, together
 from megatron_sd.distributed.world import World
+from megatron_sd.errors import ReshardError, RolloutError
 from megatron_sd.observability.metrics import block_metrics, lag_metrics, rollout_metrics
 from megatron_sd.observability.recorder import Recorder
 from megatron_sd.observability.timers import Timers, memory_metrics
@@ -67,7 +68,11 @@ class Trainer:
         """Run to `num_steps` from the newest checkpoint, or from the start policy when there is none."""
         self.resume()
         while self.step < self.schedule.num_steps:
-            self.take_step()
+            try:
+                self.take_step()
+            except (RolloutError, ReshardError):  # raised on every rank: the engine is lost, what was trained is not
+                self.save()
+                raise
         self.save()
         self.recorder.close()
 
@@ -86,10 +91,10 @@ class Trainer:
                     self.policy.accumulate(microbatch, batch.totals, weights)
                 self.alpha.observe(self.policy)
             update = self.policy.step()
+        self.step += 1
         with self.timers.phase("publish"):
             self.sampling.settle()
-            self.publisher.publish(self.policy, self.engine, self.step + 1)
-        self.step += 1
+            self.publisher.publish(self.policy, self.engine, self.step)
         self.record(groups, blocks, batch, update)
         self.side_work(groups, blocks)
 

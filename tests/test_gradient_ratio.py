@@ -78,7 +78,7 @@ def test_measurement_is_exact_and_costs_no_correctness(tmp_path):
         module.zero_grad()
         for microbatch in batch:
             weights_ = TermWeights(**({"policy": 0.0, "distill_spread": 0.0, "distill_no_spread": 0.0} | weights))
-            module(DeviceMicrobatch.of(microbatch, world.device, 1024), batch.totals, weights_, None)[0].backward()
+            module(DeviceMicrobatch.of(microbatch, world.device), batch.totals, weights_, None)[0].backward()
         return torch.cat([p.grad.flatten().double() for p in module.parameters()])
 
     policy, no_spread = gradient(policy=1.0), gradient(distill_no_spread=0.5)

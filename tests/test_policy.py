@@ -64,7 +64,7 @@ def test_a_step_is_adamw_on_the_clipped_gradient(world, tmp_path, family, gradie
     for step in range(2):
         module.zero_grad()
         weights = TermWeights(policy=1.0, distill_spread=0.5, distill_no_spread=0.5)
-        loss, _ = module(DeviceMicrobatch.of(batch.microbatches[0], world.device, 1024), batch.totals, weights, None)
+        loss, _ = module(DeviceMicrobatch.of(batch.microbatches[0], world.device), batch.totals, weights, None)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
         assert expected["history"][step]["grad_norm"] == pytest.approx(norm.item(), rel=2e-6)

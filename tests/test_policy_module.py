@@ -43,10 +43,12 @@ def build(model_path, **changes):
 def run(module, samples, weights, *, chunk_rows=1024, max_tokens=10_000, reference=None):
     """Loss, sums, gradients by name."""
     module.zero_grad()
+    head = module.model.get_output_embeddings()
+    head.options = dataclasses.replace(head.options, chunk_rows=chunk_rows)
     (batch,) = pack(samples, max_tokens=max_tokens, world_size=1, aggregation="token")
     total, total_sums = 0.0, torch.zeros(len(SUM_NAMES))
     for microbatch in batch:
-        loss, sums = module(DeviceMicrobatch.of(microbatch, CPU, chunk_rows), batch.totals, weights, reference)
+        loss, sums = module(DeviceMicrobatch.of(microbatch, CPU), batch.totals, weights, reference)
         loss.backward()
         total, total_sums = total + loss.item(), total_sums + sums
     gradients = {name: p.grad.clone() for name, p in module.named_parameters()}
@@ -131,13 +133,17 @@ def test_the_teacher_has_no_gradient(model_path):
     _, _, gradients = run(module, samples, DISTILL)
     module.zero_grad()
     (batch,) = pack(samples, max_tokens=10_000, world_size=1, aggregation="token")
-    microbatch = DeviceMicrobatch.of(batch.microbatches[0], CPU, 1024)
+    microbatch = DeviceMicrobatch.of(batch.microbatches[0], CPU)
     frozen = build(model_path)
     constants = teacher_hidden_rows(frozen.model, microbatch)
     assert not constants.requires_grad
     head = module.model.get_output_embeddings()
-    values = head(hidden_rows(module.model, microbatch.input_ids, microbatch.row_index), constants, microbatch.head_rows)
-    ((microbatch.query_weights * values.divergences).sum() / batch.totals.distilled_rollouts).backward()
+
+    def row_loss(values, rows, queries):
+        return (microbatch.query_weights[queries] * values.divergences).sum() / batch.totals.distilled_rollouts
+
+    hidden = hidden_rows(module.model, microbatch.input_ids, microbatch.row_index)
+    head(hidden, constants, microbatch.head_rows, row_loss).loss.backward()
     for name, parameter in module.named_parameters():
         torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-5, atol=1e-8)
 
@@ -146,7 +152,7 @@ def test_only_query_rows_carry_the_distillation_gradient(model_path):
     """At the head's input: L_SD has a gradient at query rows alone, exactly zero elsewhere."""
     module, samples = build(model_path), make_samples(12)
     (batch,) = pack(samples, max_tokens=10_000, world_size=1, aggregation="token")
-    microbatch = DeviceMicrobatch.of(batch.microbatches[0], CPU, 1024)
+    microbatch = DeviceMicrobatch.of(batch.microbatches[0], CPU)
     caught = []
     head = module.model.get_output_embeddings()
     head.register_forward_pre_hook(lambda _, args: args[0].retain_grad() or caught.append(args[0]))
@@ -172,7 +178,7 @@ def test_observations_are_context_and_never_trained_on(model_path, weights):
             states.append(output.last_hidden_state)
 
     module.model.base_model.register_forward_hook(keep_student)
-    loss, _ = module(DeviceMicrobatch.of(plain, CPU, 1024), batch.totals, weights, None)
+    loss, _ = module(DeviceMicrobatch.of(plain, CPU), batch.totals, weights, None)
     loss.backward()
     (student,) = states
     moved = set(torch.nonzero(student.grad.flatten(0, 1).abs().sum(-1)).flatten().tolist())
@@ -183,9 +189,9 @@ def test_observations_are_context_and_never_trained_on(model_path, weights):
 
 
 def test_the_students_bits_do_not_depend_on_the_teacher(model_path):
-    module, samples = build(model_path), make_samples(12)
+    module, samples = build(model_path, update={"head_chunk_rows": 4}), make_samples(12)
     (batch,) = pack(samples, max_tokens=10_000, world_size=1, aggregation="token")
-    microbatch = DeviceMicrobatch.of(batch.microbatches[0], CPU, 4)
+    microbatch = DeviceMicrobatch.of(batch.microbatches[0], CPU)
     seen = []
     module.model.get_output_embeddings().register_forward_hook(lambda _, __, out: seen.append(out.logprobs.detach().clone()))
     for weights in (GRPO, BOTH):
@@ -229,8 +235,8 @@ def test_kl_to_a_reference(model_path):
     """At the reference itself the KL and its gradient vanish; away from it the loss grows by kl_weight times the k3 mean."""
     module, samples = build(model_path, kl_weight=0.5), make_samples(10)
     (batch,) = pack(samples, max_tokens=10_000, world_size=1, aggregation="token")
-    microbatch = DeviceMicrobatch.of(batch.microbatches[0], CPU, 1024)
-    own = student_values(module.model, microbatch, None).logprobs.detach()
+    microbatch = DeviceMicrobatch.of(batch.microbatches[0], CPU)
+    own = student_values(module.model, microbatch, None, None).logprobs.detach()
     loss, sums, gradients = run(module, samples, GRPO)
     same_loss, same_sums, same_gradients = run(module, samples, GRPO, reference=own)
     assert same_loss == loss and same_sums["kl_loss"] == 0

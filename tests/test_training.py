@@ -131,7 +131,8 @@ def test_two_ranks_equal_one(world, straight, tmp_path):
     assert sampled_ids(tmp_path) == sampled_ids(straight), "the same questions, seeds and weights give the same rollouts"
     expected, found = parameters(straight), parameters(tmp_path)
     for name in expected:
-        np.testing.assert_allclose(found[name], expected[name], atol=2e-5, err_msg=name)
+        # AdamW turns rounding into steps where a gradient is nearly 0, as a key bias's: 2 % of what four steps of 6e-4 can move
+        np.testing.assert_allclose(found[name], expected[name], atol=4e-5, err_msg=name)
     one, two = without_clocks(straight), without_clocks(tmp_path)
     for step in one:
         for name in ("loss/policy", "reward/mean", "rollout/searches", "distill/alpha"):

@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from launch.serve import server_command
 from megatron_sd.config import ModelConfig, RolloutConfig, VllmConfig
 from megatron_sd.distributed.world import lone_world
 from megatron_sd.errors import ConfigError, DataError
@@ -105,3 +106,15 @@ def test_the_cause_is_the_engines_own_error():
     assert cause_of(log) == "ValueError: No available memory for the cache blocks."
     assert cause_of("noise\nvllm_server failed: ValueError: heads of 16") == "ValueError: heads of 16"
     assert cause_of("INFO nothing") == "it names no error"
+
+
+def test_a_server_elsewhere_is_started_from_the_runs_own_configuration(tmp_path):
+    write_shape(tmp_path)
+    run = [f"--run_dir={tmp_path}", f"--model.path={tmp_path}", "--data.train=q.jsonl", "--retriever.corpus=c"]
+    run += ["--rollout.max_rollout_tokens=2048", "--rollout.vllm.kv_cache_gib=1", "--rollout.vllm.tensor_parallel_size=2"]
+    command, environment = server_command([*run, "--host=0.0.0.0", "--port=8011", "--cpu"])
+    for pair in (("--host", "0.0.0.0"), ("--port", "8011"), ("--max-model-len", "2048"), ("--tensor-parallel-size", "2")):
+        assert command[command.index(pair[0]) + 1] == pair[1]
+    assert environment["VLLM_SERVER_DEV_MODE"] == "1"
+    with pytest.raises(ConfigError, match="tensor_parallel_size: found 3"):
+        server_command([*run, "--rollout.vllm.tensor_parallel_size=3"])

@@ -2,9 +2,9 @@
 
     python kernels/bench/bench_overhead.py [--json FILE]
 
-Ratios are GRPO's seconds over SD-Search's: 0.90 means that SD-Search takes 1 / 0.90 = 1.11 times as long. The world's rollouts
-are as short as their hindsight blocks, the worst case for the teacher's forward; with 500-token observations its share falls.
-Steps that measure the gradient ratio (three updates instead of one) are timed apart.
+Ratios are GRPO's seconds over SD-Search's: 0.90 means that SD-Search takes 1 / 0.90 = 1.11 times as long. In the demo's world
+rollouts are as short as their hindsight blocks, the worst case for the teacher's forward; the second shape has observations of
+400 tokens, as real passages give. Steps that measure the gradient ratio (three updates instead of one) are timed apart.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import os
 import statistics
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 
@@ -23,6 +24,16 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 from baseline import Comparison, report
 
 NUM_WARM_UP_STEPS, NUM_STEPS = 2, 12
+SHAPES = {
+    "demo": (),
+    "400-token observations": (
+        "--rollout.questions_per_step=2",
+        "--retriever.top_k=30",
+        "--rollout.max_observation_tokens=400",
+        "--rollout.max_rollout_tokens=2048",
+    ),
+}
+ARMS = {"GRPO": ("--distill.block=none",), "SD-Search, gated": (), "SD-Search, every group": ("--distill.gate=none",)}
 MEASURED = "update with measurement"
 
 
@@ -42,6 +53,7 @@ def build(world: Path, run_dir: Path, *overrides: str):
         "--distill.alpha.mode=fixed",
         f"--distill.measure_every={NUM_STEPS // 2}",
         "--log.transcripts_every=0",
+        "--optimizer.learning_rate=1e-12",  # the arms stay the same policy, whose rollouts are the same
         *overrides,
     ]
     return build_trainer(load(arguments), join_world())
@@ -58,33 +70,45 @@ def phases(trainer) -> dict[str, float]:
     return {update: seconds["time/update_s"], "whole step": whole if update == "update" else float("nan")}
 
 
+def median_phases(world: Path, run_dir: Path, shape: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Median seconds by arm and phase, the arms' steps in turn."""
+    trainers = {name: build(world, run_dir / name, *shape, *overrides) for name, overrides in ARMS.items()}
+    figures: dict[str, dict[str, list[float]]] = {name: {} for name in ARMS}
+    for step in range(NUM_WARM_UP_STEPS + NUM_STEPS):
+        for name, trainer in trainers.items():
+            for phase, seconds in phases(trainer).items():
+                if step >= NUM_WARM_UP_STEPS and seconds == seconds:
+                    figures[name].setdefault(phase, []).append(seconds)
+    return {name: {phase: statistics.median(s) for phase, s in own.items()} for name, own in figures.items()}
+
+
+def compare(shape: str, medians: Mapping[str, Mapping[str, float]]) -> list[Comparison]:
+    """Every arm against GRPO, phase by phase."""
+    plain = medians["GRPO"]
+    return [
+        Comparison(
+            name=f"{shape}, {name}: {phase}", ours=seconds, theirs=plain[phase.split(" with ")[0]], unit="s", against="GRPO"
+        )
+        for name, own in medians.items()
+        if name != "GRPO"
+        for phase, seconds in own.items()
+    ]
+
+
 def main() -> None:
     """Measure and report."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
+    comparisons: list[Comparison] = []
     with tempfile.TemporaryDirectory() as directory:
         from data_prep.world import WorldConfig
         from launch.programs import make_world
 
         world = Path(directory) / "world"
         make_world(WorldConfig(output=str(world)))
-        arms = {"GRPO": ("--distill.block=none",), "SD-Search, gated": (), "SD-Search, every group": ("--distill.gate=none",)}
-        trainers = {name: build(world, Path(directory) / name, *overrides) for name, overrides in arms.items()}
-        figures: dict[str, dict[str, list[float]]] = {name: {} for name in arms}
-        for step in range(NUM_WARM_UP_STEPS + NUM_STEPS):
-            for name, trainer in trainers.items():
-                for phase, seconds in phases(trainer).items():
-                    if step >= NUM_WARM_UP_STEPS and seconds == seconds:
-                        figures[name].setdefault(phase, []).append(seconds)
-    medians = {name: {phase: statistics.median(s) for phase, s in own.items()} for name, own in figures.items()}
-    plain = medians["GRPO"]
-    comparisons = [
-        Comparison(name=f"{name}: {phase}", ours=seconds, theirs=plain[phase.split(" with ")[0]], unit="s", against="GRPO")
-        for name, own in medians.items()
-        if name != "GRPO"
-        for phase, seconds in own.items()
-    ]
+        for shape, overrides in SHAPES.items():
+            comparisons += compare(shape, median_phases(world, Path(directory) / shape, overrides))
     report("overhead", comparisons, arguments.json)
 
 

@@ -62,3 +62,10 @@ def broadcast_object(world: World, value: Any, source: int = 0) -> Any:
     holder = [value]
     dist.broadcast_object_list(holder, src=source)
     return holder[0]
+
+
+def gather_tensors(value: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch.Tensor:
+    """[ranks, ...]: the tensors of all ranks of the group (None: of the world), in rank order; they have one shape and dtype."""
+    parts = [torch.empty_like(value) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, value.contiguous(), group=group)
+    return torch.stack(parts)

@@ -10,11 +10,13 @@ from torch import Tensor
 
 from megatron_sd.errors import ConfigError
 from megatron_sd.ops import jsd_native, native
+from megatron_sd.ops.jsd_in_place import in_place_rows
 from megatron_sd.ops.jsd_reference import RowDivergence, divergence_rows
 
 _LOG = logging.getLogger(__name__)
 
 DIVERGENCES = ("jsd", "forward_kl", "reverse_kl")
+ROW_DTYPES = (torch.int64, torch.int32)
 IMPLEMENTATIONS = ("auto", "torch", "cpp", "cuda")
 
 
@@ -29,6 +31,8 @@ def jsd_rows(  # noqa: PLR0913 (five tensors and the divergence's options: the w
     beta: float,
     temperature: float,
     top_k: int | None = None,
+    tail_bucket: bool = False,
+    in_place: bool = False,
     impl: str = "auto",
 ) -> RowDivergence:
     """weights[i] * D(teacher_logits[teacher_rows[i]], student_logits[student_rows[i]]) for every i.
@@ -36,36 +40,81 @@ def jsd_rows(  # noqa: PLR0913 (five tensors and the divergence's options: the w
     student_logits [S, V], teacher_logits [T, V]: any floating dtype, arithmetic in float32 (float64 stays float64).
     student_rows, teacher_rows: [N] integer; only these rows are touched. weights: [N] floating, no gradient. Returns [N] values
     in the arithmetic's dtype, differentiable in student_logits alone, and the [N] truncated masses. N = 0 is fine.
+    top_k: both restricted to the teacher's k likeliest tokens, renormalised; tail_bucket: what lies outside is one more event.
+    in_place: the gradient takes the place of student_logits, which are lost (rows not listed become 0), and the backward can run
+    once; without a gradient nothing is written. That saves the [S, V] gradient, and is refused where it would corrupt something.
     impl: "cpp" is the native code of kernels/csrc (CPU, float32 or bfloat16, full vocabulary), "torch" the reference, "auto" the
     native code where it can and otherwise the reference, said once in the log. Raises ConfigError for options and ValueError
     for tensors that do not fit; row indices are checked only where that costs no device synchronisation (on the CPU).
+    NaN in a row's logits is NaN in its value, and on the CPU a warning with the row's number.
     """
-    check_options(divergence=divergence, beta=beta, temperature=temperature, top_k=top_k, impl=impl)
+    check_options(
+        divergence=divergence, beta=beta, temperature=temperature, top_k=top_k, tail_bucket=tail_bucket, impl=impl
+    )
     _check_tensors(student_logits, teacher_logits, student_rows, teacher_rows, weights)
     if top_k is not None and top_k > student_logits.shape[-1]:
         raise ConfigError(f"distill.top_k is {top_k}, expected at most the vocabulary size {student_logits.shape[-1]}")
-    if _chosen(impl, student_logits, teacher_logits, top_k) == "cpp":
-        values, _ = jsd_native.jsd_rows(
-            student_logits,
-            teacher_logits.detach(),
-            student_rows,
-            teacher_rows,
-            divergence,
-            beta,
-            temperature,
-            student_logits.requires_grad and torch.is_grad_enabled(),
-        )
-        return RowDivergence(values * weights.detach().to(values.dtype), torch.zeros_like(values))
-    dtype = torch.float64 if student_logits.dtype == torch.float64 else torch.float32
-    values, truncated_mass = divergence_rows(
-        student_logits[student_rows].to(dtype),
-        teacher_logits[teacher_rows].to(dtype),
+    compute = functools.partial(
+        _native_rows if _chosen(impl, student_logits, teacher_logits, top_k) == "cpp" else _reference_rows,
         divergence=divergence,
         beta=beta,
         temperature=temperature,
         top_k=top_k,
+        tail_bucket=tail_bucket,
     )
-    return RowDivergence(values * weights.detach().to(dtype), truncated_mass)
+    if in_place and student_logits.requires_grad and torch.is_grad_enabled():
+        values, truncated_mass = in_place_rows(compute, student_logits, teacher_logits.detach(), (student_rows, teacher_rows))
+    else:
+        values, truncated_mass = compute(student_logits, teacher_logits.detach(), student_rows, teacher_rows)
+    return RowDivergence(values * weights.detach().to(values.dtype), truncated_mass)
+
+
+def _native_rows(  # noqa: PLR0913 (as jsd_rows)
+    student: Tensor,
+    teacher: Tensor,
+    student_rows: Tensor,
+    teacher_rows: Tensor,
+    *,
+    divergence: str,
+    beta: float,
+    temperature: float,
+    top_k: None,
+    tail_bucket: bool,
+) -> RowDivergence:
+    wants_gradient = student.requires_grad and torch.is_grad_enabled()
+    values, _ = jsd_native.jsd_rows(
+        student, teacher, student_rows, teacher_rows, divergence, beta, temperature, wants_gradient
+    )
+    return RowDivergence(values, torch.zeros_like(values))
+
+
+def _reference_rows(  # noqa: PLR0913 (as jsd_rows)
+    student: Tensor,
+    teacher: Tensor,
+    student_rows: Tensor,
+    teacher_rows: Tensor,
+    *,
+    divergence: str,
+    beta: float,
+    temperature: float,
+    top_k: int | None,
+    tail_bucket: bool,
+) -> RowDivergence:
+    dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
+    result = divergence_rows(
+        student[student_rows].to(dtype),
+        teacher[teacher_rows].to(dtype),
+        divergence=divergence,
+        beta=beta,
+        temperature=temperature,
+        top_k=top_k,
+        tail_bucket=tail_bucket,
+    )
+    if student.device.type == "cpu" and not torch.compiler.is_compiling() and result.values.isnan().any():
+        index = int(result.values.isnan().nonzero()[0, 0])
+        pair = f"student row {int(student_rows[index])} and teacher row {int(teacher_rows[index])}"
+        _LOG.warning("%d of %d divergences are NaN, first that of %s", int(result.values.isnan().sum()), len(result.values), pair)
+    return result
 
 
 def _chosen(impl: str, student: Tensor, teacher: Tensor, top_k: int | None) -> str:
@@ -97,7 +146,7 @@ def _say_once(chosen: str, reason: str) -> None:
     _LOG.info("divergence of rows: impl='auto' takes %r (%s)", chosen, reason)
 
 
-def check_options(*, divergence: str, beta: float, temperature: float, top_k: int | None, impl: str) -> None:
+def check_options(*, divergence: str, beta: float, temperature: float, top_k: int | None, tail_bucket: bool, impl: str) -> None:
     """Raises ConfigError naming the option, what was found and what was expected."""
     if divergence not in DIVERGENCES:
         raise ConfigError(f"distill.divergence is {divergence!r}, expected one of {DIVERGENCES}")
@@ -110,6 +159,8 @@ def check_options(*, divergence: str, beta: float, temperature: float, top_k: in
         raise ConfigError(f"distill.temperature is {temperature}, expected more than 0")
     if top_k is not None and top_k < 1:
         raise ConfigError(f"distill.top_k is {top_k}, expected at least 1, or null for the full vocabulary")
+    if tail_bucket and top_k is None:
+        raise ConfigError("distill.tail_bucket is true with distill.top_k null, expected a top_k: all tokens leave no tail")
     if impl not in IMPLEMENTATIONS:
         raise ConfigError(f"impl is {impl!r}, expected one of {IMPLEMENTATIONS}")
     if impl == "cuda":
@@ -131,6 +182,9 @@ def _check_tensors(student: Tensor, teacher: Tensor, student_rows: Tensor, teach
             f"student_rows, teacher_rows and weights have shapes {tuple(student_rows.shape)}, {tuple(teacher_rows.shape)} and "
             f"{tuple(weights.shape)}, expected three times [N]"
         )
+    if student_rows.dtype not in ROW_DTYPES or teacher_rows.dtype not in ROW_DTYPES:
+        found = f"{student_rows.dtype} and {teacher_rows.dtype}"
+        raise ValueError(f"student_rows and teacher_rows are {found}, expected int64 or int32")
     devices = {str(t.device) for t in (student, teacher, student_rows, teacher_rows, weights)}
     if len(devices) > 1:
         raise ValueError(f"the tensors lie on {sorted(devices)}, expected one device")

@@ -14,6 +14,10 @@ The teacher gets no gradient. The student's gradient is computed in the forward,
     reverse_kl   Q_j (w_j - sum_k Q_k w_k)/T,  w = log(Q / P)
 
 Everything goes through d = log P - log Q, so rows that are equal bit for bit give exactly 0, in value and gradient.
+
+With top_k both distributions are restricted to the teacher's k likeliest tokens S and renormalised. A tail bucket (TRL's and
+SDPO's add_tail) keeps what lies outside instead: k + 1 events, the last of probability 1 - sum over S. With b(j) the event of
+token j, its gradient is that of the event shared out by probability, for jsd (1 - beta)/T * Q_j (r_b(j) - sum_b Q_b r_b).
 """
 
 from __future__ import annotations
@@ -29,43 +33,70 @@ MASKED = -1e30  # what -inf logits become: finite, so that no inf - inf arises
 
 class RowDivergence(NamedTuple):
     """values: [N], the divergences (times the caller's weights). truncated_mass: [N], the student's probability outside the
-    teacher's top-k (no gradient; 0 with the full vocabulary)."""
+    teacher's top-k (no gradient; 0 with the full vocabulary), whether or not a tail bucket holds it."""
 
     values: Tensor
     truncated_mass: Tensor
 
 
-def divergence_rows(
-    student_logits: Tensor, teacher_logits: Tensor, *, divergence: str, beta: float, temperature: float, top_k: int | None
+def divergence_rows(  # noqa: PLR0913 (two matrices and the divergence's options)
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    divergence: str,
+    beta: float,
+    temperature: float,
+    top_k: int | None,
+    tail_bucket: bool = False,
 ) -> RowDivergence:
     """Divergence of each row of two [N, V] logit matrices of the same floating dtype; values keep that dtype.
 
     beta is read for "jsd" alone. top_k: both distributions are restricted to the teacher's k likeliest tokens and renormalised;
-    the student gets no gradient on its mass outside. A row that is all -inf, or holds a NaN, gives NaN.
+    the student gets no gradient on its mass outside, unless a tail_bucket holds the rest as one more event. A row that is all
+    -inf, or holds a NaN, gives NaN.
     """
+    teacher_logits = teacher_logits.detach()
     truncated_mass = student_logits.new_zeros(len(student_logits))
     if top_k is not None:
         support = teacher_logits.topk(top_k, dim=-1).indices
-        student_support = student_logits.gather(-1, support)
-        with torch.no_grad():
-            inside = torch.logsumexp(student_support / temperature, -1) - torch.logsumexp(student_logits / temperature, -1)
-            truncated_mass = -torch.expm1(inside)
-        student_logits, teacher_logits = student_support, teacher_logits.gather(-1, support)
-    values = _Divergence.apply(student_logits, teacher_logits.detach(), divergence, beta, temperature)
-    return RowDivergence(values, truncated_mass)
+        truncated_mass = _mass_outside(student_logits.detach(), support, temperature)
+        events = _events_with_tail if tail_bucket and top_k < student_logits.shape[-1] else _events
+        student_logits = events(student_logits, support, temperature)
+        teacher_logits = events(teacher_logits, support, temperature)
+    wants_gradient = student_logits.requires_grad and torch.is_grad_enabled()
+    values = _Divergence.apply(student_logits, teacher_logits, divergence, beta, temperature, wants_gradient)
+    return RowDivergence(values.masked_fill(truncated_mass.isnan(), torch.nan), truncated_mass)
+
+
+def _events(logits: Tensor, support: Tensor, temperature: float) -> Tensor:
+    """[N, k] logits of the support alone."""
+    return logits.gather(-1, support)
+
+
+def _events_with_tail(logits: Tensor, support: Tensor, temperature: float) -> Tensor:
+    """[N, k + 1] logits: those of the support, and one of the same probability as everything outside together."""
+    outside = logits.scatter(-1, support, MASKED).clamp(min=MASKED) / temperature
+    tail = torch.logsumexp(outside, -1, keepdim=True) * temperature
+    return torch.cat([logits.gather(-1, support), tail], -1)
+
+
+def _mass_outside(logits: Tensor, support: Tensor, temperature: float) -> Tensor:
+    inside = torch.logsumexp(logits.gather(-1, support) / temperature, -1) - torch.logsumexp(logits / temperature, -1)
+    return -torch.expm1(inside)
 
 
 class _Divergence(torch.autograd.Function):
     """Values in the forward, with the student's gradient beside them when somebody will ask for it."""
 
     @staticmethod
-    def forward(ctx, student: Tensor, teacher: Tensor, divergence: str, beta: float, temperature: float) -> Tensor:
-        log_q, log_p = _log_softmax(student, temperature), _log_softmax(teacher, temperature)
-        if divergence == "jsd":
-            values, gradient = _jsd(log_p, log_q, beta)
-        else:
-            values, gradient = {"forward_kl": _forward_kl, "reverse_kl": _reverse_kl}[divergence](log_p, log_q)
-        if ctx.needs_input_grad[0]:
+    def forward(  # noqa: PLR0913, PLR0917 (autograd hands everything on by position)
+        ctx, student: Tensor, teacher: Tensor, divergence: str, beta: float, temperature: float, wants_gradient: bool
+    ) -> Tensor:
+        log_q, log_p = log_softmax(student, temperature), log_softmax(teacher, temperature)
+        terms = divergence_terms(log_p, log_q, divergence=divergence, beta=beta)
+        values = terms.values.sum(-1)
+        if wants_gradient:
+            gradient = terms.slopes.addcmul_(terms.q, terms.slopes.sum(-1, keepdim=True), value=-1.0)
             ctx.save_for_backward(gradient.div_(temperature))
         return values
 
@@ -73,17 +104,33 @@ class _Divergence(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_values: Tensor):
         (gradient,) = ctx.saved_tensors
-        return gradient * grad_values[:, None], None, None, None, None
+        return gradient * grad_values[:, None], None, None, None, None, None
 
 
-def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
-    scaled = logits.clamp(min=MASKED) / temperature
-    log_probs = scaled - torch.logsumexp(scaled, -1, keepdim=True)
+def log_softmax(logits: Tensor, temperature: float) -> Tensor:
+    """Of logits / temperature, with -inf as MASKED; rows of nothing but -inf become NaN."""
+    log_probs = torch.log_softmax(logits.clamp(min=MASKED) / temperature, -1)
     nothing_left = (logits == -torch.inf).all(-1, keepdim=True)
     return log_probs.masked_fill(nothing_left, torch.nan)
 
 
-def _jsd(log_p: Tensor, log_q: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+class Terms(NamedTuple):
+    """A divergence entry by entry, all [N, V]: it is the sum of `values`, and its gradient with respect to logits / temperature
+    is slopes - q * sum(slopes). q: the student's probabilities. values and slopes may be one tensor."""
+
+    values: Tensor
+    slopes: Tensor
+    q: Tensor
+
+
+def divergence_terms(log_p: Tensor, log_q: Tensor, *, divergence: str, beta: float) -> Terms:
+    """From log-probabilities of the teacher and the student; entries of a row may be a part of its vocabulary."""
+    if divergence == "jsd":
+        return _jsd(log_p, log_q, beta)
+    return {"forward_kl": _forward_kl, "reverse_kl": _reverse_kl}[divergence](log_p, log_q)
+
+
+def _jsd(log_p: Tensor, log_q: Tensor, beta: float) -> Terms:
     """Overflow-safe: with L = log(M / max(P, Q)), log(P/M) and log(Q/M) are -L and -L -+ d, never a difference of logs of M."""
     difference = log_p - log_q
     teacher_larger = difference > 0
@@ -95,18 +142,17 @@ def _jsd(log_p: Tensor, log_q: Tensor, beta: float) -> tuple[Tensor, Tensor]:
     log_m_over_larger = torch.log1p(small_share * torch.expm1(-distance))
     of_larger, of_smaller = -log_m_over_larger, -distance - log_m_over_larger
     log_p_over_m = torch.where(teacher_larger, of_larger, of_smaller)
-    log_q_over_m = torch.where(teacher_larger, of_smaller, of_larger)
-    values = (beta * p * log_p_over_m + (1.0 - beta) * q * log_q_over_m).sum(-1)
-    expected = (q * log_q_over_m).sum(-1, keepdim=True)
-    return values, (1.0 - beta) * q * (log_q_over_m - expected)
+    slopes = (1.0 - beta) * q * torch.where(teacher_larger, of_smaller, of_larger)
+    return Terms(beta * p * log_p_over_m + slopes, slopes, q)
 
 
-def _forward_kl(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
-    p = log_p.exp()
-    return (p * (log_p - log_q)).sum(-1), log_q.exp() - p
+def _forward_kl(log_p: Tensor, log_q: Tensor) -> Terms:
+    """The slopes Q - P sum to 0 over the whole vocabulary."""
+    p, q = log_p.exp(), log_q.exp()
+    return Terms(p * (log_p - log_q), q - p, q)
 
 
-def _reverse_kl(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
-    q, log_ratio = log_q.exp(), log_q - log_p
-    values = (q * log_ratio).sum(-1)
-    return values, q * (log_ratio - values[:, None])
+def _reverse_kl(log_p: Tensor, log_q: Tensor) -> Terms:
+    q = log_q.exp()
+    values = q * (log_q - log_p)
+    return Terms(values, values, q)

@@ -16,13 +16,13 @@ from deepspeed.utils import safe_get_local_grad
 from torch import Tensor, nn
 
 from megatron_sd.algorithm.distill_loss import TermWeights
-from megatron_sd.algorithm.logprobs import HeadOptions
 from megatron_sd.algorithm.packing import distilled_part
 from megatron_sd.config import Config, OptimizerConfig
 from megatron_sd.distributed.collectives import sum_floats
 from megatron_sd.distributed.world import World
 from megatron_sd.errors import CheckpointError, ConfigError, NonFiniteError
 from megatron_sd.ops.jsd import check_options
+from megatron_sd.ops.linear_jsd import HeadOptions
 from megatron_sd.records import Microbatch, Totals, UpdateResult
 from megatron_sd.training.clipped_adamw import ClippedAdamW
 from megatron_sd.training.deepspeed_config import deepspeed_config
@@ -63,7 +63,6 @@ class Policy:
         self.version = 0  # optimiser steps taken
         self._optimizer_config: OptimizerConfig = config.optimizer
         self._zero_stage = config.update.zero_stage
-        self._chunk_rows = config.update.head_chunk_rows
         self._reference = reference
         self._forget_sums()
 
@@ -83,7 +82,7 @@ class Policy:
         """
         if weights.policy == 0.0:
             microbatch = distilled_part(microbatch, weights)
-        on_device = DeviceMicrobatch.of(microbatch, self.world.device, self._chunk_rows)
+        on_device = DeviceMicrobatch.of(microbatch, self.world.device)
         reference_logprobs = None
         if self._reference is not None and weights.policy != 0.0:
             reference_logprobs = self._reference.logprobs(on_device)
@@ -211,7 +210,12 @@ def head_options(config: Config) -> HeadOptions:
     """The head's part of the configuration, checked. Rollouts sampled greedily (temperature 0) are scored at temperature 1."""
     distill = config.distill
     check_options(
-        divergence=distill.divergence, beta=distill.beta, temperature=distill.temperature, top_k=distill.top_k, impl="auto"
+        divergence=distill.divergence,
+        beta=distill.beta,
+        temperature=distill.temperature,
+        top_k=distill.top_k,
+        tail_bucket=distill.tail_bucket,
+        impl="auto",
     )
     return HeadOptions(
         sampling_temperature=config.rollout.temperature or 1.0,
@@ -219,5 +223,7 @@ def head_options(config: Config) -> HeadOptions:
         beta=distill.beta,
         temperature=distill.temperature,
         top_k=distill.top_k,
+        tail_bucket=distill.tail_bucket,
+        teacher_logits=distill.teacher_logits,
         chunk_rows=config.update.head_chunk_rows,
     )

@@ -15,17 +15,17 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from megatron_sd.algorithm.distill_loss import TermWeights, query_row_weights
-from megatron_sd.algorithm.logprobs import HeadOptions, HeadRows, RowValues, plan_chunks, row_values
-from megatron_sd.algorithm.policy_loss import policy_rows
+from megatron_sd.algorithm.policy_loss import PolicyRows, policy_rows
 from megatron_sd.config import ModelConfig, PolicyLossConfig
 from megatron_sd.errors import ConfigError, DataError
+from megatron_sd.ops.linear_jsd import HeadOptions, HeadRows, RowLoss, RowValues, linear_jsd
 from megatron_sd.records import Microbatch, Totals
 from megatron_sd.training.update_metrics import distill_sums, policy_sums
 
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceMicrobatch:
-    """The arrays of a records.Microbatch as tensors on the device (shapes there); the head's chunks are plain integers."""
+    """The arrays of a records.Microbatch as tensors on the device (shapes there)."""
 
     input_ids: Tensor
     row_index: Tensor
@@ -44,7 +44,7 @@ class DeviceMicrobatch:
     has_teacher: bool
 
     @classmethod
-    def of(cls, microbatch: Microbatch, device: torch.device, chunk_rows: int) -> DeviceMicrobatch:
+    def of(cls, microbatch: Microbatch, device: torch.device) -> DeviceMicrobatch:
         """Copy to the device."""
 
         def on_device(name: str) -> Tensor:
@@ -52,13 +52,12 @@ class DeviceMicrobatch:
 
         names = [name for name in cls.__dataclass_fields__ if name not in ("head_rows", "has_teacher")]
         tensors = {name: on_device(name) for name in names}
-        chunks = plan_chunks(len(microbatch.row_index), microbatch.query_rows, chunk_rows)
-        head_rows = HeadRows(on_device("targets"), tensors["query_rows"], chunks)
+        head_rows = HeadRows(on_device("targets"), tensors["query_rows"], microbatch.query_rows)
         return cls(head_rows=head_rows, has_teacher=microbatch.has_teacher, **tensors)
 
 
 class RowHead(nn.Module):
-    """The model's output embedding, asked for log-probabilities and divergences at listed rows instead of [T, V] logits.
+    """The model's output embedding, asked for values and losses of listed rows instead of [T, V] logits.
 
     It shares the parameters (and their names) of the layer it replaces, tied to the input embedding or not.
     """
@@ -69,9 +68,53 @@ class RowHead(nn.Module):
         self.bias = getattr(output_embedding, "bias", None)
         self.options = options
 
-    def forward(self, hidden: Tensor, teacher_hidden: Tensor, rows: HeadRows) -> RowValues:
-        """algorithm.logprobs.row_values with this head's weight."""
-        return row_values(hidden, teacher_hidden, (self.weight, self.bias), rows, options=self.options)
+    def forward(self, hidden: Tensor, teacher_hidden: Tensor, rows: HeadRows, row_loss: RowLoss | None) -> RowValues:
+        """ops.linear_jsd with this head's weight."""
+        return linear_jsd(
+            hidden, teacher_hidden, (self.weight, self.bias), rows, row_loss=row_loss, options=self.options
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MicrobatchLoss:
+    """The share that any rows of a microbatch have in the step's loss, over global denominators: what the head asks for."""
+
+    microbatch: DeviceMicrobatch
+    totals: Totals
+    weights: TermWeights
+    reference_logprobs: Tensor | None
+    config: PolicyLossConfig
+    distils: bool
+
+    def __call__(self, values: RowValues, rows: slice, queries: slice) -> Tensor:
+        """A scalar, differentiable in values.logprobs and values.divergences."""
+        policy = self.policy_rows(values.logprobs, rows)
+        loss = self.weights.policy * (self.row_weights[rows] * (policy.losses + self.config.kl_weight * policy.kl)).sum()
+        if self.distils:
+            loss = loss + (self.alpha[queries] * values.divergences).sum() / (self.totals.distilled_rollouts or 1.0)
+        return loss
+
+    def policy_rows(self, logprobs: Tensor, rows: slice) -> PolicyRows:
+        """algorithm.policy_loss.policy_rows of these rows, whose log-probabilities are given."""
+        m, reference = self.microbatch, self.reference_logprobs
+        return policy_rows(
+            logprobs,
+            m.rollout_logprobs[rows],
+            m.advantages[rows],
+            None if reference is None else reference[rows],
+            clip=self.config.clip,
+            importance_cap=self.config.importance_cap,
+        )
+
+    @property
+    def row_weights(self) -> Tensor:
+        """[R] over the global total."""
+        return self.microbatch.row_weights / (self.totals.policy_weight or 1.0)
+
+    @property
+    def alpha(self) -> Tensor:
+        """[Q] weights of the query rows in this pass."""
+        return query_row_weights(self.microbatch.query_weights, self.microbatch.query_in_spread, self.weights)
 
 
 class PolicyModule(nn.Module):
@@ -90,25 +133,22 @@ class PolicyModule(nn.Module):
         teacher_hidden = None
         if microbatch.has_teacher and weights.distils:
             teacher_hidden = teacher_hidden_rows(self.model, microbatch)
-        values = student_values(self.model, microbatch, teacher_hidden)
-
-        rows = policy_rows(
-            values.logprobs,
-            microbatch.rollout_logprobs,
-            microbatch.advantages,
-            reference_logprobs,
-            clip=self.loss.clip,
-            importance_cap=self.loss.importance_cap,
+        loss = MicrobatchLoss(
+            microbatch=microbatch,
+            totals=totals,
+            weights=weights,
+            reference_logprobs=reference_logprobs,
+            config=self.loss,
+            distils=teacher_hidden is not None,
         )
-        row_weights = microbatch.row_weights / (totals.policy_weight or 1.0)
-        loss = weights.policy * (row_weights * (rows.losses + self.loss.kl_weight * rows.kl)).sum()
-        sums = policy_sums(rows, values, row_weights, counted=weights.policy != 0.0)
-        if teacher_hidden is not None:
-            alpha = query_row_weights(microbatch.query_weights, microbatch.query_in_spread, weights)
-            loss = loss + (alpha * values.divergences).sum() / (totals.distilled_rollouts or 1.0)
+        values = student_values(self.model, microbatch, teacher_hidden, loss)
+
+        rows = loss.policy_rows(values.logprobs, slice(None))
+        sums = policy_sums(rows, values, loss.row_weights, counted=weights.policy != 0.0)
+        if loss.distils:
             mean_weights = microbatch.query_weights / (totals.distilled_rollouts or 1.0)
-            sums = sums + distill_sums(values, microbatch.query_rows, mean_weights, counted=alpha != 0.0)
-        return loss, sums
+            sums = sums + distill_sums(values, microbatch.query_rows, mean_weights, counted=loss.alpha != 0.0)
+        return values.loss, sums
 
 
 def with_row_head(model: PreTrainedModel, options: HeadOptions) -> PreTrainedModel:
@@ -117,13 +157,15 @@ def with_row_head(model: PreTrainedModel, options: HeadOptions) -> PreTrainedMod
     return model
 
 
-def student_values(model: PreTrainedModel, microbatch: DeviceMicrobatch, teacher_hidden: Tensor | None) -> RowValues:
+def student_values(
+    model: PreTrainedModel, microbatch: DeviceMicrobatch, teacher_hidden: Tensor | None, row_loss: RowLoss | None
+) -> RowValues:
     """What the head says of the student's rows (and of the teacher's hidden states [Q, H], where there is a teacher)."""
     hidden = hidden_rows(model, microbatch.input_ids, microbatch.row_index)
     head = model.get_output_embeddings()
     if teacher_hidden is None:
-        return head(hidden, hidden[:0].detach(), microbatch.head_rows.without_teacher())
-    return head(hidden, teacher_hidden, microbatch.head_rows)
+        return head(hidden, hidden[:0].detach(), microbatch.head_rows.without_teacher(), row_loss)
+    return head(hidden, teacher_hidden, microbatch.head_rows, row_loss)
 
 
 def hidden_rows(model: PreTrainedModel, ids: Tensor, rows: Tensor) -> Tensor:

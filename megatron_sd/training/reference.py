@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from megatron_sd.algorithm.logprobs import HeadOptions
 from megatron_sd.config import Config
 from megatron_sd.distributed.world import World
+from megatron_sd.ops.linear_jsd import HeadOptions
 from megatron_sd.training.deepspeed_config import reference_config
 from megatron_sd.training.placement import place
 from megatron_sd.training.policy_module import DeviceMicrobatch, load_causal_lm, student_values, with_row_head
@@ -24,7 +24,7 @@ class ReferenceModule(nn.Module):
 
     def forward(self, microbatch: DeviceMicrobatch) -> Tensor:
         """[R] log-probabilities of the microbatch's completion tokens."""
-        return student_values(self.model, microbatch, None).logprobs
+        return student_values(self.model, microbatch, None, None).logprobs
 
 
 class ReferencePolicy:

@@ -8,7 +8,7 @@ import pytest
 from megatron_sd.errors import RolloutError
 from tests.vllm.servers import START_TIMEOUT_S, ask, gap, limits, make_engine, prompt, serve, server, write_policy
 
-TIMEOUT_S = 45.0
+TIMEOUT_S = 25.0
 
 
 @pytest.fixture

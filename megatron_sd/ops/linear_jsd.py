@@ -1,0 +1,291 @@
+"""The head and all that the losses need of it, in one pass: log-probabilities, entropies, divergences, and their gradients.
+
+A chunk of rows goes through the head, and the caller's loss of just these rows says at once how much each of them counts. So the
+gradients of the hidden rows and of the head are taken while the chunk's logits exist, and the logits make room for their own
+gradient: one product for the logits, one for the teacher's, one for the rows' gradient, one for the head's, none twice.
+[rows, vocabulary] matrices exist a chunk at a time in the dtype of the product, and in float32 a block of a few rows at a time.
+
+How a loss in bfloat16 keeps its gradient where teacher and student are close: kernels/linear_jsd.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from megatron_sd.ops.head_products import add_outer_product, head_logits
+from megatron_sd.ops.jsd import jsd_rows
+from megatron_sd.ops.row_softmax import RowSoftmax, working_dtype
+
+TEACHER_LOGITS = ("delta", "float32_delta", "float32", "same_dtype")
+# Logits worked on at one time, in float32: on a CPU what stays in its caches, on a GPU what keeps it busy.
+BLOCK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 27}
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadOptions:
+    """sampling_temperature: of the rollouts; log-probabilities and entropies are of softmax(logits / it).
+
+    teacher_logits: "delta": the student's, plus the head's product with the difference of hidden states, each rounded to the
+    model's dtype; "float32_delta": the same with unrounded (float32) logits of the student; "float32": two unrounded products;
+    "same_dtype": two rounded ones, which is wrong in bfloat16 when both are close. chunk_rows: student rows per chunk; the
+    teacher's rows at their query positions come on top. The rest: of the divergence (ops/jsd.py).
+    """
+
+    sampling_temperature: float
+    divergence: str
+    beta: float
+    temperature: float
+    top_k: int | None
+    tail_bucket: bool
+    teacher_logits: str
+    chunk_rows: int
+
+
+class HeadRows(NamedTuple):
+    """targets: [R] int64, the token each row predicts. query_rows: [Q] int64, increasing: the rows that the teacher's rows match.
+    host_query_rows: the same as a numpy array, so that cutting rows into chunks asks nothing of the device."""
+
+    targets: Tensor
+    query_rows: Tensor
+    host_query_rows: np.ndarray
+
+    def without_teacher(self) -> HeadRows:
+        """The same rows, none of them a query row."""
+        return HeadRows(self.targets, self.query_rows[:0], self.host_query_rows[:0])
+
+
+class RowValues(NamedTuple):
+    """loss: the scalar sum of the row losses, which alone has a gradient; 0 without a row loss. logprobs, entropies: [R]; at the
+    query rows: divergences [Q], teacher_entropies [Q], truncated_masses [Q]. All float32, nats.
+
+    In a row loss's argument, logprobs and divergences have a gradient and `loss` is nothing yet.
+    """
+
+    loss: Tensor
+    logprobs: Tensor
+    entropies: Tensor
+    divergences: Tensor
+    teacher_entropies: Tensor
+    truncated_masses: Tensor
+
+
+# (values of some rows, which rows, which query rows) -> their share of the loss, a scalar.
+RowLoss = Callable[[RowValues, slice, slice], Tensor]
+
+
+class Cut(NamedTuple):
+    """Consecutive rows, and the query rows that lie among them."""
+
+    rows: slice
+    queries: slice
+
+
+def cut_rows(num_rows: int, query_rows: np.ndarray, size: int) -> list[Cut]:
+    """Cut num_rows rows, `size` at a time; query_rows [Q] are increasing row numbers. At least one cut, possibly empty.
+
+    >>> cut_rows(5, np.array([1, 3, 4]), 3)
+    [Cut(rows=slice(0, 3, None), queries=slice(0, 1, None)), Cut(rows=slice(3, 5, None), queries=slice(1, 3, None))]
+    """
+    bounds = [(start, min(start + size, num_rows)) for start in range(0, max(num_rows, 1), size)]
+    return [Cut(slice(a, b), slice(*(int(np.searchsorted(query_rows, row)) for row in (a, b)))) for a, b in bounds]
+
+
+def linear_jsd(  # noqa: PLR0913 (the rows, the head, and what is asked of them)
+    hidden: Tensor,
+    teacher_hidden: Tensor,
+    head: tuple[Tensor, Tensor | None],
+    rows: HeadRows,
+    *,
+    row_loss: RowLoss | None,
+    options: HeadOptions,
+) -> RowValues:
+    """Log-probabilities of the rows' targets, divergences of student and teacher at the query rows, and the sum of their losses.
+
+    hidden: [R, H] student states. teacher_hidden: [Q, H], taken without gradient. head: weight [V, H] and bias [V] or None, the
+    student's and the teacher's, leaves or not (a head with LoRA is its merged weight). R or Q = 0: the loss stays connected.
+    row_loss: called once for every block of rows, so it must be a sum over rows; None: values alone are wanted. The gradient is
+    taken in the forward, of what requires one, so the backward needs neither weight nor logits and can run once.
+    Raises ValueError for shapes that do not fit.
+    """
+    weight, bias = head
+    _check(hidden, teacher_hidden, weight, rows)
+    if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in (hidden, weight, bias)):
+        row_loss = None
+    return RowValues(*_LinearJsd.apply(hidden, weight, bias, teacher_hidden.detach(), rows, row_loss, options))
+
+
+class _LinearJsd(torch.autograd.Function):
+    @staticmethod
+    def forward(  # noqa: PLR0913, PLR0917 (autograd hands everything on by position)
+        ctx,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        teacher_hidden: Tensor,
+        rows: HeadRows,
+        row_loss: RowLoss | None,
+        options: HeadOptions,
+    ) -> tuple[Tensor, ...]:
+        inputs = _Inputs(hidden, teacher_hidden, weight, bias, rows)
+        chunks = cut_rows(len(hidden), rows.host_query_rows, options.chunk_rows)
+        gradients = None
+        if row_loss is not None:
+            gradients = _Gradients(inputs, wanted=ctx.needs_input_grad[:3], is_sum=len(chunks) > 1)
+        parts = [part for chunk in chunks for part in _visit_chunk(inputs, chunk, row_loss, gradients, options)]
+        ctx.gradients = gradients
+        loss = torch.stack([part.loss for part in parts]).sum()
+        columns = [part[0] if len(parts) == 1 else torch.cat(part) for part in zip(*(part[1:] for part in parts), strict=True)]
+        ctx.mark_non_differentiable(*columns, *([] if gradients else [loss]))
+        return (loss, *columns)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_loss: Tensor, *_: Tensor):
+        if ctx.gradients is None:
+            raise RuntimeError("linear_jsd keeps its gradients for one backward: expected no second one, or a second forward")
+        gradients, ctx.gradients = ctx.gradients, None
+        return (*gradients.times(grad_loss), None, None, None, None)
+
+
+class _Inputs(NamedTuple):
+    hidden: Tensor
+    teacher_hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    rows: HeadRows
+
+
+class _Gradients:
+    """Of the hidden rows, the weight and the bias, chunk by chunk; what is not wanted stays None.
+
+    Sums over several chunks are float32; of one chunk the product itself, in the dtype of the weight, is enough.
+    """
+
+    def __init__(self, inputs: _Inputs, *, wanted: tuple[bool, ...], is_sum: bool):
+        self._inputs = inputs
+        self.hidden = torch.empty_like(inputs.hidden) if wanted[0] else None
+        sum_dtype = working_dtype(inputs.weight.dtype) if is_sum else inputs.weight.dtype
+        self.weight = torch.zeros_like(inputs.weight, dtype=sum_dtype) if wanted[1] else None
+        self.bias = torch.zeros_like(inputs.bias, dtype=working_dtype(inputs.bias.dtype)) if wanted[2] else None
+
+    def add(self, chunk: Cut, logits_gradient: Tensor) -> None:
+        """logits_gradient: [C, V], of the chunk's rows."""
+        hidden, weight = self._inputs.hidden[chunk.rows], self._inputs.weight
+        if self.bias is not None:
+            self.bias.add_(logits_gradient.sum(0, dtype=self.bias.dtype))
+        logits_gradient = logits_gradient.to(weight.dtype)
+        if self.hidden is not None:
+            torch.mm(logits_gradient, weight, out=self.hidden[chunk.rows])
+        if self.weight is not None:
+            add_outer_product(self.weight, logits_gradient, hidden)
+
+    def times(self, factor: Tensor) -> tuple[Tensor | None, ...]:
+        """The three, multiplied in their own memory, each in the dtype of what it is the gradient of."""
+        pairs = ((self.hidden, self._inputs.hidden), (self.weight, self._inputs.weight), (self.bias, self._inputs.bias))
+        return tuple(None if gradient is None else gradient.mul_(factor).to(of.dtype) for gradient, of in pairs)
+
+
+def _visit_chunk(
+    inputs: _Inputs, chunk: Cut, row_loss: RowLoss | None, gradients: _Gradients | None, options: HeadOptions
+) -> list[RowValues]:
+    """The values of each block of the chunk."""
+    hidden, rows = inputs.hidden[chunk.rows], inputs.rows
+    query_rows = rows.query_rows[chunk.queries] - chunk.rows.start
+    logits = head_logits(hidden, inputs.weight, inputs.bias, unrounded=options.teacher_logits.startswith("float32"))
+    teacher = _teacher_product(inputs, hidden[query_rows], inputs.teacher_hidden[chunk.queries], options)
+    block_rows = max(BLOCK_ELEMENTS.get(logits.device.type, BLOCK_ELEMENTS["cuda"]) // logits.shape[1], 1)
+    parts = []
+    for block in cut_rows(len(hidden), rows.host_query_rows[chunk.queries] - chunk.rows.start, block_rows):
+        at = Cut(_shifted(block.rows, chunk.rows), _shifted(block.queries, chunk.queries))
+        parts.append(
+            _visit_block(
+                logits[block.rows],
+                teacher[block.queries],
+                rows.targets[at.rows],
+                query_rows[block.queries] - block.rows.start,
+                row_loss=None if row_loss is None else lambda values, at=at: row_loss(values, at.rows, at.queries),
+                options=options,
+            )
+        )
+    if gradients is not None:
+        gradients.add(chunk, logits)
+    return parts
+
+
+def _teacher_product(inputs: _Inputs, hidden: Tensor, teacher_hidden: Tensor, options: HeadOptions) -> Tensor:
+    """[q, V]: the teacher's logits, or with "delta" what they have more than the student's at the same rows."""
+    if options.teacher_logits.endswith("delta"):
+        return head_logits(teacher_hidden - hidden, inputs.weight, None, unrounded=False)
+    return head_logits(teacher_hidden, inputs.weight, inputs.bias, unrounded=options.teacher_logits == "float32")
+
+
+def _visit_block(  # noqa: PLR0913 (two matrices and their row numbers)
+    logits: Tensor,
+    teacher: Tensor,
+    targets: Tensor,
+    query_rows: Tensor,
+    *,
+    row_loss: Callable[[RowValues], Tensor] | None,
+    options: HeadOptions,
+) -> RowValues:
+    """Values of a block of rows. With a row_loss, the gradient of the loss takes the place of `logits`."""
+    wants_gradient, dtype = row_loss is not None, working_dtype(logits.dtype)
+    scaled = logits.to(dtype)  # itself, when it has that dtype
+    student = scaled[query_rows].requires_grad_(wants_gradient)
+    teacher = teacher.to(dtype)
+    if options.teacher_logits.endswith("delta"):
+        teacher = teacher.add_(student.detach())
+    with torch.set_grad_enabled(wants_gradient):
+        divergences, truncated_masses = _divergences(student, teacher, options)
+    teacher_entropies = RowSoftmax.of(teacher, options.sampling_temperature).entropies
+
+    softmax = RowSoftmax.of(scaled, options.sampling_temperature, targets)
+    logprobs = softmax.logprobs.requires_grad_(wants_gradient)
+    values = RowValues(logprobs.new_zeros(()), logprobs, softmax.entropies, divergences, teacher_entropies, truncated_masses)
+    if not wants_gradient:
+        return values
+    with torch.enable_grad():
+        loss = row_loss(values)
+        slopes, student_gradient = torch.autograd.grad(loss, (logprobs, student), materialize_grads=True)
+    gradient = softmax.gradient(slopes, targets, options.sampling_temperature)
+    logits.copy_(gradient.index_add_(0, query_rows, student_gradient))
+    return values._replace(loss=loss.detach(), logprobs=logprobs.detach(), divergences=divergences.detach())
+
+
+def _divergences(student: Tensor, teacher: Tensor, options: HeadOptions) -> tuple[Tensor, Tensor]:
+    """[q] divergences and truncated masses of two [q, V] matrices, row by row."""
+    if len(student) == 0:
+        return student.sum(-1), student.new_zeros(0)
+    every = torch.arange(len(student), device=student.device)
+    return jsd_rows(
+        student,
+        teacher,
+        every,
+        every,
+        student.new_ones(len(student)),
+        divergence=options.divergence,
+        beta=options.beta,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        tail_bucket=options.tail_bucket,
+    )
+
+
+def _shifted(part: slice, whole: slice) -> slice:
+    return slice(whole.start + part.start, whole.start + part.stop)
+
+
+def _check(hidden: Tensor, teacher_hidden: Tensor, weight: Tensor, rows: HeadRows) -> None:
+    widths = {tensor.shape[-1] for tensor in (hidden, teacher_hidden, weight)}
+    if len(widths) > 1 or len(hidden) != len(rows.targets) or len(teacher_hidden) != len(rows.query_rows):
+        raise ValueError(
+            f"hidden is {tuple(hidden.shape)} for {len(rows.targets)} targets, teacher_hidden {tuple(teacher_hidden.shape)} for "
+            f"{len(rows.query_rows)} query rows, the head's weight {tuple(weight.shape)}: expected [R, H], [Q, H] and [V, H]"
+        )

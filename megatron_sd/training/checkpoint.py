@@ -30,7 +30,7 @@ from megatron_sd.training.policy import Policy
 from megatron_sd.training.publisher import gathered_buckets, split_buckets
 
 MODEL_FILE_BYTES = 2 << 30
-FREE_TO_CHANGE = ("num_steps", "run_dir", "checkpoint.", "log.", "data.eval", "data.max_eval")
+FREE_TO_CHANGE = ("num_steps", "run_dir", "checkpoint.", "log.", "data.eval", "data.max_eval", "rollout.vllm.", "publish.")
 
 logger = logging.getLogger(__name__)
 

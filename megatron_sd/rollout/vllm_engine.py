@@ -120,7 +120,8 @@ class VllmEngine:
         try:
             return await asyncio.wrap_future(answer)
         finally:
-            self._in_flight.pop(request.session, None)
+            if self._in_flight.get(request.session) is answer:  # not one that began after this one was released
+                del self._in_flight[request.session]
 
     def release(self, session: str) -> None:
         """The rollout is over; a completion of it that is still in flight is aborted, in the server too."""
@@ -147,7 +148,7 @@ class VllmEngine:
             )
 
     async def _ask(self, request: GenerationRequest) -> Completion:
-        """The replica that holds the rollout's keys and values; when it fails, the others in turn."""
+        """From the replica that holds the rollout's keys and values; when it fails, from the others in turn."""
         home = self._home(request)
         for place in (*range(home, len(self._replicas)), *range(home)):
             replica = self._replicas[place]
@@ -162,9 +163,8 @@ class VllmEngine:
                 replica.failure = str(error)
                 _log.warning("left alone until the next publish: %s", error)
             self._home_of[request.session] = (place + 1) % len(self._replicas)
-        raise RolloutError(
-            f"no vLLM server is left for {request.session!r}, expected 1 to {len(self._replicas)}: {self._failures()}"
-        )
+        found = f"no vLLM server is left for {request.session!r}"
+        raise RolloutError(f"{found}, expected 1 to {len(self._replicas)}: {self._failures()}")
 
     def _failures(self) -> str:
         """Why no server is left; of our own, with what their logs say."""

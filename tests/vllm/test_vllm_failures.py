@@ -58,6 +58,24 @@ def test_rollouts_go_on_elsewhere_when_a_server_stops_and_it_is_started_again(pa
         serve(engine, requests[0])
 
 
+def test_a_sharded_update_that_fails_leaves_the_old_version_serving(one_served):
+    engine = make_engine([one_served.process.url], one_served.directory, timeout_s=15.0)
+    try:
+        publish(engine, one_served.weights, 60)
+        engine.meeting_point = "127.0.0.1:1"  # nobody is there
+        engine.begin_update()
+        with pytest.raises(RolloutError, match="with 500"):
+            engine.start_receiving(61).result()
+        engine.cancel_update()
+        requests = [ask(f"r{n}", prompt(40, n), seed=n) for n in range(3)]
+        completions = serve(engine, *requests)
+        assert {c.policy_version for c in completions} == {60}
+        assert gap(one_served.trainer(), requests, completions) < 1e-4
+    finally:
+        engine.close()
+        one_served.publish(one_served.weights)
+
+
 def test_a_head_size_that_vllm_lacks_on_cpus_is_named_before_anything_is_loaded(tmp_path):
     policy = write_policy(tmp_path / "policy", "qwen2", tied=True, hidden_size=64)
     process = server(policy, limits(), tmp_path / "server.log")

@@ -40,6 +40,7 @@ COMMANDS: dict[str, Command] = {
     "coldstart": _command("launch.programs:coldstart", "train the small start policy on mediocre demonstrations"),
     "reshard-plan": _command("launch.reshard_plan:main", "what publishing a model's weights to inference workers would move"),
     "gate": _command("eval.gate:main", "does the start policy read hindsight blocks? wrong-question and shuffled controls"),
+    "vllm serve": _command("launch.serve:main", "a vLLM server as a run needs it: --config FILE.yaml [--host H --port P --cpu]"),
     "data import": _command("launch.data:import_", "convert questions or passages of public formats to the project's"),
     "data chunk": _command("launch.data:chunk", "cut long passages into windows of words, sentences or tokens"),
     "data encode": _command("launch.data:encode", "passages to vectors with a local encoder; resumes where it was killed"),

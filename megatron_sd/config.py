@@ -112,6 +112,26 @@ class ProtocolConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class VllmConfig:
+    """vLLM servers as the rollout engine. `placement`: process (started and ended by the run, on the ranks' own nodes) or server
+    (already running, on nodes of their own: `sd-search vllm serve` starts one as a run needs it)."""
+
+    placement: Literal["process", "server"] = "process"
+    urls: tuple[str, ...] = ()  # of running servers, such as http://node7:8000
+    num_replicas: int = 1  # servers that a node of the run starts
+    tensor_parallel_size: int = 1
+    devices: tuple[int, ...] = ()  # GPUs of the node's servers, tensor_parallel_size for each; empty: those that vLLM sees
+    kv_cache_gib: float | None = None  # of each worker; None: what gpu_memory_share leaves beside the weights
+    gpu_memory_share: float = 0.85
+    block_tokens: int | None = None  # tokens of a block of the KV cache, the unit of reuse; None: vLLM's choice (16; on CPUs 128)
+    threads_per_worker: int = 1  # on CPUs
+    publish: Literal["shards", "gather"] = "shards"  # gather: whole tensors through vLLM's loader, as for families without layout
+    publish_host: str | None = None  # name under which servers elsewhere reach this node; None: its host name
+    start_timeout_s: float = 900.0
+    request_timeout_s: float = 600.0  # for one completion, or for one bucket of an update
+
+
+@dataclass(frozen=True, kw_only=True)
 class RolloutConfig:
     """How rollouts are sampled. Token limits count the policy's tokenizer's tokens."""
 
@@ -123,8 +143,10 @@ class RolloutConfig:
     max_observation_tokens: int = 512
     max_rollout_tokens: int = 4096  # prompt, completions and observations
     max_failed_share: float = 0.2  # the run stops when more of a rank's rollouts of a step failed for infrastructure reasons
-    engine: Literal["torch"] = "torch"
-    max_concurrent_sequences: int = 256  # rows of the embedded engine's KV cache
+    max_lag: Literal[0, 1] = 0  # optimiser steps that sampling may be behind: 1 rolls out the next batch during the update
+    engine: Literal["torch", "vllm"] = "torch"
+    max_concurrent_sequences: int = 256  # in the engine at one time; further rollouts wait
+    vllm: VllmConfig = field(default_factory=VllmConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,6 +163,7 @@ class PolicyLossConfig:
     """GRPO. `aggregation`: token (mean over all completion tokens of the step) or rollout (mean of rollout means)."""
 
     clip: float = 0.2
+    importance_cap: float | None = None  # truncated importance sampling: bound on a token's ratio to the engine; None: off
     kl_weight: float = 1e-3  # k3 KL to the start policy; 0 builds no reference policy
     aggregation: Literal["token", "rollout"] = "token"
 
@@ -297,6 +320,10 @@ _RANGES: dict[str, tuple[str, ...]] = {
         "rollout.max_observation_tokens",
         "rollout.max_rollout_tokens",
         "rollout.max_concurrent_sequences",
+        "rollout.vllm.num_replicas",
+        "rollout.vllm.tensor_parallel_size",
+        "rollout.vllm.block_tokens",
+        "rollout.vllm.threads_per_worker",
         "distill.top_k",
         "update.max_microbatch_tokens",
         "update.head_chunk_rows",
@@ -310,7 +337,11 @@ _RANGES: dict[str, tuple[str, ...]] = {
         "retriever.client.max_pause_s",
         "retriever.client.breaker_open_s",
         "rollout.temperature",  # evaluation decodes greedily by itself
+        "rollout.vllm.kv_cache_gib",
+        "rollout.vllm.start_timeout_s",
+        "rollout.vllm.request_timeout_s",
         "policy_loss.clip",
+        "policy_loss.importance_cap",
         "distill.temperature",
         "distill.alpha.target_ratio",
         "distill.alpha.max_value",
@@ -318,7 +349,7 @@ _RANGES: dict[str, tuple[str, ...]] = {
         "publish.bucket_mib",
         "publish.timeout_s",
     ),
-    "between 0 and 1": ("rollout.max_failed_share", "optimizer.betas"),
+    "between 0 and 1": ("rollout.max_failed_share", "rollout.vllm.gpu_memory_share", "optimizer.betas"),
     "strictly between 0 and 1 (for its limits use divergence forward_kl or reverse_kl)": ("distill.beta",),
 }
 _IN_RANGE: dict[str, Callable[[Any], bool]] = {

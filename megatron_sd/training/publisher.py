@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from typing import Protocol
 
@@ -11,8 +11,9 @@ import deepspeed
 from torch import Tensor, nn
 
 from megatron_sd.config import Config
-from megatron_sd.distributed.collectives import broadcast_object
+from megatron_sd.distributed.collectives import broadcast_object, together
 from megatron_sd.distributed.world import World
+from megatron_sd.errors import RolloutError
 from megatron_sd.resharding.layout import check_parameters
 from megatron_sd.resharding.names import UnknownArchitectureError, whole_parameters, worker_layouts
 from megatron_sd.resharding.plan import make_plan
@@ -44,11 +45,32 @@ class GatherPublisher:
     """
 
     def publish(self, policy: Policy, receiver: WeightReceiver, policy_version: int) -> None:
-        """Names are Hugging Face names; a tied weight is sent once."""
-        receiver.begin_update()
+        """Names are Hugging Face names; a tied weight is sent once. No rank returns before every rank's engine has the version,
+        and an engine's RolloutError is raised on every rank, after the last gather."""
+        stages = _Stages()
+        stages.attempt(receiver.begin_update)
         for bucket in gathered_buckets(policy.named_parameters(), BUCKET_BYTES):
-            receiver.load_bucket(bucket)
-        receiver.finish_update(policy_version)
+            stages.attempt(lambda: receiver.load_bucket(bucket))  # noqa: B023, it is called at once
+        stages.attempt(lambda: receiver.finish_update(policy_version))
+        together(policy.world, stages.result)
+
+
+class _Stages:
+    """Steps of which the first that fails ends the others, while the caller goes on with its collectives."""
+
+    def __init__(self) -> None:
+        self._failure: RolloutError | None = None
+
+    def attempt(self, step: Callable[[], None]) -> None:
+        if self._failure is None:
+            try:
+                step()
+            except RolloutError as error:
+                self._failure = error
+
+    def result(self) -> None:
+        if self._failure is not None:
+            raise self._failure
 
 
 class ShardedEngine(Protocol):

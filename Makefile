@@ -1,7 +1,10 @@
 # make demo    the whole story on this machine: world, start policy, GRPO against SD-Search, table
 # make test    style and tests
+# make test-vllm  the tests that need a real vLLM, in an environment of their own (.venv-vllm, 2.5 GB)
+# make demo-vllm  the demo with vLLM as the rollout engine, in that environment
 # make bench   benchmarks: ratios of two implementations in one run
 # make lint    style only
+# make gpu-check  on a machine with a CUDA GPU and nvcc: build, GPU tests, sanitizers, benchmarks; no set-up, PYTHON needs torch only
 # make wheel   dist/megatron_sd-*.whl
 # Every target sets up .venv by itself; it is renewed when setup.py changes. Another interpreter: make PYTHON=python3.12 demo
 
@@ -15,7 +18,12 @@ JSON   ?= runs/bench.json
 TORCH  := torch==2.13.0
 PIP     = $(BIN)/python -m pip --quiet --disable-pip-version-check install
 
-.PHONY: demo test bench lint wheel clean
+# vLLM's environment: exact versions, since vLLM pins torch and transformers tightly.
+VLLM      := .venv-vllm/ready
+VLLM_LOCK := tests/vllm/cpu_lock.txt
+VLLM_PIP   = .venv-vllm/bin/python -m pip --quiet --disable-pip-version-check install
+
+.PHONY: demo demo-vllm test test-vllm bench gpu-check lint wheel clean
 
 demo: $(READY)
 	@$(BIN)/sd-search demo
@@ -30,6 +38,16 @@ lint: $(READY)
 
 bench: $(BENCH)
 	@set -e; for program in kernels/bench/bench_*.py; do echo "== $$program"; $(BIN)/python $$program --json $(JSON); done
+
+gpu-check:
+	@$(PYTHON) kernels/bench/gpu_check.py
+
+test-vllm: $(VLLM)
+	@echo "== tests with vLLM"
+	@.venv-vllm/bin/python -m pytest tests/vllm
+
+demo-vllm: $(VLLM)
+	@.venv-vllm/bin/sd-search demo --engine vllm
 
 wheel: $(READY)
 	@echo "== wheel"
@@ -51,5 +69,15 @@ $(BENCH): $(READY)
 	@$(PIP) --editable ".[bench]"
 	@touch $@
 
+$(VLLM): setup.py $(VLLM_LOCK)
+	@echo "== set-up 1/3: virtual environment in .venv-vllm"
+	@$(PYTHON) -m venv .venv-vllm
+	@echo "== set-up 2/3: torch, then vLLM and everything else at locked versions"
+	@$(VLLM_PIP) "$(TORCH)"
+	@$(VLLM_PIP) --no-deps -r $(VLLM_LOCK)
+	@echo "== set-up 3/3: megatron-sd"
+	@$(VLLM_PIP) --no-deps --no-build-isolation --editable .
+	@touch $@
+
 clean:
-	rm -rf .venv build dist *.egg-info
+	rm -rf .venv .venv-vllm build dist *.egg-info

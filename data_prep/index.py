@@ -1,39 +1,69 @@
-"""Build a corpus directory: passages, their BM25 index, and the manifest that seals them."""
+"""Build a corpus directory: passages, a BM25 index, a vector index where vectors are given, and the manifest that seals them."""
 
 from __future__ import annotations
 
 import dataclasses
 import logging
-import shutil
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
+import faiss
+import pyarrow as pa
+
 from data_prep.corpus import read_passages
-from megatron_sd.errors import DataError
+from data_prep.table import PassageTable, is_table, new_directory, to_batches
+from data_prep.vector_index import VectorIndexConfig, write_vector_index
+from data_prep.vectors import VectorShards
+from megatron_sd.errors import ConfigError, DataError
 from megatron_sd.records import Passage
-from megatron_sd.retrieval.bm25 import BM25_FILES, Bm25Settings, write_bm25
-from megatron_sd.retrieval.manifest import Manifest, file_entry, write_manifest
-from megatron_sd.retrieval.passages import PASSAGES_NAME, PassageStore, write_passages
+from megatron_sd.retrieval.bm25 import Bm25Settings, write_bm25
+from megatron_sd.retrieval.manifest import Manifest, file_entries, write_manifest
+from megatron_sd.retrieval.passages import PASSAGES_NAME, PassageStore, write_batches
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
 class IndexConfig:
-    """`sd-search data index`: passages (jsonl, .gz or .zst) to a corpus directory. The defaults suit English text."""
+    """`sd-search data index`: passages to a corpus directory. The defaults suit English text."""
 
-    passages: str
+    passages: str  # a passages directory (`sd-search data import`), or a jsonl file small enough for memory
     output: str
-    licenses: tuple[str, ...] = ()  # of the passages, for the manifest
+    vectors: str | None = None  # of the same passages (`sd-search data encode`): adds a vector index
+    vector_index: VectorIndexConfig = field(default_factory=VectorIndexConfig)
+    recall: str | None = None  # a questions file: report the vector index's recall against exact search on its questions
+    recall_questions: int = 200
+    recall_top_k: int = 10
+    bm25: bool = True  # false: the vector index alone
+    sources: tuple[str, ...] = ()  # of a jsonl file's passages, for the manifest; empty: the file's name
+    licenses: tuple[str, ...] = ()
     stop_words: Literal["english", "none"] = "english"
     stemmer: Literal["english", "none"] = "english"
     token_pattern: str = r"(?u)\b\w\w+\b"
     k1: float = 1.5
     b: float = 0.75
     max_reject_share: float = 0.01  # more broken lines than this stop the build
+
+
+@dataclass(frozen=True, kw_only=True)
+class Labels:
+    """What the manifest says about the passages."""
+
+    sources: tuple[str, ...] = ()
+    licenses: tuple[str, ...] = ()
+    made_from: dict[str, str] = dataclasses.field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """What is built besides the passages."""
+
+    bm25: Bm25Settings | None
+    vectors: VectorShards | None
+    vector_index: VectorIndexConfig
 
 
 def bm25_settings(config: IndexConfig) -> Bm25Settings:
@@ -46,39 +76,80 @@ def build_index(config: IndexConfig) -> str:
 
     Raises DataError for unreadable or broken passages, repeated ids, or an output that exists.
     """
+    if config.vectors is None and not config.bm25:
+        raise ConfigError("bm25: found false without vectors, expected one of the two: a corpus needs an index")
+    batches, labels = _read(config)
+    vectors = None if config.vectors is None else _vectors(Path(config.vectors), labels)
+    parts = Parts(bm25=bm25_settings(config) if config.bm25 else None, vectors=vectors, vector_index=config.vector_index)
+    corpus_version = _write(Path(config.output), batches, labels, parts)
+    if vectors is not None and config.recall is not None:
+        _report_recall(config, vectors, config.recall)
+    return corpus_version
+
+
+def _report_recall(config: IndexConfig, vectors: VectorShards, questions: str) -> None:
+    from data_prep.vector_recall import measure_recall  # imports torch
+
+    limit, top_k = config.recall_questions, config.recall_top_k
+    found = measure_recall(Path(config.output), vectors, questions, limit=limit, top_k=top_k)
+    log.info("recall@%d of the vector index against exact search: %.4f", top_k, found)
+
+
+def _vectors(directory: Path, labels: Labels) -> VectorShards:
+    vectors = VectorShards(directory)
+    of = vectors.manifest.made_from["passages"]
+    if of != labels.made_from.get("passages"):
+        found = labels.made_from.get("passages", "no passages directory (`sd-search data import` makes one)")
+        raise DataError(f"{directory} holds vectors of the passages {of}, found {found}: encode the passages that are indexed")
+    labels.made_from["vectors"] = vectors.version
+    return vectors
+
+
+def _read(config: IndexConfig) -> tuple[Iterator[pa.RecordBatch], Labels]:
+    path = Path(config.passages)
+    if is_table(path):
+        table = PassageTable(path)
+        manifest = table.manifest
+        made_from = {"passages": table.version}
+        return table.batches(), Labels(sources=manifest.sources, licenses=manifest.licenses, made_from=made_from)
     output = Path(config.output)
     rejects = output.with_name(output.name + ".rejects.jsonl")
-    passages = read_passages(Path(config.passages), rejects=rejects, max_reject_share=config.max_reject_share)
-    source = Path(config.passages).name
-    return write_corpus(output, passages, bm25_settings(config), sources=(source,), licenses=config.licenses)
+    passages = read_passages(path, rejects=rejects, max_reject_share=config.max_reject_share)
+    labels = Labels(sources=config.sources or (path.name,), licenses=config.licenses)
+    return to_batches(sorted(passages, key=lambda passage: passage.id)), labels
 
 
-def write_corpus(
-    output: Path, passages: Iterable[Passage], settings: Bm25Settings, *, sources: tuple[str, ...], licenses: tuple[str, ...]
-) -> str:
-    """Write a corpus directory and return its corpus version. The same passages in any order give the same bytes.
+def write_corpus(output: Path, passages: Iterable[Passage], settings: Bm25Settings, labels: Labels) -> str:
+    """Write a BM25 corpus directory of passages that fit in memory and return its corpus version.
 
-    Everything is written under a temporary name and renamed at the end: a directory named `output` is always complete.
-    Raises DataError when `output` exists, when there is no passage, or when an id is repeated.
+    The same passages in any order give the same bytes, and a directory named `output` is always complete. Raises DataError when
+    `output` exists, when there is no passage, or when an id is repeated.
     """
-    if output.exists():
-        raise DataError(f"{output} exists: remove it or choose another output; a corpus directory is never changed in place")
-    partial = output.with_name(output.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    write_passages(partial / PASSAGES_NAME, sorted(passages, key=lambda passage: passage.id))
-    store = PassageStore(partial / PASSAGES_NAME)
-    num_terms = write_bm25(partial, (f"{passage.title} {passage.text}" for passage in store), settings)
-    manifest = Manifest(
-        num_passages=len(store),
-        num_terms=num_terms,
-        licenses=licenses,
-        sources=sources,
-        settings=dataclasses.asdict(settings),
-        versions={name: version(name) for name in ("bm25s", "numpy", "pyarrow", "PyStemmer")},
-        files={name: file_entry(partial / name) for name in (PASSAGES_NAME, *BM25_FILES)},
-    )
-    corpus_version = write_manifest(partial, manifest)
-    partial.rename(output)
-    log.info("%s: %d passages, %d terms, corpus version %s", output, len(store), num_terms, corpus_version[:16])
+    batches = to_batches(sorted(passages, key=lambda passage: passage.id))
+    return _write(output, batches, labels, Parts(bm25=settings, vectors=None, vector_index=VectorIndexConfig()))
+
+
+def _write(output: Path, batches: Iterable[pa.RecordBatch], labels: Labels, parts: Parts) -> str:
+    settings: dict[str, object] = {}
+    with new_directory(output) as partial:
+        write_batches(partial / PASSAGES_NAME, batches)
+        store = PassageStore(partial / PASSAGES_NAME)
+        if parts.bm25 is not None:
+            num_terms = write_bm25(partial, (f"{passage.title} {passage.text}" for passage in store), parts.bm25)
+            settings["bm25"] = dataclasses.asdict(parts.bm25)
+            log.info("BM25: %d terms", num_terms)
+        if parts.vectors is not None:
+            settings["dense"] = write_vector_index(partial, parts.vectors, parts.vector_index)
+        manifest = Manifest(
+            kind="corpus",
+            num_passages=len(store),
+            licenses=labels.licenses,
+            sources=labels.sources,
+            settings=settings,
+            made_from=labels.made_from,
+            versions={name: version(name) for name in ("bm25s", "numpy", "pyarrow", "PyStemmer")} | {"faiss": faiss.__version__},
+            files=file_entries(partial),
+        )
+        corpus_version = write_manifest(partial, manifest)
+    log.info("%s: %d passages, corpus version %s", output, len(store), corpus_version[:16])
     return corpus_version

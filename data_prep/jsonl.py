@@ -6,7 +6,7 @@ import gzip
 import json
 import os
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
@@ -52,13 +52,26 @@ class Line:
 
 def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """(line number from 1, line) of the non-blank lines. Raises DataError when the file is missing, truncated or corrupt."""
+    for number, line in enumerate(_split_lines(read_blocks(path)), start=1):
+        if line.strip():
+            yield number, line
+
+
+def read_text(path: Path) -> str:
+    """A whole file as UTF-8. Raises DataError when it is missing, truncated, corrupt or not UTF-8."""
+    try:
+        return b"".join(read_blocks(path)).decode()
+    except UnicodeDecodeError as error:
+        raise DataError(f"cannot read {path}: {error}; expected UTF-8") from error
+
+
+def read_blocks(path: Path) -> Iterator[bytes]:
+    """The content of a file, plain, .gz or .zst, in blocks. Raises DataError when it is missing, truncated or corrupt."""
     try:
         with open(path, "rb") as handle:
-            for number, line in enumerate(_split_lines(_blocks(path, handle)), start=1):
-                if line.strip():
-                    yield number, line
+            yield from _blocks(path, handle)
     except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
-        raise DataError(f"cannot read {path}: {error}; expected JSON lines, plain, .gz or .zst") from error
+        raise DataError(f"cannot read {path}: {error}; expected a file, plain, .gz or .zst") from error
 
 
 def _blocks(path: Path, handle: BinaryIO) -> Iterator[bytes]:
@@ -89,48 +102,27 @@ def _split_lines(blocks: Iterable[bytes]) -> Iterator[bytes]:
         yield rest
 
 
-def parse_row(line: bytes, parse: Callable[[Row], Record]) -> Record:
-    """Parse one line. Raises RowError."""
+def decode_row(line: bytes) -> Row:
+    """One line as an object. Raises RowError."""
     try:
         row = json.loads(line)
         json.dumps(row, ensure_ascii=False).encode()  # a lone surrogate passes json.loads and could never be written again
     except (ValueError, RecursionError) as error:
         raise RowError(f"not valid JSON ({error})") from error
+    return check_row(row)
+
+
+def check_row(row: Any) -> Row:
+    """A decoded row, if it is an object. Raises RowError."""
     if not isinstance(row, dict):
         raise RowError(f"found a JSON {type(row).__name__}, expected an object")
-    return parse(row)
-
-
-def parse_lines(path: Path, parse: Callable[[Row], Record]) -> Iterator[tuple[Line, Record | RowError]]:
-    """Every non-blank line with its record, or with what is wrong with it. A repeated record id is an error."""
-    first_lines: dict[str, int] = {}
-    for number, content in read_lines(path):
-        line = Line(file=path.name, number=number, content=content)
-        try:
-            record = parse_row(content, parse)
-        except RowError as error:
-            yield line, error
-            continue
-        first = first_lines.setdefault(record.id, number)
-        yield line, record if first == number else RowError(f"id {record.id!r} repeats that of line {first}")
-
-
-def read_records(path: Path, parse: Callable[[Row], Record]) -> tuple[list[Record], list[Reject]]:
-    """The records of the rows that parse, and a reject for every row that does not."""
-    records: list[Record] = []
-    rejects: list[Reject] = []
-    for line, result in parse_lines(path, parse):
-        if isinstance(result, RowError):
-            rejects.append(line.reject(str(result)))
-        else:
-            records.append(result)
-    return records, rejects
+    return row
 
 
 def check_rejects(path: Path, rejects: list[Reject], num_rows: int, max_reject_share: float) -> None:
     """Raise DataError when more than the allowed share of the rows was rejected, or when nothing is left."""
     if num_rows == 0:
-        raise DataError(f"{path} holds no rows: expected JSON lines")
+        raise DataError(f"{path} holds no rows: expected at least one")
     if len(rejects) > max_reject_share * num_rows:
         raise DataError(
             f"{path}: {len(rejects)} of {num_rows} rows are broken, more than the allowed share of {max_reject_share:g}; "

@@ -1,10 +1,11 @@
-"""Import of questions and passages from JSON lines, every broken row accounted for.
+"""Import of questions and passages from public files, every broken row accounted for.
 
-Accepted question rows (plain, .gz or .zst; unknown fields are ignored):
+Accepted question rows (JSON lines, JSON, Parquet, CSV, TSV, also .gz or .zst; unknown fields are ignored), beside the native ones
+of formats.py:
 
     {"id", "text", "golden_answers", "source", "split", "supporting": [[passage id, ...], ...]}          our own
     {"id", "question", "golden_answers", "dataset", "split", "supporting": [{"title", "ids"}, ...]}      with titles
-    {"id", "question", "golden_answers", "data_source"}                                                  Search-R1's
+    {"id", "question", "golden_answers", "data_source"}                                      Search-R1's and FlashRAG's
 
 `source`, `split` and `supporting` may be missing; `golden_answers` may be a single string.
 """
@@ -20,19 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from data_prep.corpus import parse_passage, write_passage_rows
-from data_prep.jsonl import (
-    Reject,
-    Row,
-    RowError,
-    check_rejects,
-    id_field,
-    parse_lines,
-    read_records,
-    string_field,
-    write_rejects,
-    write_rows,
-)
+from data_prep.corpus import PassageRules, any_passages, import_passages
+from data_prep.formats import to_own
+from data_prep.jsonl import Line, Reject, Row, RowError, check_rejects, id_field, string_field, write_rejects, write_rows
+from data_prep.rows import parse_rows
 from megatron_sd.records import Question
 from megatron_sd.search.reward import empty_answers
 
@@ -43,14 +35,16 @@ IdsByTitle = Mapping[str, tuple[str, ...]]
 
 @dataclass(frozen=True, kw_only=True)
 class ImportConfig:
-    """`sd-search data import`: one file of questions or passages to our own format, rejects beside it."""
+    """`sd-search data import`: one file or folder of questions or passages to our own format, rejects beside it."""
 
     kind: Literal["questions", "passages"]
     input: str
-    output: str  # plain jsonl; rejected rows go beside it, NAME.rejects.jsonl
-    source: str = ""  # for questions that name no data set
+    output: str  # questions: plain jsonl; passages: a directory; rejected rows go beside it, NAME.rejects.jsonl
+    source: str = ""  # for rows that name no source (questions: no data set)
+    license: str = ""  # for rows that name no licence: an SPDX identifier such as CC-BY-SA-4.0
     split: str = ""  # for questions that name no split
-    passages: str | None = None  # for questions whose hops have titles: find the passage ids by title in this passages file
+    passages: str | None = None  # for questions whose hops have titles: find the ids by title in these passages
+    max_text_bytes: int = 1_000_000  # longer passages are rejected
     max_reject_share: float = 0.01  # more broken rows than this are an error, and nothing but the rejects file is written
 
 
@@ -76,7 +70,7 @@ def parse_question(row: Row, ids_by_title: IdsByTitle | None = None) -> Question
         golden_answers=tuple(dict.fromkeys(golds)),
         source=_label(row, "source", "dataset", "data_source"),
         split=_label(row, "split"),
-        supporting=tuple(_hop(hop, ids_by_title) for hop in _list(row.get("supporting") or [], "supporting")),
+        supporting=_hops(row, ids_by_title),
     )
 
 
@@ -85,6 +79,12 @@ def _label(row: Row, *names: str) -> str:
     if not isinstance(value, str):
         raise RowError(f"field {names[0]!r} is {value!r}, expected a string")
     return value
+
+
+def _hops(row: Row, ids_by_title: IdsByTitle | None) -> tuple[tuple[str, ...], ...]:
+    titles = [] if ids_by_title is None else row.get("supporting_titles", [])
+    hops = [*_list(row.get("supporting") or [], "supporting"), *({"title": title} for title in titles)]
+    return tuple(_hop(hop, ids_by_title) for hop in hops)
 
 
 def _hop(hop: Any, ids_by_title: IdsByTitle | None) -> tuple[str, ...]:
@@ -99,11 +99,9 @@ def _hop(hop: Any, ids_by_title: IdsByTitle | None) -> tuple[str, ...]:
 
 
 def read_titles(path: Path) -> dict[str, tuple[str, ...]]:
-    """The ids of the passages of each title, in file order. Raises DataError for the first broken row."""
-    passages, broken = read_records(path, parse_passage)
-    check_rejects(path, broken, len(passages) + len(broken), max_reject_share=0.0)
+    """The ids of the passages of each title, in their order. Raises DataError for a broken row."""
     ids: dict[str, list[str]] = defaultdict(list)
-    for passage in passages:
+    for passage in any_passages(path):
         ids[passage.title].append(passage.id)
     return {title: tuple(own) for title, own in ids.items()}
 
@@ -115,32 +113,38 @@ def _list(value: Any, name: str) -> list[Any]:
 
 
 def import_file(config: ImportConfig) -> ImportReport:
-    """Convert one file. Raises DataError when it cannot be read or too many of its rows are broken."""
+    """Convert one file or folder. Raises DataError when it cannot be read or too many of its rows are broken."""
     source, output = Path(config.input), Path(config.output)
-    if config.kind == "passages":
-        records, rejects = read_records(source, parse_passage)
-        notes: list[Reject] = []
-    else:
-        records, rejects, notes = _read_questions(source, config)
     rejects_path = output.with_name(output.name.removesuffix(".jsonl") + ".rejects.jsonl")
-    write_rejects(rejects_path, sorted(rejects + notes, key=lambda reject: reject.line))
-    check_rejects(source, rejects, len(records) + len(rejects), config.max_reject_share)
     if config.kind == "passages":
-        write_passage_rows(output, records)
+        rules = PassageRules(source=config.source, license=config.license, max_text_bytes=config.max_text_bytes)
+        tally = import_passages(source, output, rejects=rejects_path, rules=rules, max_reject_share=config.max_reject_share)
+        num_kept, rejects, notes = tally.num_kept, tally.rejects, []
     else:
-        write_question_rows(output, records)
+        questions, rejects, notes = _read_questions(source, config)
+        write_rejects(rejects_path, sorted(rejects + notes, key=lambda reject: (reject.file, reject.line)))
+        num_kept = len(questions)
+        check_rejects(source, rejects, num_kept + len(rejects), config.max_reject_share)
+        write_question_rows(output, questions)
     written = str(rejects_path) if rejects or notes else None
-    log.info("%s: %d %s kept, %d rejected, %d notes", source, len(records), config.kind, len(rejects), len(notes))
-    return ImportReport(num_kept=len(records), num_rejected=len(rejects), num_notes=len(notes), rejects=written)
+    log.info("%s: %d %s kept, %d rejected, %d notes", source, num_kept, config.kind, len(rejects), len(notes))
+    return ImportReport(num_kept=num_kept, num_rejected=len(rejects), num_notes=len(notes), rejects=written)
 
 
-def _read_questions(path: Path, config: ImportConfig) -> tuple[list[Question], list[Reject], list[Reject]]:
+@dataclass(frozen=True, kw_only=True)
+class LicensedQuestion(Question):
+    """A question and the licence it comes under."""
+
+    license: str = ""
+
+
+def _read_questions(path: Path, config: ImportConfig) -> tuple[list[LicensedQuestion], list[Reject], list[Reject]]:
     """Questions, rejects, and a note for every question that lost some but not all of its gold answers."""
-    questions: list[Question] = []
+    questions: list[LicensedQuestion] = []
     rejects: list[Reject] = []
     notes: list[Reject] = []
     ids_by_title = read_titles(Path(config.passages)) if config.passages else None
-    for line, result in parse_lines(path, functools.partial(parse_question, ids_by_title=ids_by_title)):
+    for line, result in parse_rows(path, functools.partial(_parse_licensed, config=config, ids_by_title=ids_by_title)):
         if isinstance(result, RowError):
             rejects.append(line.reject(str(result)))
             continue
@@ -152,9 +156,17 @@ def _read_questions(path: Path, config: ImportConfig) -> tuple[list[Question], l
         if empty:
             notes.append(line.reject(reason + ", the question is kept"))
         kept = tuple(answer for answer in result.golden_answers if answer not in empty)
-        labels = {"source": result.source or config.source, "split": result.split or config.split}
-        questions.append(dataclasses.replace(result, golden_answers=kept, **labels))
+        questions.append(dataclasses.replace(result, golden_answers=kept))
     return questions, rejects, notes
+
+
+def _parse_licensed(row: Row, line: Line, *, config: ImportConfig, ids_by_title: IdsByTitle | None) -> LicensedQuestion:
+    """A row of any known format, what it does not say filled in from the configuration."""
+    own = to_own(row, f"{config.source or Path(config.input).name.split('.')[0]}-{line.number}")
+    question = parse_question(own, ids_by_title)
+    labels = {"source": question.source or config.source, "split": question.split or config.split}
+    fields = {field.name: getattr(question, field.name) for field in dataclasses.fields(question)}
+    return LicensedQuestion(**(fields | labels), license=_label(row, "license") or config.license)
 
 
 def write_question_rows(path: Path, questions: Iterable[Question]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ import torch
 from eval.lift import LiftConfig, LiftReport, measure_lift
 from megatron_sd.build import build_rollout_side
 from megatron_sd.config import ModelConfig, ProtocolConfig, RetrieverConfig, RewardConfig, RolloutConfig, parse
+from megatron_sd.distributed.world import lone_world
 from megatron_sd.errors import MegatronSdError
 from megatron_sd.records import Question, RolloutGroup
 from megatron_sd.rollout.rollouter import Rollouter
@@ -65,11 +67,11 @@ def main(argv: Sequence[str]) -> None:
 def gate(config: GateConfig) -> LiftReport:
     """Measure the lift and, with `config.record`, write it down. Raises DataError for a missing model, corpus or questions."""
     questions = load_questions(config.questions, config.split, config.limit)
-    side = build_rollout_side(
-        config.model, config.protocol, config.rollout, config.retriever, seed=config.seed, device=torch.device("cpu")
-    )
-    sampler = RolloutSampler(rollouter=side.rollouter, reward=config.reward, slice_size=config.rollout.questions_per_step)
-    report = measure_lift(sampler, questions, config.lift)
+    world, output = lone_world(torch.device("cpu")), Path(config.questions).parent
+    parts = config.model, config.protocol, config.rollout, config.retriever
+    with contextlib.closing(build_rollout_side(*parts, seed=config.seed, output=output, world=world)) as side:
+        sampler = RolloutSampler(rollouter=side.rollouter, reward=config.reward, slice_size=config.rollout.questions_per_step)
+        report = measure_lift(sampler, questions, config.lift)
     if config.record is not None:
         _record(Path(config.record), config, len(questions), report)
     return report

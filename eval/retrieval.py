@@ -1,6 +1,7 @@
 """How well a retriever finds what questions need, when the query is the question itself.
 
-    python -m eval.retrieval --corpus CORPUS --questions QUESTIONS.jsonl [--split eval] [--top_k 3]
+    sd-search data recall --retriever.corpus CORPUS --questions QUESTIONS.jsonl [--split eval] [--retriever.top_k 3]
+    sd-search data recall --retriever.endpoints '[http://127.0.0.1:8741]' --questions QUESTIONS.jsonl
 
 Per data set: `sup`, the mean share of hops of which a serving passage is among the top k, and `all`, the share of questions
 with every hop found.
@@ -9,29 +10,24 @@ with every hop found.
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from jsonargparse import auto_cli
-
+from megatron_sd.config import RetrieverConfig, check_ranges
 from megatron_sd.records import Hit, Question
-from megatron_sd.retrieval.bm25 import Bm25Retriever
+from megatron_sd.retrieval.choice import open_retriever
 from megatron_sd.retrieval.retriever import Retriever
 from megatron_sd.search.questions import load_questions
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RetrievalConfig:
-    """What to measure: a corpus directory against the questions of one split (None: all) that name their passages."""
+    """What to measure: a retriever against the questions of one split (None: all) that name their passages."""
 
-    corpus: str
+    retriever: RetrieverConfig
     questions: str
     split: str | None = None
-    top_k: int = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,12 +72,9 @@ def render(figures: Sequence[RetrievalFigures]) -> str:
 
 def main(config: RetrievalConfig) -> list[RetrievalFigures]:
     """Measure, print the table, return the figures. Raises DataError for missing or broken input."""
-    retriever = Bm25Retriever(config.corpus)
+    check_ranges(config)
     questions = load_questions(config.questions, config.split)
-    figures = asyncio.run(measure(retriever, questions, config.top_k))
-    print(render(figures))
+    retriever = open_retriever(config.retriever)
+    figures = asyncio.run(measure(retriever, questions, config.retriever.top_k))
+    print(f"corpus version {retriever.corpus_version}, top {config.retriever.top_k}\n\n{render(figures)}")
     return figures
-
-
-if __name__ == "__main__":
-    main(auto_cli(RetrievalConfig, as_positional=False))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Iterable, Sequence
@@ -52,11 +53,12 @@ def evaluate(config: EvalConfig) -> dict[str, float | int | str]:
     output.mkdir(parents=True, exist_ok=True)  # what cannot be written fails before the rollouts
     questions = load_questions(config.questions, config.split, config.limit)
     rollout = dataclasses.replace(config.rollout, group_size=1)
-    side = build_rollout_side(config.model, config.protocol, rollout, config.retriever, seed=0)
     size = config.rollout.questions_per_step
     groups: list[RolloutGroup] = []
-    for start in tqdm(range(0, len(questions), size), desc="evaluate", unit="batch", disable=None):
-        groups += score(side.rollouter.run(questions[start : start + size], step=0, greedy=True), config.reward)
+    side = build_rollout_side(config.model, config.protocol, rollout, config.retriever, seed=0, output=output)
+    with contextlib.closing(side):
+        for start in tqdm(range(0, len(questions), size), desc="evaluate", unit="batch", disable=None):
+            groups += score(side.rollouter.run(questions[start : start + size], step=0, greedy=True), config.reward)
     report = {"num_questions": len(questions), "model": config.model.path, "corpus_version": side.retriever.corpus_version}
     report |= rollout_metrics(groups)
     (output / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")

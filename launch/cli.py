@@ -38,11 +38,19 @@ COMMANDS: dict[str, Command] = {
     "eval": _command("eval.run:main", "evaluate a model directory greedily on a questions file"),
     "world": _command("launch.programs:world", "write the synthetic multi-hop world and its BM25 corpus"),
     "coldstart": _command("launch.programs:coldstart", "train the small start policy on mediocre demonstrations"),
+    "reshard-plan": _command("launch.reshard_plan:main", "what publishing a model's weights to inference workers would move"),
     "gate": _command("eval.gate:main", "does the start policy read hindsight blocks? wrong-question and shuffled controls"),
-    "data import": _command("launch.programs:data_import", "convert passages or questions to the project's jsonl"),
-    "data index": _command("launch.programs:data_index", "build a BM25 corpus directory from passages"),
-    "data info": _command("launch.programs:data_info", "verify a corpus directory and print its manifest"),
-    "data recall": _command("launch.programs:data_recall", "supporting-passage recall of a corpus on a questions file"),
+    "vllm serve": _command("launch.serve:main", "a vLLM server as a run needs it: --config FILE.yaml [--host H --port P --cpu]"),
+    "data import": _command("launch.data:import_", "convert questions or passages of public formats to the project's"),
+    "data chunk": _command("launch.data:chunk", "cut long passages into windows of words, sentences or tokens"),
+    "data encode": _command("launch.data:encode", "passages to vectors with a local encoder; resumes where it was killed"),
+    "data index": _command("launch.data:index", "build a corpus directory: passages, BM25, vectors"),
+    "data verify": _command("launch.data:verify", "check every file of a prepared directory against its manifest"),
+    "data info": _command("launch.data:info", "verify a prepared directory and print its manifest"),
+    "data plan": _command("launch.data:plan", "memory, disk, build time and speed of each index for a corpus of some size"),
+    "retriever serve": _command("launch.retriever:main", "serve a corpus directory over HTTP (Search-R1's /retrieve)"),
+    "data upload": _command("launch.data:upload", "fill a Qdrant collection with passages and their vectors"),
+    "data recall": _command("launch.data:recall", "supporting-passage recall of a corpus on a questions file"),
 }
 
 

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+from typing import Literal
 
 from data_prep.world import WorldConfig
 from eval.run import EvalConfig, evaluate
@@ -27,6 +28,7 @@ from megatron_sd.training.commit import committed
 
 ARMS = {"GRPO": ("--distill.block=none",), "SD-Search": ()}
 WRITTEN = {"world", "coldstart", "eval", "report.json", *(name.lower() for name in ARMS)}  # below `output`
+KV_CACHE_GIB = 0.5  # of a vLLM worker, if there is one: forty rollouts of the start policy fit several times
 PHASES = ("rollout", "assemble", "update", "publish")
 
 
@@ -38,6 +40,7 @@ class DemoConfig:
     num_steps: int | None = None  # None: what the recipe says
     num_eval_questions: int = 200
     num_ranks: int = 2
+    engine: Literal["torch", "vllm"] = "torch"  # of the rollouts; vllm needs the [vllm] extra
     fresh: bool = False  # cold-start a new start policy (20-40 minutes) instead of using the committed one
 
 
@@ -84,6 +87,7 @@ def recipe_arguments(config: DemoConfig, model: Path, *overrides: str) -> list[s
     """Command line of a training run of the demo: the recipe, the demo's paths, the arm's overrides."""
     world = Path(config.output) / "world"
     steps = [] if config.num_steps is None else [f"--num_steps={config.num_steps}"]
+    engine = [f"--rollout.engine={config.engine}", f"--rollout.vllm.kv_cache_gib={KV_CACHE_GIB}"]
     return [
         f"--config={files('launch') / 'configs' / 'world.yaml'}",
         f"--model.path={model}",
@@ -91,6 +95,7 @@ def recipe_arguments(config: DemoConfig, model: Path, *overrides: str) -> list[s
         f"--data.eval={world / 'questions.jsonl'}",
         f"--retriever.corpus={world / 'corpus'}",
         *steps,
+        *engine,
         *overrides,
     ]
 

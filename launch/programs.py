@@ -1,4 +1,4 @@
-"""The command lines of the data programs: parse, run, say what was done."""
+"""The command lines of the world and the cold start: parse, run, say what was done."""
 
 from __future__ import annotations
 
@@ -38,34 +38,3 @@ def coldstart(argv: Sequence[str]) -> None:
     from data_prep.coldstart import ColdstartConfig, run_coldstart
 
     print(f"start policy {run_coldstart(parse(ColdstartConfig, argv, 'sd-search coldstart'))}")
-
-
-def data_import(argv: Sequence[str]) -> None:
-    """`sd-search data import`."""
-    from data_prep.questions import ImportConfig, import_file
-
-    config = parse(ImportConfig, argv, "sd-search data import")
-    report = import_file(config)
-    print(f"{report.num_kept} {config.kind} -> {config.output}")
-    if report.num_rejected or report.num_notes:
-        print(f"{report.num_rejected} rejected, {report.num_notes} lost an empty gold answer: see {report.rejects}")
-
-
-def data_index(argv: Sequence[str]) -> None:
-    """`sd-search data index`."""
-    config = parse(IndexConfig, argv, "sd-search data index")
-    print(f"corpus version {build_index(config)} -> {config.output}")
-
-
-def data_info(argv: Sequence[str]) -> None:
-    """`sd-search data info`."""
-    from data_prep.manifest import InfoConfig, corpus_info
-
-    print(corpus_info(parse(InfoConfig, argv, "sd-search data info")))
-
-
-def data_recall(argv: Sequence[str]) -> None:
-    """`sd-search data recall`."""
-    from eval import retrieval
-
-    retrieval.main(parse(retrieval.RetrievalConfig, argv, "sd-search data recall"))

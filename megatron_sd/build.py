@@ -14,25 +14,29 @@ from megatron_sd.algorithm.hindsight import BLOCKS, RENDERERS, HindsightBlocks
 from megatron_sd.algorithm.packing import pack
 from megatron_sd.algorithm.samples import GATES, TeacherPrompts, apply_gate
 from megatron_sd.config import Config, ModelConfig, ProtocolConfig, RetrieverConfig, RolloutConfig, dump
-from megatron_sd.distributed.world import World
+from megatron_sd.distributed.collectives import share
+from megatron_sd.distributed.world import World, lone_world
 from megatron_sd.errors import ConfigError
 from megatron_sd.observability.recorder import Recorder
 from megatron_sd.observability.timers import Timers
 from megatron_sd.records import Batch, Question, RolloutGroup, TrainingSample
-from megatron_sd.retrieval.bm25 import Bm25Retriever
+from megatron_sd.retrieval.choice import open_retriever
 from megatron_sd.retrieval.retriever import Retriever
 from megatron_sd.rollout.rollouter import Rollouter
+from megatron_sd.rollout.sampling_order import InStep, OneAhead, SamplingOrder
 from megatron_sd.rollout.torch_engine import TorchEngine, load_model
+from megatron_sd.rollout.vllm_engine import VllmEngine
+from megatron_sd.rollout.vllm_placement import connect_vllm
 from megatron_sd.search.environment import Environment
 from megatron_sd.search.protocol import build_protocol
 from megatron_sd.search.questions import QuestionStream, load_questions
 from megatron_sd.search.reward import score
-from megatron_sd.search.tokens import load_codec
+from megatron_sd.search.tokens import TextCodec, load_codec
 from megatron_sd.trainer import Schedule, Trainer
 from megatron_sd.training.checkpoint import Checkpoints
 from megatron_sd.training.gradient_ratio import AlphaController
-from megatron_sd.training.policy import load_policy
-from megatron_sd.training.publisher import GatherPublisher
+from megatron_sd.training.policy import Policy, load_policy
+from megatron_sd.training.publisher import GatherPublisher, Publisher, ShardPublisher, sharded_or_gathering
 
 disable_progress_bar()  # of weight loading: one bar for every model and rank says nothing
 
@@ -41,10 +45,14 @@ disable_progress_bar()  # of weight loading: one bar for every model and rank sa
 class RolloutSide:
     """Everything that samples rollouts; training and evaluation share it."""
 
-    engine: TorchEngine
+    engine: TorchEngine | VllmEngine
     environment: Environment
     retriever: Retriever
     rollouter: Rollouter
+
+    def close(self) -> None:
+        """End what the engine started."""
+        self.engine.close()
 
 
 def build_rollout_side(
@@ -54,25 +62,47 @@ def build_rollout_side(
     retriever: RetrieverConfig,
     *,
     seed: int,
-    device: torch.device | None = None,
+    output: Path,
+    world: World | None = None,
 ) -> RolloutSide:
-    """Engine, environment, retriever and the rollouter over them. device: None takes the first CUDA device, or the CPU.
+    """Engine, environment, retriever and the rollouter over them. output: of the run, for the engine's logs. world: None is this
+    process alone, on the first CUDA device or the CPU.
 
-    Raises DataError for a missing model or corpus, ConfigError for rollouts longer than the model's positions.
+    Raises DataError for a missing model or corpus, RetrievalError for servers that cannot be reached, ConfigError for an engine
+    that cannot be had as configured.
     """
-    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    world = world or lone_world()
     codec = load_codec(model.path, chat_template=protocol.chat_template)
     environment = Environment(codec, build_protocol(protocol), rollout)
-    weights = load_model(model.path, dtype=getattr(torch, model.dtype), device=device)
+    passages = open_retriever(retriever)
+    engine = build_engine(model, rollout, codec, world, output=output)
+    rollouter = Rollouter(engine, passages, environment, top_k=retriever.top_k, seed=seed)
+    return RolloutSide(engine=engine, environment=environment, retriever=passages, rollouter=rollouter)
+
+
+def _torch_engine(model: ModelConfig, rollout: RolloutConfig, codec: TextCodec, world: World, output: Path) -> TorchEngine:
+    weights = load_model(model.path, dtype=getattr(torch, model.dtype), device=world.device)
     engine = TorchEngine(weights, codec, max_rows=rollout.max_concurrent_sequences)
     if rollout.max_rollout_tokens > engine.max_length:
         raise ConfigError(
             f"rollout.max_rollout_tokens is {rollout.max_rollout_tokens}, expected at most {engine.max_length}, "
             f"the positions of the model in {model.path}"
         )
-    corpus = Bm25Retriever(Path(retriever.corpus))
-    rollouter = Rollouter(engine, corpus, environment, top_k=retriever.top_k, seed=seed)
-    return RolloutSide(engine=engine, environment=environment, retriever=corpus, rollouter=rollouter)
+    return engine
+
+
+def _vllm_engine(model: ModelConfig, rollout: RolloutConfig, codec: TextCodec, world: World, output: Path) -> VllmEngine:
+    return connect_vllm(model, rollout, codec, world, log_dir=output / "vllm")
+
+
+ENGINES = {"torch": _torch_engine, "vllm": _vllm_engine}
+
+
+def build_engine(
+    model: ModelConfig, rollout: RolloutConfig, codec: TextCodec, world: World, *, output: Path
+) -> TorchEngine | VllmEngine:
+    """The engine that rollout.engine names; collective. Raises ConfigError for one that cannot be had as configured."""
+    return ENGINES[rollout.engine](model, rollout, codec, world, output)
 
 
 def build_trainer(config: Config, world: World) -> Trainer:
@@ -81,9 +111,16 @@ def build_trainer(config: Config, world: World) -> Trainer:
     if run_dir.exists() and not run_dir.is_dir():
         raise ConfigError(f"run_dir: found a file at {run_dir}, expected a directory of this run, or a new one")
     side = build_rollout_side(
-        config.model, config.protocol, config.rollout, config.retriever, seed=config.seed, device=world.device
+        config.model, config.protocol, config.rollout, config.retriever, seed=config.seed, output=run_dir, world=world
+    )
+    questions = QuestionStream(
+        questions=load_questions(config.data.train, config.data.train_split),
+        batch_size=config.rollout.questions_per_step,
+        seed=config.seed,
+        shuffle=config.data.shuffle,
     )
     policy = load_policy(config, world)
+    publisher = choose_publisher(policy, config, world, side.engine)
     return Trainer(
         schedule=Schedule(
             num_steps=config.num_steps,
@@ -92,14 +129,9 @@ def build_trainer(config: Config, world: World) -> Trainer:
             checkpoint_every=config.checkpoint.every,
         ),
         world=world,
-        questions=QuestionStream(
-            questions=load_questions(config.data.train, config.data.train_split),
-            batch_size=config.rollout.questions_per_step,
-            seed=config.seed,
-            shuffle=config.data.shuffle,
-        ),
         eval_questions=_eval_questions(config),
         rollouter=side.rollouter,
+        sampling=_sampling_order(config, world, questions, side.rollouter),
         score=functools.partial(score, config=config.reward),
         hindsight=HindsightBlocks(
             first_step=config.distill.alpha.warmup_steps,
@@ -112,7 +144,7 @@ def build_trainer(config: Config, world: World) -> Trainer:
         pack=functools.partial(_own_batch, config, world),
         alpha=AlphaController(config.distill),
         policy=policy,
-        publisher=GatherPublisher(),
+        publisher=publisher,
         engine=side.engine,
         checkpoints=Checkpoints(run_dir / "checkpoints", config, world, corpus_version=side.retriever.corpus_version),
         recorder=Recorder(
@@ -125,6 +157,25 @@ def build_trainer(config: Config, world: World) -> Trainer:
         ),
         timers=Timers(),
     )
+
+
+def _sampling_order(config: Config, world: World, questions: QuestionStream, rollouter: Rollouter) -> SamplingOrder:
+    def sample(step: int) -> list[RolloutGroup]:
+        return rollouter.run(share(world, questions.batch(step)), step=step)
+
+    return OneAhead(sample, num_steps=config.num_steps) if config.rollout.max_lag else InStep(sample)
+
+
+def choose_publisher(policy: Policy, config: Config, world: World, engine: TorchEngine | VllmEngine) -> Publisher:
+    """Shards straight into vLLM's workers; whole parameters into the embedded engine, below ZeRO stage 3, or when asked for."""
+    own, stage = config.rollout.vllm, config.update.zero_stage
+    if isinstance(engine, TorchEngine) or own.publish == "gather" or stage != 3:
+        return GatherPublisher()
+    size = own.tensor_parallel_size
+    publisher = sharded_or_gathering(policy, config, world, tp_size=size, num_replicas=engine.num_replicas)
+    if isinstance(publisher, ShardPublisher):
+        engine.meeting_point = publisher.address
+    return publisher
 
 
 def teacher_prompts(

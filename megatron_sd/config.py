@@ -41,11 +41,58 @@ class DataConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RetrieverConfig:
-    """Where passages come from: an in-process corpus directory (`sd-search data index`)."""
+class SearchConfig:
+    """How a corpus directory is searched, in a run's own process or by `sd-search retriever serve`."""
 
-    corpus: str
+    method: Literal["auto", "bm25", "dense", "hybrid"] = "auto"  # auto: dense where the corpus has vectors, else bm25
+    effort: int | None = None  # HNSW's efSearch, IVF's nprobe; None: as the index was built for
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # of the query encoder, and of the vectors where FAISS has GPU code
+    fusion_depth: int = 100  # hybrid: how many passages of each method are ranked together
+    fusion_constant: int = 60  # hybrid: a passage at rank r counts 1 / (constant + r)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClientConfig:
+    """How endpoints are asked. A search that fails for good makes its rollout `retrieval_failed`: no data, and counted."""
+
+    deadline_s: float = 60.0  # of one search, retries included
+    try_timeout_s: float = 20.0
+    ready_s: float = 600.0  # how long the start of a run waits for a server that is still loading
+    first_pause_s: float = 0.2  # pauses between tries are drawn from [0, p), p doubling from here
+    max_pause_s: float = 5.0
+    gather_s: float = 0.002  # queries asked within this time travel together
+    max_request_queries: int = 64
+    max_connections: int = 16
+    breaker_failures: int = 5  # in a row: the endpoint is left alone
+    breaker_open_s: float = 10.0
+    cache_size: int = 100_000  # searches whose passages are remembered
+    token_file: str | None = None  # a file with the server's secret
+    corpus_version: str | None = None  # a name for the corpus of servers that have no /info
+
+
+@dataclass(frozen=True, kw_only=True)
+class QdrantConfig:
+    """A Qdrant collection that `sd-search data upload` filled."""
+
+    url: str
+    collection: str
+    vectors: str  # the vectors directory it was filled from: its encoder reads the queries, its version is the corpus version
+    deadline_s: float = 60.0
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # of the query encoder
+    token_file: str | None = None  # a file with the server's API key
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrieverConfig:
+    """Where passages come from: a corpus directory (`sd-search data index`) in this process, running servers, or Qdrant."""
+
+    corpus: str | None = None
+    endpoints: tuple[str, ...] = ()  # http://host:port of servers of one corpus, which share the load
+    sharded: bool = False  # the endpoints serve different parts of one corpus; each search asks all of them
+    qdrant: QdrantConfig | None = None
     top_k: int = 3
+    search: SearchConfig = field(default_factory=SearchConfig)
+    client: ClientConfig = field(default_factory=ClientConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +112,26 @@ class ProtocolConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class VllmConfig:
+    """vLLM servers as the rollout engine. `placement`: process (started and ended by the run, on the ranks' own nodes) or server
+    (already running, on nodes of their own: `sd-search vllm serve` starts one as a run needs it)."""
+
+    placement: Literal["process", "server"] = "process"
+    urls: tuple[str, ...] = ()  # of running servers, such as http://node7:8000
+    num_replicas: int = 1  # servers that a node of the run starts
+    tensor_parallel_size: int = 1
+    devices: tuple[int, ...] = ()  # GPUs of the node's servers, tensor_parallel_size for each; empty: those that vLLM sees
+    kv_cache_gib: float | None = None  # of each worker; None: what gpu_memory_share leaves beside the weights
+    gpu_memory_share: float = 0.85
+    block_tokens: int | None = None  # tokens of a block of the KV cache, the unit of reuse; None: vLLM's choice (16; on CPUs 128)
+    threads_per_worker: int = 1  # on CPUs
+    publish: Literal["shards", "gather"] = "shards"  # gather: whole tensors through vLLM's loader, as for families without layout
+    publish_host: str | None = None  # name under which servers elsewhere reach this node; None: its host name
+    start_timeout_s: float = 900.0
+    request_timeout_s: float = 600.0  # for one completion, or for one bucket of an update
+
+
+@dataclass(frozen=True, kw_only=True)
 class RolloutConfig:
     """How rollouts are sampled. Token limits count the policy's tokenizer's tokens."""
 
@@ -76,8 +143,10 @@ class RolloutConfig:
     max_observation_tokens: int = 512
     max_rollout_tokens: int = 4096  # prompt, completions and observations
     max_failed_share: float = 0.2  # the run stops when more of a rank's rollouts of a step failed for infrastructure reasons
-    engine: Literal["torch"] = "torch"
-    max_concurrent_sequences: int = 256  # rows of the embedded engine's KV cache
+    max_lag: Literal[0, 1] = 0  # optimiser steps that sampling may be behind: 1 rolls out the next batch during the update
+    engine: Literal["torch", "vllm"] = "torch"
+    max_concurrent_sequences: int = 256  # in the engine at one time; further rollouts wait
+    vllm: VllmConfig = field(default_factory=VllmConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +163,7 @@ class PolicyLossConfig:
     """GRPO. `aggregation`: token (mean over all completion tokens of the step) or rollout (mean of rollout means)."""
 
     clip: float = 0.2
+    importance_cap: float | None = None  # truncated importance sampling: bound on a token's ratio to the engine; None: off
     kl_weight: float = 1e-3  # k3 KL to the start policy; 0 builds no reference policy
     aggregation: Literal["token", "rollout"] = "token"
 
@@ -148,6 +218,21 @@ class UpdateConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PublishConfig:
+    """How new weights reach inference workers in other processes. A rank packs `bucket_mib` at a time and holds two such buckets.
+
+    wire `auto`: shared memory (CUDA IPC between GPUs) when all ranks and workers run on one node, else gloo (NCCL between GPUs).
+    """
+
+    source: Literal["parameters", "master"] = "parameters"  # master: the optimiser's float32 weights (ZeRO-3, float32 workers)
+    wire: Literal["auto", "shared_memory", "gloo", "cuda_ipc", "nccl"] = "auto"
+    bucket_mib: float = 64
+    checksums: bool = False  # compare what lies in the workers with what was sent, by parameter; each publish packs twice
+    timeout_s: float = 120  # without an answer for so long a worker counts as lost
+    host: str = "127.0.0.1"  # of the node of rank 0, as the other nodes see it
+
+
+@dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
     """`every` 0 saves only at the end."""
 
@@ -182,6 +267,7 @@ class Config:
     distill: DistillConfig = field(default_factory=DistillConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     update: UpdateConfig = field(default_factory=UpdateConfig)
+    publish: PublishConfig = field(default_factory=PublishConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
@@ -221,12 +307,23 @@ _RANGES: dict[str, tuple[str, ...]] = {
     "1 or more": (
         "data.max_eval_questions",
         "retriever.top_k",
+        "retriever.search.effort",
+        "retriever.search.fusion_depth",
+        "retriever.search.fusion_constant",
+        "retriever.client.max_request_queries",
+        "retriever.client.max_connections",
+        "retriever.client.breaker_failures",
+        "retriever.client.cache_size",
         "rollout.questions_per_step",
         "rollout.group_size",
         "rollout.max_turn_tokens",
         "rollout.max_observation_tokens",
         "rollout.max_rollout_tokens",
         "rollout.max_concurrent_sequences",
+        "rollout.vllm.num_replicas",
+        "rollout.vllm.tensor_parallel_size",
+        "rollout.vllm.block_tokens",
+        "rollout.vllm.threads_per_worker",
         "distill.top_k",
         "update.max_microbatch_tokens",
         "update.head_chunk_rows",
@@ -234,14 +331,25 @@ _RANGES: dict[str, tuple[str, ...]] = {
         "limit",  # of an evaluation
     ),
     "more than 0": (
+        "retriever.client.deadline_s",
+        "retriever.client.try_timeout_s",
+        "retriever.client.first_pause_s",
+        "retriever.client.max_pause_s",
+        "retriever.client.breaker_open_s",
         "rollout.temperature",  # evaluation decodes greedily by itself
+        "rollout.vllm.kv_cache_gib",
+        "rollout.vllm.start_timeout_s",
+        "rollout.vllm.request_timeout_s",
         "policy_loss.clip",
+        "policy_loss.importance_cap",
         "distill.temperature",
         "distill.alpha.target_ratio",
         "distill.alpha.max_value",
         "optimizer.learning_rate",
+        "publish.bucket_mib",
+        "publish.timeout_s",
     ),
-    "between 0 and 1": ("rollout.max_failed_share", "optimizer.betas"),
+    "between 0 and 1": ("rollout.max_failed_share", "rollout.vllm.gpu_memory_share", "optimizer.betas"),
     "strictly between 0 and 1 (for its limits use divergence forward_kl or reverse_kl)": ("distill.beta",),
 }
 _IN_RANGE: dict[str, Callable[[Any], bool]] = {
@@ -254,7 +362,14 @@ _IN_RANGE: dict[str, Callable[[Any], bool]] = {
 
 
 def check_ranges(config: Any) -> None:
-    """Raise ConfigError for a number out of its range, in any record that has some of the training configuration's keys."""
+    """Raise ConfigError for a number out of its range, or passages from nowhere, in any record that has some of the training
+    configuration's keys."""
+    retriever = _value(config, "retriever")
+    if retriever is not None:
+        found = [name for name in ("corpus", "endpoints", "qdrant") if getattr(retriever, name)]
+        if len(found) != 1:
+            expected = "expected one: a corpus directory, its servers, or a Qdrant collection"
+            raise ConfigError(f"retriever.corpus, .endpoints, .qdrant: found {' and '.join(found) or 'none'}, {expected}")
     for expected, keys in _RANGES.items():
         in_range = _IN_RANGE[expected.split()[0]]
         for key in keys:

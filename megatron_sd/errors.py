@@ -29,3 +29,7 @@ class NonFiniteError(MegatronSdError):
 
 class CheckpointError(MegatronSdError):
     """A checkpoint could not be written, does not verify, or belongs to another run."""
+
+
+class ReshardError(MegatronSdError):
+    """Weights could not be handed to the inference workers; they still hold the version they had."""

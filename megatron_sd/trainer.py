@@ -11,13 +11,14 @@ from megatron_sd.algorithm.packing import padding_share
 from megatron_sd.algorithm.samples import TeacherPrompts, to_samples
 from megatron_sd.distributed.collectives import share, together
 from megatron_sd.distributed.world import World
-from megatron_sd.observability.metrics import block_metrics, rollout_metrics
+from megatron_sd.errors import ReshardError, RolloutError
+from megatron_sd.observability.metrics import block_metrics, lag_metrics, rollout_metrics
 from megatron_sd.observability.recorder import Recorder
 from megatron_sd.observability.timers import Timers, memory_metrics
 from megatron_sd.records import Batch, Question, RolloutGroup, TrainingSample, UpdateResult
 from megatron_sd.rollout.engine import WeightReceiver
 from megatron_sd.rollout.rollouter import Rollouter
-from megatron_sd.search.questions import QuestionStream
+from megatron_sd.rollout.sampling_order import SamplingOrder
 from megatron_sd.training.checkpoint import Checkpoints
 from megatron_sd.training.gradient_ratio import AlphaController
 from megatron_sd.training.policy import Policy
@@ -47,9 +48,9 @@ class Trainer:
 
     schedule: Schedule
     world: World
-    questions: QuestionStream
     eval_questions: Sequence[Question]
     rollouter: Rollouter
+    sampling: SamplingOrder
     score: Callable[[Groups], list[RolloutGroup]]
     hindsight: HindsightBlocks
     teacher_prompts: Callable[[Groups, Blocks], TeacherPrompts]
@@ -67,14 +68,18 @@ class Trainer:
         """Run to `num_steps` from the newest checkpoint, or from the start policy when there is none."""
         self.resume()
         while self.step < self.schedule.num_steps:
-            self.take_step()
+            try:
+                self.take_step()
+            except (RolloutError, ReshardError):  # raised on every rank: the engine is lost, what was trained is not
+                self.save()
+                raise
         self.save()
         self.recorder.close()
 
     def take_step(self) -> None:
         """One optimiser step: roll out, assemble, update, publish."""
         with self.timers.phase("rollout"):
-            groups = self.roll_out(self.questions.batch(self.step))
+            groups = self.gather(lambda: self.sampling.take(self.step))
         with self.timers.phase("assemble"):
             groups = self.score(groups)
             blocks = self.hindsight(groups, self.step)
@@ -86,22 +91,21 @@ class Trainer:
                     self.policy.accumulate(microbatch, batch.totals, weights)
                 self.alpha.observe(self.policy)
             update = self.policy.step()
-        with self.timers.phase("publish"):
-            self.publisher.publish(self.policy, self.engine, self.step + 1)
         self.step += 1
+        with self.timers.phase("publish"):
+            self.sampling.settle()
+            self.publisher.publish(self.policy, self.engine, self.step)
         self.record(groups, blocks, batch, update)
         self.side_work(groups, blocks)
 
-    def roll_out(self, questions: Sequence[Question], greedy: bool = False) -> list[RolloutGroup]:
-        """Every rank rolls out its share of the questions; every rank gets all groups, in question order, or the error of one."""
-        mine = share(self.world, questions)
-        parts = together(self.world, lambda: self.rollouter.run(mine, step=self.step, greedy=greedy))
-        return [group for part in parts for group in part]
+    def gather(self, sample: Callable[[], list[RolloutGroup]]) -> list[RolloutGroup]:
+        """Every rank samples its share; every rank gets all groups, in question order, or the error of one."""
+        return [group for part in together(self.world, sample) for group in part]
 
     def record(self, groups: Groups, blocks: Blocks, batch: Batch, update: UpdateResult) -> None:
         """One line of metrics for the step that just ended."""
         metrics: dict[str, float] = {}
-        metrics |= rollout_metrics(groups) | block_metrics(groups, blocks) | update.metrics
+        metrics |= rollout_metrics(groups) | lag_metrics(groups, self.step - 1) | block_metrics(groups, blocks) | update.metrics
         metrics |= {"optim/grad_norm": update.grad_norm, "optim/learning_rate": update.learning_rate}
         metrics |= {"update/microbatches": len(batch.microbatches), "update/padding_share": padding_share(batch)}
         metrics |= self.alpha.metrics() | self.timers.metrics() | memory_metrics()
@@ -118,7 +122,8 @@ class Trainer:
 
     def evaluate(self) -> Mapping[str, float]:
         """Greedy rollouts on the held-out questions: metrics named eval/..."""
-        groups = self.score(self.roll_out(self.eval_questions, greedy=True))
+        mine = share(self.world, self.eval_questions)
+        groups = self.score(self.gather(lambda: self.rollouter.run(mine, step=self.step, greedy=True)))
         return {f"eval/{name}": value for name, value in rollout_metrics(groups).items()}
 
     def save(self) -> None:

@@ -36,6 +36,7 @@ FLOORS = {
 SHARED_WITHIN_FLOOR = {
     "megatron_sd.rollout.engine": "holds Protocols only",
     "megatron_sd.retrieval.retriever": "holds a Protocol only",
+    "megatron_sd.resharding": "training and rollout are its two ends; it imports neither",
     "megatron_sd.distributed": "ranks and collectives serve every machine of floor 2",
     "megatron_sd.records": "the vocabulary",
     "megatron_sd.config": "the vocabulary",
@@ -57,7 +58,9 @@ HOMES = {
 }
 MAX_LINES = 300
 MAX_LINES_WITH_REASON = 400
-LONG_FILES: dict[str, str] = {}  # path -> why it may have up to 400 lines
+LONG_FILES: dict[str, str] = {  # path -> why it may have up to 400 lines
+    "megatron_sd/config.py": "every default of the library, in one place",
+}
 MAX_TRAINER_LINES = 220
 MAX_POSITIONAL = 4
 FIXED_SIGNATURES = {  # whose parameters are decided elsewhere

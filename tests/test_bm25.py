@@ -11,13 +11,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep.index import IndexConfig, bm25_settings, build_index, write_corpus
+from data_prep.index import IndexConfig, Labels, bm25_settings, build_index, write_corpus
 from data_prep.jsonl import write_rows
 from data_prep.manifest import InfoConfig, corpus_info
+from data_prep.table import to_batches
+from megatron_sd.config import SearchConfig
 from megatron_sd.errors import DataError, RetrievalError
 from megatron_sd.records import Passage
-from megatron_sd.retrieval.bm25 import Analyzer, Bm25Retriever
-from megatron_sd.retrieval.passages import PassageStore, write_passages
+from megatron_sd.retrieval.bm25 import Analyzer
+from megatron_sd.retrieval.corpus import CorpusRetriever
+from megatron_sd.retrieval.passages import PassageStore, write_batches
 
 PLAIN = bm25_settings(IndexConfig(passages="", output="", stop_words="none", stemmer="none", token_pattern=r"\w+", k1=1.2))
 ENGLISH = bm25_settings(IndexConfig(passages="", output=""))
@@ -32,8 +35,12 @@ TEXTS = {
 
 def _corpus(path, texts=TEXTS, index_settings=PLAIN):
     passages = [Passage(id=id_, title="", text=text) for id_, text in texts.items()]
-    write_corpus(path, passages, index_settings, sources=("test",), licenses=("CC0-1.0",))
+    write_corpus(path, passages, index_settings, Labels(sources=("test",), licenses=("CC0-1.0",)))
     return path
+
+
+def _open(path):
+    return CorpusRetriever(path, SearchConfig())
 
 
 def _search(retriever, *queries, top_k=3):
@@ -61,7 +68,7 @@ def _lucene(query, texts, k1, b):
 
 @pytest.fixture(scope="module")
 def retriever(tmp_path_factory):
-    return Bm25Retriever(_corpus(tmp_path_factory.mktemp("bm25") / "corpus"))
+    return _open(_corpus(tmp_path_factory.mktemp("bm25") / "corpus"))
 
 
 def test_scores_are_lucenes(retriever):
@@ -80,7 +87,7 @@ def test_ties_go_to_the_smaller_id(retriever):
 
 def test_nothing_to_find_gives_no_hits(retriever, tmp_path):
     assert _search(retriever, "", "   ", "zzz ???", "\ud800") == [[], [], [], []]
-    english = Bm25Retriever(_corpus(tmp_path / "english", index_settings=ENGLISH))
+    english = _open(_corpus(tmp_path / "english", index_settings=ENGLISH))
     assert _search(english, "the of and", "to") == [[], []]
 
 
@@ -102,7 +109,7 @@ def test_search_equals_brute_force(tmp_path_factory, texts, query):
     named = {f"p{i:02}": text for i, text in enumerate(texts)}
     path = _corpus(tmp_path_factory.mktemp("brute") / "corpus", named)
     for top_k in (1, 3, 20):
-        (hits,) = _search(Bm25Retriever(path), query, top_k=top_k)
+        (hits,) = _search(_open(path), query, top_k=top_k)
         expected = _lucene(query, named, PLAIN.k1, PLAIN.b)
         assert len(hits) == min(top_k, len(expected))
         assert [score for _, score in hits] == pytest.approx(sorted(expected.values(), reverse=True)[:top_k], rel=1e-5)
@@ -115,7 +122,7 @@ def test_order_of_passages_does_not_matter(tmp_path):
     second = _corpus(tmp_path / "b", dict(sorted(TEXTS.items())))
     for name in ("manifest.json", "passages.arrow", "bm25/scores.npy", "bm25/vocabulary.json"):
         assert (first / name).read_bytes() == (second / name).read_bytes()
-    assert Bm25Retriever(first).corpus_version == Bm25Retriever(second).corpus_version
+    assert _open(first).corpus_version == _open(second).corpus_version
 
 
 def test_analyzer_settings():
@@ -125,7 +132,7 @@ def test_analyzer_settings():
 
 def test_queries_are_read_with_the_settings_of_the_index(tmp_path):
     path = _corpus(tmp_path / "corpus", {"1": "She guides them"}, ENGLISH)
-    assert [id_ for id_, _ in _search(Bm25Retriever(path), "guiding")[0]] == ["1"]
+    assert [id_ for id_, _ in _search(_open(path), "guiding")[0]] == ["1"]
 
 
 def _damage_flip(path):
@@ -151,7 +158,7 @@ def test_a_damaged_file_is_named(tmp_path, name, damage):
     path = _corpus(tmp_path / "corpus")
     damage(path / name)
     with pytest.raises(DataError, match=name.replace(".", r"\.")):
-        Bm25Retriever(path)
+        _open(path)
 
 
 def _edit_manifest(path, **changes):
@@ -165,7 +172,7 @@ def test_a_damaged_manifest_is_refused(tmp_path):
     for changes, message in [
         ({"format": "other"}, "format 'other'"),
         ({"unknown": 1}, "corrupt"),
-        ({"settings": {"k1": 1}}, "settings"),
+        ({"settings": {"bm25": {"k1": 1}}}, "settings"),
         ({"files": files | {"../x": {"num_bytes": 1, "xxh3_128": "0"}}}, "outside"),
         ({"files": {}}, "does not list"),
     ]:
@@ -173,24 +180,23 @@ def test_a_damaged_manifest_is_refused(tmp_path):
         shutil.copytree(path, broken)
         _edit_manifest(broken, **changes)
         with pytest.raises(DataError, match=message):
-            Bm25Retriever(broken)
+            _open(broken)
         shutil.rmtree(broken)
     (path / "manifest.json").write_text('{"format"')
     with pytest.raises(DataError, match="corrupt"):
-        Bm25Retriever(path)
+        _open(path)
     (path / "manifest.json").unlink()
     with pytest.raises(DataError, match="sd-search data index"):
-        Bm25Retriever(path)
+        _open(path)
     with pytest.raises(DataError, match="not a corpus directory"):
-        Bm25Retriever(tmp_path / "nowhere")
+        _open(tmp_path / "nowhere")
 
 
 def test_manifest_says_what_the_corpus_holds(tmp_path):
     manifest = json.loads((_corpus(tmp_path / "corpus") / "manifest.json").read_text())
     assert manifest["num_passages"] == 5
-    assert manifest["num_terms"] == len(set(" ".join(TEXTS.values()).split()))
     assert manifest["licenses"] == ["CC0-1.0"]
-    assert manifest["settings"] == dataclasses.asdict(PLAIN)
+    assert manifest["settings"] == {"bm25": dataclasses.asdict(PLAIN)}
     assert sorted(manifest["files"]) == sorted(FILES)
 
 
@@ -200,9 +206,9 @@ def test_build_refuses_an_existing_output_repeated_ids_and_empty_input(tmp_path)
         _corpus(path)
     twice = [Passage(id="1", title="", text="a")] * 2
     with pytest.raises(DataError, match="unique"):
-        write_corpus(tmp_path / "twice", twice, PLAIN, sources=(), licenses=())
+        write_corpus(tmp_path / "twice", twice, PLAIN, Labels())
     with pytest.raises(DataError, match="no passage holds a term"):
-        write_corpus(tmp_path / "empty", [], PLAIN, sources=(), licenses=())
+        write_corpus(tmp_path / "empty", [], PLAIN, Labels())
     assert not (tmp_path / "twice").exists()
 
 
@@ -210,7 +216,7 @@ def test_build_index_from_a_file(tmp_path):
     rows = [{"id": 2, "contents": '"Kalo Miren"\nguides Dava'}, {"id": 1, "title": "Sul", "text": "none"}]
     write_rows(tmp_path / "p.jsonl", rows)
     version = build_index(IndexConfig(passages=str(tmp_path / "p.jsonl"), output=str(tmp_path / "corpus")))
-    retriever = Bm25Retriever(tmp_path / "corpus")
+    retriever = _open(tmp_path / "corpus")
     assert retriever.corpus_version == version
     ((hit,),) = asyncio.run(retriever.search(["who is kalo"], 3))
     assert hit.passage == Passage(id="2", title="Kalo Miren", text="guides Dava")
@@ -218,7 +224,7 @@ def test_build_index_from_a_file(tmp_path):
 
 def test_passage_store_takes_rows_across_batches(tmp_path):
     passages = [Passage(id=f"{i:06}", title=f"t{i}", text=f"é{i}") for i in range(9000)]
-    write_passages(tmp_path / "p.arrow", passages)
+    write_batches(tmp_path / "p.arrow", to_batches(passages))
     store = PassageStore(tmp_path / "p.arrow")
     assert len(store) == 9000
     assert store.take([8999, 0, 4096, 4095]) == [passages[i] for i in (8999, 0, 4096, 4095)]
@@ -231,10 +237,10 @@ def test_passage_store_takes_rows_across_batches(tmp_path):
 
 def test_corpus_info(tmp_path):
     path = _corpus(tmp_path / "corpus")
-    info = corpus_info(InfoConfig(corpus=str(path)))
-    assert Bm25Retriever(path).corpus_version in info
-    assert "passages        5 (" in info
+    info = corpus_info(InfoConfig(path=str(path)))
+    assert _open(path).corpus_version in info
+    assert "passages        5\n" in info
     assert "licences        CC0-1.0" in info
     _damage_flip(path / "bm25/rows.npy")
     with pytest.raises(DataError, match="rows.npy"):
-        corpus_info(InfoConfig(corpus=str(path)))
+        corpus_info(InfoConfig(path=str(path)))

@@ -36,7 +36,7 @@ def test_configuration_errors_print_one_line_and_exit_2(capsys):
     assert "Traceback" not in error
 
 
-@pytest.mark.parametrize(("typed", "expected"), [("data", "data import, data index"), ("--verson", "unknown command '--verson'")])
+@pytest.mark.parametrize(("typed", "expected"), [("data", "data import, data chunk"), ("--verson", "unknown command '--verson'")])
 def test_half_a_command_names_the_choices_in_one_line(typed, expected, capsys):
     assert main([typed]) == 2
     error = capsys.readouterr().err

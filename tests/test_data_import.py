@@ -7,8 +7,10 @@ import pytest
 import zstandard
 
 from data_prep.corpus import parse_passage
-from data_prep.jsonl import RowError, read_lines, read_records
+from data_prep.jsonl import RowError, read_lines
 from data_prep.questions import ImportConfig, ImportReport, import_file, parse_question
+from data_prep.rows import parse_rows
+from data_prep.table import PassageTable, SourcedPassage
 from megatron_sd.errors import DataError
 from megatron_sd.records import Passage, Question
 from megatron_sd.search.questions import load_questions
@@ -105,10 +107,10 @@ DEEP = b'{"id":' + b"[" * 200_000
 @pytest.mark.parametrize("line", [b"[1]", b"null", b"5", b'"x"', b"\x00", b"{", b'{"id": "\xff", "text": "x"}', SURROGATE, DEEP])
 def test_rows_that_are_no_objects_are_rejected_not_guessed(tmp_path, line):
     (tmp_path / "q.jsonl").write_bytes(json.dumps(OWN).encode() + b"\n\n" + line + b"\n" + json.dumps(OWN).encode())
-    records, rejects = read_records(tmp_path / "q.jsonl", parse_question)
-    assert [record.id for record in records] == ["w1"]
-    assert [reject.line for reject in rejects] == [3, 4]
-    assert rejects[1].reason == "id 'w1' repeats that of line 1"
+    found = list(parse_rows(tmp_path / "q.jsonl", lambda row, line: parse_question(row)))
+    assert [(line.number, isinstance(result, RowError)) for line, result in found] == [(1, False), (3, True), (4, True)]
+    assert found[0][1].id == "w1"
+    assert str(found[2][1]) == "id 'w1' repeats that of q.jsonl:1"
 
 
 def test_import_keeps_count_of_every_row(tmp_path):
@@ -157,9 +159,46 @@ def test_a_clean_import_removes_old_rejects(tmp_path):
 
 
 def test_import_passages(tmp_path):
-    report = _import(tmp_path, {"id": "1", "contents": '"T"\nx'}, {"id": "2", "title": "U", "text": "y"}, kind="passages")
-    assert report.num_kept == 2
-    assert json.loads((tmp_path / "out.jsonl").read_text().splitlines()[0]) == {"id": "1", "title": "T", "text": "x"}
+    rows = [{"id": "2", "title": "U\nV", "text": "y", "license": "MIT"}, {"id": "1", "contents": '"T"\nx'}]
+    options = {"kind": "passages", "output": str(tmp_path / "out"), "source": "s", "license": "CC0-1.0"}
+    assert _import(tmp_path, *rows, **options).num_kept == 2
+    table = PassageTable(tmp_path / "out")
+    assert list(table) == [
+        SourcedPassage(id="1", title="T", text="x", source="s", license="CC0-1.0"),
+        SourcedPassage(id="2", title="U V", text="y", source="s", license="MIT"),
+    ]
+    assert (table.manifest.sources, table.manifest.licenses) == (("s",), ("CC0-1.0", "MIT"))
+    with pytest.raises(DataError, match="out exists"):
+        _import(tmp_path, *rows, **options)
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"id": "1", "text": " "}, "field 'text' is ' '"),
+        ({"id": "1", "text": "a\0b"}, "field 'text' holds a NUL character"),
+        ({"id": "1", "text": "é" * 500_001}, "field 'text' has 1000002 bytes, expected at most 1000000"),
+        ({"id": "1", "title": 5, "text": "a"}, "field 'title' is 5"),
+        ({"id": "1", "text": "a", "license": 5}, "field 'license' is 5"),
+        ({"id": "ok", "text": "a"}, "id 'ok' repeats that of in.jsonl:1"),
+    ],
+)
+def test_a_bad_passage_is_rejected_and_too_many_leave_nothing(tmp_path, row, reason):
+    options = {"kind": "passages", "output": str(tmp_path / "out")}
+    good = {"id": "ok", "text": "b"}
+    with pytest.raises(DataError, match="1 of 2 rows are broken"):
+        _import(tmp_path, good, row, **options)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.rejects.jsonl"]
+    assert _import(tmp_path, good, row, max_reject_share=0.5, **options).num_kept == 1
+    (reject,) = _rejects(tmp_path)
+    assert (reject["line"], reason in reject["reason"]) == (2, True), reject["reason"]
+
+
+def test_invalid_utf8_is_rejected_by_line(tmp_path):
+    (tmp_path / "p.jsonl").write_bytes(b'{"id": "1", "text": "a"}\n{"id": "2", "text": "\xff"}\n')
+    config = {"kind": "passages", "input": str(tmp_path / "p.jsonl"), "output": str(tmp_path / "out"), "max_reject_share": 0.5}
+    assert import_file(ImportConfig(**config)).num_rejected == 1
+    assert _rejects(tmp_path)[0]["line"] == 2
 
 
 def test_compressed_files_read_alike(tmp_path):

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_sd.errors import ConfigError
-from megatron_sd.ops import build_info, jsd, jsd_native, native
+from megatron_sd.ops import build_info, jsd, jsd_native, native, native_rows
 from megatron_sd.ops.jsd import jsd_rows
 from megatron_sd.ops.jsd_reference import divergence_rows
 
@@ -66,14 +66,15 @@ def test_every_instruction_set_meets_the_error_bound(divergence, dtype, instruct
     student, teacher = pair(5, 1333, distance=0.5, dtype=dtype)
     rows = torch.tensor([4, 0, 2]), torch.tensor([1, 3, 2])
     options = {"divergence": divergence, "beta": 0.3, "temperature": 0.8}
-    values, gradient = native.jsd_rows(student, teacher, *rows, with_gradient=True, instruction_set=instruction_set, **options)
+    common = options | {"with_gradient": True, "instruction_set": instruction_set}
+    values, gradient = native_rows.jsd_rows(student, teacher, *rows, **common)
     chosen, other = student[rows[0]], teacher[rows[1]]
     exact, exact_gradient = value_and_gradient(chosen.double(), other.double(), impl="torch", **options)
     torch_value, torch_gradient = value_and_gradient(chosen, other, impl="torch", **options)
     assert relative_error(values, exact) <= 2 * relative_error(torch_value, exact) + EPS[torch.float32]
     assert relative_error(gradient, exact_gradient) <= 2 * relative_error(torch_gradient, exact_gradient) + EPS[dtype]
     every = (torch.arange(3),) * 2
-    same = native.jsd_rows(chosen, chosen, *every, with_gradient=True, instruction_set=instruction_set, **options)
+    same = native_rows.jsd_rows(chosen, chosen, *every, **common)
     assert torch.count_nonzero(same[0]) == 0 and torch.count_nonzero(same[1]) == 0
 
 
@@ -81,7 +82,7 @@ def test_every_instruction_set_meets_the_error_bound(divergence, dtype, instruct
 def test_scattered_rows_are_scaled_and_summed(instruction_set):
     gradient = torch.arange(12.0).reshape(3, 4)
     scales = torch.tensor([0.5, 2.0, -1.0])
-    out = native.scatter_rows(gradient, torch.tensor([3, 1, 3]), scales, num_rows=5, instruction_set=instruction_set)
+    out = native_rows.scatter_rows(gradient, torch.tensor([3, 1, 3]), scales, num_rows=5, instruction_set=instruction_set)
     zero = [0.0] * 4
     assert out.tolist() == [zero, [8.0, 10.0, 12.0, 14.0], zero, [-8.0, -8.5, -9.0, -9.5], zero]
 

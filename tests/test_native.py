@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megatron_sd.errors import ConfigError
-from megatron_sd.ops import build_info, jsd, native
+from megatron_sd.ops import build_info, jsd, native, native_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 HAS_COMPILER = shutil.which("c++") or shutil.which("g++")
@@ -22,9 +22,8 @@ def build(out: Path, **environment: str) -> subprocess.CompletedProcess:
     for name in ("setup.py", "README.md"):
         shutil.copy(ROOT / name, out / name)
     command = [sys.executable, "setup.py", "build_ext", "--build-lib", "lib"]
-    return subprocess.run(
-        command, cwd=out, env=os.environ | environment, capture_output=True, text=True, check=False, timeout=300
-    )
+    everything = os.environ | {"MEGATRON_SD_CUDA": "0"} | environment
+    return subprocess.run(command, cwd=out, env=everything, capture_output=True, text=True, check=False, timeout=600)
 
 
 @pytest.mark.skipif(not HAS_COMPILER, reason="no C++ compiler on this machine")
@@ -74,4 +73,18 @@ def test_a_newer_instruction_set_than_the_processors_is_refused(monkeypatch):
     logits, rows = torch.zeros(1, 3), torch.tensor([0])
     options = {"divergence": "jsd", "beta": 0.5, "temperature": 1.0, "with_gradient": False}
     with pytest.raises(ValueError, match="instruction_set is 'avx2', expected at most 'baseline' on this processor"):
-        native.jsd_rows(logits, logits, rows, rows, instruction_set="avx2", **options)
+        native_rows.jsd_rows(logits, logits, rows, rows, instruction_set="avx2", **options)
+
+
+def test_the_operations_need_torch_alone():
+    """A machine for kernels only has nothing else."""
+    program = (
+        "import sys\n"
+        "for name in ('deepspeed', 'transformers', 'datasets', 'bm25s', 'numba', 'faiss', 'jsonargparse', 'yaml', 'tqdm'):\n"
+        "    sys.modules[name] = None\n"
+        "import megatron_sd.ops, megatron_sd.ops.jsd\n"
+        "print(megatron_sd.ops.build_info().instruction_set)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.strip() in native.INSTRUCTION_SETS

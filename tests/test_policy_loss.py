@@ -9,11 +9,12 @@ from megatron_sd.algorithm.distill_loss import TermWeights, query_row_weights
 from megatron_sd.algorithm.policy_loss import policy_rows
 
 
-def rows(ratio, advantage, reference=None, clip=0.2):
+def rows(ratio, advantage, reference=None, clip=0.2, importance_cap=None):
     logprob = torch.tensor([math.log(ratio) - 1.0], dtype=torch.float64, requires_grad=True)
     known = torch.tensor([-1.0], dtype=torch.float64)
     reference = None if reference is None else torch.tensor([reference], dtype=torch.float64)
-    return logprob, policy_rows(logprob, known, torch.tensor([advantage], dtype=torch.float64), reference, clip=clip)
+    advantages = torch.tensor([advantage], dtype=torch.float64)
+    return logprob, policy_rows(logprob, known, advantages, reference, clip=clip, importance_cap=importance_cap)
 
 
 @pytest.mark.parametrize(
@@ -36,6 +37,19 @@ def test_clipped_objective(ratio, advantage, loss, gradient, clipped):
     assert found.clipped.item() == clipped
     assert found.logprob_gap.item() == pytest.approx(abs(math.log(ratio)))
     assert found.kl.item() == 0
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "weight", "cut"),
+    [(1.0, 2.0, 1.0, 0), (1.5, 2.0, 1.5, 0), (1.5, -2.0, 1.5, 0), (3.0, 2.0, 2.0, 1), (3.0, -2.0, 2.0, 1), (0.1, -2.0, 0.1, 0)],
+)
+def test_truncated_importance_sampling_bounds_the_weight_of_every_token_and_drops_none(ratio, advantage, weight, cut):
+    logprob, found = rows(ratio, advantage, importance_cap=2.0)
+    assert found.losses.item() == pytest.approx(-weight * advantage, abs=1e-12)
+    found.losses.sum().backward()
+    assert logprob.grad.item() == pytest.approx(-weight * advantage, abs=1e-12)
+    assert found.clipped.item() == cut
+    assert found.logprob_gap.item() == pytest.approx(abs(math.log(ratio)), abs=1e-12)
 
 
 @given(st.floats(-8, 0), st.floats(-8, 0))

@@ -4,7 +4,8 @@ import torch
 from megatron_sd.distributed.world import join_world
 from megatron_sd.training import publisher
 from megatron_sd.training.policy import load_policy
-from megatron_sd.training.publisher import GatherPublisher, full_numel, split_buckets
+from megatron_sd.training.publisher import GatherPublisher, split_buckets
+from megatron_sd.training.shards import full_numel
 from tests.fakes_train import make_config, write_model
 
 

@@ -22,8 +22,9 @@ from data_prep.world import (
     query_text,
     question_text,
 )
+from megatron_sd.config import SearchConfig
 from megatron_sd.errors import ConfigError
-from megatron_sd.retrieval.bm25 import Bm25Retriever
+from megatron_sd.retrieval.corpus import CorpusRetriever
 from megatron_sd.search.questions import load_questions
 
 SMALL = WorldConfig(
@@ -43,7 +44,7 @@ def written(tmp_path_factory):
     world = build_world(dataclasses.replace(SMALL, output=str(output)))
     paths = {"passages": str(output / "passages.jsonl"), "output": str(output / "corpus")}
     build_index(IndexConfig(**paths, stop_words="none", stemmer="none"))
-    retriever = Bm25Retriever(output / "corpus")
+    retriever = CorpusRetriever(output / "corpus", SearchConfig())
 
     def best(query: str) -> str:
         return asyncio.run(retriever.search([query], 1))[0][0].passage.id

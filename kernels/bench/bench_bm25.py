@@ -19,9 +19,10 @@ import bm25s
 import numpy as np
 from baseline import Comparison, report
 
-from data_prep.index import IndexConfig, bm25_settings, write_corpus
+from data_prep.index import IndexConfig, Labels, bm25_settings, write_corpus
 from megatron_sd.records import Passage
-from megatron_sd.retrieval.bm25 import Bm25Retriever
+from megatron_sd.retrieval.bm25 import Bm25Index
+from megatron_sd.retrieval.manifest import read_manifest
 
 NUM_PASSAGES, PASSAGE_WORDS, NUM_WORDS, TOP_K = 60_000, 80, 60_000, 3
 NUM_QUERIES, QUERY_WORDS, NUM_ROUNDS = 1_000, (4, 12), 5
@@ -33,19 +34,20 @@ def zipf_passages(rng: np.random.Generator) -> np.ndarray:
     return rng.choice(NUM_WORDS, size=(NUM_PASSAGES, PASSAGE_WORDS), p=weights / weights.sum())
 
 
-def build(words: np.ndarray, directory: Path) -> Bm25Retriever:
-    """Our retriever over the passages."""
+def build(words: np.ndarray, directory: Path) -> Bm25Index:
+    """Our index over the passages."""
     passages = (Passage(id=f"{i:08}", title="", text=" ".join(f"w{word}" for word in row)) for i, row in enumerate(words))
     settings = bm25_settings(IndexConfig(passages="", output="", stop_words="none", stemmer="none"))
-    write_corpus(directory / "corpus", passages, settings, sources=("synthetic",), licenses=())
-    return Bm25Retriever(directory / "corpus")
+    write_corpus(directory / "corpus", passages, settings, Labels(sources=("synthetic",)))
+    manifest, _ = read_manifest(directory / "corpus", "corpus")
+    return Bm25Index(directory / "corpus", manifest.settings["bm25"], manifest.num_passages)
 
 
-def theirs_over(retriever: Bm25Retriever) -> bm25s.BM25:
+def theirs_over(index: Bm25Index) -> bm25s.BM25:
     """bm25s over the very same arrays."""
-    scores, rows, starts = retriever.index
+    scores, rows, starts = index.index
     theirs = bm25s.BM25(method="lucene", backend="numba")
-    theirs.scores = {"data": scores, "indices": rows, "indptr": starts, "num_docs": len(retriever.passages)}
+    theirs.scores = {"data": scores, "indices": rows, "indptr": starts, "num_docs": NUM_PASSAGES}
     theirs.nonoccurrence_array = None
     theirs.vocab_dict = {}
     theirs.unique_token_ids_set = set(range(len(starts) - 1))
@@ -59,12 +61,12 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def compare(retriever: Bm25Retriever, queries: list[list[int]], num_words: int) -> Comparison:
+def compare(index: Bm25Index, queries: list[list[int]], num_words: int) -> Comparison:
     """Microseconds a query, median of the rounds."""
-    theirs = theirs_over(retriever)
+    theirs = theirs_over(index)
 
     def search_ours() -> list[np.ndarray]:
-        return [retriever.search_terms(terms, TOP_K)[1] for terms in queries]
+        return [index.search_terms(terms, TOP_K)[1] for terms in queries]
 
     def search_theirs() -> np.ndarray:
         return theirs.retrieve(queries, k=TOP_K, show_progress=False, n_threads=1).scores
@@ -84,11 +86,11 @@ def main() -> None:
     words = zipf_passages(rng)
     comparisons = []
     with tempfile.TemporaryDirectory() as directory:
-        retriever = build(words, Path(directory))
+        index = build(words, Path(directory))
         for num_words in QUERY_WORDS:
             chosen = words[rng.integers(NUM_PASSAGES, size=NUM_QUERIES), :num_words]
-            queries = [retriever.term_ids(" ".join(f"w{word}" for word in row)) for row in chosen]
-            comparisons.append(compare(retriever, queries, num_words))
+            queries = [index.term_ids(" ".join(f"w{word}" for word in row)) for row in chosen]
+            comparisons.append(compare(index, queries, num_words))
     report("bm25", comparisons, arguments.json)
 
 

@@ -30,7 +30,7 @@ from tiny_model import random_prompts, write_model
 
 from megatron_sd.config import ProtocolConfig, RolloutConfig
 from megatron_sd.records import Hit, Passage, Question
-from megatron_sd.rollout.engine import Completion, GenerationRequest
+from megatron_sd.rollout.engine import Completion, GenerationRequest, InferenceEngine
 from megatron_sd.rollout.rollouter import Rollouter
 from megatron_sd.rollout.sampling import rollout_seed
 from megatron_sd.rollout.torch_engine import TorchEngine, load_model
@@ -48,7 +48,7 @@ LIMITS = RolloutConfig(group_size=GROUP_SIZE, max_search_turns=NUM_SEARCHES, max
 class SteeredEngine:
     """Lets the real engine sample a thought and writes the action after it. Counts all sampled tokens."""
 
-    def __init__(self, engine: TorchEngine, environment: Environment):
+    def __init__(self, engine: InferenceEngine, environment: Environment):
         self.policy_version = 0
         self.num_sampled = 0
         self._engine = engine
@@ -127,13 +127,13 @@ class Bench:
         model = load_model(str(self._directory), dtype=torch.float32, device=torch.device("cpu"))
         return TorchEngine(model, self._codec, max_rows=NUM_QUESTIONS * GROUP_SIZE, reuse_cache=reuse_cache)
 
-    def concurrent(self, engine: TorchEngine, retriever: SlowRetriever) -> int:
+    def concurrent(self, engine: InferenceEngine, retriever: SlowRetriever) -> int:
         """Our rollouter; the number of sampled tokens."""
         steered = SteeredEngine(engine, self._environment)
         Rollouter(steered, retriever, self._environment, top_k=1, seed=0).run(self._questions, step=0)
         return steered.num_sampled
 
-    def lock_step(self, engine: TorchEngine, retriever: SlowRetriever) -> int:
+    def lock_step(self, engine: InferenceEngine, retriever: SlowRetriever) -> int:
         """The lock-step loop; the number of sampled tokens."""
         steered = SteeredEngine(engine, self._environment)
         asyncio.run(lock_step(steered, retriever, self._environment, self._questions))

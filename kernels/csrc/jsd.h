@@ -6,6 +6,7 @@
 // Formulas and their checks: megatron_sd/ops/jsd_reference.py and kernels/README.md.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -47,7 +48,7 @@ struct Power {
 };
 
 // For x <= 0; 0 from about -126 on. x = n + r with |r| <= 1/2; Cephes' polynomial for e^(r ln 2).
-JSD_HD Power power_of_2(float x) {
+JSD_HD Power polynomial_power_of_2(float x) {
   constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23: adding it leaves an integer in the low bits
   constexpr float kLowest = -127.0f;       // n = -127 makes the exponent's bits, and with them the result, 0
   constexpr double kLn2Squared = kLn2 * kLn2;
@@ -68,7 +69,7 @@ JSD_HD Power power_of_2(float x) {
 }
 
 // log2(1 + a) for -1 < a <= 0, given one_plus_a as accurately as the caller can: near 1 it is a that counts. Cephes' polynomial.
-JSD_HD float log2_one_plus(float a, float one_plus_a) {
+JSD_HD float polynomial_log2_one_plus(float a, float one_plus_a) {
   constexpr int32_t kHalfRoot = 0x3f3504f3;  // sqrt(1/2): the mantissa lies in [sqrt(1/2), sqrt(2))
   const int32_t shifted = bits_of(one_plus_a) + (0x3f800000 - kHalfRoot);
   const float exponent = static_cast<float>((shifted >> 23) - 127);
@@ -83,14 +84,44 @@ JSD_HD float log2_one_plus(float a, float one_plus_a) {
   return exponent + logarithm * static_cast<float>(1.0 / kLn2);
 }
 
-// A logit's probability in its row is 2^(scale * (logit - highest)) * inverse_total: exact at the top, whatever the row's offset.
+// A GPU has both functions in hardware, to about 2^-22: relative for powers, absolute for logarithms between 1/2 and 1. The
+// replay (tests/replay) brings its own model of that hardware, at its worst.
+#if defined(__CUDA_ARCH__)
+__device__ __forceinline__ float hardware_exp2(float x) {
+  float value;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(value) : "f"(x));
+  return value;
+}
+__device__ __forceinline__ float hardware_log2(float x) {
+  float value;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(value) : "f"(x));
+  return value;
+}
+#elif defined(JSD_REPLAY)
+float hardware_exp2(float x);
+float hardware_log2(float x);
+#endif
+
+#if defined(__CUDA_ARCH__) || defined(JSD_REPLAY)
+JSD_HD Power power_of_2(float x) {
+  const float value = hardware_exp2(x);
+  return {value, value - 1.0f};
+}
+JSD_HD float log2_one_plus(float, float one_plus_a) { return hardware_log2(one_plus_a); }
+#else
+JSD_HD Power power_of_2(float x) { return polynomial_power_of_2(x); }
+JSD_HD float log2_one_plus(float a, float one_plus_a) { return polynomial_log2_one_plus(a, one_plus_a); }
+#endif
+
+// A logit's probability in its row is 2^(scale * (logit - reference) + correction), where the reference is the row's normaliser
+// rounded to float32 and the correction what the rounding lost: exact at the top, whatever the row's offset.
 struct RowSide {
-  float highest;
-  float inverse_total;
+  float reference;
+  float correction;
 };
 
 JSD_HD float probability(float logit, RowSide side, float scale) {
-  return power_of_2((logit - side.highest) * scale).value * side.inverse_total;
+  return power_of_2((logit - side.reference) * scale + side.correction).value;
 }
 
 // What a row's sweeps share.
@@ -99,6 +130,29 @@ struct RowConstants {
   RowSide student, teacher;
   float normaliser_difference;  // log-normaliser of the teacher minus the student's, rounded once: d stays accurate near 0
 };
+
+// log_normaliser: log2 of the sum of 2^(scale * logit).
+JSD_HD RowSide row_side(double log_normaliser, float scale) {
+  const float reference = static_cast<float>(log_normaliser / scale);
+  return {reference, static_cast<float>(static_cast<double>(reference) * scale - log_normaliser)};
+}
+
+// A row without a normaliser (NaN, or infinite: nothing but masked entries) makes the pair's every probability NaN.
+JSD_HD RowConstants row_constants(double student_log_normaliser, double teacher_log_normaliser, float scale) {
+  const double spoilt = (student_log_normaliser - student_log_normaliser) + (teacher_log_normaliser - teacher_log_normaliser);
+  const double student = student_log_normaliser + spoilt, teacher = teacher_log_normaliser + spoilt;
+  return {scale, row_side(student, scale), row_side(teacher, scale), static_cast<float>(teacher - student)};
+}
+
+// From the largest logit in bits, or one about as large, and the sum of 2^(scale * logit - highest_bits). -inf if nothing lies above
+// kMasked.
+JSD_HD double log_normaliser(double highest_bits, double total, float scale) {
+  if (total != total) return total;
+  return highest_bits > static_cast<double>(kMasked) * scale * 0.999999 ? highest_bits + log2(total) : -HUGE_VAL;
+}
+
+// As the doors take it: 1 / (ln 2 * temperature), which turns logits into base 2.
+inline float scale_of(double temperature) { return static_cast<float>(1.0 / (kLn2 * temperature)); }
 
 struct Probabilities {
   float d;
@@ -109,13 +163,14 @@ struct Probabilities {
   bool teacher_larger;
 };
 
-// student and teacher: logits, at least kMasked. Equal logits in equal rows give d = 0 exactly.
-JSD_HD Probabilities probabilities(float student, float teacher, RowConstants row) {
+// student and teacher: logits, at least kMasked, and teacher - student as accurately as the caller can. Equal logits in equal
+// rows give d = 0 exactly.
+JSD_HD Probabilities probabilities(float student, float teacher, float difference, RowConstants row) {
   Probabilities e;
-  e.d = (teacher - student) * row.scale - row.normaliser_difference;
+  e.d = difference * row.scale - row.normaliser_difference;
   e.teacher_larger = e.d > 0.0f;
-  const RowSide side = {e.teacher_larger ? row.teacher.highest : row.student.highest,
-                        e.teacher_larger ? row.teacher.inverse_total : row.student.inverse_total};
+  const RowSide side = {e.teacher_larger ? row.teacher.reference : row.student.reference,
+                        e.teacher_larger ? row.teacher.correction : row.student.correction};
   const float larger = probability(e.teacher_larger ? teacher : student, side, row.scale);
   const Power ratio = power_of_2(e.teacher_larger ? -e.d : e.d);
   const float smaller = larger * ratio.value;
@@ -149,6 +204,55 @@ JSD_HD float forward_kl(Probabilities e) { return e.p * e.d; }
 // Q - P without cancellation: the gradient of forward_kl.
 JSD_HD float student_minus_teacher(Probabilities e) {
   return e.teacher_larger ? e.p * e.ratio_minus_one : -e.q * e.ratio_minus_one;
+}
+
+// ---- near d = 0 ---------------------------------------------------------------------------------------------------------
+
+// For |d| of at most one nat the generalised JSD is a polynomial in d: cheaper than a power and a logarithm, and accurate
+// where a logarithm near 1 has few digits. With K(d) = log(1 - beta + beta e^d), log(Q/M) = -K(d), and an entry's share of the
+// divergence is Q g(d), g(d) = beta e^d d - e^K(d) K(d).
+constexpr float kNearLimit = 1.4426950f;  // in bits
+constexpr int kNearTerms = 8;
+
+// In bits: log2(Q/M) = d * (score[0] + score[1] d + ...), the share is Q d^2 (value[0] + value[1] d + ...); and for forward_kl
+// P/Q - 1 = d * (excess[0] + excess[1] d + ...).
+struct NearPolynomials {
+  float score[kNearTerms], value[kNearTerms], excess[kNearTerms];
+};
+
+// The coefficients of the polynomial through (x, y), by Newton's differences; y is used up.
+inline void interpolate(const double* x, double* y, float* coefficients) {
+  double result[kNearTerms] = {0.0};
+  for (int order = 1; order < kNearTerms; ++order)
+    for (int i = kNearTerms - 1; i >= order; --i) y[i] = (y[i] - y[i - 1]) / (x[i] - x[i - order]);
+  for (int order = kNearTerms - 1; order >= 0; --order) {
+    for (int i = kNearTerms - 1; i > 0; --i) result[i] = result[i - 1] - x[order] * result[i];
+    result[0] = y[order] - x[order] * result[0];
+  }
+  for (int i = 0; i < kNearTerms; ++i) coefficients[i] = static_cast<float>(result[i]);
+}
+
+// Through Chebyshev's points: within 4e-7 of the functions for every beta, the value's within 1e-6.
+inline NearPolynomials near_polynomials(double beta) {
+  double x[kNearTerms], score[kNearTerms], value[kNearTerms], excess[kNearTerms];
+  for (int i = 0; i < kNearTerms; ++i) {
+    x[i] = kNearLimit * std::cos((2 * i + 1) * 3.14159265358979324 / (2 * kNearTerms));
+    const double d = x[i] * kLn2, k = std::log1p(beta * std::expm1(d));
+    score[i] = -k / d;
+    excess[i] = std::expm1(d) / x[i];
+    value[i] = (beta * std::exp(d) * d - std::exp(k) * k) / (d * d) * kLn2;
+  }
+  NearPolynomials polynomials;
+  interpolate(x, score, polynomials.score);
+  interpolate(x, value, polynomials.value);
+  interpolate(x, excess, polynomials.excess);
+  return polynomials;
+}
+
+JSD_HD float polynomial(const float* coefficients, float x) {
+  float result = coefficients[kNearTerms - 1];
+  for (int i = kNearTerms - 2; i >= 0; --i) result = result * x + coefficients[i];
+  return result;
 }
 
 }  // namespace jsd

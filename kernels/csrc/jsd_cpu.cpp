@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "jsd.h"
+#include "jsd_task.h"
 
 #if defined(_OPENMP)
 #include <omp.h>
@@ -23,44 +24,7 @@ namespace {
 
 constexpr int64_t kBlock = 512;
 
-enum Divergence : int32_t { kJsd = 0, kForwardKl = 1, kReverseKl = 2 };
-enum ElementType : int32_t { kFloat32 = 0, kBfloat16 = 1 };
 enum InstructionSet : int32_t { kBaseline = 0, kAvx2 = 1, kAvx512 = 2 };
-
-}  // namespace
-
-extern "C" {
-
-// A matrix of logits; columns are adjacent, rows lie row_stride elements apart.
-struct JsdMatrix {
-  void* data;
-  int64_t row_stride;
-  int32_t element_type;
-};
-
-struct JsdTask {
-  JsdMatrix student, teacher;
-  JsdMatrix gradient;  // [num_rows, vocabulary], of the student's element type; data is null when no gradient is wanted
-  const int64_t *student_rows, *teacher_rows;
-  float* values;   // [num_rows]
-  float* scratch;  // [num_threads, vocabulary] with a bfloat16 gradient, else null
-  int64_t num_rows, vocabulary;
-  double beta, temperature;
-  int32_t divergence, num_threads, instruction_set;
-};
-
-struct JsdScatterTask {
-  JsdMatrix gradient;  // [num_rows, vocabulary]
-  JsdMatrix out;       // [num_out_rows, vocabulary], of the same element type
-  const int64_t* rows;
-  const float* scales;  // [num_rows]
-  int64_t num_rows, num_out_rows, vocabulary;
-  int32_t num_threads, instruction_set;
-};
-
-}  // extern "C"
-
-namespace {
 
 // ---- blocks -------------------------------------------------------------------------------------------------------------
 
@@ -95,6 +59,26 @@ ALWAYS_INLINE void store(const JsdMatrix& matrix, int64_t row, int64_t start, in
   }
 }
 
+// `n` entries of a row pair; the teacher's logits less the student's are taken once, or read where the matrix holds them.
+struct Pair {
+  float student[kBlock], teacher[kBlock], difference[kBlock];
+};
+
+ALWAYS_INLINE void load_pair(const JsdTask& task, int64_t index, int64_t start, int64_t n, Pair& pair) {
+  load(task.student, task.student_rows[index], start, n, pair.student);
+  if (task.teacher_is_difference) {
+    load(task.teacher, task.teacher_rows[index], start, n, pair.difference);
+    for (int64_t i = n; i < kBlock; ++i) pair.difference[i] = 0.0f;
+    for (int64_t i = 0; i < kBlock; ++i) {
+      const float logit = pair.student[i] + pair.difference[i];
+      pair.teacher[i] = logit < jsd::kMasked ? jsd::kMasked : logit;
+    }
+  } else {
+    load(task.teacher, task.teacher_rows[index], start, n, pair.teacher);
+    for (int64_t i = 0; i < kBlock; ++i) pair.difference[i] = pair.teacher[i] - pair.student[i];
+  }
+}
+
 // Pairwise sum; the block is used up.
 ALWAYS_INLINE float sum(float* block) {
   for (int64_t half = kBlock / 2; half >= 16; half /= 2)
@@ -117,72 +101,93 @@ ALWAYS_INLINE float largest(const float* block) {
 
 // ---- a row --------------------------------------------------------------------------------------------------------------
 
-// A row's highest logit, and the sum of 2^(scale * (logit - highest)): NaN if the row holds a NaN or +inf, or nothing above kMasked.
+// A row's highest logit, and the sum of 2^(scale * (logit - highest)): NaN if the row holds a NaN or +inf.
 struct Normaliser {
-  float highest;
-  double total;
+  float highest = -std::numeric_limits<float>::infinity();
+  double total = 0.0;
 };
 
-ALWAYS_INLINE Normaliser normaliser_of(const JsdMatrix& matrix, int64_t row, int64_t vocabulary, float scale) {
-  float block[kBlock];
-  Normaliser result = {-std::numeric_limits<float>::infinity(), 0.0};
-  for (int64_t start = 0; start < vocabulary; start += kBlock) {
-    load(matrix, row, start, entries_left(start, vocabulary), block);
-    const float highest = largest(block);
-    if (highest > result.highest) {
-      result.total *= std::exp2((static_cast<double>(result.highest) - highest) * scale);
-      result.highest = highest;
-    }
-    for (int64_t i = 0; i < kBlock; ++i) block[i] = jsd::power_of_2((block[i] - result.highest) * scale).value;
-    result.total += sum(block);
+// The block is used up.
+ALWAYS_INLINE void add_block(Normaliser& normaliser, float* block, float scale) {
+  const float highest = largest(block);
+  if (highest > normaliser.highest) {
+    normaliser.total *= std::exp2((static_cast<double>(normaliser.highest) - highest) * scale);
+    normaliser.highest = highest;
   }
-  if (!(result.highest > jsd::kMasked)) result.total = std::numeric_limits<double>::quiet_NaN();
-  return result;
+  for (int64_t i = 0; i < kBlock; ++i) block[i] = jsd::power_of_2((block[i] - normaliser.highest) * scale).value;
+  normaliser.total += sum(block);
+}
+
+ALWAYS_INLINE void normalise_row(const JsdTask& task, int64_t index) {
+  const float scale = jsd::scale_of(task.temperature);
+  Normaliser student, teacher;
+  Pair pair;
+  for (int64_t start = 0; start < task.vocabulary; start += kBlock) {
+    load_pair(task, index, start, entries_left(start, task.vocabulary), pair);
+    add_block(student, pair.student, scale);
+    add_block(teacher, pair.teacher, scale);
+  }
+  task.normalisers[2 * index] = jsd::kLn2 * jsd::log_normaliser(static_cast<double>(student.highest) * scale, student.total, scale);
+  task.normalisers[2 * index + 1] = jsd::kLn2 * jsd::log_normaliser(static_cast<double>(teacher.highest) * scale, teacher.total, scale);
 }
 
 ALWAYS_INLINE jsd::RowConstants constants_of(const JsdTask& task, int64_t index) {
-  const float scale = static_cast<float>(1.0 / (jsd::kLn2 * task.temperature));
-  const Normaliser student = normaliser_of(task.student, task.student_rows[index], task.vocabulary, scale);
-  const Normaliser teacher = normaliser_of(task.teacher, task.teacher_rows[index], task.vocabulary, scale);
-  const double shift = (static_cast<double>(teacher.highest) - student.highest) * scale;
-  return {scale,
-          {student.highest, static_cast<float>(1.0 / student.total)},
-          {teacher.highest, static_cast<float>(1.0 / teacher.total)},
-          static_cast<float>(shift + std::log2(teacher.total / student.total))};
+  const double* normalisers = task.normalisers + 2 * index;
+  return jsd::row_constants(normalisers[0] / jsd::kLn2, normalisers[1] / jsd::kLn2, jsd::scale_of(task.temperature));
 }
 
-struct Sums {
-  double value;
-  double score;  // sum of Q h
+// One entry's share of the value, h of its gradient Q (h - sum Q h) * constant, and Q h; forward_kl's `score` is Q - P itself.
+struct Entry {
+  float value, score, weighted;
 };
 
-// The middle sweep of generalised_jsd and reverse_kl: sums, and each entry's score into `scores` unless that is null.
-template <class TermOf>
-ALWAYS_INLINE Sums sum_terms(const JsdTask& task, int64_t index, jsd::RowConstants row, float* scores, TermOf term_of) {
-  float student[kBlock], teacher[kBlock], value[kBlock], weighted[kBlock];
-  Sums sums = {0.0, 0.0};
-  for (int64_t start = 0; start < task.vocabulary; start += kBlock) {
-    const int64_t n = entries_left(start, task.vocabulary);
-    load(task.student, task.student_rows[index], start, n, student);
-    load(task.teacher, task.teacher_rows[index], start, n, teacher);
-    for (int64_t i = 0; i < kBlock; ++i) {
-      const jsd::Probabilities e = jsd::probabilities(student[i], teacher[i], row);
-      const jsd::Term term = term_of(e);
-      value[i] = term.value;
-      weighted[i] = e.q * term.score;
-      student[i] = term.score;
-    }
-    if (scores != nullptr)
-      for (int64_t i = 0; i < n; ++i) scores[start + i] = student[i];
-    sums.value += sum(value);
-    sums.score += sum(weighted);
-  }
-  return sums;
+ALWAYS_INLINE Entry entry_of(int32_t divergence, jsd::Probabilities e, float beta) {
+  if (divergence == kForwardKl) return {jsd::forward_kl(e), jsd::student_minus_teacher(e), 0.0f};
+  const jsd::Term term = divergence == kJsd ? jsd::generalised_jsd(e, beta) : jsd::reverse_kl(e);
+  return {term.value, term.score, e.q * term.score};
 }
 
-// The last sweep: gradient = constant * Q (h - sum Q h). `scores` may be the gradient's own row.
-ALWAYS_INLINE void write_gradient(
-    const JsdTask& task, int64_t index, jsd::RowConstants row, const float* scores, float expected, float constant) {
+// The factor that takes a gradient to nats per logit, times the row's own.
+ALWAYS_INLINE float constant_of(const JsdTask& task, int64_t index) {
+  const double scale = task.scales == nullptr ? 1.0 : task.scales[index];
+  const double share = task.divergence == kJsd ? 1.0 - task.beta : 1.0;
+  return static_cast<float>(scale * (task.divergence == kForwardKl ? 1.0 : share * jsd::kLn2) / task.temperature);
+}
+
+ALWAYS_INLINE int64_t gradient_row(const JsdTask& task, int64_t index) {
+  return task.gradient_rows == nullptr ? index : task.gradient_rows[index];
+}
+
+// The middle sweep: sums, in nats, and each entry's score into `scores` unless that is null.
+template <int32_t kDivergence>
+ALWAYS_INLINE void sum_row(const JsdTask& task, int64_t index, jsd::RowConstants row, float* scores) {
+  const float beta = static_cast<float>(task.beta);
+  Pair pair;
+  float weighted[kBlock];
+  double value = 0.0, expected = 0.0;
+  for (int64_t start = 0; start < task.vocabulary; start += kBlock) {
+    const int64_t n = entries_left(start, task.vocabulary);
+    load_pair(task, index, start, n, pair);
+    for (int64_t i = 0; i < kBlock; ++i) {
+      const jsd::Probabilities e = jsd::probabilities(pair.student[i], pair.teacher[i], pair.difference[i], row);
+      const Entry entry = entry_of(kDivergence, e, beta);
+      pair.student[i] = entry.score;
+      pair.teacher[i] = entry.value;
+      weighted[i] = entry.weighted;
+    }
+    if (scores != nullptr)
+      for (int64_t i = 0; i < n; ++i) scores[start + i] = pair.student[i];
+    value += sum(pair.teacher);
+    if (kDivergence != kForwardKl) expected += sum(weighted);
+  }
+  task.sums[2 * index] = jsd::kLn2 * value;
+  task.sums[2 * index + 1] = jsd::kLn2 * expected;
+}
+
+// The last sweep of generalised_jsd and reverse_kl. `scores` may be the gradient's own row.
+ALWAYS_INLINE void write_gradient(const JsdTask& task, int64_t index, jsd::RowConstants row, const float* scores) {
+  const float constant = constant_of(task, index);
+  const float expected = static_cast<float>(task.sums[2 * index + 1] / jsd::kLn2);
   float student[kBlock], gradient[kBlock];
   for (int64_t start = 0; start < task.vocabulary; start += kBlock) {
     const int64_t n = entries_left(start, task.vocabulary);
@@ -193,50 +198,60 @@ ALWAYS_INLINE void write_gradient(
       const float q = jsd::probability(student[i], row.student, row.scale);
       gradient[i] = constant * q * (gradient[i] - expected);
     }
-    store(task.gradient, index, start, n, gradient);
+    store(task.gradient, gradient_row(task, index), start, n, gradient);
   }
 }
 
-// Forward KL needs no sum for its gradient: one sweep.
-ALWAYS_INLINE double forward_kl_row(const JsdTask& task, int64_t index, jsd::RowConstants row) {
-  const float inverse_temperature = static_cast<float>(1.0 / task.temperature);
-  float student[kBlock], teacher[kBlock], value[kBlock];
-  double total = 0.0;
+// The gradient, its scores computed where they are used; returns the value in nats. forward_kl needs no sum for its gradient, so
+// that this is its middle and last sweep together; the others read task.sums.
+template <int32_t kDivergence>
+ALWAYS_INLINE double sweep_gradient(const JsdTask& task, int64_t index, jsd::RowConstants row) {
+  const float beta = static_cast<float>(task.beta), constant = constant_of(task, index);
+  const float expected = kDivergence == kForwardKl ? 0.0f : static_cast<float>(task.sums[2 * index + 1] / jsd::kLn2);
+  Pair pair;
+  double value = 0.0;
   for (int64_t start = 0; start < task.vocabulary; start += kBlock) {
     const int64_t n = entries_left(start, task.vocabulary);
-    load(task.student, task.student_rows[index], start, n, student);
-    load(task.teacher, task.teacher_rows[index], start, n, teacher);
+    load_pair(task, index, start, n, pair);
     for (int64_t i = 0; i < kBlock; ++i) {
-      const jsd::Probabilities e = jsd::probabilities(student[i], teacher[i], row);
-      value[i] = jsd::forward_kl(e);
-      student[i] = inverse_temperature * jsd::student_minus_teacher(e);
+      const jsd::Probabilities e = jsd::probabilities(pair.student[i], pair.teacher[i], pair.difference[i], row);
+      const Entry entry = entry_of(kDivergence, e, beta);
+      const float q = kDivergence == kForwardKl ? 1.0f : jsd::probability(pair.student[i], row.student, row.scale);
+      pair.student[i] = constant * q * (entry.score - expected);
+      pair.teacher[i] = entry.value;
     }
-    total += sum(value);
-    if (task.gradient.data != nullptr) store(task.gradient, index, start, n, student);
+    value += sum(pair.teacher);
+    store(task.gradient, gradient_row(task, index), start, n, pair.student);
   }
-  return total;
+  return jsd::kLn2 * value;
 }
 
-ALWAYS_INLINE void visit_row(const JsdTask& task, int64_t index, float* scratch) {
+// What a row program does: everything, or one of the steps between which a vocabulary in shards has to communicate.
+enum Step : int32_t { kEverything = 0, kNormalise = 1, kSum = 2, kGradient = 3 };
+
+// After the normalisers. forward_kl has its value and gradient from one sweep.
+template <int32_t kDivergence>
+ALWAYS_INLINE void run_sweeps(const JsdTask& task, int64_t index, jsd::RowConstants row, int32_t step, float* scores) {
+  const bool in_one_sweep = kDivergence == kForwardKl && step == kEverything && task.gradient.data != nullptr;
+  if (step == kSum || (step == kEverything && !in_one_sweep)) sum_row<kDivergence>(task, index, row, scores);
+  if (step != kGradient && !in_one_sweep) return;
+  const double value = sweep_gradient<kDivergence>(task, index, row);
+  if (in_one_sweep) task.sums[2 * index] = value, task.sums[2 * index + 1] = 0.0;
+}
+
+ALWAYS_INLINE void run_row(const JsdTask& task, int64_t index, int32_t step, float* scratch) {
+  if (step == kEverything || step == kNormalise) normalise_row(task, index);
+  if (step == kNormalise) return;
+  const bool keeps_scores = step == kEverything && task.divergence != kForwardKl && task.gradient.data != nullptr;
+  float* scores = keeps_scores ? scratch : nullptr;
+  if (keeps_scores && scratch == nullptr)
+    scores = static_cast<float*>(task.gradient.data) + gradient_row(task, index) * task.gradient.row_stride;
   const jsd::RowConstants row = constants_of(task, index);
-  if (task.divergence == kForwardKl) {
-    task.values[index] = static_cast<float>(jsd::kLn2 * forward_kl_row(task, index, row));
-    return;
-  }
-  float* scores = nullptr;
-  if (task.gradient.data != nullptr)
-    scores = task.gradient.element_type == kBfloat16
-                 ? scratch
-                 : static_cast<float*>(task.gradient.data) + index * task.gradient.row_stride;
-  const float beta = static_cast<float>(task.beta);
-  const bool is_jsd = task.divergence == kJsd;
-  const auto jsd_term = [beta](jsd::Probabilities e) __attribute__((always_inline)) { return jsd::generalised_jsd(e, beta); };
-  const auto reverse_term = [](jsd::Probabilities e) __attribute__((always_inline)) { return jsd::reverse_kl(e); };
-  const Sums sums = is_jsd ? sum_terms(task, index, row, scores, jsd_term)
-                           : sum_terms(task, index, row, scores, reverse_term);
-  task.values[index] = static_cast<float>(jsd::kLn2 * sums.value);
-  const float constant = static_cast<float>((is_jsd ? 1.0 - task.beta : 1.0) * jsd::kLn2 / task.temperature);
-  if (scores != nullptr) write_gradient(task, index, row, scores, static_cast<float>(sums.score), constant);
+  if (task.divergence == kJsd) run_sweeps<kJsd>(task, index, row, step, scores);
+  if (task.divergence == kForwardKl) run_sweeps<kForwardKl>(task, index, row, step, scores);
+  if (task.divergence == kReverseKl) run_sweeps<kReverseKl>(task, index, row, step, scores);
+  if (keeps_scores) write_gradient(task, index, row, scores);
+  if (step == kEverything) task.values[index] = static_cast<float>(task.sums[2 * index]);
 }
 
 // out[row] = sum over the list's entries of this row of scale * gradient; first[row] and next[i] chain them, -1 ends a chain.
@@ -256,17 +271,17 @@ ALWAYS_INLINE void scatter_row(const JsdScatterTask& task, int64_t row, int64_t 
 
 // ---- one copy of the row programs an instruction set -------------------------------------------------------------------------
 
-using VisitRow = void (*)(const JsdTask&, int64_t, float*);
+using RunRow = void (*)(const JsdTask&, int64_t, int32_t, float*);
 using ScatterRow = void (*)(const JsdScatterTask&, int64_t, int64_t, const int64_t*);
 
 struct RowPrograms {
-  VisitRow visit;
+  RunRow run;
   ScatterRow scatter;
 };
 
 #define ROW_PROGRAMS(name, attribute)                                                                              \
-  attribute void visit_row_##name(const JsdTask& task, int64_t index, float* scratch) {                            \
-    visit_row(task, index, scratch);                                                                               \
+  attribute void run_row_##name(const JsdTask& task, int64_t index, int32_t step, float* scratch) {                \
+    run_row(task, index, step, scratch);                                                                           \
   }                                                                                                                \
   attribute void scatter_row_##name(const JsdScatterTask& task, int64_t row, int64_t first, const int64_t* next) { \
     scatter_row(task, row, first, next);                                                                           \
@@ -290,11 +305,11 @@ InstructionSet best_instruction_set() {
 
 RowPrograms programs_for(int32_t instruction_set) {
 #if defined(__x86_64__)
-  if (instruction_set == kAvx512) return {visit_row_avx512, scatter_row_avx512};
-  if (instruction_set == kAvx2) return {visit_row_avx2, scatter_row_avx2};
+  if (instruction_set == kAvx512) return {run_row_avx512, scatter_row_avx512};
+  if (instruction_set == kAvx2) return {run_row_avx2, scatter_row_avx2};
 #endif
   (void)instruction_set;
-  return {visit_row_baseline, scatter_row_baseline};
+  return {run_row_baseline, scatter_row_baseline};
 }
 
 int thread_index() {
@@ -303,6 +318,14 @@ int thread_index() {
 #else
   return 0;
 #endif
+}
+
+void for_each_row(const JsdTask& task, Step step) {
+  const RowPrograms programs = programs_for(task.instruction_set);
+  float* scratch = static_cast<float*>(task.scratch);
+#pragma omp parallel for num_threads(task.num_threads) schedule(static)
+  for (int64_t index = 0; index < task.num_rows; ++index)
+    programs.run(task, index, step, scratch == nullptr ? nullptr : scratch + thread_index() * task.vocabulary);
 }
 
 }  // namespace
@@ -322,24 +345,27 @@ int32_t megatron_sd_has_openmp() {
 
 const char* megatron_sd_compiler() { return __VERSION__; }
 
-// Row numbers must be in range and num_threads at least 1: the caller has checked them.
-void megatron_sd_jsd_rows(const JsdTask* task) {
-  const RowPrograms programs = programs_for(task->instruction_set);
-#pragma omp parallel for num_threads(task->num_threads) schedule(static)
-  for (int64_t index = 0; index < task->num_rows; ++index)
-    programs.visit(*task, index, task->scratch == nullptr ? nullptr : task->scratch + thread_index() * task->vocabulary);
-}
+// Of all four: row numbers must be in range and num_threads at least 1: the caller has checked them.
+
+// Everything: values, and gradients if wanted; normalisers and sums are written on the way. scratch: [num_threads, vocabulary]
+// float32 where a gradient of jsd or reverse_kl is bfloat16 or overwrites the student, else null.
+void megatron_sd_jsd_rows(const JsdTask* task) { for_each_row(*task, kEverything); }
+
+// The split steps, for a vocabulary in shards: each reads what the ones before it wrote, combined over all shards.
+void megatron_sd_jsd_normalisers(const JsdTask* task) { for_each_row(*task, kNormalise); }
+void megatron_sd_jsd_sums(const JsdTask* task) { for_each_row(*task, kSum); }
+void megatron_sd_jsd_gradient(const JsdTask* task) { for_each_row(*task, kGradient); }
 
 // Every row of `out` is written: rows that are not listed become 0, rows listed several times get the sum in list order.
 void megatron_sd_scatter_rows(const JsdScatterTask* task) {
   const RowPrograms programs = programs_for(task->instruction_set);
-  std::vector<int64_t> first(static_cast<size_t>(task->num_out_rows), -1), next(static_cast<size_t>(task->num_rows), -1);
-  for (int64_t index = task->num_rows - 1; index >= 0; --index) {
+  std::vector<int64_t> first(static_cast<size_t>(task->out.num_rows), -1), next(static_cast<size_t>(task->gradient.num_rows), -1);
+  for (int64_t index = task->gradient.num_rows - 1; index >= 0; --index) {
     next[index] = first[task->rows[index]];
     first[task->rows[index]] = index;
   }
 #pragma omp parallel for num_threads(task->num_threads) schedule(static)
-  for (int64_t row = 0; row < task->num_out_rows; ++row) programs.scatter(*task, row, first[row], next.data());
+  for (int64_t row = 0; row < task->out.num_rows; ++row) programs.scatter(*task, row, first[row], next.data());
 }
 
 }  // extern "C"

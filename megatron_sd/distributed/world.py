@@ -14,6 +14,8 @@ import torch.distributed as dist
 
 from megatron_sd.errors import ConfigError
 
+# What launchers tell a rank about itself; a process that is no rank must not inherit it.
+RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 COLLECTIVE_TIMEOUT = timedelta(hours=2)  # a rank may wait this long for the slowest rank's rollouts
 
 
@@ -52,6 +54,16 @@ def join_world() -> World:
         else:
             dist.init_process_group(backend, rank=rank, world_size=size, timeout=COLLECTIVE_TIMEOUT)
     return World(rank=rank, size=size, local_rank=local_rank, device=device)
+
+
+def lone_world(device: torch.device | None = None) -> World:
+    """This process without a process group; device: None is the first CUDA device, or the CPU."""
+    return World(rank=0, size=1, local_rank=0, device=device or torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def environment_of_others() -> dict[str, str]:
+    """This process's environment for one that is no rank of the run."""
+    return {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
 
 
 def leave_world() -> None:

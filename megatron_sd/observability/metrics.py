@@ -29,6 +29,18 @@ def rollout_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
     return metrics
 
 
+def lag_metrics(groups: Sequence[RolloutGroup], step: int) -> dict[str, float]:
+    """How old the weights were that sampled the rollouts of a step: rollout/policy_version, the oldest, and
+    rollout/policy_lag_steps, the mean over turns of the optimiser steps taken since; 0 is on-policy."""
+    versions = [turn.policy_version for group in groups for rollout in group.rollouts for turn in rollout.turns]
+    if not versions:
+        return {}
+    return {
+        "rollout/policy_version": float(min(versions)),
+        "rollout/policy_lag_steps": _mean(step - version for version in versions),
+    }
+
+
 def _reward_metrics(usable: Sequence[Rollout]) -> dict[str, float]:
     scores = [rollout.scores for rollout in usable]
     metrics = {

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_sd.errors import ConfigError
-from megatron_sd.ops import jsd_native, native
+from megatron_sd.ops import jsd_native, native, native_cuda, native_rows
 from megatron_sd.ops.jsd_in_place import in_place_rows
 from megatron_sd.ops.jsd_reference import RowDivergence, divergence_rows
 
@@ -18,6 +18,7 @@ _LOG = logging.getLogger(__name__)
 DIVERGENCES = ("jsd", "forward_kl", "reverse_kl")
 ROW_DTYPES = (torch.int64, torch.int32)
 IMPLEMENTATIONS = ("auto", "torch", "cpp", "cuda")
+NATIVE_DEVICES = {"cpp": "cpu", "cuda": "cuda"}
 
 
 def jsd_rows(  # noqa: PLR0913 (five tensors and the divergence's options: the whole operation)
@@ -43,9 +44,10 @@ def jsd_rows(  # noqa: PLR0913 (five tensors and the divergence's options: the w
     top_k: both restricted to the teacher's k likeliest tokens, renormalised; tail_bucket: what lies outside is one more event.
     in_place: the gradient takes the place of student_logits, which are lost (rows not listed become 0), and the backward can run
     once; without a gradient nothing is written. That saves the [S, V] gradient, and is refused where it would corrupt something.
-    impl: "cpp" is the native code of kernels/csrc (CPU, float32 or bfloat16, full vocabulary), "torch" the reference, "auto" the
-    native code where it can and otherwise the reference, said once in the log. Raises ConfigError for options and ValueError
-    for tensors that do not fit; row indices are checked only where that costs no device synchronisation (on the CPU).
+    impl: "cpp" and "cuda" are the native code of kernels/csrc (float32 or bfloat16, full vocabulary) on CPU and on CUDA tensors,
+    "torch" is the reference, "auto" the native code where it can and otherwise the reference, said once in the log. Raises
+    ConfigError for options and ValueError for tensors that do not fit; row indices are checked only where that costs no device
+    synchronisation (on the CPU; the CUDA code makes rows out of range NaN).
     NaN in a row's logits is NaN in its value, and on the CPU a warning with the row's number.
     """
     check_options(
@@ -55,7 +57,7 @@ def jsd_rows(  # noqa: PLR0913 (five tensors and the divergence's options: the w
     if top_k is not None and top_k > student_logits.shape[-1]:
         raise ConfigError(f"distill.top_k is {top_k}, expected at most the vocabulary size {student_logits.shape[-1]}")
     compute = functools.partial(
-        _native_rows if _chosen(impl, student_logits, teacher_logits, top_k) == "cpp" else _reference_rows,
+        _reference_rows if _chosen(impl, student_logits, teacher_logits, top_k) == "torch" else _native_rows,
         divergence=divergence,
         beta=beta,
         temperature=temperature,
@@ -118,27 +120,21 @@ def _reference_rows(  # noqa: PLR0913 (as jsd_rows)
 
 
 def _chosen(impl: str, student: Tensor, teacher: Tensor, top_k: int | None) -> str:
-    """"cpp" or "torch". Raises ValueError if impl is "cpp" and these tensors or top_k are not for it."""
-    obstacle = _native_obstacle(student, teacher, top_k)
-    if impl == "cpp" and obstacle:
-        expected = "CPU tensors of float32 or bfloat16 and no top_k, or impl='auto'"
-        raise ValueError(f"impl='cpp' cannot serve {obstacle}; expected {expected}")
+    """"cpp", "cuda" or "torch". Raises ValueError if impl is a native one and these tensors or top_k are not for it."""
+    if impl == "torch":
+        return impl
+    obstacle = f"top_k={top_k}" if top_k is not None else native_rows.obstacle(student, teacher, teacher_is_difference=False)
+    if impl != "auto" and student.device.type != NATIVE_DEVICES[impl]:
+        obstacle = f"tensors on {student.device}"
+    if impl != "auto" and obstacle:
+        expected = f"{NATIVE_DEVICES[impl].upper()} tensors of float32 or bfloat16 and no top_k, or impl='auto'"
+        raise ValueError(f"impl={impl!r} cannot serve {obstacle}; expected {expected}")
     if impl != "auto":
         return impl
-    chosen = "torch" if native.LIBRARY is None or obstacle else "cpp"
+    chosen = "torch" if obstacle else "cuda" if student.is_cuda else "cpp"
     if not torch.compiler.is_compiling():
-        _say_once(chosen, native.MISSING or obstacle or native.INSTRUCTION_SET)
+        _say_once(chosen, obstacle or (native_cuda.architectures() if chosen == "cuda" else native.INSTRUCTION_SET))
     return chosen
-
-
-def _native_obstacle(student: Tensor, teacher: Tensor, top_k: int | None) -> str:
-    """What keeps the native code from this call, "" if nothing does."""
-    if student.device.type != "cpu":
-        return f"tensors on {student.device}"
-    for name, logits in (("student", student), ("teacher", teacher)):
-        if logits.dtype not in native.ELEMENT_TYPES:
-            return f"{name} logits of {logits.dtype}"
-    return "" if top_k is None else f"top_k={top_k}"
 
 
 @functools.cache
@@ -163,10 +159,9 @@ def check_options(*, divergence: str, beta: float, temperature: float, top_k: in
         raise ConfigError("distill.tail_bucket is true with distill.top_k null, expected a top_k: all tokens leave no tail")
     if impl not in IMPLEMENTATIONS:
         raise ConfigError(f"impl is {impl!r}, expected one of {IMPLEMENTATIONS}")
-    if impl == "cuda":
-        raise ConfigError("impl='cuda' is not part of this build, expected 'auto', 'cpp' or 'torch'")
-    if impl == "cpp" and native.LIBRARY is None:
-        raise ConfigError(f"impl='cpp' is not part of this build, expected 'auto' or 'torch': {native.MISSING}")
+    libraries = {"cpp": native, "cuda": native_cuda}
+    if impl in libraries and libraries[impl].LIBRARY is None:
+        raise ConfigError(f"impl={impl!r} is not part of this build, expected 'auto' or 'torch': {libraries[impl].MISSING}")
 
 
 def _check_tensors(student: Tensor, teacher: Tensor, student_rows: Tensor, teacher_rows: Tensor, weights: Tensor) -> None:

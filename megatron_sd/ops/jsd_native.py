@@ -11,12 +11,12 @@ import logging
 import torch
 from torch import Tensor
 
-from megatron_sd.ops import native
+from megatron_sd.ops import native_rows
 
 _LOG = logging.getLogger(__name__)
 
 
-@torch.library.custom_op("megatron_sd::jsd_rows", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("megatron_sd::jsd_rows", mutates_args=(), device_types=("cpu", "cuda"))
 def jsd_rows(  # noqa: PLR0913, PLR0917 (an operator's schema)
     student: Tensor,
     teacher: Tensor,
@@ -27,11 +27,16 @@ def jsd_rows(  # noqa: PLR0913, PLR0917 (an operator's schema)
     temperature: float,
     with_gradient: bool,
 ) -> tuple[Tensor, Tensor]:
-    """native.jsd_rows on this processor's newest instruction set. Raises ValueError for row numbers out of range; rows that
-    come out as NaN are logged by number."""
-    check_rows("student_rows", student_rows, len(student))
-    check_rows("teacher_rows", teacher_rows, len(teacher))
-    values, gradient = native.jsd_rows(
+    """native_rows.jsd_rows, checked: ValueError for row numbers out of range, and a warning that names rows that come out as NaN.
+
+    On CUDA both would wait for the device: they happen only under torch.autograd.set_detect_anomaly(True), and rows out of range
+    give NaN.
+    """
+    checked = _is_checked(student.device)
+    if checked:
+        check_rows("student_rows", student_rows, len(student))
+        check_rows("teacher_rows", teacher_rows, len(teacher))
+    values, gradient = native_rows.jsd_rows(
         student,
         teacher,
         student_rows,
@@ -40,9 +45,8 @@ def jsd_rows(  # noqa: PLR0913, PLR0917 (an operator's schema)
         beta=beta,
         temperature=temperature,
         with_gradient=with_gradient,
-        instruction_set=native.INSTRUCTION_SET,
     )
-    if values.isnan().any():
+    if checked and values.isnan().any():
         index = int(values.isnan().nonzero()[0, 0])
         _LOG.warning(
             "%d of %d divergences are NaN, first that of student row %d and teacher row %d: one of the rows holds a NaN, +inf, "
@@ -62,16 +66,21 @@ def _(student, teacher, student_rows, teacher_rows, divergence, beta, temperatur
     return values, student.new_empty(num_rows if with_gradient else 0, student.shape[1])
 
 
-@torch.library.custom_op("megatron_sd::scatter_rows", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("megatron_sd::scatter_rows", mutates_args=(), device_types=("cpu", "cuda"))
 def scatter_rows(gradient: Tensor, rows: Tensor, scales: Tensor, num_rows: int) -> Tensor:
-    """native.scatter_rows on this processor's newest instruction set."""
-    check_rows("rows", rows, num_rows)
-    return native.scatter_rows(gradient, rows, scales, num_rows=num_rows, instruction_set=native.INSTRUCTION_SET)
+    """native_rows.scatter_rows, its rows checked on CPUs (on CUDA, those out of range are left out)."""
+    if _is_checked(gradient.device):
+        check_rows("rows", rows, num_rows)
+    return native_rows.scatter_rows(gradient, rows, scales, num_rows=num_rows)
 
 
 @scatter_rows.register_fake
 def _(gradient, rows, scales, num_rows):
     return gradient.new_empty(num_rows, gradient.shape[1])
+
+
+def _is_checked(device: torch.device) -> bool:
+    return device.type == "cpu" or torch.is_anomaly_enabled()
 
 
 def check_rows(name: str, rows: Tensor, size: int) -> None:

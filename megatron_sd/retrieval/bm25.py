@@ -9,10 +9,10 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import bm25s
 import numba
@@ -20,13 +20,12 @@ import numpy as np
 import Stemmer
 from bm25s.stopwords import STOPWORDS_EN
 
-from megatron_sd.errors import DataError, RetrievalError
-from megatron_sd.records import Hit
-from megatron_sd.retrieval.manifest import open_manifest
-from megatron_sd.retrieval.passages import PASSAGES_NAME, PassageStore
+from megatron_sd.errors import DataError
+from megatron_sd.retrieval.fusion import Ranking
 
 BM25_DIRECTORY = "bm25"
 logging.getLogger("bm25s").setLevel(logging.WARNING)  # it asks for DEBUG when imported
+_BLOCK_ROWS = 512
 _ARRAYS = ("scores", "rows", "starts")
 BM25_FILES = tuple(f"{BM25_DIRECTORY}/{name}" for name in ("vocabulary.json", *(f"{array}.npy" for array in _ARRAYS)))
 
@@ -59,13 +58,22 @@ class Analyzer:
         return self._stem([word for word in self._find_words(text.lower()) if word not in self._stop_words])
 
 
+@numba.njit(nogil=True, fastmath={"nnan", "nsz"})
+def _largest(block):
+    """The largest of some scores, which are finite: eight at a time."""
+    largest = np.float32(0)
+    for score in block:
+        largest = max(largest, score)
+    return largest
+
+
 @numba.njit(nogil=True)
 def _top_rows(terms, index, totals, top_k):
     """Rows and scores of the best passages: larger score first, then smaller row.
 
     terms: [T] int64. index: (scores [P] float32, rows [P] int32, starts [V + 1] int64), the postings of term t being
     starts[t]:starts[t + 1]. totals: [N] float32 workspace, whatever it holds. Rows are visited in rising order, so a later row
-    must score more than an earlier one to come before it.
+    must score more than an earlier one to come before it. Most blocks of rows hold nothing better and are passed over whole.
     """
     scores, rows, starts = index
     totals[:] = 0
@@ -76,18 +84,22 @@ def _top_rows(terms, index, totals, top_k):
     best_scores = np.zeros(top_k, np.float32)  # every score is positive, so 0 marks a free place
     num_kept = 0
     worst = np.float32(0)
-    for row in range(len(totals)):
-        total = totals[row]
-        if total > worst:
-            num_kept = min(num_kept + 1, top_k)
-            place = num_kept - 1
-            while place > 0 and total > best_scores[place - 1]:
-                best_rows[place] = best_rows[place - 1]
-                best_scores[place] = best_scores[place - 1]
-                place -= 1
-            best_rows[place] = row
-            best_scores[place] = total
-            worst = best_scores[top_k - 1]
+    for start in range(0, len(totals), _BLOCK_ROWS):
+        block = totals[start : start + _BLOCK_ROWS]
+        if _largest(block) <= worst:
+            continue
+        for offset in range(len(block)):
+            total = block[offset]
+            if total > worst:
+                num_kept = min(num_kept + 1, top_k)
+                place = num_kept - 1
+                while place > 0 and total > best_scores[place - 1]:
+                    best_rows[place] = best_rows[place - 1]
+                    best_scores[place] = best_scores[place - 1]
+                    place -= 1
+                best_rows[place] = start + offset
+                best_scores[place] = total
+                worst = best_scores[top_k - 1]
     return best_rows[:num_kept], best_scores[:num_kept]
 
 
@@ -112,29 +124,24 @@ def write_bm25(directory: Path, texts: Iterable[str], settings: Bm25Settings) ->
     return len(vocabulary)
 
 
-class Bm25Retriever:
-    """Searches a corpus directory inline: no threads, no waiting, the same answer every time.
+class Bm25Index:
+    """Searches a corpus directory's BM25 index: no threads, no waiting, the same answer every time.
 
-    `corpus_version` is the SHA-256 of the corpus manifest; `passages` the store; `index` the postings (scores [P] float32,
-    rows [P] int32, starts [V + 1] int64). One object serves one thread.
+    `index` holds the postings (scores [P] float32, rows [P] int32, starts [V + 1] int64). One object serves one thread.
     """
 
-    def __init__(self, corpus: Path | str) -> None:
-        """Verify and map the corpus. Raises DataError that names the missing, truncated or corrupt file."""
-        directory = Path(corpus)
-        manifest, self.corpus_version = open_manifest(directory, required=(PASSAGES_NAME, *BM25_FILES))
+    def __init__(self, directory: Path, settings: Mapping[str, Any], num_passages: int) -> None:
+        """Map the index of a verified corpus directory. Raises DataError for settings of something else."""
         try:
-            settings = Bm25Settings(**manifest.settings)
+            self._analyzer = Analyzer(Bm25Settings(**settings))
         except TypeError as error:
             raise DataError(f"{directory}: its manifest has no settings of a BM25 index ({error}): build it again") from error
-        self.passages = PassageStore(directory / PASSAGES_NAME)
-        self._analyzer = Analyzer(settings)
         words = json.loads((directory / BM25_DIRECTORY / "vocabulary.json").read_text(encoding="utf-8"))
         self._vocabulary = {word: term for term, word in enumerate(words)}
         self.index = tuple(
             np.asarray(np.load(directory / BM25_DIRECTORY / f"{name}.npy", mmap_mode="r", allow_pickle=False)) for name in _ARRAYS
         )
-        self._totals = np.zeros(len(self.passages), np.float32)
+        self._totals = np.zeros(num_passages, np.float32)
         self.search_terms((), top_k=1)  # compiles the search loop, about a second
 
     def term_ids(self, query: str) -> list[int]:
@@ -142,22 +149,10 @@ class Bm25Retriever:
         return [self._vocabulary[term] for term in self._analyzer.terms(query) if term in self._vocabulary]
 
     def search_terms(self, term_ids: Sequence[int], top_k: int) -> tuple[np.ndarray, np.ndarray]:
-        """Rows [K] int32 and scores [K] float32 of the best passages, K <= top_k; empty without a term.
-
-        Raises RetrievalError when top_k is below 1.
-        """
-        if top_k < 1:
-            raise RetrievalError(f"top_k is {top_k}, expected at least 1")
+        """Rows [K] int32 and scores [K] float32 of the best passages, K <= top_k; empty without a term."""
         return _top_rows(np.array(term_ids, dtype=np.int64), self.index, self._totals, top_k)
 
-    async def search(self, queries: Sequence[str], top_k: int) -> list[tuple[Hit, ...]]:
-        """The best `top_k` passages of each query, best first, ties by passage id; no hits when no term matches."""
-        return [
-            tuple(
-                Hit(passage=self.passages[row], score=score)
-                for row, score in zip(rows.tolist(), scores.tolist(), strict=True)
-            )
-            for rows, scores in (self.search_terms(self.term_ids(query), top_k) for query in queries)
-        ]
-
-
+    def rank(self, queries: Sequence[str], top_k: int) -> list[Ranking]:
+        """The best rows of each query, best first, ties by row; none when no term matches."""
+        found = [self.search_terms(self.term_ids(query), top_k) for query in queries]
+        return [Ranking(rows=rows.tolist(), scores=scores.tolist()) for rows, scores in found]

@@ -50,7 +50,11 @@ class InferenceEngine(Protocol):
         ...
 
     def release(self, session: str) -> None:
-        """The rollout is over: its cache may go."""
+        """The rollout is over: its cache may go, and a completion of it that is still in flight is aborted."""
+        ...
+
+    def close(self) -> None:
+        """End whatever runs for the engine; it is not used again."""
         ...
 
 

@@ -24,6 +24,14 @@ def splitmix64(state: np.ndarray) -> np.ndarray:
     return mixed ^ (mixed >> np.uint64(31))
 
 
+def splitmix64_of(*values: int) -> int:
+    """A hash of integers in [0, 2**64), in [0, 2**64)."""
+    state = np.zeros(1, dtype=np.uint64)
+    for value in values:
+        state = splitmix64(state + np.uint64(value))
+    return int(state[0])
+
+
 def uniform_noise(seeds: np.ndarray, positions: np.ndarray) -> np.ndarray:
     """[n] float32 in [0, 1), multiples of 2**-24: one number per (seed, absolute token position). Both are [n] integers."""
     bits = splitmix64(splitmix64(seeds.astype(np.uint64)) + positions.astype(np.uint64) * _GOLDEN)

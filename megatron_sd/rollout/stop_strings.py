@@ -45,3 +45,8 @@ class StopTable:
         pieces = self._codec.pieces(ids)
         text, before = b"".join(pieces), sum(map(len, pieces[:-1]))
         return any(text.find(stop, max(0, before - len(stop) + 1)) >= 0 for stop in self._stops[number])
+
+    def first_completed(self, number: int, ids: Sequence[int]) -> int | None:
+        """Tokens of `ids` up to the first one that completes a string of the set, that one included; None when none does."""
+        maybe = self.lookup[number, list(ids)].nonzero()[0].tolist()
+        return next((place + 1 for place in maybe if self.completed(number, ids[: place + 1])), None)

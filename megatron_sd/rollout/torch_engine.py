@@ -119,6 +119,9 @@ class TorchEngine:
             self._decoder.free(state.row)
             self._owners[state.row] = None
 
+    def close(self) -> None:
+        """Nothing outlives the object."""
+
     async def _drive(self) -> None:
         """Admit and decode until nothing is left. Callers run between steps: what they send at once joins at once."""
         try:

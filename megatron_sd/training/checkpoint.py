@@ -30,7 +30,10 @@ from megatron_sd.training.policy import Policy
 from megatron_sd.training.publisher import gathered_buckets, split_buckets
 
 MODEL_FILE_BYTES = 2 << 30
-FREE_TO_CHANGE = ("num_steps", "run_dir", "checkpoint.", "log.", "data.eval", "data.max_eval")
+FREE_TO_CHANGE = (
+    *("num_steps", "run_dir", "checkpoint.", "log.", "data.eval", "data.max_eval", "rollout.vllm.", "publish."),
+    *("retriever.corpus", "retriever.endpoints", "retriever.qdrant", "retriever.client."),  # what it is says corpus_version
+)
 
 logger = logging.getLogger(__name__)
 

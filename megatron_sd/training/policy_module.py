@@ -103,6 +103,7 @@ class MicrobatchLoss:
             m.advantages[rows],
             None if reference is None else reference[rows],
             clip=self.config.clip,
+            importance_cap=self.config.importance_cap,
         )
 
     @property

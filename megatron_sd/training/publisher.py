@@ -1,15 +1,29 @@
-"""Handing the trained weights to the inference engine, bucket by bucket."""
+"""Handing the trained weights to the inference engine: gathered whole or as each worker's shard from the ranks that own it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
 from typing import Protocol
 
 import deepspeed
 from torch import Tensor, nn
 
+from megatron_sd.config import Config
+from megatron_sd.distributed.collectives import broadcast_object, together
+from megatron_sd.distributed.world import World
+from megatron_sd.errors import RolloutError
+from megatron_sd.resharding.layout import check_parameters
+from megatron_sd.resharding.names import UnknownArchitectureError, whole_parameters, worker_layouts
+from megatron_sd.resharding.plan import make_plan
+from megatron_sd.resharding.sender import ShardSender
+from megatron_sd.resharding.transport import MeetingPoint
 from megatron_sd.rollout.engine import WeightReceiver
 from megatron_sd.training.policy import Policy
+from megatron_sd.training.shards import LocalShards, full_numel, shard_layout
+
+log = logging.getLogger(__name__)
 
 BUCKET_BYTES = 256 << 20
 
@@ -31,11 +45,113 @@ class GatherPublisher:
     """
 
     def publish(self, policy: Policy, receiver: WeightReceiver, policy_version: int) -> None:
-        """Names are Hugging Face names; a tied weight is sent once."""
-        receiver.begin_update()
+        """Names are Hugging Face names; a tied weight is sent once. No rank returns before every rank's engine has the version,
+        and an engine's RolloutError is raised on every rank, after the last gather."""
+        stages = _Stages()
+        stages.attempt(receiver.begin_update)
         for bucket in gathered_buckets(policy.named_parameters(), BUCKET_BYTES):
-            receiver.load_bucket(bucket)
+            stages.attempt(lambda: receiver.load_bucket(bucket))  # noqa: B023, it is called at once
+        stages.attempt(lambda: receiver.finish_update(policy_version))
+        together(policy.world, stages.result)
+
+
+class _Stages:
+    """Steps of which the first that fails ends the others, while the caller goes on with its collectives."""
+
+    def __init__(self) -> None:
+        self._failure: RolloutError | None = None
+
+    def attempt(self, step: Callable[[], None]) -> None:
+        if self._failure is None:
+            try:
+                step()
+            except RolloutError as error:
+                self._failure = error
+
+    def result(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
+
+class ShardedEngine(Protocol):
+    """What publishing shards needs of an engine whose workers hold a resharding ShardReceiver each. Every rank has a handle; the
+    handles of ranks that own no worker do nothing."""
+
+    def begin_update(self) -> None:
+        """Forget every cache; no generation may be in flight until the update ends."""
+        ...
+
+    def start_receiving(self, policy_version: int) -> Future:
+        """Make every worker of this handle call ShardReceiver.receive(policy_version), and return at once. The future ends when
+        all have returned, and with the first error of one as soon as it is known."""
+        ...
+
+    def finish_update(self, policy_version: int) -> None:
+        """The workers hold this version: completions from here on carry it."""
+        ...
+
+    def cancel_update(self) -> None:
+        """The update failed: wait until no worker receives any more, and serve on with the version they still hold."""
+        ...
+
+
+class ShardPublisher:
+    """Sends each tensor-parallel worker the elements of its shard, from the ranks that own them; nothing is gathered.
+
+    address: of the meeting point, for the workers' ShardReceiver. num_bytes: that this rank sent in the last publish. Raises
+    UnknownArchitectureError, ConfigError when the model cannot be cut for tp_size workers, and ReshardError when policy and
+    model directory differ.
+    """
+
+    def __init__(self, policy: Policy, config: Config, world: World, *, tp_size: int, num_replicas: int):
+        self._master = config.publish.source == "master"
+        dtype = "float32" if self._master else config.model.dtype
+        model = policy.model.config.to_dict()
+        source = shard_layout(policy.named_parameters(), world_size=world.size, dtype=dtype)
+        workers = worker_layouts(model, tp_size=tp_size, dtype=dtype)
+        check_parameters(source, whole_parameters(model, dtype=dtype))
+        self.plan = make_plan(source, workers, num_replicas=num_replicas)
+        self.num_bytes = 0
+        self._rank = world.rank
+        timeout_s = config.publish.timeout_s
+        meeting = MeetingPoint.host(config.publish.host, timeout_s=timeout_s) if world.is_first else None
+        self.address = broadcast_object(world, meeting and meeting.address)
+        meeting = meeting or MeetingPoint.join(self.address, timeout_s=timeout_s)
+        self._timeout_s = timeout_s
+        self._sender = ShardSender(meeting, self.plan, config.publish, rank=world.rank, device=world.device)
+
+    def publish(self, policy: Policy, receiver: ShardedEngine, policy_version: int) -> None:
+        """Raises ReshardError on every rank when a worker failed: all still hold what they had, and `publish` may be repeated
+        once the worker is back."""
+        shards = LocalShards(policy.named_parameters(), self.plan.source, rank=self._rank, master=self._master)
+        receiver.begin_update()
+        receiving = receiver.start_receiving(policy_version)
+        receiving.add_done_callback(self._notice_failure)
+        try:
+            self.num_bytes = self._sender.send(shards, policy_version)
+            receiving.result(timeout=self._timeout_s)
+        except Exception:  # whatever it was: the engine is not left closed
+            receiver.cancel_update()
+            raise
         receiver.finish_update(policy_version)
+
+    def close(self) -> None:
+        """Leave the workers."""
+        self._sender.close()
+
+    def _notice_failure(self, receiving: Future) -> None:
+        """A worker whose engine reports an error is not waited for."""
+        if not receiving.cancelled() and receiving.exception() is not None:
+            self._sender.give_up(str(receiving.exception()))
+
+
+def sharded_or_gathering(policy: Policy, config: Config, world: World, *, tp_size: int, num_replicas: int) -> Publisher:
+    """A ShardPublisher, or for a model family without a shard layout, with a warning, a GatherPublisher."""
+    try:
+        return ShardPublisher(policy, config, world, tp_size=tp_size, num_replicas=num_replicas)
+    except UnknownArchitectureError as error:
+        log.warning("%s", error)
+        return GatherPublisher()
 
 
 def gathered_buckets(parameters: Iterable[tuple[str, nn.Parameter]], bucket_bytes: int) -> Iterator[list[tuple[str, Tensor]]]:
@@ -61,8 +177,3 @@ def split_buckets(parameters: Iterable[tuple[str, nn.Parameter]], bucket_bytes: 
         filled += size
     if bucket:
         yield bucket
-
-
-def full_numel(parameter: nn.Parameter) -> int:
-    """Elements of the whole parameter; its own numel() is 0 while ZeRO-3 holds it in shards."""
-    return getattr(parameter, "ds_numel", parameter.numel())

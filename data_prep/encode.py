@@ -1,0 +1,210 @@
+"""Passages to vectors, shard by shard: whatever kills it, the next start goes on from the shards that are whole.
+
+vectors-00000.npy   float16 [rows_per_shard, dim]; row i of the directory is passage i
+encoder/*           a copy of the encoder, which goes with its vectors to the index and to the service
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import json
+import logging
+import multiprocessing
+import os
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+
+from data_prep.table import PassageTable, SourcedPassage, from_batch
+from megatron_sd.errors import ConfigError, DataError
+from megatron_sd.retrieval.encoder import Encoder, EncoderSettings, choose_device
+from megatron_sd.retrieval.manifest import Manifest, file_entries, write_durably, write_manifest
+from megatron_sd.retrieval.passages import join_contents
+
+log = logging.getLogger(__name__)
+
+PLAN_NAME = "plan.json"
+_ENCODER_FILES = ("*.json", "*.txt", "*.model", "*.safetensors")  # what loading needs; no pickles, no code
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodeConfig:
+    """`sd-search data encode`: passages to vectors. For E5: query_prefix "query: ", passage_format "passage: {contents}"."""
+
+    passages: str
+    encoder: str  # a local Hugging Face directory
+    output: str
+    pooling: Literal["mean", "cls", "last"] = "mean"
+    query_prefix: str = ""
+    passage_format: str = "{contents}"  # fields: {title} {text} {contents}, the last as Search-R1 writes them
+    normalize: bool = True
+    max_tokens: int = 256
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    batch_size: int = 64
+    rows_per_shard: int = 16384  # what a kill can lose
+    devices: tuple[str, ...] = ("auto",)  # one process each: [cuda:0, cuda:1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Task:
+    """What one process does: the shards start, start + step, ... of the directory."""
+
+    config: EncodeConfig
+    directory: Path
+    device: str
+    start: int
+    step: int
+
+
+def encode_passages(config: EncodeConfig) -> str:
+    """Encode every passage and return the version of the vectors directory. The same input gives the same bytes, killed or not.
+
+    Raises DataError for a damaged input, an output that exists, or one begun from something else.
+    """
+    output = Path(config.output)
+    if output.exists():
+        raise DataError(f"{output} exists: remove it or choose another output; it is never changed in place")
+    try:
+        config.passage_format.format(title="", text="", contents="")
+    except (KeyError, IndexError, ValueError) as error:
+        expected = "expected text with fields {title} {text} {contents}"
+        raise ConfigError(f"passage_format: found {config.passage_format!r} ({error}), {expected}") from error
+    table = PassageTable(Path(config.passages))
+    partial = output.with_name(output.name + ".partial")
+    with _locked(partial):
+        _begin(partial, config, table)
+        step = len(config.devices)
+        _run([_Task(config=config, directory=partial, device=d, start=n, step=step) for n, d in enumerate(config.devices)])
+        vectors_version = _seal(partial, config, table)
+    partial.rename(output)
+    log.info("%s: %d vectors, version %s", output, len(table), vectors_version[:16])
+    return vectors_version
+
+
+@contextmanager
+def _locked(partial: Path) -> Iterator[None]:
+    """Two programs must not write one directory."""
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    path = partial.with_name(partial.name + ".lock")
+    with open(path, "w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise DataError(f"{partial} is being written by another process: wait for it, or choose another output") from error
+        yield
+        path.unlink()
+
+
+def _begin(partial: Path, config: EncodeConfig, table: PassageTable) -> None:
+    """Lay down encoder and plan, or check that what lies there was begun from the same."""
+    encoder = Path(config.encoder)
+    if not (encoder / "config.json").is_file():
+        raise DataError(f"{encoder} is no encoder directory: found no config.json; expected a local Hugging Face model")
+    partial.mkdir(exist_ok=True)
+    copied = partial / "encoder"
+    copied.mkdir(exist_ok=True)
+    for path in sorted(path for pattern in _ENCODER_FILES for path in encoder.glob(pattern)):
+        shutil.copyfile(path, copied / path.name)
+    plan = {
+        "passages": table.version,
+        "encoder": {name: dataclasses.asdict(entry) for name, entry in file_entries(copied).items()},
+        "settings": dataclasses.asdict(encoder_settings(config)),
+        "rows_per_shard": config.rows_per_shard,
+    }
+    content = json.dumps(plan, indent=1, sort_keys=True).encode()
+    path = partial / PLAN_NAME
+    if path.exists() and path.read_bytes() != content:
+        raise DataError(f"{partial} was begun with other passages, another encoder or other settings: remove it, or use those")
+    write_durably(path, content)
+
+
+def encoder_settings(config: EncodeConfig) -> EncoderSettings:
+    """The part of the configuration that a query must share with the passages."""
+    return EncoderSettings(**{field.name: getattr(config, field.name) for field in dataclasses.fields(EncoderSettings)})
+
+
+def _run(tasks: Sequence[_Task]) -> None:
+    if len(tasks) == 1:
+        encode_shards(tasks[0])
+        return
+    processes = [multiprocessing.get_context("spawn").Process(target=_encode_beside, args=(task,)) for task in tasks]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    failed = [task.device for task, process in zip(tasks, processes, strict=True) if process.exitcode]
+    if failed:
+        raise DataError(f"encoding on {', '.join(failed)} failed, see above; start it again: finished shards are kept")
+
+
+def _encode_beside(task: _Task) -> None:
+    """One of several processes: it takes its share of the cores."""
+    torch.set_num_threads(max(1, torch.get_num_threads() // task.step))
+    encode_shards(task)
+
+
+def encode_shards(task: _Task) -> None:
+    """Write this process's missing shards, each under a temporary name that is then renamed."""
+    config = task.config
+    table = PassageTable(Path(config.passages))
+    encoder = Encoder(task.directory / "encoder", encoder_settings(config), choose_device(task.device))
+    num_shards = -(-len(table) // config.rows_per_shard)
+    started, num_done = time.monotonic(), 0
+    for number in range(task.start, num_shards, task.step):
+        path = task.directory / f"vectors-{number:05d}.npy"
+        if path.exists():
+            continue
+        start = number * config.rows_per_shard
+        batches = table.batches(start, min(start + config.rows_per_shard, len(table)))
+        rows = [row for batch in batches for row in from_batch(batch)]
+        vectors = encoder.encode([format_passage(config.passage_format, row) for row in rows]).astype(np.float16)
+        if not np.isfinite(vectors).all():
+            raise DataError(f"shard {number}: the encoder gave NaN or values beyond float16; use dtype float32 or normalize")
+        _write_shard(path, vectors)
+        num_done += len(rows)
+        rate = num_done / (time.monotonic() - started)
+        log.info("%s: shard %d of %d, %.1f passages a second", task.device, number + 1, num_shards, rate)
+
+
+def format_passage(passage_format: str, passage: SourcedPassage) -> str:
+    """The text of a passage that is encoded."""
+    return passage_format.format(title=passage.title, text=passage.text, contents=join_contents(passage))
+
+
+def _write_shard(path: Path, vectors: np.ndarray) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(temporary, "wb") as handle:
+        np.save(handle, vectors, allow_pickle=False)
+        handle.flush()
+        os.fsync(handle.fileno())
+    os.replace(temporary, path)
+
+
+def _seal(partial: Path, config: EncodeConfig, table: PassageTable) -> str:
+    """Remove what is no longer needed and write the manifest."""
+    for path in (partial / PLAN_NAME, *partial.glob(".vectors-*")):
+        path.unlink()
+    first = np.load(partial / "vectors-00000.npy", mmap_mode="r", allow_pickle=False)
+    manifest = Manifest(
+        kind="vectors",
+        num_passages=len(table),
+        licenses=table.manifest.licenses,
+        sources=table.manifest.sources,
+        settings={
+            "encoder": dataclasses.asdict(encoder_settings(config)),
+            "vectors": {"dim": first.shape[1], "dtype": "float16", "rows_per_shard": config.rows_per_shard},
+        },
+        made_from={"passages": table.version},
+        versions={name: version(name) for name in ("numpy", "torch", "transformers")},
+        files=file_entries(partial),
+    )
+    return write_manifest(partial, manifest)

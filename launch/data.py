@@ -1,0 +1,84 @@
+"""The command lines of `sd-search data`: parse, run, say what was done. What a command needs is imported when it runs."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from megatron_sd.config import parse
+
+logging.basicConfig(level=logging.INFO, format="%(message)s")
+logging.getLogger("faiss.loader").setLevel(logging.WARNING)  # it tells which build it takes
+
+
+def import_(argv: Sequence[str]) -> None:
+    """`sd-search data import`."""
+    from data_prep.questions import ImportConfig, import_file
+
+    config = parse(ImportConfig, argv, "sd-search data import")
+    report = import_file(config)
+    print(f"{report.num_kept} {config.kind} -> {config.output}")
+    if report.num_rejected or report.num_notes:
+        print(f"{report.num_rejected} rejected, {report.num_notes} lost an empty gold answer: see {report.rejects}")
+
+
+def chunk(argv: Sequence[str]) -> None:
+    """`sd-search data chunk`."""
+    from data_prep.chunk import ChunkConfig, chunk_passages
+
+    config = parse(ChunkConfig, argv, "sd-search data chunk")
+    print(f"passages version {chunk_passages(config)} -> {config.output}")
+
+
+def encode(argv: Sequence[str]) -> None:
+    """`sd-search data encode`."""
+    from data_prep.encode import EncodeConfig, encode_passages
+
+    config = parse(EncodeConfig, argv, "sd-search data encode")
+    print(f"vectors version {encode_passages(config)} -> {config.output}")
+
+
+def index(argv: Sequence[str]) -> None:
+    """`sd-search data index`."""
+    from data_prep.index import IndexConfig, build_index
+
+    config = parse(IndexConfig, argv, "sd-search data index")
+    print(f"corpus version {build_index(config)} -> {config.output}")
+
+
+def verify(argv: Sequence[str]) -> None:
+    """`sd-search data verify`."""
+    from data_prep.manifest import InfoConfig, verify_directory
+
+    verify_directory(parse(InfoConfig, argv, "sd-search data verify"), print)
+
+
+def info(argv: Sequence[str]) -> None:
+    """`sd-search data info`."""
+    from data_prep.manifest import InfoConfig, corpus_info
+
+    print(corpus_info(parse(InfoConfig, argv, "sd-search data info")))
+
+
+def recall(argv: Sequence[str]) -> None:
+    """`sd-search data recall`."""
+    from eval import retrieval
+
+    retrieval.main(parse(retrieval.RetrievalConfig, argv, "sd-search data recall"))
+
+
+def plan(argv: Sequence[str]) -> None:
+    """`sd-search data plan`."""
+    from data_prep.plan import PlanConfig, estimates, render_plan
+
+    config = parse(PlanConfig, argv, "sd-search data plan")
+    print(render_plan(config, estimates(config)))
+
+
+def upload(argv: Sequence[str]) -> None:
+    """`sd-search data upload`."""
+    from data_prep.upload import UploadConfig, upload_passages
+    from megatron_sd.retrieval.qdrant import connect
+
+    config = parse(UploadConfig, argv, "sd-search data upload")
+    print(f"{upload_passages(config, connect(config.qdrant))} passages -> {config.qdrant.collection} at {config.qdrant.url}")

@@ -1,0 +1,36 @@
+"""Which retriever a configuration asks for."""
+
+from __future__ import annotations
+
+from megatron_sd.config import RetrieverConfig
+from megatron_sd.errors import ConfigError
+from megatron_sd.retrieval.corpus import CorpusRetriever
+from megatron_sd.retrieval.retriever import Retriever
+
+
+def open_retriever(config: RetrieverConfig) -> Retriever:
+    """A corpus directory in this process, or a client of its servers.
+
+    Raises DataError for a damaged corpus, ConfigError for a top_k above its passages or endpoints of different corpora,
+    RetrievalError when a server cannot be reached.
+    """
+    if config.corpus is not None:
+        return _local(config, config.corpus)
+    if config.qdrant is not None:
+        from megatron_sd.retrieval.qdrant import QdrantRetriever, connect  # the extra [qdrant]
+
+        return QdrantRetriever(config.qdrant, connect(config.qdrant))
+    from megatron_sd.retrieval.client import HttpRetriever
+    from megatron_sd.retrieval.shards import ShardedRetriever
+
+    if config.sharded:
+        return ShardedRetriever([HttpRetriever([url], config.client) for url in config.endpoints])
+    return HttpRetriever(config.endpoints, config.client)
+
+
+def _local(config: RetrieverConfig, corpus: str) -> CorpusRetriever:
+    retriever = CorpusRetriever(corpus, config.search)
+    num_passages = len(retriever.passages)
+    if config.top_k > num_passages:
+        raise ConfigError(f"retriever.top_k: found {config.top_k}, expected at most {num_passages}, the passages of {corpus}")
+    return retriever

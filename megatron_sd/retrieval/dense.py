@@ -1,0 +1,43 @@
+"""Vector search of a corpus directory: the query encoder and a FAISS index, memory-mapped.
+
+dense/index.faiss   row i is the vector of passage i; inner product
+dense/encoder/*     the encoder that made the vectors, so that no other can meet them
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import faiss
+
+from megatron_sd.config import SearchConfig
+from megatron_sd.errors import DataError
+from megatron_sd.retrieval.encoder import Encoder, EncoderSettings, choose_device
+from megatron_sd.retrieval.faiss_index import ENCODER_DIRECTORY, INDEX_NAME, on_gpus, set_effort, sorted_ranking
+from megatron_sd.retrieval.fusion import Ranking
+from megatron_sd.retrieval.manifest import Manifest
+
+
+class DenseIndex:
+    """Searches the vectors of a verified corpus directory with its `encoder`. One object serves one thread."""
+
+    def __init__(self, directory: Path, manifest: Manifest, search: SearchConfig) -> None:
+        """Open encoder and index. Raises DataError when they do not fit each other or the corpus."""
+        settings = manifest.settings["dense"]
+        device = choose_device(search.device)
+        self.encoder = Encoder(directory / ENCODER_DIRECTORY, EncoderSettings(**settings["encoder"]), device)
+        index = faiss.read_index(str(directory / INDEX_NAME), faiss.IO_FLAG_MMAP_IFC)
+        if index.d != self.encoder.dim:
+            raise DataError(f"{directory}: its vectors have {index.d} dimensions, its encoder {self.encoder.dim}: build again")
+        if index.ntotal != manifest.num_passages:
+            raise DataError(f"{directory}: found {index.ntotal} vectors of {manifest.num_passages} passages: build it again")
+        set_effort(index, settings["index"]["kind"], search.effort or settings["index"]["effort"])
+        self._index = on_gpus(index) if device.type == "cuda" else index
+
+    def rank(self, queries: Sequence[str], top_k: int) -> list[Ranking]:
+        """The best rows of each query by inner product, best first, ties by row."""
+        if not queries:
+            return []
+        scores, rows = self._index.search(self.encoder.encode_queries(queries), min(top_k, self._index.ntotal))
+        return [sorted_ranking(*own) for own in zip(rows, scores, strict=True)]

@@ -1,0 +1,112 @@
+"""Text to vectors with any local Hugging Face encoder directory (E5, BGE, MiniLM, ...).
+
+Weights are read from safetensors only and no code of the directory runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from transformers import AutoModel, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
+
+from megatron_sd.errors import DataError
+
+disable_progress_bar()  # of weight loading
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderSettings:
+    """How a text becomes a vector; stored in the manifest, so a query is encoded as the passages were.
+
+    pooling: mean over the tokens, the first token (cls), or the last. query_prefix, passage_format: what the encoder was trained
+    with (E5: "query: " and "passage: {contents}"); fields {title} {text} {contents}, the last as Search-R1 writes them.
+    max_tokens: longer texts are cut. normalize: to length 1, so that the inner product is the cosine.
+    """
+
+    pooling: Literal["mean", "cls", "last"]
+    query_prefix: str
+    passage_format: str
+    normalize: bool
+    max_tokens: int
+    dtype: Literal["float32", "float16", "bfloat16"]
+    batch_size: int
+
+
+class Encoder:
+    """An encoder on one device. `dim` is the length of its vectors."""
+
+    def __init__(self, directory: Path | str, settings: EncoderSettings, device: torch.device) -> None:
+        """Load the encoder. Raises DataError when the directory holds none that can be loaded safely."""
+        path = Path(directory)
+        if not (path / "config.json").is_file():
+            raise DataError(f"{path} is no encoder directory: found no config.json; expected a local Hugging Face model")
+        try:
+            options = {"local_files_only": True, "trust_remote_code": False}
+            self._tokenizer = AutoTokenizer.from_pretrained(path, **options)
+            dtype = getattr(torch, settings.dtype)
+            self._model = AutoModel.from_pretrained(path, use_safetensors=True, dtype=dtype, **options).to(device).eval()
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            raise DataError(
+                f"{path} cannot be loaded ({str(error).strip().splitlines()[0]}); expected a tokenizer, config.json and "
+                "safetensors of an architecture that transformers has"
+            ) from error
+        self.settings = settings
+        self.dim = int(self._model.config.hidden_size)
+        self._device = device
+        self._tokenizer.padding_side = "right"
+        if self._tokenizer.pad_token is None:
+            self._tokenizer.pad_token = self._tokenizer.eos_token
+
+    def encode_queries(self, queries: Sequence[str]) -> np.ndarray:
+        """[N, dim] float32."""
+        return self.encode([self.settings.query_prefix + query for query in queries])
+
+    @torch.inference_mode()
+    def encode(self, texts: Sequence[str]) -> np.ndarray:
+        """[N, dim] float32 of texts as they are. Texts of like length share a batch; the result has the order of the texts."""
+        vectors = np.zeros((len(texts), self.dim), np.float32)
+        for places, inputs in self._batches(texts):
+            hidden = self._model(**inputs).last_hidden_state
+            pooled = POOLINGS[self.settings.pooling](hidden, inputs["attention_mask"]).float()
+            if self.settings.normalize:
+                pooled = torch.nn.functional.normalize(pooled, dim=-1)
+            vectors[places] = pooled.cpu().numpy()
+        return vectors
+
+    def _batches(self, texts: Sequence[str]) -> Iterator[tuple[list[int], Mapping[str, Any]]]:
+        if not texts:
+            return
+        encoded = self._tokenizer(list(texts), truncation=True, max_length=self.settings.max_tokens)
+        lengths = [len(ids) for ids in encoded["input_ids"]]
+        order = sorted(range(len(texts)), key=lambda place: (lengths[place], place))
+        for start in range(0, len(order), self.settings.batch_size):
+            places = order[start : start + self.settings.batch_size]
+            rows = {name: [values[place] for place in places] for name, values in encoded.items()}
+            yield places, self._tokenizer.pad(rows, return_tensors="pt").to(self._device)
+
+
+def _mean(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    weights = mask.unsqueeze(-1).to(torch.float32)
+    return (hidden.float() * weights).sum(1) / weights.sum(1).clamp(min=1.0)
+
+
+def _cls(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    return hidden[:, 0]
+
+
+def _last(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    return hidden[torch.arange(len(hidden), device=hidden.device), mask.sum(1) - 1]
+
+
+POOLINGS = {"mean": _mean, "cls": _cls, "last": _last}
+
+
+def choose_device(name: Literal["auto", "cpu", "cuda"] | str) -> torch.device:
+    """The device of a name; auto: the first CUDA device, or the CPU."""
+    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)

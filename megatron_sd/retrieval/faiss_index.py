@@ -1,0 +1,39 @@
+"""What building and searching a FAISS index share."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import faiss
+import numpy as np
+
+from megatron_sd.retrieval.fusion import Ranking
+
+INDEX_NAME = "dense/index.faiss"
+ENCODER_DIRECTORY = "dense/encoder"
+EFFORTS = {"hnsw": "efSearch", "hnsw_sq8": "efSearch", "ivf_pq": "nprobe"}  # the search parameter of an index kind
+FaissKind = Literal["flat", "fp16", "sq8", "hnsw", "hnsw_sq8", "ivf_pq"]
+
+
+def sorted_ranking(rows: np.ndarray, scores: np.ndarray) -> Ranking:
+    """What FAISS found ([K] rows, [K] scores) in the order of the project; FAISS fills up with row -1 when it finds too few."""
+    found = rows >= 0
+    rows, scores = rows[found], scores[found]
+    order = np.lexsort((rows, -scores))
+    return Ranking(rows=rows[order].tolist(), scores=scores[order].tolist())
+
+
+def set_effort(index: faiss.Index, kind: FaissKind, effort: int | None) -> None:
+    """Set how many candidates an approximate index looks at."""
+    if effort is not None and kind in EFFORTS:
+        faiss.ParameterSpace().set_index_parameter(index, EFFORTS[kind], effort)
+
+
+def on_gpus(index: faiss.Index) -> faiss.Index:
+    """The index on all GPUs, in shards of half precision, where FAISS has GPU code and knows the kind; else as it is."""
+    if getattr(faiss, "get_num_gpus", lambda: 0)() == 0 or not isinstance(index, faiss.IndexFlat | faiss.IndexIVF):
+        return index
+    options = faiss.GpuMultipleClonerOptions()
+    options.shard = True
+    options.useFloat16 = True
+    return faiss.index_cpu_to_all_gpus(index, options)

@@ -1,0 +1,60 @@
+"""When a step's rollouts are sampled: within the step, or one step ahead, while the update before it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import Protocol
+
+from megatron_sd.records import RolloutGroup
+
+Sample = Callable[[int], list[RolloutGroup]]  # this rank's groups of a step
+
+
+class SamplingOrder(Protocol):
+    """Hands out this rank's groups, step by step."""
+
+    def take(self, step: int) -> list[RolloutGroup]:
+        """The groups of a step. Raises RolloutError when they could not be sampled."""
+        ...
+
+    def settle(self) -> None:
+        """Wait until the engine is idle, so that it can take new weights. What failed is raised by the next `take`."""
+        ...
+
+
+class InStep:
+    """On-policy: a step's rollouts are sampled when it begins, from the weights it will update."""
+
+    def __init__(self, sample: Sample):
+        self._sample = sample
+
+    def take(self, step: int) -> list[RolloutGroup]:
+        """Sample now."""
+        return self._sample(step)
+
+    def settle(self) -> None:
+        """Nothing runs between two steps."""
+
+
+class OneAhead:
+    """Rollouts of step n + 1 are sampled in a thread while step n is assembled and updated: from the weights of step n, so they
+    are one optimiser step behind (the first step of a run, or of a resumed one, is not)."""
+
+    def __init__(self, sample: Sample, *, num_steps: int):
+        self._sample = sample
+        self._num_steps = num_steps
+        self._thread = ThreadPoolExecutor(max_workers=1)
+        self._ahead: Future[list[RolloutGroup]] | None = None
+
+    def take(self, step: int) -> list[RolloutGroup]:
+        """Wait for the step's rollouts and begin the next step's."""
+        groups = (self._ahead or self._thread.submit(self._sample, step)).result()
+        more = step + 1 < self._num_steps
+        self._ahead = self._thread.submit(self._sample, step + 1) if more else None
+        return groups
+
+    def settle(self) -> None:
+        """Wait for the next step's rollouts."""
+        if self._ahead is not None:
+            wait([self._ahead])

@@ -1,0 +1,147 @@
+"""How a vLLM server of ours is started: arguments and environment, pure. What cannot work is refused before anything starts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_sd.config import ModelConfig, RolloutConfig
+from megatron_sd.errors import ConfigError, DataError
+
+BACKEND = "megatron_sd"  # the name of our weight-transfer backend in vLLM's factory
+_ITEM_BYTES = {"float32": 4, "bfloat16": 2}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelShape:
+    """What serving needs to know of a model directory's config.json."""
+
+    architecture: str
+    vocabulary_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    tied: bool
+
+    @classmethod
+    def read(cls, path: str) -> ModelShape:
+        """Raises DataError when the directory has no config.json of a causal language model."""
+        try:
+            found = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
+            num_heads = found["num_attention_heads"]
+            return cls(
+                architecture=found["architectures"][0],
+                vocabulary_size=found["vocab_size"],
+                num_layers=found["num_hidden_layers"],
+                num_heads=num_heads,
+                num_kv_heads=found.get("num_key_value_heads") or num_heads,
+                head_dim=found.get("head_dim") or found["hidden_size"] // num_heads,
+                tied=found.get("tie_word_embeddings", True),
+            )
+        except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+            raise DataError(
+                f"model.path: cannot read {path}/config.json ({error!r}), expected the directory of a causal language model"
+            ) from error
+
+    def kv_bytes_per_token(self, *, dtype: str, tensor_parallel_size: int) -> int:
+        """Of keys and values in one worker."""
+        heads = max(self.num_kv_heads // tensor_parallel_size, 1)
+        return 2 * self.num_layers * heads * self.head_dim * _ITEM_BYTES[dtype]
+
+
+def check_server(shape: ModelShape, model: ModelConfig, rollout: RolloutConfig, *, on_cpu: bool) -> None:
+    """Raise ConfigError for what vLLM would refuse, or die of, after a minute of starting up."""
+    own, size = rollout.vllm, rollout.vllm.tensor_parallel_size
+    if shape.num_heads % size or (shape.num_kv_heads % size and size % shape.num_kv_heads):
+        raise ConfigError(
+            f"rollout.vllm.tensor_parallel_size: found {size}, expected a divisor of the {shape.num_heads} attention heads of "
+            f"{model.path} that divides its {shape.num_kv_heads} key-value heads or is a multiple of them"
+        )
+    if own.devices and len(own.devices) != own.num_replicas * size:
+        raise ConfigError(
+            f"rollout.vllm.devices: found {len(own.devices)} GPUs, expected num_replicas x tensor_parallel_size = "
+            f"{own.num_replicas} x {size}, or none to take those that vLLM sees"
+        )
+    if own.kv_cache_gib is None:
+        if on_cpu:
+            raise ConfigError(
+                "rollout.vllm.kv_cache_gib: found null, expected a number on a machine without a GPU, where vLLM would take "
+                "nearly all memory"
+            )
+        return
+    needed = rollout.max_rollout_tokens * shape.kv_bytes_per_token(dtype=model.dtype, tensor_parallel_size=size) / 2**30
+    if own.kv_cache_gib < needed:
+        raise ConfigError(
+            f"rollout.vllm.kv_cache_gib: found {own.kv_cache_gib:g}, expected at least {needed:.3g}, which one rollout of "
+            f"rollout.max_rollout_tokens {rollout.max_rollout_tokens} needs, and several times that for many at once"
+        )
+
+
+def server_arguments(model: ModelConfig, rollout: RolloutConfig, *, host: str, port: int, on_cpu: bool) -> list[str]:
+    """Command line of `megatron_sd.rollout.vllm_server` for this policy.
+
+    The log-probabilities are those of the distribution that is sampled from, and the model's own generation settings (top-p,
+    repetition penalties) are not applied: GRPO's ratio needs both.
+    """
+    own = rollout.vllm
+    given = {
+        "--model": model.path,
+        "--dtype": model.dtype,
+        "--host": host,
+        "--port": str(port),
+        "--max-model-len": str(rollout.max_rollout_tokens),
+        "--max-num-seqs": str(rollout.max_concurrent_sequences),
+        "--tensor-parallel-size": str(own.tensor_parallel_size),
+        "--logprobs-mode": "processed_logprobs",
+        "--generation-config": "vllm",
+        "--worker-extension-cls": "megatron_sd.rollout.vllm_worker.WeightTaker",
+        "--weight-transfer-config": json.dumps({"backend": BACKEND}),
+    }
+    if own.kv_cache_gib is not None:
+        given["--kv-cache-memory-bytes"] = str(int(own.kv_cache_gib * 2**30))
+    else:
+        given["--gpu-memory-utilization"] = str(own.gpu_memory_share)
+    if own.block_tokens is not None:
+        given["--block-size"] = str(own.block_tokens)
+    flags = ["--enable-prefix-caching", "--enable-scale-out", "--enable-prompt-tokens-details"]
+    flags += ["--disable-log-stats", "--disable-uvicorn-access-log"]
+    if on_cpu:
+        flags.append("--enforce-eager")
+        given["--distributed-executor-backend"] = "uni" if own.tensor_parallel_size == 1 else "mp"
+    return [text for pair in given.items() for text in pair] + flags
+
+
+def server_environment(inherited: Mapping[str, str], rollout: RolloutConfig, *, replica: int, on_cpu: bool) -> dict[str, str]:
+    """Of a server process, from that of this one: with vLLM's routes for reinforcement learning, without network look-ups."""
+    own, size = rollout.vllm, rollout.vllm.tensor_parallel_size
+    environment = {**inherited, "VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+    if own.devices:
+        mine = own.devices[replica * size : (replica + 1) * size]
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, mine))
+    if on_cpu:
+        environment |= {
+            "OMP_NUM_THREADS": str(own.threads_per_worker),
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "TORCH_COMPILE_DISABLE": "1",
+        }
+        if size == 1:  # or vLLM gives a single worker a process of its own, too
+            environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    return environment
+
+
+def describe(shape: ModelShape, model: ModelConfig) -> dict[str, Any]:
+    """What engine and trainer must have in common, as the worker compares it (vllm_worker.differences)."""
+    return {
+        "architecture": shape.architecture,
+        "vocabulary_size": shape.vocabulary_size,
+        "num_layers": shape.num_layers,
+        "num_heads": shape.num_heads,
+        "num_kv_heads": shape.num_kv_heads,
+        "head_dim": shape.head_dim,
+        "tied": shape.tied,
+        "dtype": model.dtype,
+    }

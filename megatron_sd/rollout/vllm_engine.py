@@ -1,0 +1,300 @@
+"""vLLM as the rollout engine: one or more servers, on this node or elsewhere; the rollouter does not notice which.
+
+Every completion names the weights it was sampled from, as vLLM itself labels them, and a server whose label is not the engine's
+version is never used: a restarted server, or one that a publish did not reach, waits for the next publish.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from megatron_sd.errors import ConfigError, RolloutError
+from megatron_sd.records import TokenIds
+from megatron_sd.rollout.engine import Completion, GenerationRequest
+from megatron_sd.rollout.loop_thread import LoopThread
+from megatron_sd.rollout.stop_strings import StopTable
+from megatron_sd.rollout.vllm_buckets import BucketServer
+from megatron_sd.rollout.vllm_process import ServerProcess
+from megatron_sd.rollout.vllm_replica import LOWEST_LOGPROB, UNTRAINED, Replica, ReplicaLost, finish_of
+from megatron_sd.search.tokens import TextCodec
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServedPolicy:
+    """What the servers must serve. description: vllm_command.describe. eos_ids: end a completion. max_length: of a rollout."""
+
+    description: dict[str, Any]
+    eos_ids: frozenset[int]
+    vocabulary_size: int
+    max_length: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Servers:
+    """The vLLM servers of a rank.
+
+    processes: those of them that this rank started (and that serve by now). publishes: True on the one rank that hands these
+    servers new weights. publish_host: the name under which their workers reach it. first_replica: the number of urls[0] among
+    the num_replicas servers of all nodes.
+    """
+
+    urls: tuple[str, ...]
+    processes: tuple[ServerProcess, ...] = ()
+    publishes: bool
+    publish_host: str
+    first_replica: int = 0
+    num_replicas: int
+
+
+class VllmEngine:
+    """InferenceEngine and WeightReceiver over vLLM servers; training/publisher.py's ShardedEngine, too.
+
+    Servers of ours that ended, or hang, are started again before a publish. On a rank that does not publish, an update only
+    changes the version it expects. meeting_point: where the workers find the trainer's shards; set before the first sharded
+    publish. Connecting raises ConfigError when a server is not there, or serves another model or shorter sequences.
+    """
+
+    def __init__(
+        self, servers: Servers, codec: TextCodec, policy: ServedPolicy, *, start_timeout_s: float, request_timeout_s: float
+    ):
+        self.policy_version = 0
+        self.meeting_point = ""
+        self.max_length = policy.max_length
+        self.num_replicas = servers.num_replicas
+        self._policy = policy
+        self._eos_ids = tuple(sorted(policy.eos_ids))
+        self._stops = StopTable(codec, policy.vocabulary_size)
+        self._replicas = [Replica(url, timeout_s=request_timeout_s) for url in servers.urls]
+        self._processes = {process.url: process for process in servers.processes}
+        self._publishes = servers.publishes
+        self._first_replica = servers.first_replica
+        self._start_timeout_s = start_timeout_s
+        self._request_timeout_s = request_timeout_s
+        self._label = UNTRAINED
+        self._updating = False
+        self._receiving: list[asyncio.Task[None]] = []
+        self._in_flight: dict[str, Future[Completion]] = {}
+        self._homes: dict[TokenIds, int] = {}  # place of the replica that holds a prompt's keys and values
+        self._home_of: dict[str, int] = {}  # the same, by session
+        self._thread = LoopThread()
+        self._buckets = BucketServer(servers.publish_host, timeout_s=request_timeout_s) if servers.publishes else None
+        self._connect()
+
+    def _connect(self) -> None:
+        try:
+            lengths = self._thread.run(self._on_all(self._replicas, self._meet))
+        except RolloutError as error:
+            raise ConfigError(f"rollout.vllm: {error}") from error
+        for replica, length in zip(self._replicas, lengths):
+            if length < self.max_length:
+                raise ConfigError(
+                    f"rollout.vllm: {replica.url} serves sequences of {length} tokens, expected rollout.max_rollout_tokens "
+                    f"{self.max_length}; serve it with --max-model-len {self.max_length}"
+                )
+
+    async def _meet(self, replica: Replica) -> int:
+        if self._publishes:
+            await replica.introduce(self._policy.description)
+        return await replica.learn()
+
+    async def _on_all(self, replicas: Sequence[Replica], action: Callable[[Replica], Awaitable[Any]]) -> list[Any]:
+        return await asyncio.gather(*(action(replica) for replica in replicas))
+
+    # ---- requests ----
+
+    async def generate(self, request: GenerationRequest) -> Completion:
+        """Sample one completion. Raises RolloutError for a request that cannot be served, for log-probabilities that are not
+        finite, and when no server is left that has this version."""
+        self._check(request)
+        answer = self._thread.start(self._ask(request))
+        self._in_flight[request.session] = answer
+        try:
+            return await asyncio.wrap_future(answer)
+        finally:
+            if self._in_flight.get(request.session) is answer:  # not one that began after this one was released
+                del self._in_flight[request.session]
+
+    def release(self, session: str) -> None:
+        """The rollout is over; a completion of it that is still in flight is aborted, in the server too."""
+        answer = self._in_flight.pop(session, None)
+        if answer is not None:
+            answer.cancel()
+        self._home_of.pop(session, None)
+
+    def _check(self, request: GenerationRequest) -> None:
+        session, ids, limit = request.session, request.prompt_ids, self.max_length
+        if self._updating:
+            raise RolloutError(f"session {session!r} asked for tokens during a weight update, or after a failed one: publish")
+        if session in self._in_flight:
+            raise RolloutError(f"session {session!r} asked for two completions at once, expected one: await the first")
+        if not 0 < len(ids) < limit or not 1 <= request.max_new_tokens <= limit - len(ids):
+            raise RolloutError(
+                f"session {session!r} sent {len(ids)} prompt tokens and asked for {request.max_new_tokens}, expected 1 to "
+                f"{limit - 1}, and together at most {limit}, the engine's limit: rollout.max_rollout_tokens"
+            )
+        if not 0 <= min(ids) <= max(ids) < self._policy.vocabulary_size:
+            raise RolloutError(
+                f"session {session!r} sent token ids from {min(ids)} to {max(ids)}, expected ids below the model's vocabulary of "
+                f"{self._policy.vocabulary_size}: the tokenizer does not belong to the model"
+            )
+
+    async def _ask(self, request: GenerationRequest) -> Completion:
+        """From the replica that holds the rollout's keys and values; when it fails, from the others in turn."""
+        home = self._home(request)
+        for place in (*range(home, len(self._replicas)), *range(home)):
+            replica = self._replicas[place]
+            if replica.failure is None and replica.version != self._label:
+                replica.failure = f"{replica.url} serves weights {replica.version!r}, expected {self._label!r}"
+            if replica.failure is not None:
+                continue
+            try:
+                choice = await replica.generate(request, self._eos_ids)
+                return self._completion(request, replica, choice)
+            except ReplicaLost as error:
+                replica.failure = str(error)
+                _log.warning("left alone until the next publish: %s", error)
+            self._home_of[request.session] = (place + 1) % len(self._replicas)
+        found = f"no vLLM server is left for {request.session!r}"
+        raise RolloutError(f"{found}, expected 1 to {len(self._replicas)}: {self._failures()}")
+
+    def _failures(self) -> str:
+        """Why no server is left; of our own, with what their logs say."""
+        words = {url: f", {process.last_words()}" for url, process in self._processes.items()}
+        return "; ".join(f"{replica.failure}{words.get(replica.url, '')}" for replica in self._replicas)
+
+    def _home(self, request: GenerationRequest) -> int:
+        """A rollout stays where it began, and a group where its prompt was first read; new prompts go round."""
+        home = self._home_of.get(request.session)
+        if home is None:
+            home = self._homes.setdefault(request.prompt_ids, len(self._homes) % len(self._replicas))
+            self._home_of[request.session] = home
+        return home
+
+    def _completion(self, request: GenerationRequest, replica: Replica, choice: dict[str, Any]) -> Completion:
+        ids: TokenIds = tuple(choice["token_ids"] or ())
+        if not ids:
+            raise ReplicaLost(f"{replica.url} returned no token ({choice['finish_reason']!r}), expected one or more")
+        versions = {span["version"] for span in choice["weight_versions"] or ()}
+        if versions != {self._label}:
+            raise ReplicaLost(f"{replica.url} sampled from weights {sorted(versions)}, not {self._label!r}: was it restarted?")
+        logprobs = tuple(entry["logprob"] for entry in choice["logprobs"]["content"])
+        if min(logprobs) <= LOWEST_LOGPROB:
+            raise RolloutError(
+                f"session {request.session!r}: a log-probability from {replica.url} is not finite at policy version "
+                f"{self.policy_version}, expected finite numbers; check the weights it was given"
+            )
+        length = self._stops.first_completed(self._stops.number(request.stop), ids)
+        finish = "stop" if length is not None else finish_of(choice, ids, self._policy.eos_ids)
+        length = length or len(ids)
+        return Completion(ids=ids[:length], logprobs=logprobs[:length], finish=finish, policy_version=self.policy_version)
+
+    # ---- weights ----
+
+    def begin_update(self) -> None:
+        """Every server stops and forgets its caches; servers of ours that ended are started again. Raises RolloutError when a
+        generation is in flight, or when no server can take an update."""
+        if self._in_flight:
+            raise RolloutError(f"{len(self._in_flight)} completions are in flight, expected none during an update; await them")
+        self._updating = True
+        self._homes, self._home_of = {}, {}
+        self._revive()
+        for replica in self._replicas:
+            replica.failure = None
+        if self._publishes:
+            self._update("begin", lambda replica: replica.begin_update())
+
+    def load_bucket(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Hand full parameters, by Hugging Face name, to every server. Raises RolloutError when no server took them."""
+        if not self._updating:
+            raise RolloutError("load_bucket was called outside an update; call begin_update first")
+        if self._buckets is not None:
+            bucket = self._buckets.offer(weights)
+            self._update("load", lambda replica: replica.update(bucket=bucket))
+            self._buckets.withdraw()
+
+    def finish_update(self, policy_version: int) -> None:
+        """Completions from here on carry this version. Raises RolloutError when parameters are missing: it then stays closed."""
+        if not self._updating:
+            raise RolloutError("finish_update was called outside an update; call begin_update first")
+        label = str(policy_version)
+        if self._publishes:
+            self._update("finish", lambda replica: replica.finish_update(label))
+        else:
+            for replica in self._replicas:  # what they answer will say whether it is true
+                replica.version = label
+        self._label, self.policy_version, self._updating = label, policy_version, False
+
+    def start_receiving(self, policy_version: int) -> Future[None]:
+        """Make the workers of every server take their shards from the meeting point, while the trainer sends them, and return at
+        once. The future ends with the first error."""
+        return self._thread.start(self._receive(policy_version))
+
+    async def _receive(self, policy_version: int) -> None:
+        if self._publishes:
+            terms = {"address": self.meeting_point, "policy_version": policy_version, "timeout_s": self._request_timeout_s}
+            self._receiving = [
+                asyncio.create_task(replica.update(shards=terms | {"replica": self._first_replica + place}))
+                for place, replica in enumerate(self._replicas)
+            ]
+            await asyncio.gather(*self._receiving)
+
+    def cancel_update(self) -> None:
+        """A sharded update failed, and no weight changed: when no worker receives any more, serve on under the version from
+        before (or stay closed, before the first)."""
+        if self._publishes:
+            self._thread.run(self._serve_on(self._label))
+        self._updating = self._label == UNTRAINED
+
+    async def _serve_on(self, label: str) -> None:
+        await asyncio.gather(*self._receiving, return_exceptions=True)
+        for replica in self._replicas:
+            try:
+                await replica.abandon()
+                await replica.serve_again(label)
+            except RolloutError as error:
+                replica.failure = str(error)
+
+    def close(self) -> None:
+        """End the servers that this rank started."""
+        self._thread.run(self._on_all(self._replicas, lambda replica: replica.close()))
+        for process in self._processes.values():
+            process.end()
+        for process in self._processes.values():
+            process.stop()
+        if self._buckets is not None:
+            self._buckets.close()
+        self._thread.stop()
+
+    def _revive(self) -> None:
+        """Start those of our servers again that ended, or hang."""
+        failed = {replica.url for replica in self._replicas if replica.failure is not None}
+        ended = [p for url, p in self._processes.items() if not p.is_running or (url in failed and not p.answers())]
+        for process in ended:
+            _log.warning("starting the vLLM server at %s again: %s", process.url, process.last_words())
+            process.kill()
+            process.start()
+        for process in ended:
+            process.wait_until_ready(self._start_timeout_s)
+
+    def _update(self, stage: str, action: Callable[[Replica], Awaitable[None]]) -> None:
+        """One stage of an update on every server that has not failed an earlier one. Raises RolloutError when none is left."""
+
+        async def attempt(replica: Replica) -> None:
+            try:
+                await action(replica)
+            except RolloutError as error:
+                replica.failure = f"{stage}: {error}"
+                _log.warning("not updated: %s", replica.failure)
+
+        self._thread.run(self._on_all([replica for replica in self._replicas if replica.failure is None], attempt))
+        if all(replica.failure is not None for replica in self._replicas):
+            raise RolloutError(f"no vLLM server took the weights, expected 1 to {len(self._replicas)}: {self._failures()}")

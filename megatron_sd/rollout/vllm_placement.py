@@ -1,0 +1,113 @@
+"""Where the vLLM servers of a run are: started beside the ranks of a node, or running elsewhere; and an engine over them."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, GenerationConfig
+
+from megatron_sd.config import ModelConfig, RolloutConfig
+from megatron_sd.distributed.collectives import together
+from megatron_sd.distributed.world import World, environment_of_others
+from megatron_sd.errors import ConfigError
+from megatron_sd.rollout.vllm_command import ModelShape, check_server, describe, server_arguments, server_environment
+from megatron_sd.rollout.vllm_engine import ServedPolicy, Servers, VllmEngine
+from megatron_sd.rollout.vllm_process import ServerProcess, require_vllm
+from megatron_sd.search.tokens import TextCodec
+
+LOCAL = "127.0.0.1"
+
+
+def connect_vllm(model: ModelConfig, rollout: RolloutConfig, codec: TextCodec, world: World, *, log_dir: Path) -> VllmEngine:
+    """This rank's engine over the run's servers. Collective; servers of its own are started by the first rank of each node, and
+    their output is written to log_dir.
+
+    Raises ConfigError when vLLM is not installed, for servers that cannot work or are not there, or serve another model, and
+    RolloutError for a server that ends early, on every rank.
+    """
+    own = rollout.vllm
+    shape = ModelShape.read(model.path)
+    starts_servers = own.placement == "process"
+    if starts_servers == bool(own.urls):
+        raise ConfigError(
+            f"rollout.vllm.urls: found {list(own.urls)} with placement {own.placement!r}, expected addresses with placement "
+            "server, and none with placement process"
+        )
+    processes: list[ServerProcess] = []
+    publishes = world.local_rank == 0 if starts_servers else world.is_first
+    if starts_servers and publishes:
+        urls_by_rank = together(world, lambda: _start(shape, model, rollout, processes, log_dir))
+    else:
+        urls_by_rank = together(world, list)
+    first, urls = own_servers(urls_by_rank, world.rank) if starts_servers else (0, list(own.urls))
+    servers = Servers(
+        urls=tuple(urls),
+        processes=tuple(processes),
+        publishes=publishes,
+        publish_host=LOCAL if starts_servers else own.publish_host or socket.gethostname(),
+        first_replica=first,
+        num_replicas=sum(map(len, urls_by_rank)) if starts_servers else len(urls),
+    )
+    policy = ServedPolicy(
+        description=describe(shape, model),
+        eos_ids=eos_ids(model.path, codec),
+        vocabulary_size=shape.vocabulary_size,
+        max_length=rollout.max_rollout_tokens,
+    )
+    timeouts = {"start_timeout_s": own.start_timeout_s, "request_timeout_s": own.request_timeout_s}
+    engines: list[VllmEngine] = []
+    together(world, lambda: engines.append(VllmEngine(servers, codec, policy, **timeouts)))
+    return engines[0]
+
+
+def _start(
+    shape: ModelShape, model: ModelConfig, rollout: RolloutConfig, processes: list[ServerProcess], log_dir: Path
+) -> list[str]:
+    """Start this node's servers and wait until they serve; their addresses."""
+    require_vllm()
+    on_cpu = not torch.cuda.is_available()
+    check_server(shape, model, rollout, on_cpu=on_cpu)
+    inherited = environment_of_others()
+    for replica in range(rollout.vllm.num_replicas):
+        port = free_port()
+        processes.append(
+            ServerProcess(
+                server_arguments(model, rollout, host=LOCAL, port=port, on_cpu=on_cpu),
+                server_environment(inherited, rollout, replica=replica, on_cpu=on_cpu),
+                url=f"http://{LOCAL}:{port}",
+                log=log_dir / f"vllm_{replica}.log",
+            )
+        )
+    for process in processes:
+        process.wait_until_ready(rollout.vllm.start_timeout_s)
+    return [process.url for process in processes]
+
+
+def own_servers(urls_by_rank: Sequence[Sequence[str]], rank: int) -> tuple[int, list[str]]:
+    """The servers of a rank's node, which its first rank started, and the number of the first one among those of all nodes.
+
+    >>> own_servers([["a", "b"], [], ["c", "d"], []], rank=3)
+    (2, ['c', 'd'])
+    """
+    owner = max(number for number in range(rank + 1) if urls_by_rank[number])
+    return sum(map(len, urls_by_rank[:owner])), list(urls_by_rank[owner])
+
+
+def eos_ids(path: str, codec: TextCodec) -> frozenset[int]:
+    """End-of-sequence ids of the tokenizer and of the model's generation settings, as the embedded engine has them."""
+    try:
+        settings = GenerationConfig.from_pretrained(path, local_files_only=True)
+    except OSError:  # a model without generation_config.json
+        settings = GenerationConfig.from_model_config(AutoConfig.from_pretrained(path, local_files_only=True))
+    own = settings.eos_token_id
+    return codec.eos_ids | (frozenset(own) if isinstance(own, list) else frozenset(() if own is None else (own,)))
+
+
+def free_port() -> int:
+    """A TCP port nobody listens on at this moment."""
+    with socket.socket() as probe:
+        probe.bind((LOCAL, 0))
+        return probe.getsockname()[1]

@@ -12,7 +12,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from megatron_sd.build import build_rollout_side
-from megatron_sd.config import ModelConfig, ProtocolConfig, RetrieverConfig, RewardConfig, RolloutConfig, check_ranges, parse
+from megatron_sd.config import ModelConfig, ProtocolConfig, RetrieverConfig, RewardConfig, RolloutConfig, parse
+from megatron_sd.config_checks import check_ranges
 from megatron_sd.observability.metrics import rollout_metrics
 from megatron_sd.records import RolloutGroup
 from megatron_sd.search.questions import load_questions

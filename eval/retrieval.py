@@ -14,7 +14,8 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_sd.config import RetrieverConfig, check_ranges
+from megatron_sd.config import RetrieverConfig
+from megatron_sd.config_checks import check_ranges
 from megatron_sd.records import Hit, Question
 from megatron_sd.retrieval.choice import open_retriever
 from megatron_sd.retrieval.retriever import Retriever

@@ -7,15 +7,14 @@ out of range or a missing section is a `ConfigError` that names the key, what wa
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import yaml
 
 from megatron_sd.command_line import parse
-from megatron_sd.errors import ConfigError
+from megatron_sd.config_checks import check
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -285,121 +284,6 @@ def load(argv: Sequence[str]) -> Config:
 def dump(config: Config) -> str:
     """The resolved configuration as YAML that `load` reads back to an equal Config."""
     return yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False, allow_unicode=True)
-
-
-_RANGES: dict[str, tuple[str, ...]] = {
-    "0 or more": (
-        "num_steps",
-        "rollout.max_search_turns",
-        "reward.format_weight",
-        "policy_loss.kl_weight",
-        "distill.measure_every",
-        "distill.alpha.value",
-        "distill.alpha.warmup_steps",
-        "optimizer.weight_decay",
-        "optimizer.warmup_steps",
-        "optimizer.max_grad_norm",
-        "checkpoint.every",
-        "log.eval_every",
-        "log.transcripts_every",
-        "log.transcripts_per_step",
-    ),
-    "1 or more": (
-        "data.max_eval_questions",
-        "retriever.top_k",
-        "retriever.search.effort",
-        "retriever.search.fusion_depth",
-        "retriever.search.fusion_constant",
-        "retriever.client.max_request_queries",
-        "retriever.client.max_connections",
-        "retriever.client.breaker_failures",
-        "retriever.client.cache_size",
-        "rollout.questions_per_step",
-        "rollout.group_size",
-        "rollout.max_turn_tokens",
-        "rollout.max_observation_tokens",
-        "rollout.max_rollout_tokens",
-        "rollout.max_concurrent_sequences",
-        "rollout.vllm.num_replicas",
-        "rollout.vllm.tensor_parallel_size",
-        "rollout.vllm.block_tokens",
-        "rollout.vllm.threads_per_worker",
-        "distill.top_k",
-        "update.max_microbatch_tokens",
-        "update.head_chunk_rows",
-        "checkpoint.keep",
-        "limit",  # of an evaluation
-    ),
-    "more than 0": (
-        "retriever.client.deadline_s",
-        "retriever.client.try_timeout_s",
-        "retriever.client.first_pause_s",
-        "retriever.client.max_pause_s",
-        "retriever.client.breaker_open_s",
-        "rollout.temperature",  # evaluation decodes greedily by itself
-        "rollout.vllm.kv_cache_gib",
-        "rollout.vllm.start_timeout_s",
-        "rollout.vllm.request_timeout_s",
-        "policy_loss.clip",
-        "policy_loss.importance_cap",
-        "distill.temperature",
-        "distill.alpha.target_ratio",
-        "distill.alpha.max_value",
-        "optimizer.learning_rate",
-        "publish.bucket_mib",
-        "publish.timeout_s",
-    ),
-    "between 0 and 1": ("rollout.max_failed_share", "rollout.vllm.gpu_memory_share", "optimizer.betas"),
-    "strictly between 0 and 1 (for its limits use divergence forward_kl or reverse_kl)": ("distill.beta",),
-}
-_IN_RANGE: dict[str, Callable[[Any], bool]] = {
-    "0": lambda value: 0 <= value < math.inf,
-    "1": lambda value: 1 <= value < math.inf,
-    "more": lambda value: 0 < value < math.inf,
-    "between": lambda value: 0 <= value <= 1,
-    "strictly": lambda value: 0 < value < 1,
-}
-
-
-def check_ranges(config: Any) -> None:
-    """Raise ConfigError for a number out of its range, or passages from nowhere, in any record that has some of the training
-    configuration's keys."""
-    retriever = _value(config, "retriever")
-    if retriever is not None:
-        found = [name for name in ("corpus", "endpoints", "qdrant") if getattr(retriever, name)]
-        if len(found) != 1:
-            expected = "expected one: a corpus directory, its servers, or a Qdrant collection"
-            raise ConfigError(f"retriever.corpus, .endpoints, .qdrant: found {' and '.join(found) or 'none'}, {expected}")
-    for expected, keys in _RANGES.items():
-        in_range = _IN_RANGE[expected.split()[0]]
-        for key in keys:
-            value = _value(config, key)
-            if not all(map(in_range, value if isinstance(value, tuple) else [] if value is None else [value])):
-                raise ConfigError(f"{key}: found {value!r}, expected {expected}")
-
-
-def check(config: Config) -> None:
-    """Raise ConfigError for a value out of range, and for values that do not go together."""
-    check_ranges(config)
-    distill = config.distill
-    measures = distill.block != "none" and distill.measure_every > 0
-    if distill.alpha.mode == "grad_ratio" and distill.measure_every == 0:
-        raise ConfigError(
-            "distill.alpha.mode: found 'grad_ratio' with distill.measure_every 0, expected fixed, or measure_every above 0: "
-            "the ratio has to be measured"
-        )
-    if measures and config.update.zero_stage != 3:
-        raise ConfigError(
-            f"update.zero_stage: found {config.update.zero_stage}, expected 3, where the gradient ratio can be measured; "
-            "or set distill.measure_every to 0 with distill.alpha.mode fixed"
-        )
-
-
-def _value(config: Any, key: str) -> Any:
-    """The value of a dotted key, None where the record has no such key."""
-    for name in key.split("."):
-        config = getattr(config, name, None)
-    return config
 
 
 def _plain(value: Any) -> Any:

@@ -13,7 +13,8 @@ from data_prep.table import Origin, PassageTable, SourcedPassage, write_table
 from data_prep.upload import UploadConfig, upload_passages
 from data_prep.vector_index import exact_search
 from data_prep.vectors import VectorShards
-from megatron_sd.config import QdrantConfig, RetrieverConfig, check_ranges
+from megatron_sd.config import QdrantConfig, RetrieverConfig
+from megatron_sd.config_checks import check_ranges
 from megatron_sd.errors import ConfigError, DataError, RetrievalError
 from megatron_sd.retrieval.encoder import Encoder, EncoderSettings, choose_device
 from megatron_sd.retrieval.qdrant import QdrantRetriever

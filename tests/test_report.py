@@ -100,6 +100,11 @@ def test_the_page_shows_what_a_rollout_read_wrote_and_earned(tmp_path):
     assert "step 4" in page
 
 
+def test_without_a_block_none_is_shown(tmp_path):
+    write(tmp_path, [group()], block="")
+    assert "segment block" not in page_of(tmp_path)
+
+
 def test_groups_are_filtered_by_outcome():
     def labelled(*rewards, failed=()):
         record = group_record(group(rewards=rewards), [""] * len(rewards), decode)

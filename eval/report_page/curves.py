@@ -61,6 +61,6 @@ def _chart(name: str, points: Sequence[tuple[int, float, float, float]]) -> str:
     line = " ".join(place(step, mean) for step, _, mean, _ in points)
     drawing = f'<polygon points="{" ".join(upper + lower)}"/><polyline points="{line}"/>'
     svg = f'<svg viewBox="-2 -2 {WIDTH + 4} {HEIGHT + 4}" role="img">{drawing}</svg>'
-    scale = f"{low:.4g} to {high:.4g} · steps {first} to {last}"
-    caption = f"{element('b', plain(name))} {element('span', f'{points[-1][2]:.4g}', 'last')}"
+    scale = f"{low:.3g} to {high:.3g} · steps {first} to {last}"
+    caption = f"{element('b', plain(name))} {element('span', f'{points[-1][2]:.3g}', 'last')}"
     return element("figure", f"<figcaption>{caption}</figcaption>{svg}{element('small', plain(scale))}")

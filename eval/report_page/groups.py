@@ -54,7 +54,7 @@ def _rollouts(group: Record) -> list[str]:
     for rollout in group["rollouts"]:
         block = rollout.get("hindsight", "")
         first = seen.setdefault(block, rollout["index"])
-        text = block if first == rollout["index"] else f"(the block of rollout {first})"
+        text = f"(the block of rollout {first})" if block and first != rollout["index"] else block
         articles.append(_rollout(rollout, group["question"]["supporting"], text))
     return articles
 

@@ -12,6 +12,7 @@ from megatron_sd.config import ModelConfig, RolloutConfig
 from megatron_sd.errors import ConfigError, DataError
 
 BACKEND = "megatron_sd"  # the name of our weight-transfer backend in vLLM's factory
+CPU_BATCH_TOKENS = 2048  # of one forward pass on a CPU
 _ITEM_BYTES = {"float32": 4, "bfloat16": 2}
 
 
@@ -110,7 +111,9 @@ def server_arguments(model: ModelConfig, rollout: RolloutConfig, *, host: str, p
     flags = ["--enable-prefix-caching", "--enable-scale-out", "--enable-prompt-tokens-details"]
     flags += ["--disable-log-stats", "--disable-uvicorn-access-log"]
     if on_cpu:
-        flags.append("--enforce-eager")
+        # A seeded prompt that is prefilled in chunks takes a draw back, which vLLM 0.32 cannot do with a CPU's generator.
+        flags += ["--enforce-eager", "--no-enable-chunked-prefill"]
+        given["--max-num-batched-tokens"] = str(max(CPU_BATCH_TOKENS, rollout.max_rollout_tokens))
         given["--distributed-executor-backend"] = "uni" if own.tensor_parallel_size == 1 else "mp"
     return [text for pair in given.items() for text in pair] + flags
 

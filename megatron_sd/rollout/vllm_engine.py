@@ -107,7 +107,7 @@ class VllmEngine:
         return await replica.learn()
 
     async def _on_all(self, replicas: Sequence[Replica], action: Callable[[Replica], Awaitable[Any]]) -> list[Any]:
-        return await asyncio.gather(*(action(replica) for replica in replicas))
+        return await asyncio.gather(*map(action, replicas))
 
     # ---- requests ----
 
@@ -200,8 +200,7 @@ class VllmEngine:
     # ---- weights ----
 
     def begin_update(self) -> None:
-        """Every server stops and forgets its caches; servers of ours that ended are started again. Raises RolloutError when a
-        generation is in flight, or when no server can take an update."""
+        """Every server stops and forgets its caches. Raises RolloutError while it samples, or when no server takes updates."""
         if self._in_flight:
             raise RolloutError(f"{len(self._in_flight)} completions are in flight, expected none during an update; await them")
         self._updating = True
@@ -240,7 +239,8 @@ class VllmEngine:
 
     async def _receive(self, policy_version: int) -> None:
         if self._publishes:
-            terms = {"address": self.meeting_point, "policy_version": policy_version, "timeout_s": self._request_timeout_s}
+            patience_s = self._request_timeout_s / 4  # a worker waits up to three times as long, and then says why
+            terms = {"address": self.meeting_point, "policy_version": policy_version, "timeout_s": patience_s}
             self._receiving = [
                 asyncio.create_task(replica.update(shards=terms | {"replica": self._first_replica + place}))
                 for place, replica in enumerate(self._replicas)

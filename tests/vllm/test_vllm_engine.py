@@ -55,6 +55,13 @@ def test_seeds(one_served):
     assert first[0].ids == first[1].ids != first[2].ids
 
 
+def test_more_prompt_tokens_than_a_forward_pass_takes(one_served):
+    """Prefilled in several passes; vLLM on a CPU dies of a seeded prompt that is cut in two."""
+    requests = [ask(f"s{n}", prompt(300, n), seed=n, max_new_tokens=4) for n in range(20)]
+    completions = serve(one_served.engine, *requests)
+    assert gap(one_served.trainer(), requests, completions) < 1e-4
+
+
 def test_the_noise_of_a_turn_is_not_that_of_the_turn_before(one_served):
     """Where the model repeats itself, equal noise would repeat the completion."""
     opening = prompt(20)

@@ -74,10 +74,10 @@ def group(number=0, rewards=(1.0, 0.0), supporting=(("p1",),), **texts):
     return RolloutGroup(question=question, rollouts=tuple(rollouts))
 
 
-def write(run_dir, groups, name="step_00000004", block="Attempt 1", text=decode):
+def write(run_dir, groups, name="step_00000004", block="Attempt 1", text=decode, blocks=()):
     path = run_dir / "transcripts" / f"{name}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
-    records = [group_record(own, [block] * len(own.rollouts), text) for own in groups]
+    records = [group_record(own, blocks or [block] * len(own.rollouts), text) for own in groups]
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return path
 
@@ -92,8 +92,7 @@ def test_the_page_shows_what_a_rollout_read_wrote_and_earned(tmp_path):
     assert '<pre class="segment policy trained">&lt;5&gt;<mark>&lt;10&gt;</mark>&lt;6&gt;</pre>' in page
     assert '<pre class="segment observed">&lt;7&gt;&lt;8&gt;</pre>' in page
     assert '<li><code>p1</code> Title <span class="score">7.25</span> <em>hop 1</em></li>' in page
-    assert '<pre class="segment block">Attempt 1</pre>' in page
-    assert page.count('<pre class="segment block">(the block of rollout 0)</pre>') == 1
+    assert page.count('<pre class="segment block">Attempt 1</pre>') == 1, "both rollouts have it: it stands above them"
     assert "answered · 5 tokens in the loss, 5 outside" in page
     assert "<dt>reward</dt><dd>1</dd>" in page
     assert '<details class="group mixed">' in page
@@ -103,6 +102,14 @@ def test_the_page_shows_what_a_rollout_read_wrote_and_earned(tmp_path):
 def test_without_a_block_none_is_shown(tmp_path):
     write(tmp_path, [group()], block="")
     assert "segment block" not in page_of(tmp_path)
+
+
+def test_blocks_that_differ_stand_with_their_rollouts(tmp_path):
+    write(tmp_path, [group()], blocks=["first", "second"])
+    before, *articles = page_of(tmp_path).split("<article")
+    assert '<pre class="segment block">' not in before
+    assert ["first</pre>" in article for article in articles] == [True, False]
+    assert ["second</pre>" in article for article in articles] == [False, True]
 
 
 def test_groups_are_filtered_by_outcome():

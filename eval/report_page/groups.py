@@ -44,19 +44,16 @@ def render_group(group: Record, place: str) -> str:
     head = f"{element('span', plain(place), 'place')}{element('b', plain(question['text']))}{gold}{element('span', dots, 'dots')}"
     prompt = group["rollouts"][0]["prompt_text"] if group["rollouts"] else ""
     shown = element("details", f"<summary>prompt</summary>{element('pre', plain(prompt), 'prompt')}")
-    rollouts = "".join(_rollouts(group))
-    return element("details", f"<summary>{head}</summary>{shown}{element('div', rollouts, 'rollouts')}", f"group {kind}")
+    blocks = {rollout["hindsight"] for rollout in group["rollouts"]}
+    if len(blocks) == 1:  # the teacher of every rollout saw the same one
+        shown += _block(*blocks)
+    own_blocks = [rollout["hindsight"] if len(blocks) > 1 else "" for rollout in group["rollouts"]]
+    articles = (_rollout(rollout, question["supporting"], own) for rollout, own in zip(group["rollouts"], own_blocks))
+    return element("details", f"<summary>{head}</summary>{shown}{element('div', ''.join(articles), 'rollouts')}", f"group {kind}")
 
 
-def _rollouts(group: Record) -> list[str]:
-    """Each rollout as an article; a hindsight block that stands above already is not repeated."""
-    articles, seen = [], {}
-    for rollout in group["rollouts"]:
-        block = rollout.get("hindsight", "")
-        first = seen.setdefault(block, rollout["index"])
-        text = f"(the block of rollout {first})" if block and first != rollout["index"] else block
-        articles.append(_rollout(rollout, group["question"]["supporting"], text))
-    return articles
+def _block(text: str) -> str:
+    return _segment("block", plain(text)) if text else ""
 
 
 def _rollout(rollout: Record, supporting: Sequence[Sequence[str]], block: str) -> str:
@@ -71,9 +68,8 @@ def _rollout(rollout: Record, supporting: Sequence[Sequence[str]], block: str) -
         element("h3", f"{element('i', '', f'dot {mark}')} rollout {plain(rollout['index'])}: {plain(answer)}"),
         element("p", plain(facts), "facts"),
         _scores(rollout["scores"]),
+        _block(block),
     ]
-    if block:
-        parts.append(_segment("block", plain(block)))
     for turn in rollout["turns"]:
         if turn["completion_ids"]:
             parts.append(_segment(f"policy {trained}", _completion(turn)))

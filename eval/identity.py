@@ -38,7 +38,10 @@ def check_causal(path: str) -> None:
     config = Path(path) / "config.json"
     if not config.is_file():
         raise DataError(f"model.path: found no config.json in {path}, expected a directory with a causal language model")
-    architectures = json.loads(config.read_text(encoding="utf-8")).get("architectures") or []
+    try:
+        architectures = dict(json.loads(config.read_text(encoding="utf-8"))).get("architectures") or []
+    except (ValueError, TypeError) as error:
+        raise DataError(f"{config} is no JSON object ({error}); expected a model's configuration") from error
     if architectures and not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures):
         raise DataError(
             f"model.path: {path} holds a {architectures[0]}, which is no causal language model; expected one that generates "

@@ -23,10 +23,11 @@ _WORD_OR_MARK = regex.compile(r"[\p{L}\p{N}\p{M}]+|[^\p{Z}\p{C}]")
 
 
 def rollout_figures(rollout: Rollout, question: Question, format_valid: Callable[[Rollout], float]) -> dict[str, float | None]:
-    """All figures of one rollout; None where it can have none. An infrastructure failure is no data and has no figures.
+    """All figures of one rollout. An infrastructure failure is no data and has no figures.
 
     em, f1, sub_em and the same with _strict: of `Rollout.answer`, 0 without an answer. answer_in_passages, supporting_recall:
-    over the passages of all searches; None without a search, or where the question names no passage. searches: how many.
+    over the passages of all searches, 0 without a search; supporting_recall is None where the question names no passage.
+    searches: how many.
     turns: completions. completion_tokens: sampled; observation_tokens: read after the prompt. format_valid: by the function.
     """
     if rollout.stop_reason.is_infrastructure:
@@ -38,8 +39,8 @@ def rollout_figures(rollout: Rollout, question: Question, format_valid: Callable
     }
     hits = [hit for turn in rollout.turns for hit in turn.hits]
     return figures | {
-        "answer_in_passages": answer_in_passages(hits, golds) if rollout.queries else None,
-        "supporting_recall": hop_hit_rate(rollout, question.supporting) if rollout.queries else None,
+        "answer_in_passages": answer_in_passages(hits, golds),
+        "supporting_recall": hop_hit_rate(rollout, question.supporting),
         "searches": float(len(rollout.queries)),
         "turns": float(sum(bool(turn.completion_ids) for turn in rollout.turns)),
         "completion_tokens": float(sum(len(turn.completion_ids) for turn in rollout.turns)),

@@ -64,8 +64,25 @@ def make_report(config: ReportConfig) -> Path:
     return path
 
 
-def read_groups(run_dir: Path) -> list[tuple[str, Record]]:
-    """(place, group) of all transcripts, oldest first; of a question that one file holds twice, the newer. Raises DataError."""
+@dataclass(frozen=True, kw_only=True)
+class Shown:
+    """A group and where it comes from: a step of training, on which it was trained, or a question of an evaluation."""
+
+    place: str
+    group: Record
+    trained: bool
+
+    def render(self) -> str:
+        """Its HTML. Raises DataError for a record that lacks something."""
+        try:
+            return render_group(self.group, self.place, trained=self.trained)
+        except (KeyError, TypeError, ValueError) as error:
+            message = f"the transcript of {self.place} lacks {error}; expected what training or `sd-search eval` writes"
+            raise DataError(message) from error
+
+
+def read_groups(run_dir: Path) -> list[Shown]:
+    """The groups of all transcripts, oldest first; of a question that one file holds twice, the newer. Raises DataError."""
     groups = []
     for path in sorted((run_dir / TRANSCRIPTS_NAME).glob("*.jsonl")):
         newest = {}
@@ -76,17 +93,18 @@ def read_groups(run_dir: Path) -> list[tuple[str, Record]]:
             except (KeyError, TypeError, ValueError) as error:
                 raise DataError(f"{path}:{number} is no transcript ({type(error).__name__}: {error})") from error
         step = re.fullmatch(r"step_(\d+)", path.stem)
-        groups += [(f"step {int(step[1])}" if step else name, record) for name, record in newest.items()]
+        for name, record in newest.items():
+            groups.append(Shown(place=f"step {int(step[1])}" if step else name, group=record, trained=step is not None))
     return groups
 
 
-def _newest(groups: Sequence[tuple[str, Record]], max_rollouts: int) -> list[tuple[str, Record]]:
+def _newest(groups: Sequence[Shown], max_rollouts: int) -> list[Shown]:
     chosen, num_rollouts = [], 0
-    for place, group in reversed(groups):
-        num_rollouts += len(group["rollouts"])
+    for shown in reversed(groups):
+        num_rollouts += len(shown.group["rollouts"])
         if num_rollouts > max_rollouts:
             break
-        chosen.append((place, group))
+        chosen.append(shown)
     return chosen[::-1]
 
 
@@ -112,10 +130,10 @@ def _table(markdown: str) -> str:
     return f"<h2>Evaluation</h2>{listed}{element('div', element('table', ''.join(lines)), 'table')}"
 
 
-def _groups(groups: Sequence[tuple[str, Record]]) -> str:
+def _groups(groups: Sequence[Shown]) -> str:
     if not groups:
         return ""
-    counts = Counter(outcome(group) for _, group in groups)
+    counts = Counter(outcome(shown.group) for shown in groups)
     choices = {"all": f"all {len(groups)}"} | {key: f"{title} {counts[key]}" for key, title in OUTCOMES.items() if counts[key]}
     buttons = "".join(
         f'<input type="radio" name="show" id="show-{key}"{" checked" if key == "all" else ""}>'
@@ -125,9 +143,9 @@ def _groups(groups: Sequence[tuple[str, Record]]) -> str:
     legend = "".join(element("span", plain(title), kind) for kind, title in LEGEND)
     legend += "<span><mark>query token</mark></span>"
     bar = element("div", f"{buttons}{element('div', legend, 'legend')}", "filter")
-    num_rollouts = sum(len(group["rollouts"]) for _, group in groups)
+    num_rollouts = sum(len(shown.group["rollouts"]) for shown in groups)
     head = f"<h2>{len(groups)} questions, {num_rollouts} rollouts, by outcome</h2>"
-    return head + bar + "".join(render_group(group, place) for place, group in groups)
+    return head + bar + "".join(shown.render() for shown in groups)
 
 
 def _filters() -> Iterable[str]:

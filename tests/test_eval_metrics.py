@@ -43,9 +43,11 @@ def test_all_figures_of_a_rollout_by_hand():
     assert figures["supporting_recall"] == hop_recall(hits, CAPITAL.supporting)
 
 
-def test_without_a_search_nothing_is_said_about_passages():
+def test_without_a_search_nothing_was_found_and_without_known_passages_nothing_is_said():
     figures = rollout_figures(searched("Paris"), CAPITAL, format_valid)
-    assert (figures["em"], figures["answer_in_passages"], figures["supporting_recall"]) == (1.0, None, None)
+    assert (figures["em"], figures["answer_in_passages"], figures["supporting_recall"]) == (1.0, 0.0, 0.0)
+    unknown = dataclasses.replace(CAPITAL, supporting=())
+    assert rollout_figures(searched("Paris"), unknown, format_valid)["supporting_recall"] is None
 
 
 def test_no_answer_scores_nothing_and_a_failed_rollout_is_no_data():

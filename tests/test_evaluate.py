@@ -208,6 +208,9 @@ def test_a_directory_that_is_no_causal_language_model_is_refused(world, tmp_path
     config = config_for(world, tmp_path / "run", model=ModelConfig(path=str(model), dtype="float32"))
     with pytest.raises(DataError, match="found no config.json"):
         evaluate(config)
+    (model / "config.json").write_text('{"archi')
+    with pytest.raises(DataError, match="config.json is no JSON object"):
+        evaluate(config)
     (model / "config.json").write_text('{"architectures": ["BertModel"], "model_type": "bert"}')
     with pytest.raises(DataError, match="BertModel, which is no causal language model"):
         evaluate(config)

@@ -93,7 +93,7 @@ def test_the_page_shows_what_a_rollout_read_wrote_and_earned(tmp_path):
     assert '<pre class="segment observed">&lt;7&gt;&lt;8&gt;</pre>' in page
     assert '<li><code>p1</code> Title <span class="score">7.25</span> <em>hop 1</em></li>' in page
     assert page.count('<pre class="segment block">Attempt 1</pre>') == 1, "both rollouts have it: it stands above them"
-    assert "answered · 5 tokens in the loss, 5 outside" in page
+    assert "answered · 5 tokens sampled, in the loss; 5 read" in page
     assert "<dt>reward</dt><dd>1</dd>" in page
     assert '<details class="group mixed">' in page
     assert "step 4" in page
@@ -128,8 +128,8 @@ def test_a_failed_rollout_is_not_in_the_loss(tmp_path):
     failed = dataclasses.replace(own.rollouts[0], stop_reason=StopReason.RETRIEVAL_FAILED)
     write(tmp_path, [dataclasses.replace(own, rollouts=(failed,))])
     page = page_of(tmp_path)
-    assert "0 tokens in the loss, 10 outside" in page
-    assert '<pre class="segment policy read">' in page
+    assert "5 tokens sampled, not in the loss; 5 read" in page
+    assert '<pre class="segment policy">' in page
     assert '<pre class="segment policy trained">' not in page
 
 
@@ -173,7 +173,8 @@ def test_the_newest_rollouts_are_kept_and_an_evaluation_keeps_its_last_attempt(t
     assert [f"Question {n}?" in page for n in (1, 2, 3)] == [False, True, True]
     write(tmp_path / "run", [group(1, rewards=(0.0,)), group(2), group(1, rewards=(1.0,))], name="evaluation")
     found = read_groups(tmp_path / "run")
-    assert [(place, outcome(record)) for place, record in found] == [("q1", "right"), ("q2", "mixed")]
+    assert [(shown.place, outcome(shown.group)) for shown in found] == [("q1", "right"), ("q2", "mixed")]
+    assert "not in the loss" in page_of(tmp_path / "run"), "nothing trains on an evaluation"
 
 
 def test_curves_of_several_seeds_have_a_band():
@@ -199,3 +200,6 @@ def test_the_command_writes_the_page_and_refuses_a_directory_with_nothing_to_sho
     path.write_text(path.read_text() + '{"question": {"id": "a"}}\n')
     with pytest.raises(DataError, match=r"step_00000004\.jsonl:2 is no transcript"):
         read_groups(tmp_path / "run")
+    path.write_text('{"question": {"id": "a"}, "rollouts": []}\n')
+    with pytest.raises(DataError, match=r"the transcript of step 4 lacks 'golden_answers'"):
+        make_report(ReportConfig(run_dir=str(tmp_path / "run")))

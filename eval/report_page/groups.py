@@ -36,8 +36,11 @@ def is_failed(rollout: Record) -> bool:
     return StopReason(rollout["stop_reason"]).is_infrastructure
 
 
-def render_group(group: Record, place: str) -> str:
-    """One group, folded: a line with question, gold answers and outcomes; inside, the prompt and the rollouts side by side."""
+def render_group(group: Record, place: str, *, trained: bool) -> str:
+    """One group, folded: a line with question, gold answers and outcomes; inside, the prompt and the rollouts side by side.
+
+    trained: these rollouts went into an update, so that it can be said which tokens the loss saw.
+    """
     question, kind = group["question"], outcome(group)
     dots = "".join(element("i", "", f"dot {_mark(rollout)}") for rollout in group["rollouts"])
     gold = element("span", plain(" | ".join(question["golden_answers"])), "gold")
@@ -48,7 +51,10 @@ def render_group(group: Record, place: str) -> str:
     if len(blocks) == 1:  # the teacher of every rollout saw the same one
         shown += _block(*blocks)
     own_blocks = [rollout["hindsight"] if len(blocks) > 1 else "" for rollout in group["rollouts"]]
-    articles = (_rollout(rollout, question["supporting"], own) for rollout, own in zip(group["rollouts"], own_blocks))
+    articles = [
+        _rollout(rollout, question["supporting"], own, in_loss=trained and not is_failed(rollout))
+        for rollout, own in zip(group["rollouts"], own_blocks)
+    ]
     return element("details", f"<summary>{head}</summary>{shown}{element('div', ''.join(articles), 'rollouts')}", f"group {kind}")
 
 
@@ -56,12 +62,10 @@ def _block(text: str) -> str:
     return _segment("block", plain(text)) if text else ""
 
 
-def _rollout(rollout: Record, supporting: Sequence[Sequence[str]], block: str) -> str:
-    trained = "read" if is_failed(rollout) else "trained"
+def _rollout(rollout: Record, supporting: Sequence[Sequence[str]], block: str, *, in_loss: bool) -> str:
     num_sampled = sum(len(turn["completion_ids"]) for turn in rollout["turns"])
     num_read = len(rollout["prompt_ids"]) + sum(len(turn["observation_ids"]) for turn in rollout["turns"])
-    num_trained = num_sampled if trained == "trained" else 0
-    facts = f"{rollout['stop_reason']} · {num_trained} tokens in the loss, {num_read + num_sampled - num_trained} outside"
+    facts = f"{rollout['stop_reason']} · {num_sampled} tokens sampled, {'in' if in_loss else 'not in'} the loss; {num_read} read"
     mark = _mark(rollout)
     answer = "none" if rollout["answer"] is None else rollout["answer"]
     parts = [
@@ -72,7 +76,7 @@ def _rollout(rollout: Record, supporting: Sequence[Sequence[str]], block: str) -
     ]
     for turn in rollout["turns"]:
         if turn["completion_ids"]:
-            parts.append(_segment(f"policy {trained}", _completion(turn)))
+            parts.append(_segment("policy trained" if in_loss else "policy", _completion(turn)))
         if turn["query"] is not None:
             parts.append(_hits(turn["hits"], supporting))
         if turn["observation_text"]:

@@ -8,6 +8,7 @@ is run once more (its infrastructure had failed) gets a second line, and the las
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -77,7 +78,7 @@ def append_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
     content = lines.encode("utf-8", errors="replace")
     with path.open("ab", buffering=0) as file:
         if file.write(content) != len(content):
-            raise OSError(28, "No space left for the samples", str(path))
+            raise OSError(errno.ENOSPC, "only part of a slice could be written", str(path))
         os.fsync(file.fileno())
 
 

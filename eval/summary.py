@@ -76,7 +76,8 @@ def summarize(results: Sequence[QuestionResult], *, num_resamples: int, seed: in
     for name, own in by_set.items():
         sets[name] |= _proportions(own, names)
     chosen = {"sets": tuple(values), **{name: needed for name, needed in AVERAGES.items() if set(needed) <= set(values)}}
-    averages = {"questions": _intervals(names, _ratio(sums.sum(axis=0), counts.sum(axis=0)), pooled)}
+    over_questions = _intervals(names, _ratio(sums.sum(axis=0), counts.sum(axis=0)), pooled) | _proportions(results, names)
+    averages = {"questions": over_questions}
     for name, members in chosen.items():
         value = np.mean([values[member] for member in members], axis=0)
         averages[name] = _intervals(names, value, np.mean([resampled[member] for member in members], axis=0))

@@ -1,7 +1,10 @@
 """Every strategy with a scripted engine: the exact prompts it sends, the queries it asks, what it makes of the words it gets."""
 
+from typing import get_args, get_type_hints
+
 import pytest
 
+from eval.run import EvalConfig
 from eval.strategies import ircot, react, search_o1, self_ask, single
 from eval.strategies.attempt import Tools
 from eval.strategies.reading import after, between
@@ -169,6 +172,10 @@ def test_passages_are_cut_to_the_limit_and_samples_differ_in_their_seed():
     assert all("é" in prompt and "\ufffd" not in prompt for prompt in engine.prompts)
     assert max(prompt.count("é") for prompt in engine.prompts) < 80
     assert len({request.seed for request in engine.requests}) == len(group.rollouts) == 2
+
+
+def test_every_strategy_can_be_chosen():
+    assert set(get_args(get_type_hints(EvalConfig)["strategy"])) == {AGENT, *PROMPTED}
 
 
 def test_the_agent_is_judged_by_its_protocol():

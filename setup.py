@@ -40,6 +40,7 @@ REQUIRES = [
     "jsonargparse[signatures]>=4.50,<5",
     "pyyaml",
     "tqdm",
+    "regex",
     "xxhash",
     "zstandard",
     "fastapi>=0.115",
@@ -55,7 +56,15 @@ EXTRAS = {
     "retriever-gpu-cu13": ["faiss-gpu-cuvs>=1.15,<2"],
     "qdrant": ["qdrant-client>=1.15"],
     "bench": ["trl>=1.16,<1.17"],
-    "dev": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.12", "setuptools>=77", "qdrant-client>=1.15"],
+    "dev": [
+        "pytest>=8",
+        "hypothesis>=6.100",
+        "ruff>=0.12",
+        "setuptools>=77",
+        "qdrant-client>=1.15",
+        "scipy>=1.13",
+        "statsmodels>=0.14.4",
+    ],
 }
 
 # No option that changes results but fused a * b + c, and none that ties the library to this machine's processor.
@@ -164,6 +173,7 @@ setup(
     package_data={
         "launch": ["configs/*.yaml", "*.sbatch"],
         "data_prep": ["coldstart_model/*"],
+        "eval": ["report_page/*.css"],
     },
     ext_modules=[NATIVE, NATIVE_CUDA],
     cmdclass={"build_ext": BuildNative, "bdist_wheel": NativeWheel},

@@ -1,35 +1,64 @@
-"""`sd-search eval`: greedy rollouts of a model directory on a questions file; metrics, and one JSON line a question."""
+"""`sd-search eval`: answers every question of a file by one strategy, and reports. The same command goes on where it was killed.
+
+Below `output`:
+
+    evaluation.json          what is evaluated: strategy, model, corpus, questions, limits; a second run must agree with it
+    samples.jsonl            one line a question (eval/samples.py)
+    transcripts/             the first questions' rollouts, as text and as jsonl for `sd-search report`
+    report.json, report.md   figures of each set, averages, intervals
+"""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Literal
 
 from tqdm import tqdm
 
-from megatron_sd.build import build_rollout_side
+from eval.identity import check_causal, claim, model_version, questions_version
+from eval.overlap import Overlap, measure_overlap
+from eval.samples import SAMPLES_NAME, append_lines, append_results, cut_torn_line, read_results, to_result
+from eval.strategies.runner import Strategy
+from eval.strategies.table import build_strategy, form_of
+from eval.summary import dumps, summarize, to_markdown
+from megatron_sd.build import RolloutSide, build_rollout_side
 from megatron_sd.config import ModelConfig, ProtocolConfig, RetrieverConfig, RewardConfig, RolloutConfig, parse
 from megatron_sd.config_checks import check_ranges
-from megatron_sd.observability.metrics import rollout_metrics
-from megatron_sd.records import RolloutGroup
+from megatron_sd.errors import RolloutError
+from megatron_sd.observability.transcripts import group_record, render_group
+from megatron_sd.records import Question, RolloutGroup
 from megatron_sd.search.questions import load_questions
 from megatron_sd.search.reward import score
+
+REPORT_NAME = "report.json"
+TRANSCRIPTS = Path("transcripts") / "evaluation.jsonl"
+_LIMITS = ("max_search_turns", "max_turn_tokens", "max_observation_tokens", "max_rollout_tokens")
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
-    """Evaluate a model directory. `protocol` and the limits in `rollout` should be those it was trained with."""
+    """Evaluate a model directory. For the agent, `protocol` and the limits in `rollout` should be those it was trained with.
+
+    rollout.questions_per_step questions are answered at a time, and are on disk before the next ones start.
+    """
 
     model: ModelConfig
     retriever: RetrieverConfig
     questions: str
-    output: str  # directory for report.json and samples.jsonl
+    output: str
+    strategy: Literal["agent", "direct", "cot", "rag", "ircot", "search_o1", "react", "self_ask"] = "agent"
     split: str | None = None
     limit: int | None = None
+    num_samples: int = 1  # rollouts a question: 1 is greedy; more are sampled at rollout.temperature, for pass@k
+    seed: int = 0
+    train_questions: str | None = None  # a questions file whose overlap with this one is reported
+    train_split: str | None = None
+    num_transcripts: int = 50  # questions whose rollouts are kept whole
+    num_resamples: int = 2000  # of the bootstrap over questions
     protocol: ProtocolConfig = field(default_factory=ProtocolConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
@@ -40,45 +69,98 @@ def main(argv: Sequence[str]) -> None:
     config = parse(EvalConfig, argv, "sd-search eval")
     check_ranges(config)
     report = evaluate(config)
-    for name, value in report.items():
-        print(f"{name:<28} {value:.4f}" if isinstance(value, float) else f"{name:<28} {value}")
-    print(f"one line a question: {Path(config.output) / 'samples.jsonl'}")
+    print(f"{to_markdown(report)}\none line a question: {Path(config.output) / SAMPLES_NAME}")
 
 
-def evaluate(config: EvalConfig) -> dict[str, float | int | str]:
-    """Roll out every question once, greedily; write and return the report.
+def evaluate(config: EvalConfig) -> dict[str, Any]:
+    """Answer what is not answered yet; write and return the report.
 
-    Raises DataError for a missing model, corpus or questions file, RolloutError when too many rollouts fail.
+    Raises DataError for a missing model, corpus or questions file and for damaged samples, ConfigError when `output` holds
+    another evaluation, RolloutError when more than rollout.max_failed_share of a slice fail: what was answered is kept.
     """
     output = Path(config.output)
-    output.mkdir(parents=True, exist_ok=True)  # what cannot be written fails before the rollouts
+    (output / TRANSCRIPTS).parent.mkdir(parents=True, exist_ok=True)  # what cannot be written fails before the rollouts
     questions = load_questions(config.questions, config.split, config.limit)
-    rollout = dataclasses.replace(config.rollout, group_size=1)
-    size = config.rollout.questions_per_step
-    groups: list[RolloutGroup] = []
-    side = build_rollout_side(config.model, config.protocol, rollout, config.retriever, seed=0, output=output)
+    check_causal(config.model.path)
+    overlap = _overlap(config, questions)
+    rollout = dataclasses.replace(config.rollout, group_size=config.num_samples, max_failed_share=1.0)
+    side = build_rollout_side(config.model, config.protocol, rollout, config.retriever, seed=config.seed, output=output)
     with contextlib.closing(side):
-        for start in tqdm(range(0, len(questions), size), desc="evaluate", unit="batch", disable=None):
-            groups += score(side.rollouter.run(questions[start : start + size], step=0, greedy=True), config.reward)
-    report = {"num_questions": len(questions), "model": config.model.path, "corpus_version": side.retriever.corpus_version}
-    report |= rollout_metrics(groups)
-    (output / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    _write_samples(output / "samples.jsonl", groups)
+        identity = _identity(config, questions, side)
+        claim(output, identity)
+        for name in (SAMPLES_NAME, TRANSCRIPTS):
+            cut_torn_line(output / name)
+        strategy = build_strategy(config.strategy, side, top_k=config.retriever.top_k, seed=config.seed)
+        _answer_missing(config, questions, strategy, side)
+    results = list(read_results(output / SAMPLES_NAME).values())
+    summary = summarize(results, num_resamples=config.num_resamples, seed=config.seed)
+    report = identity | {"num_failed": sum(result.failed for result in results)} | summary.to_json()
+    report["overlap"] = dataclasses.asdict(overlap) if overlap else None
+    (output / REPORT_NAME).write_text(dumps(report), encoding="utf-8")
+    (output / REPORT_NAME).with_suffix(".md").write_text(to_markdown(report), encoding="utf-8")
     return report
 
 
-def _write_samples(path: Path, groups: Iterable[RolloutGroup]) -> None:
-    with path.open("w", encoding="utf-8") as lines:
-        for group in groups:
-            for rollout in group.rollouts:
-                record = {
-                    "question_id": group.question.id,
-                    "question": group.question.text,
-                    "golden_answers": group.question.golden_answers,
-                    "answer": rollout.answer,
-                    "queries": rollout.queries,
-                    "retrieved": [[hit.passage.id for hit in turn.hits] for turn in rollout.turns if turn.query is not None],
-                    "stop_reason": rollout.stop_reason,
-                    "scores": dataclasses.asdict(rollout.scores),
-                }
-                lines.write(json.dumps(record, ensure_ascii=False) + "\n")
+def _identity(config: EvalConfig, questions: Sequence[Question], side: RolloutSide) -> dict[str, Any]:
+    """What two runs must have in common to be one evaluation. A greedy one has no temperature."""
+    limits = {name: getattr(config.rollout, name) for name in _LIMITS}
+    sampling = {} if config.num_samples == 1 else {"temperature": config.rollout.temperature, "seed": config.seed}
+    return {
+        "strategy": config.strategy,
+        "model": config.model.path,
+        "model_version": model_version(config.model.path),
+        "dtype": config.model.dtype,
+        "corpus_version": side.retriever.corpus_version,
+        "top_k": config.retriever.top_k,
+        "questions_version": questions_version(questions),
+        "num_questions": len(questions),
+        "num_samples": config.num_samples,
+        **sampling,
+        "protocol": dataclasses.asdict(config.protocol),
+        "limits": limits,
+    }
+
+
+def _overlap(config: EvalConfig, questions: Sequence[Question]) -> Overlap | None:
+    if config.train_questions is None:
+        return None
+    return measure_overlap(questions, load_questions(config.train_questions, config.train_split))
+
+
+def _answer_missing(config: EvalConfig, questions: Sequence[Question], strategy: Strategy, side: RolloutSide) -> None:
+    """Run what has no result yet or a failed one, slice by slice. Slices do not depend on what is done already: a resumed
+    evaluation batches the same questions together, and rounding is the same."""
+    samples = Path(config.output) / SAMPLES_NAME
+    done = {name for name, result in read_results(samples).items() if not result.failed}
+    size = config.rollout.questions_per_step
+    kept_whole = {question.id for question in questions[: config.num_transcripts]}
+    with tqdm(total=len(questions), desc=f"evaluate {config.strategy}", unit="question", disable=None) as progress:
+        for start in range(0, len(questions), size):
+            asked = questions[start : start + size]
+            missing = [question for question in asked if question.id not in done]
+            if missing:
+                groups = score(strategy.run(missing, step=0, greedy=config.num_samples == 1), config.reward)
+                _write_transcripts(config, [group for group in groups if group.question.id in kept_whole], side)
+                append_results(samples, [to_result(group, form_of(config.strategy)) for group in groups])
+                _refuse_many_failures(groups, config)
+            progress.update(len(asked))
+
+
+def _write_transcripts(config: EvalConfig, groups: Sequence[RolloutGroup], side: RolloutSide) -> None:
+    path, decode = Path(config.output) / TRANSCRIPTS, side.environment.codec.decode
+    blocks = [[""] * len(group.rollouts) for group in groups]
+    append_lines(path, [group_record(group, own, decode) for group, own in zip(groups, blocks)])
+    with path.with_suffix(".txt").open("a", encoding="utf-8", errors="replace") as text:
+        text.writelines(render_group(group, own, decode) + "\n\n" for group, own in zip(groups, blocks))
+
+
+def _refuse_many_failures(groups: Sequence[RolloutGroup], config: EvalConfig) -> None:
+    reasons = [rollout.stop_reason for group in groups for rollout in group.rollouts]
+    failed = [reason for reason in reasons if reason.is_infrastructure]
+    limit = config.rollout.max_failed_share
+    if len(failed) > limit * len(reasons):
+        counts = {reason.value: failed.count(reason) for reason in sorted(set(failed))}
+        raise RolloutError(
+            f"{len(failed)} of {len(reasons)} rollouts failed ({counts}), expected at most {limit:.0%} "
+            "(rollout.max_failed_share); what was answered is kept: see to engine and retriever, then run the same command"
+        )

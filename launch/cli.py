@@ -35,7 +35,9 @@ def _command(entry: str, help_line: str) -> Command:
 COMMANDS: dict[str, Command] = {
     "demo": _command("launch.demo:main", "the whole story on a CPU: world, start policy, GRPO against SD-Search, table"),
     "train": _command("launch.local:main", "train a policy: --config FILE.yaml [--section.key value ...] [--num-ranks N]"),
-    "eval": _command("eval.run:main", "evaluate a model directory greedily on a questions file"),
+    "eval": _command("eval.run:main", "evaluate a model directory on a questions file, by the agent or another strategy"),
+    "compare": _command("eval.compare:main", "RUN_A RUN_B: do two evaluations of the same questions differ?"),
+    "report": _command("eval.report:main", "RUN_DIR: a run or an evaluation as one HTML page: curves, rollouts, blocks"),
     "world": _command("launch.programs:world", "write the synthetic multi-hop world and its BM25 corpus"),
     "coldstart": _command("launch.programs:coldstart", "train the small start policy on mediocre demonstrations"),
     "reshard-plan": _command("launch.reshard_plan:main", "what publishing a model's weights to inference workers would move"),

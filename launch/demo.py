@@ -152,8 +152,8 @@ def held_out(model: Path, run: Config, config: DemoConfig) -> dict[str, float]:
         reward=run.reward,
     )
     report = evaluate(settings)
-    names = {"em": "reward/em", "f1": "reward/f1", "hop_hits": "rollout/hop_hit_rate", "searches": "rollout/searches"}
-    return {short: report[name] for short, name in names.items()}
+    names = {"em": "em", "f1": "f1", "hop_hits": "supporting_recall", "searches": "searches"}
+    return {short: report["averages"]["questions"][name]["value"] for short, name in names.items()}
 
 
 def median(steps: Mapping[int, Mapping[str, float]], name: str) -> float:

@@ -36,6 +36,17 @@ def parse(record: type[Parameters], argv: Sequence[str], program: str) -> Parame
     return record(**{field.name: values[field.name] for field in dataclasses.fields(record)})
 
 
+def name_positionals(argv: Sequence[str], names: Sequence[str]) -> list[str]:
+    """The leading words of a command line as options, in the order of `names`: for `COMMAND RUN_A RUN_B --key value`.
+
+    >>> name_positionals(["runs/a", "--metric", "f1"], ("first", "second"))
+    ['--first=runs/a', '--metric', 'f1']
+    """
+    num_words = next((place for place, word in enumerate(argv) if word.startswith("--")), len(argv))
+    named = [f"--{name}={word}" for name, word in zip(names, argv[:num_words])]
+    return [*named, *argv[len(named) :]]
+
+
 def _switches(record: type, argv: Sequence[str]) -> Iterator[bool]:
     """For each word: it names a bool and no value follows."""
     for word, following in zip(argv, [*argv, "--"][1:], strict=True):

@@ -27,6 +27,7 @@ _RANGES: dict[str, tuple[str, ...]] = {
         "log.eval_every",
         "log.transcripts_every",
         "log.transcripts_per_step",
+        "num_transcripts",  # of an evaluation
     ),
     "1 or more": (
         "data.max_eval_questions",
@@ -52,7 +53,9 @@ _RANGES: dict[str, tuple[str, ...]] = {
         "update.max_microbatch_tokens",
         "update.head_chunk_rows",
         "checkpoint.keep",
-        "limit",  # of an evaluation
+        "limit",  # of an evaluation, as the next two
+        "num_samples",
+        "num_resamples",
     ),
     "more than 0": (
         "retriever.client.deadline_s",

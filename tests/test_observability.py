@@ -199,6 +199,8 @@ def test_transcript_record_holds_ids_and_texts():
     turn = record["rollouts"][0]["turns"][0]
     assert (turn["completion_ids"], turn["completion_text"], turn["observation_text"]) == ([5, 10, 6], "<5><10><6>", "<7><8>")
     assert turn["hits"][0]["passage"]["id"] == "p17"
+    assert turn["query_parts"] == ["<5>", "<10>", "<6>"]
+    assert "query_parts" not in record["rollouts"][0]["turns"][-1]
     assert record["rollouts"][0]["hindsight"] == "b"
     assert record["rollouts"][0]["stop_reason"] == "answered"
 

@@ -70,7 +70,10 @@ def _segment(writer: str, text: str) -> list[str]:
 
 
 def group_record(group: RolloutGroup, blocks: Sequence[str], decode: Decode) -> dict[str, Any]:
-    """One group as JSON-ready data: the records as they are, with the text of every segment beside its ids."""
+    """One group as JSON-ready data: the records as they are, with the text of every segment beside its ids.
+
+    query_parts: the completion's text before, in and after its query tokens, where a search has any.
+    """
     record = dataclasses.asdict(group)
     for rollout, block in zip(record["rollouts"], blocks, strict=True):
         rollout["hindsight"] = block
@@ -78,4 +81,8 @@ def group_record(group: RolloutGroup, blocks: Sequence[str], decode: Decode) -> 
         for turn in rollout["turns"]:
             turn["completion_text"] = decode(turn["completion_ids"])
             turn["observation_text"] = decode(turn["observation_ids"])
+            if turn["query_span"] is not None:
+                start, stop = turn["query_span"]
+                ids = turn["completion_ids"]
+                turn["query_parts"] = [decode(ids[:start]), decode(ids[start:stop]), decode(ids[stop:])]
     return record

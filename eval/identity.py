@@ -1,0 +1,78 @@
+"""What an evaluation is of: versions of models and questions, and the file that keeps two evaluations apart."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from megatron_sd.errors import ConfigError, DataError
+from megatron_sd.records import Question
+from megatron_sd.retrieval.manifest import file_entry
+
+IDENTITY_NAME = "evaluation.json"
+
+
+def questions_version(questions: Sequence[Question]) -> str:
+    """A hash of ids, texts and gold answers, in any order."""
+    lines = sorted(json.dumps([q.id, q.text, q.golden_answers], ensure_ascii=False) for q in questions)
+    return xxhash.xxh3_128("\n".join(lines).encode()).hexdigest()
+
+
+def model_version(path: str) -> str:
+    """A hash of the configuration, tokenizer and weights of a model directory."""
+    entries = {
+        file.name: file_entry(file).xxh3_128
+        for file in sorted(Path(path).iterdir())
+        if file.is_file() and file.suffix in (".json", ".safetensors", ".bin", ".model", ".txt")
+    }
+    return xxhash.xxh3_128(json.dumps(entries).encode()).hexdigest()
+
+
+def check_causal(path: str) -> None:
+    """Raise DataError for a directory whose config.json names another kind of model (an encoder would load, and babble)."""
+    config = Path(path) / "config.json"
+    if not config.is_file():
+        raise DataError(f"model.path: found no config.json in {path}, expected a directory with a causal language model")
+    try:
+        architectures = dict(json.loads(config.read_text(encoding="utf-8"))).get("architectures") or []
+    except (ValueError, TypeError) as error:
+        raise DataError(f"{config} is no JSON object ({error}); expected a model's configuration") from error
+    if architectures and not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures):
+        raise DataError(
+            f"model.path: {path} holds a {architectures[0]}, which is no causal language model; expected one that generates "
+            "text, such as Qwen2ForCausalLM"
+        )
+
+
+def claim(output: Path, identity: Mapping[str, Any]) -> None:
+    """Make `output` the directory of this evaluation. Raises ConfigError when it is that of another one."""
+    path = output / IDENTITY_NAME
+    wanted = json.loads(json.dumps(identity))
+    if path.exists():
+        found = read_identity(output)
+        for key in wanted.keys() | found.keys():
+            if found.get(key) != wanted.get(key):
+                raise ConfigError(
+                    f"--output: {output} holds an evaluation whose {key} is {found.get(key)!r}, now it is {wanted.get(key)!r}: "
+                    "finish it as it was begun, or choose another directory"
+                )
+        return
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(wanted, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def read_identity(output: Path) -> dict[str, Any]:
+    """What the evaluation in a directory is of. Raises DataError when there is none, or its file is broken."""
+    path = output / IDENTITY_NAME
+    if not path.is_file():
+        raise DataError(f"{output} is no evaluation: found no {IDENTITY_NAME}, expected a directory that `sd-search eval` wrote")
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise DataError(f"{path} is no JSON object ({error}); evaluate into another directory") from error

@@ -1,0 +1,66 @@
+"""Learning curves as inline SVG: one small chart a metric, the mean of the runs and the band from the lowest to the highest."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from eval.report_page.text import element, plain
+
+Steps = Mapping[int, Mapping[str, float]]  # metrics by step, of one run
+
+WIDTH, HEIGHT, MAX_POINTS = 240, 72, 160
+FIRST = (
+    "reward/mean",
+    "reward/em",
+    "eval/reward/em",
+    "rollout/hop_hit_rate",
+    "rollout/searches",
+    "rollout/completion_tokens",
+    "loss/policy",
+    "distill/divergence_nats",
+    "distill/grad_ratio",
+    "optim/grad_norm",
+    "time/step_s",
+)
+
+
+def render_curves(runs: Sequence[Steps]) -> tuple[str, str]:
+    """The charts of the metrics that people look at first, and of all others."""
+    names = sorted({name for steps in runs for metrics in steps.values() for name in metrics})
+    first = [name for name in FIRST if name in names]
+    charts = {name: _chart(name, _points(name, runs)) for name in names}
+    return "".join(charts[name] for name in first), "".join(charts[name] for name in names if name not in first)
+
+
+def _points(name: str, runs: Sequence[Steps]) -> list[tuple[int, float, float, float]]:
+    """(step, lowest, mean, highest) over the runs that have the metric at that step, at most MAX_POINTS of them."""
+    values: dict[int, list[float]] = {}
+    for steps in runs:
+        for step, metrics in steps.items():
+            value = metrics.get(name)
+            if value is not None and abs(value) < float("inf"):  # NaN compares false
+                values.setdefault(step, []).append(value)
+    stride = -(-len(values) // MAX_POINTS) or 1
+    chosen = sorted(values)[::-1][::stride][::-1]  # the last step is always among them
+    return [(step, min(values[step]), sum(values[step]) / len(values[step]), max(values[step])) for step in chosen]
+
+
+def _chart(name: str, points: Sequence[tuple[int, float, float, float]]) -> str:
+    if not points:
+        return ""
+    low, high = min(point[1] for point in points), max(point[3] for point in points)
+    first, last = points[0][0], points[-1][0]
+
+    def place(step: int, value: float) -> str:
+        x = WIDTH * (step - first) / (last - first or 1)
+        y = HEIGHT * (1 - (value - low) / (high - low)) if high > low else HEIGHT / 2
+        return f"{x:.1f},{y:.1f}"
+
+    upper = [place(step, highest) for step, _, _, highest in points]
+    lower = [place(step, lowest) for step, lowest, _, _ in reversed(points)]
+    line = " ".join(place(step, mean) for step, _, mean, _ in points)
+    drawing = f'<polygon points="{" ".join(upper + lower)}"/><polyline points="{line}"/>'
+    svg = f'<svg viewBox="-2 -2 {WIDTH + 4} {HEIGHT + 4}" role="img">{drawing}</svg>'
+    scale = f"{low:.3g} to {high:.3g} · steps {first} to {last}"
+    caption = f"{element('b', plain(name))} {element('span', f'{points[-1][2]:.3g}', 'last')}"
+    return element("figure", f"<figcaption>{caption}</figcaption>{svg}{element('small', plain(scale))}")

@@ -1,0 +1,120 @@
+"""Groups of rollouts as HTML: who wrote what, which tokens were trained on, what was retrieved, what was earned."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from eval.report_page.text import element, plain
+from megatron_sd.records import StopReason
+
+Record = Mapping[str, Any]  # observability.transcripts.group_record, as JSON brings it back
+
+OUTCOMES = {
+    "right": "all right",
+    "mixed": "mixed",
+    "wrong": "all wrong",
+    "failed": "no data",
+}
+
+
+def outcome(group: Record) -> str:
+    """A key of OUTCOMES; right means exact match, and infrastructure failures do not count."""
+    labels = {is_right(rollout) for rollout in group["rollouts"] if not is_failed(rollout)}
+    if not labels:
+        return "failed"
+    return "mixed" if len(labels) == 2 else "right" if True in labels else "wrong"
+
+
+def is_right(rollout: Record) -> bool:
+    """Its answer matches exactly."""
+    return rollout["scores"] is not None and rollout["scores"]["em"] == 1.0
+
+
+def is_failed(rollout: Record) -> bool:
+    """No data: the infrastructure failed."""
+    return StopReason(rollout["stop_reason"]).is_infrastructure
+
+
+def render_group(group: Record, place: str, *, trained: bool) -> str:
+    """One group, folded: a line with question, gold answers and outcomes; inside, the prompt and the rollouts side by side.
+
+    trained: these rollouts went into an update, so that it can be said which tokens the loss saw.
+    """
+    question, kind = group["question"], outcome(group)
+    dots = "".join(element("i", "", f"dot {_mark(rollout)}") for rollout in group["rollouts"])
+    gold = element("span", plain(" | ".join(question["golden_answers"])), "gold")
+    head = f"{element('span', plain(place), 'place')}{element('b', plain(question['text']))}{gold}{element('span', dots, 'dots')}"
+    prompt = group["rollouts"][0]["prompt_text"] if group["rollouts"] else ""
+    shown = element("details", f"<summary>prompt</summary>{element('pre', plain(prompt), 'prompt')}")
+    blocks = {rollout["hindsight"] for rollout in group["rollouts"]}
+    if len(blocks) == 1:  # the teacher of every rollout saw the same one
+        shown += _block(*blocks)
+    own_blocks = [rollout["hindsight"] if len(blocks) > 1 else "" for rollout in group["rollouts"]]
+    articles = [
+        _rollout(rollout, question["supporting"], own, in_loss=trained and not is_failed(rollout))
+        for rollout, own in zip(group["rollouts"], own_blocks)
+    ]
+    return element("details", f"<summary>{head}</summary>{shown}{element('div', ''.join(articles), 'rollouts')}", f"group {kind}")
+
+
+def _block(text: str) -> str:
+    return _segment("block", plain(text)) if text else ""
+
+
+def _rollout(rollout: Record, supporting: Sequence[Sequence[str]], block: str, *, in_loss: bool) -> str:
+    num_sampled = sum(len(turn["completion_ids"]) for turn in rollout["turns"])
+    num_read = len(rollout["prompt_ids"]) + sum(len(turn["observation_ids"]) for turn in rollout["turns"])
+    facts = f"{rollout['stop_reason']} · {num_sampled} tokens sampled, {'in' if in_loss else 'not in'} the loss; {num_read} read"
+    mark = _mark(rollout)
+    answer = "none" if rollout["answer"] is None else rollout["answer"]
+    parts = [
+        element("h3", f"{element('i', '', f'dot {mark}')} rollout {plain(rollout['index'])}: {plain(answer)}"),
+        element("p", plain(facts), "facts"),
+        _scores(rollout["scores"]),
+        _block(block),
+    ]
+    for turn in rollout["turns"]:
+        if turn["completion_ids"]:
+            parts.append(_segment("policy trained" if in_loss else "policy", _completion(turn)))
+        if turn["query"] is not None:
+            parts.append(_hits(turn["hits"], supporting))
+        if turn["observation_text"]:
+            parts.append(_segment("observed", plain(turn["observation_text"])))
+    return element("article", "".join(parts), mark)
+
+
+def _mark(rollout: Record) -> str:
+    return "failed" if is_failed(rollout) else "right" if is_right(rollout) else "wrong"
+
+
+def _segment(kind: str, content: str) -> str:
+    return element("pre", content, f"segment {kind}")
+
+
+def _completion(turn: Record) -> str:
+    """The completion's text, its query tokens marked: those that self-distillation works on."""
+    if "query_parts" not in turn:
+        return plain(turn["completion_text"])
+    before, query, after = map(plain, turn["query_parts"])
+    return f"{before}{element('mark', query)}{after}"
+
+
+def _scores(scores: Mapping[str, float | None] | None) -> str:
+    known = {name: value for name, value in (scores or {}).items() if value is not None}
+    cells = "".join(f"<div><dt>{plain(name.replace('_', ' '))}</dt><dd>{value:.3g}</dd></div>" for name, value in known.items())
+    return element("dl", cells, "scores")
+
+
+def _hits(hits: Sequence[Record], supporting: Sequence[Sequence[str]]) -> str:
+    if not hits:
+        return element("p", "no passage found", "facts")
+    rows = []
+    for hit in hits:
+        passage = hit["passage"]
+        hops = [str(number) for number, ids in enumerate(supporting, start=1) if passage["id"] in ids]
+        needed = element("em", f"hop {' and '.join(hops)}") if hops else ""
+        title = f"{element('code', plain(passage['id']))} {plain(passage['title'])}"
+        score = element("span", f"{hit['score']:.2f}", "score")
+        rows.append(element("li", f"{title} {score} {needed}"))
+    return element("ol", "".join(rows), "hits")

@@ -76,7 +76,7 @@ $(VLLM): setup.py $(VLLM_LOCK)
 	@$(VLLM_PIP) "$(TORCH)"
 	@$(VLLM_PIP) --no-deps -r $(VLLM_LOCK)
 	@echo "== set-up 3/3: megatron-sd"
-	@$(VLLM_PIP) --no-deps --no-build-isolation --editable .
+	@MEGATRON_SD_CUDA=0 $(VLLM_PIP) --no-deps --no-build-isolation --editable .
 	@touch $@
 
 clean:

@@ -104,6 +104,7 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
 def _identity(config: EvalConfig, questions: Sequence[Question], side: RolloutSide) -> dict[str, Any]:
     """What two runs must have in common to be one evaluation. A greedy one has no temperature."""
     limits = {name: getattr(config.rollout, name) for name in _LIMITS}
+    search = {name: value for name, value in dataclasses.asdict(config.retriever.search).items() if name != "device"}
     sampling = {} if config.num_samples == 1 else {"temperature": config.rollout.temperature, "seed": config.seed}
     return {
         "strategy": config.strategy,
@@ -112,6 +113,7 @@ def _identity(config: EvalConfig, questions: Sequence[Question], side: RolloutSi
         "dtype": config.model.dtype,
         "corpus_version": side.retriever.corpus_version,
         "top_k": config.retriever.top_k,
+        "search": search,
         "questions_version": questions_version(questions),
         "num_questions": len(questions),
         "num_samples": config.num_samples,

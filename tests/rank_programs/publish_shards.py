@@ -17,7 +17,7 @@ import torch
 from megatron_sd.algorithm.distill_loss import TermWeights
 from megatron_sd.algorithm.packing import pack
 from megatron_sd.distributed.collectives import gather_objects
-from megatron_sd.distributed.world import World, join_world, leave_world
+from megatron_sd.distributed.world import World, end_process, join_world, leave_world
 from megatron_sd.errors import ReshardError
 from megatron_sd.resharding.layout import WorkerId
 from megatron_sd.resharding.staging import num_staged
@@ -139,6 +139,7 @@ def main(argv: list[str]) -> None:
         all_workers.workers[: len(group.workers)] = group.workers  # some may have been restarted
     all_workers.stop()
     leave_world()
+    end_process(0)
 
 
 if __name__ == "__main__":

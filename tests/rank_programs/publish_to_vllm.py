@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from megatron_sd.build import choose_publisher
 from megatron_sd.distributed.collectives import gather_objects
-from megatron_sd.distributed.world import World, join_world, leave_world
+from megatron_sd.distributed.world import World, end_process, join_world, leave_world
 from megatron_sd.rollout.vllm_placement import connect_vllm
 from megatron_sd.search.tokens import load_codec
 from megatron_sd.training.policy import Policy, load_policy
@@ -63,6 +63,7 @@ def main(output: str, scenes: str) -> None:
     if world.is_first:
         Path(output).write_text(json.dumps(found))
     leave_world()
+    end_process(0)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import torch.distributed as dist
 import torch.nn.functional as F  # noqa: N812
 
 from megatron_sd.distributed.collectives import gather_tensors
+from megatron_sd.distributed.world import end_process, leave_world
 from megatron_sd.ops.vocab_parallel import VocabShard, replicated, vocab_parallel_divergence, vocab_parallel_logprobs
 
 NUM_RANKS, NUM_ROWS, WIDTH, VOCABULARY, TEMPERATURE = 4, 9, 12, 53, 1.3
@@ -57,7 +58,8 @@ def main() -> None:
         if rank < len(sizes):
             torch.save(one_rank(rank, sizes, functools.partial(gather_tensors, group=group)), directory / f"{name}_{rank}.pt")
     dist.barrier()
-    dist.destroy_process_group()
+    leave_world()
+    end_process(0)
 
 
 if __name__ == "__main__":

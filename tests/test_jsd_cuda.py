@@ -175,7 +175,7 @@ def test_through_the_door(dtype):
 def test_operators_pass_torchs_own_check_and_compile():
     student, teacher, _ = pair(5, 70, KINDS["fp32"])
     rows = torch.tensor([4, 1, 1], device="cuda"), torch.tensor([0, 2, 3], device="cuda")
-    arguments = (student.requires_grad_(), teacher, *rows, "jsd", 0.5, 1.0, True)
+    arguments = (student.requires_grad_(), teacher, *rows, torch.ones(3, device="cuda"), "jsd", 0.5, 1.0, True)
     torch.library.opcheck(jsd_native.jsd_rows, arguments)
     torch.library.opcheck(jsd_native.scatter_rows, (teacher[:3], rows[0], torch.ones(3, device="cuda"), 6))
 

@@ -209,25 +209,46 @@ def test_huge_logits_are_the_references(divergence, dtype):
 def test_operators_pass_torchs_own_check(dtype):
     student, teacher = pair(5, 70, distance=0.5, dtype=dtype)
     rows = torch.tensor([4, 1, 1]), torch.tensor([0, 2, 3])
+    weights = torch.tensor([1.0, 0.5, 2.0])
     for with_gradient in (True, False):
-        arguments = (student.requires_grad_(with_gradient), teacher, *rows, "jsd", 0.5, 1.0, with_gradient)
+        arguments = (student.requires_grad_(with_gradient), teacher, *rows, weights, "jsd", 0.5, 1.0, with_gradient)
         torch.library.opcheck(jsd_native.jsd_rows, arguments)
     torch.library.opcheck(jsd_native.scatter_rows, (teacher[:3], rows[0], torch.tensor([1.0, 2.0, 3.0]), 6))
 
 
-def test_compiles_into_one_graph():
+@pytest.mark.parametrize("student_rows", [[5, 1, 2], [0, 1, 2, 3, 4, 5]])
+def test_compiles_into_one_graph(student_rows):
     student, teacher = pair(6, 90, distance=0.5, dtype=torch.float32)
-    rows, weights = (torch.tensor([5, 1, 2]), torch.tensor([0, 3, 3])), torch.tensor([1.0, 0.5, 2.0])
+    rows = torch.tensor(student_rows), torch.tensor([0, 3, 3, 1, 2, 0][: len(student_rows)])
+    weights = torch.tensor([1.0, 0.5, 2.0, 1.0, 1.0, 1.0])[: len(student_rows)]
 
     def loss(logits):
         scaled = logits * 1.25
         values = jsd_rows(scaled, teacher, *rows, weights, divergence="jsd", beta=0.4, temperature=1.1, impl="auto").values
-        return (values * 3.0).sum()
+        return values.sum()
 
     eager, compiled = (student.clone().requires_grad_() for _ in range(2))
     loss(eager).backward()
     torch.compile(loss, fullgraph=True, backend="aot_eager")(compiled).backward()
     torch.testing.assert_close(compiled.grad, eager.grad, rtol=0, atol=0)
+
+
+def test_the_gradient_itself_is_handed_on_where_nothing_is_left_to_do():
+    """Rows in order and a plain sum: no second [N, V] is made. Another factor, and a second backward, are served as ever."""
+    student, teacher = pair(4, 90, distance=0.5, dtype=torch.float32)
+    rows, weights = torch.arange(4), torch.tensor([1.0, 0.5, 2.0, 0.0])
+    leaf = student.clone().requires_grad_()
+    divergences = jsd_rows(leaf, teacher, rows, rows, weights, divergence="jsd", beta=0.4, temperature=1.1, impl="cpp").values
+    for _ in range(2):
+        divergences.sum().backward(retain_graph=True)
+    kept = divergences.grad_fn.saved_tensors[0].data_ptr()
+    (tripled,) = torch.autograd.grad(divergences.sum() * 3.0, leaf, retain_graph=True)
+    (found,) = torch.autograd.grad(divergences.sum(), leaf)
+    assert found.data_ptr() == kept != tripled.data_ptr()
+    _, expected = value_and_gradient(student, teacher, impl="cpp", beta=0.4, temperature=1.1)
+    torch.testing.assert_close(found, expected * weights[:, None])
+    torch.testing.assert_close(tripled, 3.0 * found)
+    torch.testing.assert_close(leaf.grad, 2.0 * found)
 
 
 def test_finite_differences():
@@ -272,9 +293,9 @@ def test_operators_refuse_rows_out_of_range_by_themselves():
     student, teacher = pair(3, 20, distance=1.0, dtype=torch.float32)
     inside, outside = torch.tensor([0, 2]), torch.tensor([0, 3])
     with pytest.raises(ValueError, match=r"student_rows spans 0\.\.3, expected 0\.\.2"):
-        jsd_native.jsd_rows(student, teacher, outside, inside, "jsd", 0.5, 1.0, False)
+        jsd_native.jsd_rows(student, teacher, outside, inside, torch.ones(2), "jsd", 0.5, 1.0, False)
     with pytest.raises(ValueError, match=r"teacher_rows spans -2\.\.0, expected 0\.\.2"):
-        jsd_native.jsd_rows(student, teacher, inside, -inside, "jsd", 0.5, 1.0, False)
+        jsd_native.jsd_rows(student, teacher, inside, -inside, torch.ones(2), "jsd", 0.5, 1.0, False)
     with pytest.raises(ValueError, match=r"rows spans 0\.\.3, expected 0\.\.2"):
         jsd_native.scatter_rows(student[:2], outside, torch.ones(2), 3)
 

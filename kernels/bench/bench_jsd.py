@@ -136,7 +136,6 @@ def print_verdicts(seconds: dict[str, float], memory: dict[str, float]) -> None:
             continue
         ratio = seconds[peer] / seconds["native, bf16"]
         print(f"{'met' if ratio >= required else 'NOT met'}: >= {required:g}x against {peer} (found {ratio:.1f}x)")
-    # The backward scales the gradient into a second matrix while the first is there: autograd owns that one.
     gradient = NUM_ROWS * VOCABULARY * 2 / 2**20
     beside = memory["native, bf16"] - gradient
     allowed = ALLOWED_MIB_A_THREAD * torch.get_num_threads()

@@ -19,17 +19,23 @@
 #endif
 
 #define ALWAYS_INLINE inline __attribute__((always_inline))
+#define ALWAYS_INLINE_LAMBDA __attribute__((always_inline))
 
 namespace {
 
 constexpr int64_t kBlock = 512;
+constexpr int64_t kRun = 128;  // as many powers are added up in float32
 
 enum InstructionSet : int32_t { kBaseline = 0, kAvx2 = 1, kAvx512 = 2 };
 
 // ---- blocks -------------------------------------------------------------------------------------------------------------
 
-ALWAYS_INLINE int64_t entries_left(int64_t start, int64_t vocabulary) {
-  return vocabulary - start < kBlock ? vocabulary - start : kBlock;
+// body(start, n) for each block in turn; all but the last are of constant size, for which the compiler has better loops.
+template <class Body>
+ALWAYS_INLINE void for_each_block(int64_t vocabulary, Body body) {
+  int64_t start = 0;
+  for (; start + kBlock <= vocabulary; start += kBlock) body(start, kBlock);
+  if (start < vocabulary) body(start, vocabulary - start);
 }
 
 // `n` logits from `start` on as float32, -inf clamped; the rest of the block is masked.
@@ -79,23 +85,18 @@ ALWAYS_INLINE void load_pair(const JsdTask& task, int64_t index, int64_t start, 
   }
 }
 
-// Pairwise sum; the block is used up.
-ALWAYS_INLINE float sum(float* block) {
-  for (int64_t half = kBlock / 2; half >= 16; half /= 2)
-    for (int64_t i = 0; i < half; ++i) block[i] += block[i + half];
+ALWAYS_INLINE float sum(const float* block) {
   float total = 0.0f;
-  for (int64_t i = 0; i < 16; ++i) total += block[i];
+#pragma omp simd reduction(+ : total)
+  for (int64_t i = 0; i < kBlock; ++i) total += block[i];
   return total;
 }
 
 // Largest entry; NaNs are passed over.
 ALWAYS_INLINE float largest(const float* block) {
-  float lanes[64];
-  for (int64_t i = 0; i < 64; ++i) lanes[i] = block[i];
-  for (int64_t start = 64; start < kBlock; start += 64)
-    for (int64_t i = 0; i < 64; ++i) lanes[i] = block[start + i] > lanes[i] ? block[start + i] : lanes[i];
-  float result = lanes[0] == lanes[0] ? lanes[0] : -std::numeric_limits<float>::infinity();
-  for (int64_t i = 1; i < 64; ++i) result = lanes[i] > result ? lanes[i] : result;
+  float result = -std::numeric_limits<float>::infinity();
+#pragma omp simd reduction(max : result)
+  for (int64_t i = 0; i < kBlock; ++i) result = block[i] > result ? block[i] : result;
   return result;
 }
 
@@ -107,26 +108,30 @@ struct Normaliser {
   double total = 0.0;
 };
 
-// The block is used up.
-ALWAYS_INLINE void add_block(Normaliser& normaliser, float* block, float scale) {
-  const float highest = largest(block);
-  if (highest > normaliser.highest) {
-    normaliser.total *= std::exp2((static_cast<double>(normaliser.highest) - highest) * scale);
-    normaliser.highest = highest;
+ALWAYS_INLINE void add_block(Normaliser& normaliser, const float* block, float scale) {
+  const float block_highest = largest(block);
+  if (block_highest > normaliser.highest) {
+    normaliser.total *= std::exp2((static_cast<double>(normaliser.highest) - block_highest) * scale);
+    normaliser.highest = block_highest;
   }
-  for (int64_t i = 0; i < kBlock; ++i) block[i] = jsd::power_of_2((block[i] - normaliser.highest) * scale).value;
-  normaliser.total += sum(block);
+  const float highest = normaliser.highest;
+  for (int64_t start = 0; start < kBlock; start += kRun) {
+    float total = 0.0f;
+#pragma omp simd reduction(+ : total)
+    for (int64_t i = start; i < start + kRun; ++i) total += jsd::power_of_2((block[i] - highest) * scale).value;
+    normaliser.total += total;
+  }
 }
 
 ALWAYS_INLINE void normalise_row(const JsdTask& task, int64_t index) {
   const float scale = jsd::scale_of(task.temperature);
   Normaliser student, teacher;
   Pair pair;
-  for (int64_t start = 0; start < task.vocabulary; start += kBlock) {
-    load_pair(task, index, start, entries_left(start, task.vocabulary), pair);
+  for_each_block(task.vocabulary, [&](int64_t start, int64_t n) ALWAYS_INLINE_LAMBDA {
+    load_pair(task, index, start, n, pair);
     add_block(student, pair.student, scale);
     add_block(teacher, pair.teacher, scale);
-  }
+  });
   task.normalisers[2 * index] = jsd::kLn2 * jsd::log_normaliser(static_cast<double>(student.highest) * scale, student.total, scale);
   task.normalisers[2 * index + 1] = jsd::kLn2 * jsd::log_normaliser(static_cast<double>(teacher.highest) * scale, teacher.total, scale);
 }
@@ -136,15 +141,77 @@ ALWAYS_INLINE jsd::RowConstants constants_of(const JsdTask& task, int64_t index)
   return jsd::row_constants(normalisers[0] / jsd::kLn2, normalisers[1] / jsd::kLn2, jsd::scale_of(task.temperature));
 }
 
-// One entry's share of the value, h of its gradient Q (h - sum Q h) * constant, and Q h; forward_kl's `score` is Q - P itself.
-struct Entry {
-  float value, score, weighted;
+// What a block adds: each entry's share of the value, the score h of its gradient Q (h - sum Q h) * constant, and Q. forward_kl's
+// score is Q - P itself, and its Q is not set.
+struct Terms {
+  float value[kBlock], score[kBlock], q[kBlock];
 };
 
-ALWAYS_INLINE Entry entry_of(int32_t divergence, jsd::Probabilities e, float beta) {
-  if (divergence == kForwardKl) return {jsd::forward_kl(e), jsd::student_minus_teacher(e), 0.0f};
-  const jsd::Term term = divergence == kJsd ? jsd::generalised_jsd(e, beta) : jsd::reverse_kl(e);
-  return {term.value, term.score, e.q * term.score};
+// Where a whole block has |d| of at most two nats, polynomials in d take the place of a power and a logarithm an entry.
+constexpr float kBlockLimit = 2.8853900f;  // in bits
+using BlockPolynomials = jsd::NearPolynomialsOf<12>;
+
+struct Divergence {
+  float beta;
+  BlockPolynomials near;
+};
+
+template <int32_t kDivergence>
+ALWAYS_INLINE void near_terms(const float* d, const BlockPolynomials& near, Terms& terms) {
+  for (int64_t i = 0; i < kBlock; ++i) {
+    if (kDivergence == kForwardKl) {
+      const float excess = d[i] * jsd::polynomial(near.excess, d[i]);
+      terms.value[i] = (terms.q[i] + terms.q[i] * excess) * d[i];
+      terms.score[i] = -terms.q[i] * excess;
+    } else {
+      terms.score[i] = d[i] * jsd::polynomial(near.score, d[i]);
+      terms.value[i] = terms.q[i] * (d[i] * d[i]) * jsd::polynomial(near.value, d[i]);
+    }
+  }
+}
+
+// Two loops: in one, an entry's chain of dependent instructions would be longer than what a processor looks ahead.
+template <int32_t kDivergence>
+ALWAYS_INLINE void far_terms(const Pair& pair, jsd::RowConstants row, float beta, Terms& terms) {
+  float d[kBlock], p[kBlock], ratio[kBlock], ratio_minus_one[kBlock];
+  for (int64_t i = 0; i < kBlock; ++i) {
+    const jsd::Probabilities e = jsd::probabilities(pair.student[i], pair.teacher[i], pair.difference[i], row);
+    d[i] = e.d, p[i] = e.p, terms.q[i] = e.q, ratio[i] = e.ratio, ratio_minus_one[i] = e.ratio_minus_one;
+  }
+  for (int64_t i = 0; i < kBlock; ++i) {
+    const jsd::Probabilities e = {d[i], p[i], terms.q[i], ratio[i], ratio_minus_one[i], d[i] > 0.0f};
+    if (kDivergence == kForwardKl) {
+      terms.value[i] = jsd::forward_kl(e);
+      terms.score[i] = jsd::student_minus_teacher(e);
+    } else {
+      const jsd::Term term = jsd::generalised_jsd(e, beta);
+      terms.value[i] = term.value;
+      terms.score[i] = term.score;
+    }
+  }
+}
+
+template <int32_t kDivergence>
+ALWAYS_INLINE void terms_of(const Pair& pair, jsd::RowConstants row, const Divergence& divergence, Terms& terms) {
+  float d[kBlock];
+  int32_t num_far = 0;
+  for (int64_t i = 0; i < kBlock; ++i) {
+    d[i] = pair.difference[i] * row.scale - row.normaliser_difference;
+    num_far += !(std::fabs(d[i]) <= kBlockLimit);  // NaN is far
+  }
+  if (kDivergence != kReverseKl && num_far > 0) {
+    far_terms<kDivergence>(pair, row, divergence.beta, terms);
+    return;
+  }
+  for (int64_t i = 0; i < kBlock; ++i) terms.q[i] = jsd::probability(pair.student[i], row.student, row.scale);
+  if (kDivergence != kReverseKl) {
+    near_terms<kDivergence>(d, divergence.near, terms);
+    return;
+  }
+  for (int64_t i = 0; i < kBlock; ++i) {
+    terms.score[i] = -d[i];
+    terms.value[i] = terms.q[i] * -d[i];
+  }
 }
 
 // The factor that takes a gradient to nats per logit, times the row's own.
@@ -160,37 +227,35 @@ ALWAYS_INLINE int64_t gradient_row(const JsdTask& task, int64_t index) {
 
 // The middle sweep: sums, in nats, and each entry's score into `scores` unless that is null.
 template <int32_t kDivergence>
-ALWAYS_INLINE void sum_row(const JsdTask& task, int64_t index, jsd::RowConstants row, float* scores) {
-  const float beta = static_cast<float>(task.beta);
+ALWAYS_INLINE void sum_row(const JsdTask& task, int64_t index, jsd::RowConstants row, const Divergence& divergence, float* scores) {
   Pair pair;
-  float weighted[kBlock];
+  Terms terms;
   double value = 0.0, expected = 0.0;
-  for (int64_t start = 0; start < task.vocabulary; start += kBlock) {
-    const int64_t n = entries_left(start, task.vocabulary);
+  for_each_block(task.vocabulary, [&](int64_t start, int64_t n) ALWAYS_INLINE_LAMBDA {
     load_pair(task, index, start, n, pair);
-    for (int64_t i = 0; i < kBlock; ++i) {
-      const jsd::Probabilities e = jsd::probabilities(pair.student[i], pair.teacher[i], pair.difference[i], row);
-      const Entry entry = entry_of(kDivergence, e, beta);
-      pair.student[i] = entry.score;
-      pair.teacher[i] = entry.value;
-      weighted[i] = entry.weighted;
-    }
+    terms_of<kDivergence>(pair, row, divergence, terms);
     if (scores != nullptr)
-      for (int64_t i = 0; i < n; ++i) scores[start + i] = pair.student[i];
-    value += sum(pair.teacher);
-    if (kDivergence != kForwardKl) expected += sum(weighted);
-  }
+      for (int64_t i = 0; i < n; ++i) scores[start + i] = terms.score[i];
+    float block_value = 0.0f, block_expected = 0.0f;
+#pragma omp simd reduction(+ : block_value, block_expected)
+    for (int64_t i = 0; i < kBlock; ++i) {
+      block_value += terms.value[i];
+      if (kDivergence != kForwardKl) block_expected += terms.q[i] * terms.score[i];
+    }
+    value += block_value;
+    expected += block_expected;
+  });
   task.sums[2 * index] = jsd::kLn2 * value;
   task.sums[2 * index + 1] = jsd::kLn2 * expected;
 }
 
 // The last sweep of generalised_jsd and reverse_kl. `scores` may be the gradient's own row.
-ALWAYS_INLINE void write_gradient(const JsdTask& task, int64_t index, jsd::RowConstants row, const float* scores) {
+ALWAYS_INLINE void write_gradient(const JsdTask& task, int64_t index, const float* scores) {
+  const jsd::RowConstants row = constants_of(task, index);
   const float constant = constant_of(task, index);
   const float expected = static_cast<float>(task.sums[2 * index + 1] / jsd::kLn2);
   float student[kBlock], gradient[kBlock];
-  for (int64_t start = 0; start < task.vocabulary; start += kBlock) {
-    const int64_t n = entries_left(start, task.vocabulary);
+  for_each_block(task.vocabulary, [&](int64_t start, int64_t n) ALWAYS_INLINE_LAMBDA {
     load(task.student, task.student_rows[index], start, n, student);
     for (int64_t i = 0; i < n; ++i) gradient[i] = scores[start + i];
     for (int64_t i = n; i < kBlock; ++i) gradient[i] = 0.0f;
@@ -199,30 +264,28 @@ ALWAYS_INLINE void write_gradient(const JsdTask& task, int64_t index, jsd::RowCo
       gradient[i] = constant * q * (gradient[i] - expected);
     }
     store(task.gradient, gradient_row(task, index), start, n, gradient);
-  }
+  });
 }
 
 // The gradient, its scores computed where they are used; returns the value in nats. forward_kl needs no sum for its gradient, so
 // that this is its middle and last sweep together; the others read task.sums.
 template <int32_t kDivergence>
-ALWAYS_INLINE double sweep_gradient(const JsdTask& task, int64_t index, jsd::RowConstants row) {
-  const float beta = static_cast<float>(task.beta), constant = constant_of(task, index);
+ALWAYS_INLINE double sweep_gradient(const JsdTask& task, int64_t index, jsd::RowConstants row, const Divergence& divergence) {
+  const float constant = constant_of(task, index);
   const float expected = kDivergence == kForwardKl ? 0.0f : static_cast<float>(task.sums[2 * index + 1] / jsd::kLn2);
   Pair pair;
+  Terms terms;
   double value = 0.0;
-  for (int64_t start = 0; start < task.vocabulary; start += kBlock) {
-    const int64_t n = entries_left(start, task.vocabulary);
+  for_each_block(task.vocabulary, [&](int64_t start, int64_t n) ALWAYS_INLINE_LAMBDA {
     load_pair(task, index, start, n, pair);
+    terms_of<kDivergence>(pair, row, divergence, terms);
     for (int64_t i = 0; i < kBlock; ++i) {
-      const jsd::Probabilities e = jsd::probabilities(pair.student[i], pair.teacher[i], pair.difference[i], row);
-      const Entry entry = entry_of(kDivergence, e, beta);
-      const float q = kDivergence == kForwardKl ? 1.0f : jsd::probability(pair.student[i], row.student, row.scale);
-      pair.student[i] = constant * q * (entry.score - expected);
-      pair.teacher[i] = entry.value;
+      const float factor = kDivergence == kForwardKl ? 1.0f : jsd::probability(pair.student[i], row.student, row.scale);
+      terms.score[i] = constant * factor * (terms.score[i] - expected);
     }
-    value += sum(pair.teacher);
-    store(task.gradient, gradient_row(task, index), start, n, pair.student);
-  }
+    value += sum(terms.value);
+    store(task.gradient, gradient_row(task, index), start, n, terms.score);
+  });
   return jsd::kLn2 * value;
 }
 
@@ -231,34 +294,33 @@ enum Step : int32_t { kEverything = 0, kNormalise = 1, kSum = 2, kGradient = 3 }
 
 // After the normalisers. forward_kl has its value and gradient from one sweep.
 template <int32_t kDivergence>
-ALWAYS_INLINE void run_sweeps(const JsdTask& task, int64_t index, jsd::RowConstants row, int32_t step, float* scores) {
+ALWAYS_INLINE void run_sweeps(const JsdTask& task, int64_t index, int32_t step, const Divergence& divergence, float* scores) {
+  const jsd::RowConstants row = constants_of(task, index);
   const bool in_one_sweep = kDivergence == kForwardKl && step == kEverything && task.gradient.data != nullptr;
-  if (step == kSum || (step == kEverything && !in_one_sweep)) sum_row<kDivergence>(task, index, row, scores);
+  if (step == kSum || (step == kEverything && !in_one_sweep)) sum_row<kDivergence>(task, index, row, divergence, scores);
   if (step != kGradient && !in_one_sweep) return;
-  const double value = sweep_gradient<kDivergence>(task, index, row);
+  const double value = sweep_gradient<kDivergence>(task, index, row, divergence);
   if (in_one_sweep) task.sums[2 * index] = value, task.sums[2 * index + 1] = 0.0;
 }
 
-ALWAYS_INLINE void run_row(const JsdTask& task, int64_t index, int32_t step, float* scratch) {
+ALWAYS_INLINE void run_row(const JsdTask& task, int64_t index, int32_t step, const Divergence& divergence, float* scratch) {
   if (step == kEverything || step == kNormalise) normalise_row(task, index);
   if (step == kNormalise) return;
   const bool keeps_scores = step == kEverything && task.divergence != kForwardKl && task.gradient.data != nullptr;
   float* scores = keeps_scores ? scratch : nullptr;
   if (keeps_scores && scratch == nullptr)
     scores = static_cast<float*>(task.gradient.data) + gradient_row(task, index) * task.gradient.row_stride;
-  const jsd::RowConstants row = constants_of(task, index);
-  if (task.divergence == kJsd) run_sweeps<kJsd>(task, index, row, step, scores);
-  if (task.divergence == kForwardKl) run_sweeps<kForwardKl>(task, index, row, step, scores);
-  if (task.divergence == kReverseKl) run_sweeps<kReverseKl>(task, index, row, step, scores);
-  if (keeps_scores) write_gradient(task, index, row, scores);
+  if (task.divergence == kJsd) run_sweeps<kJsd>(task, index, step, divergence, scores);
+  if (task.divergence == kForwardKl) run_sweeps<kForwardKl>(task, index, step, divergence, scores);
+  if (task.divergence == kReverseKl) run_sweeps<kReverseKl>(task, index, step, divergence, scores);
+  if (keeps_scores) write_gradient(task, index, scores);
   if (step == kEverything) task.values[index] = static_cast<float>(task.sums[2 * index]);
 }
 
 // out[row] = sum over the list's entries of this row of scale * gradient; first[row] and next[i] chain them, -1 ends a chain.
 ALWAYS_INLINE void scatter_row(const JsdScatterTask& task, int64_t row, int64_t first, const int64_t* next) {
   float total[kBlock], block[kBlock];
-  for (int64_t start = 0; start < task.vocabulary; start += kBlock) {
-    const int64_t n = entries_left(start, task.vocabulary);
+  for_each_block(task.vocabulary, [&](int64_t start, int64_t n) ALWAYS_INLINE_LAMBDA {
     for (int64_t i = 0; i < kBlock; ++i) total[i] = 0.0f;
     for (int64_t index = first; index >= 0; index = next[index]) {
       const float scale = task.scales[index];
@@ -266,12 +328,12 @@ ALWAYS_INLINE void scatter_row(const JsdScatterTask& task, int64_t row, int64_t 
       for (int64_t i = 0; i < kBlock; ++i) total[i] += scale * block[i];
     }
     store(task.out, row, start, n, total);
-  }
+  });
 }
 
 // ---- one copy of the row programs an instruction set -------------------------------------------------------------------------
 
-using RunRow = void (*)(const JsdTask&, int64_t, int32_t, float*);
+using RunRow = void (*)(const JsdTask&, int64_t, int32_t, const Divergence&, float*);
 using ScatterRow = void (*)(const JsdScatterTask&, int64_t, int64_t, const int64_t*);
 
 struct RowPrograms {
@@ -280,8 +342,9 @@ struct RowPrograms {
 };
 
 #define ROW_PROGRAMS(name, attribute)                                                                              \
-  attribute void run_row_##name(const JsdTask& task, int64_t index, int32_t step, float* scratch) {                \
-    run_row(task, index, step, scratch);                                                                           \
+  attribute void run_row_##name(const JsdTask& task, int64_t index, int32_t step, const Divergence& divergence,    \
+                                float* scratch) {                                                                  \
+    run_row(task, index, step, divergence, scratch);                                                               \
   }                                                                                                                \
   attribute void scatter_row_##name(const JsdScatterTask& task, int64_t row, int64_t first, const int64_t* next) { \
     scatter_row(task, row, first, next);                                                                           \
@@ -322,10 +385,11 @@ int thread_index() {
 
 void for_each_row(const JsdTask& task, Step step) {
   const RowPrograms programs = programs_for(task.instruction_set);
+  const Divergence divergence = {static_cast<float>(task.beta), jsd::near_polynomials<12>(task.beta, kBlockLimit)};
   float* scratch = static_cast<float*>(task.scratch);
-#pragma omp parallel for num_threads(task.num_threads) schedule(static)
+#pragma omp parallel for num_threads(task.num_threads) schedule(dynamic)
   for (int64_t index = 0; index < task.num_rows; ++index)
-    programs.run(task, index, step, scratch == nullptr ? nullptr : scratch + thread_index() * task.vocabulary);
+    programs.run(task, index, step, divergence, scratch == nullptr ? nullptr : scratch + thread_index() * task.vocabulary);
 }
 
 }  // namespace

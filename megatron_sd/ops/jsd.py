@@ -64,18 +64,18 @@ def jsd_rows(  # noqa: PLR0913 (five tensors and the divergence's options: the w
         top_k=top_k,
         tail_bucket=tail_bucket,
     )
+    lists = (student_rows, teacher_rows, weights.detach())
     if in_place and student_logits.requires_grad and torch.is_grad_enabled():
-        values, truncated_mass = in_place_rows(compute, student_logits, teacher_logits.detach(), (student_rows, teacher_rows))
-    else:
-        values, truncated_mass = compute(student_logits, teacher_logits.detach(), student_rows, teacher_rows)
-    return RowDivergence(values * weights.detach().to(values.dtype), truncated_mass)
+        return in_place_rows(compute, student_logits, teacher_logits.detach(), lists)
+    return compute(student_logits, teacher_logits.detach(), *lists)
 
 
-def _native_rows(  # noqa: PLR0913 (as jsd_rows)
+def _native_rows(  # noqa: PLR0913, PLR0917 (as jsd_rows)
     student: Tensor,
     teacher: Tensor,
     student_rows: Tensor,
     teacher_rows: Tensor,
+    weights: Tensor,
     *,
     divergence: str,
     beta: float,
@@ -85,16 +85,17 @@ def _native_rows(  # noqa: PLR0913 (as jsd_rows)
 ) -> RowDivergence:
     wants_gradient = student.requires_grad and torch.is_grad_enabled()
     values, _ = jsd_native.jsd_rows(
-        student, teacher, student_rows, teacher_rows, divergence, beta, temperature, wants_gradient
+        student, teacher, student_rows, teacher_rows, weights.float(), divergence, beta, temperature, wants_gradient
     )
     return RowDivergence(values, torch.zeros_like(values))
 
 
-def _reference_rows(  # noqa: PLR0913 (as jsd_rows)
+def _reference_rows(  # noqa: PLR0913, PLR0917 (as jsd_rows)
     student: Tensor,
     teacher: Tensor,
     student_rows: Tensor,
     teacher_rows: Tensor,
+    weights: Tensor,
     *,
     divergence: str,
     beta: float,
@@ -116,7 +117,7 @@ def _reference_rows(  # noqa: PLR0913 (as jsd_rows)
         index = int(result.values.isnan().nonzero()[0, 0])
         pair = f"student row {int(student_rows[index])} and teacher row {int(teacher_rows[index])}"
         _LOG.warning("%d of %d divergences are NaN, first that of %s", int(result.values.isnan().sum()), len(result.values), pair)
-    return result
+    return RowDivergence(result.values * weights.to(dtype), result.truncated_mass)
 
 
 def _chosen(impl: str, student: Tensor, teacher: Tensor, top_k: int | None) -> str:

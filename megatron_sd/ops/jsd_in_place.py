@@ -15,32 +15,33 @@ from megatron_sd.ops.jsd_reference import RowDivergence
 
 BLOCK_ELEMENTS = 1 << 20  # logits that are copied out at one time: a few rows of a large vocabulary
 
-Compute = Callable[[Tensor, Tensor, Tensor, Tensor], RowDivergence]  # student, teacher, student_rows, teacher_rows
+# Of student, teacher, student_rows, teacher_rows and weights.
+Compute = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], RowDivergence]
 
 
-def in_place_rows(compute: Compute, student: Tensor, teacher: Tensor, rows: tuple[Tensor, Tensor]) -> RowDivergence:
-    """compute(student, teacher, *rows), with the gradient kept in `student` [S, V] between forward and backward.
+def in_place_rows(compute: Compute, student: Tensor, teacher: Tensor, lists: tuple[Tensor, Tensor, Tensor]) -> RowDivergence:
+    """compute(student, teacher, *lists), with the gradient kept in `student` [S, V] between forward and backward.
 
-    rows: the student's and the teacher's, [N] each. What is listed in the student's becomes that row's gradient, what is not
-    becomes 0. Raises ValueError where that would lose or corrupt something (one device synchronisation), and RuntimeError from a
-    second backward. Whatever else has kept the logits for its own backward is told by autograd.
+    lists: the student's rows, the teacher's and the weights, [N] each. What is listed in the student's becomes that row's
+    gradient, what is not becomes 0. Raises ValueError where that would lose or corrupt something (one device synchronisation),
+    and RuntimeError from a second backward. Whatever else has kept the logits for its own backward is told by autograd.
     """
-    _check(student, teacher, rows[0])
-    return RowDivergence(*_InPlace.apply(student, compute, teacher, *rows))
+    _check(student, teacher, lists[0])
+    return RowDivergence(*_InPlace.apply(student, compute, teacher, *lists))
 
 
 class _InPlace(torch.autograd.Function):
     @staticmethod
     def forward(  # noqa: PLR0913, PLR0917 (autograd hands everything on by position)
-        ctx, student: Tensor, compute: Compute, teacher: Tensor, student_rows: Tensor, teacher_rows: Tensor
+        ctx, student: Tensor, compute: Compute, teacher: Tensor, student_rows: Tensor, teacher_rows: Tensor, weights: Tensor
     ) -> tuple[Tensor, Tensor]:
         block_rows = max(BLOCK_ELEMENTS // student.shape[1], 1)
         is_listed = torch.zeros(len(student), dtype=torch.bool, device=student.device).index_fill(0, student_rows.long(), True)
         parts = []
-        for own, others in zip(student_rows.split(block_rows), teacher_rows.split(block_rows), strict=True):
+        for own, others, shares in zip(*(part.split(block_rows) for part in (student_rows, teacher_rows, weights)), strict=True):
             with torch.enable_grad():
                 logits = student.detach()[own].requires_grad_()
-                result = compute(logits, teacher, torch.arange(len(own), device=own.device), others)
+                result = compute(logits, teacher, torch.arange(len(own), device=own.device), others, shares)
                 (gradient,) = torch.autograd.grad(result.values.sum(), logits)
             student.index_copy_(0, own.long(), gradient)
             parts.append((result.values.detach(), result.truncated_mass))
@@ -59,7 +60,7 @@ class _InPlace(torch.autograd.Function):
         ctx.is_spent = True
         student, student_rows = ctx.saved_tensors
         scales = grad_values.new_zeros(len(student)).index_copy(0, student_rows.long(), grad_values)
-        return student.detach().mul_(scales[:, None]), None, None, None, None
+        return student.detach().mul_(scales[:, None]), None, None, None, None, None
 
 
 def _check(student: Tensor, teacher: Tensor, student_rows: Tensor) -> None:

@@ -22,15 +22,16 @@ def jsd_rows(  # noqa: PLR0913, PLR0917 (an operator's schema)
     teacher: Tensor,
     student_rows: Tensor,
     teacher_rows: Tensor,
+    weights: Tensor,
     divergence: str,
     beta: float,
     temperature: float,
     with_gradient: bool,
 ) -> tuple[Tensor, Tensor]:
-    """native_rows.jsd_rows, checked: ValueError for row numbers out of range, and a warning that names rows that come out as NaN.
+    """native_rows.jsd_rows, values and gradients times weights [N].
 
-    On CUDA both would wait for the device: they happen only under torch.autograd.set_detect_anomaly(True), and rows out of range
-    give NaN.
+    Checked: ValueError for row numbers out of range, and a warning that names rows that come out as NaN. On CUDA both would wait
+    for the device: they happen only under torch.autograd.set_detect_anomaly(True), and rows out of range give NaN.
     """
     checked = _is_checked(student.device)
     if checked:
@@ -45,6 +46,7 @@ def jsd_rows(  # noqa: PLR0913, PLR0917 (an operator's schema)
         beta=beta,
         temperature=temperature,
         with_gradient=with_gradient,
+        scales=weights,
     )
     if checked and values.isnan().any():
         index = int(values.isnan().nonzero()[0, 0])
@@ -56,11 +58,11 @@ def jsd_rows(  # noqa: PLR0913, PLR0917 (an operator's schema)
             int(student_rows[index]),
             int(teacher_rows[index]),
         )
-    return values, gradient
+    return values * weights, gradient
 
 
 @jsd_rows.register_fake
-def _(student, teacher, student_rows, teacher_rows, divergence, beta, temperature, with_gradient):  # noqa: PLR0913, PLR0917
+def _(student, teacher, student_rows, teacher_rows, weights, divergence, beta, temperature, with_gradient):  # noqa: PLR0913, PLR0917
     num_rows = student_rows.shape[0]
     values = student.new_empty(num_rows, dtype=torch.float32)
     return values, student.new_empty(num_rows if with_gradient else 0, student.shape[1])
@@ -100,8 +102,21 @@ def _backward(ctx, grad_values: Tensor | None, _grad_gradient: None):
     gradient, student_rows = ctx.saved_tensors
     grad_student = None
     if grad_values is not None and ctx.needs_input_grad[0]:
-        grad_student = scatter_rows(gradient, student_rows, grad_values, ctx.num_student_rows)
-    return grad_student, None, None, None, None, None, None, None
+        if _is_finished(gradient, student_rows, grad_values, ctx.num_student_rows):
+            grad_student = gradient
+        else:
+            grad_student = scatter_rows(gradient, student_rows, grad_values, ctx.num_student_rows)
+    return grad_student, None, None, None, None, None, None, None, None
+
+
+def _is_finished(gradient: Tensor, rows: Tensor, scales: Tensor, num_rows: int) -> bool:
+    """Whether `gradient` is the answer as it is (every row in its place, of scale 1) and nobody needs it again: who gets it may
+    write into it. Not asked where looking would cost a synchronisation or break a graph."""
+    if torch.compiler.is_compiling() or gradient.device.type != "cpu" or len(rows) != num_rows:
+        return False
+    if torch._C._autograd._get_current_graph_task_keep_graph():  # noqa: SLF001 (retain_graph has no public name)
+        return False
+    return torch.equal(rows, torch.arange(num_rows, dtype=rows.dtype)) and bool((scales == 1.0).all())
 
 
 jsd_rows.register_autograd(_backward, setup_context=_keep)

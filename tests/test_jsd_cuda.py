@@ -5,16 +5,14 @@ import torch
 
 from megatron_sd.ops import jsd_native, native_cuda, native_rows
 from megatron_sd.ops.jsd import jsd_rows
-from megatron_sd.ops.jsd_reference import divergence_rows
+from tests.jsd_cases import BF16, FP32, check, pair, reference, value_and_gradient
 
 if not torch.cuda.is_available():
     pytest.skip("torch sees no CUDA device: run `make gpu-check` on a machine with one", allow_module_level=True)
 if obstacle := native_cuda.obstacle(0):
     pytest.skip(obstacle, allow_module_level=True)
 
-BF16, FP32 = torch.bfloat16, torch.float32
-EPS = {FP32: 1e-6, BF16: 4e-3}  # four hardware powers of 2^-22 meet in a result; two roundings of the stored gradient
-KINDS = {  # (student dtype, teacher dtype, the teacher's matrix holds differences, gradient dtype)
+KINDS = {
     "bf16": (BF16, BF16, False, BF16),
     "fp32": (FP32, FP32, False, FP32),
     "fp32 to bf16": (FP32, FP32, False, BF16),
@@ -25,49 +23,12 @@ each_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS.keys())
 each_divergence = pytest.mark.parametrize("divergence", ["jsd", "forward_kl", "reverse_kl"])
 
 
-def pair(num_rows, vocabulary, kind, *, distance=0.5, seed=0):
-    """(student, the teacher's matrix, the teacher's logits in float64)."""
-    generator = torch.Generator("cuda").manual_seed(seed)
-    student = (3.0 * torch.randn(num_rows, vocabulary, generator=generator, device="cuda")).to(kind[0])
-    difference = distance * torch.randn(num_rows, vocabulary, generator=generator, device="cuda")
-    teacher = (difference if kind[2] else student.float() + difference).to(kind[1])
-    return student, teacher, student.double() * kind[2] + teacher.double()
-
-
-def value_and_gradient(student, teacher, kind, rows=None, **options):
-    rows = rows or (torch.arange(len(student), device="cuda"),) * 2
-    options = {"divergence": "jsd", "beta": 0.5, "temperature": 1.0} | options
-    return native_rows.jsd_rows(
-        student, teacher, *rows, with_gradient=True, gradient_dtype=kind[3], teacher_is_difference=kind[2], **options
-    )
-
-
-def reference(student, teacher, **options):
-    student = student.clone().requires_grad_()
-    options = {"divergence": "jsd", "beta": 0.5, "temperature": 1.0} | options
-    values = divergence_rows(student, teacher, top_k=None, **options).values
-    values.sum().backward()
-    return values.detach(), student.grad
-
-
-def relative_error(found, exact):
-    return ((found.double() - exact).norm() / exact.norm()).item()
-
-
-def check(found, student, logits, kind, distance, **options):
-    """err(kernel) <= 2 err(torch in float32) + eps."""
-    exact, exact_gradient = reference(student.double(), logits, **options)
-    torch_value, torch_gradient = reference(student.float(), logits.float(), **options)
-    assert relative_error(found[0], exact) <= 2 * relative_error(torch_value, exact) + EPS[FP32] + 2e-8 / distance
-    assert relative_error(found[1], exact_gradient) <= 2 * relative_error(torch_gradient, exact_gradient) + EPS[kind[3]]
-
-
 @each_divergence
 @each_kind
 @pytest.mark.parametrize("distance", [0.01, 0.1, 1.0, 10.0])
 @pytest.mark.parametrize(("vocabulary", "temperature", "beta"), [(151_936, 1.0, 0.5), (32_000, 0.7, 0.1), (4_999, 1.5, 0.9)])
 def test_error_is_at_most_twice_torchs(divergence, kind, distance, vocabulary, temperature, beta):
-    student, teacher, logits = pair(4, vocabulary, kind, distance=distance)
+    student, teacher, logits = pair(4, vocabulary, kind, distance=distance, device="cuda")
     options = {"divergence": divergence, "temperature": temperature, "beta": beta}
     check(value_and_gradient(student, teacher, kind, **options), student, logits, kind, distance, **options)
 
@@ -77,7 +38,7 @@ def test_error_is_at_most_twice_torchs(divergence, kind, distance, vocabulary, t
 @pytest.mark.parametrize("vocabulary", [1, 7, 4104, 50_257, 400_001, 1_200_000])
 def test_any_vocabulary(divergence, dtype, vocabulary):
     kind = (dtype, dtype, False, dtype)
-    student, teacher, logits = pair(2, vocabulary, kind)
+    student, teacher, logits = pair(2, vocabulary, kind, device="cuda")
     found = value_and_gradient(student, teacher, kind, divergence=divergence)
     exact = reference(student.double(), logits, divergence=divergence)
     torch.testing.assert_close(found[0].double(), exact[0], rtol=1e-4, atol=1e-6)
@@ -87,10 +48,10 @@ def test_any_vocabulary(divergence, dtype, vocabulary):
 @each_divergence
 @each_kind
 def test_equal_rows_give_exactly_zero_and_bits_repeat(divergence, kind):
-    student, teacher, _ = pair(3, 20_003, kind, distance=0.0)
+    student, teacher, _ = pair(3, 20_003, kind, distance=0.0, device="cuda")
     values, gradient = value_and_gradient(student, teacher, kind, divergence=divergence, beta=0.3)
     assert torch.count_nonzero(values) == 0 and torch.count_nonzero(gradient) == 0
-    student, teacher, _ = pair(300, 20_000, kind)
+    student, teacher, _ = pair(300, 20_000, kind, device="cuda")
     first = value_and_gradient(student, teacher, kind, divergence=divergence)
     for _ in range(5):
         again = value_and_gradient(student, teacher, kind, divergence=divergence)
@@ -103,7 +64,7 @@ def test_equal_rows_give_exactly_zero_and_bits_repeat(divergence, kind):
 @pytest.mark.parametrize("dtype", [BF16, FP32])
 def test_minus_infinity_and_nan(divergence, dtype):
     kind = (dtype, dtype, False, dtype)
-    student, teacher, _ = pair(4, 10_000, kind)
+    student, teacher, _ = pair(4, 10_000, kind, device="cuda")
     student[:, 8000:], teacher[:, 8000:] = -torch.inf, -torch.inf
     student[0, :300], teacher[0, 300:700] = -torch.inf, -torch.inf
     values, gradient = value_and_gradient(student, teacher, kind, divergence=divergence)
@@ -119,7 +80,7 @@ def test_minus_infinity_and_nan(divergence, dtype):
 @pytest.mark.parametrize("dtype", [BF16, FP32])
 def test_layouts_scales_in_place_and_rows_out_of_range(dtype):
     kind = (dtype, dtype, False, dtype)
-    student, teacher, _ = pair(6, 30_001, kind)
+    student, teacher, _ = pair(6, 30_001, kind, device="cuda")
     rows = torch.tensor([5, 0, 2], device="cuda"), torch.tensor([1, 4, 4], device="cuda")
     expected = value_and_gradient(student[rows[0]], teacher[rows[1]], kind)
     padded = torch.full((6, 30_100), torch.nan, device="cuda").to(dtype)
@@ -139,7 +100,7 @@ def test_layouts_scales_in_place_and_rows_out_of_range(dtype):
 @each_divergence
 @each_kind
 def test_shards_add_up_to_the_whole(divergence, kind):
-    student, teacher, logits = pair(3, 30_000, kind)
+    student, teacher, logits = pair(3, 30_000, kind, device="cuda")
     rows = (torch.arange(3, device="cuda"),) * 2
     options, shared = {"divergence": divergence, "beta": 0.3, "temperature": 0.8}, {"teacher_is_difference": kind[2]}
     parts = [(student[:, s], teacher[:, s]) for s in (slice(0, 7000), slice(7000, 20_011), slice(20_011, 30_000))]
@@ -153,7 +114,7 @@ def test_shards_add_up_to_the_whole(divergence, kind):
 
 @pytest.mark.parametrize("dtype", [BF16, FP32])
 def test_through_the_door(dtype):
-    student, teacher, _ = pair(8, 5000, (dtype, dtype, False, dtype), distance=1.0)
+    student, teacher, _ = pair(8, 5000, (dtype, dtype, False, dtype), distance=1.0, device="cuda")
     rows = torch.tensor([6, 1, 6, 3], device="cuda"), torch.tensor([0, 4, 4, 7], device="cuda")
     weights = torch.tensor([2.0, 0.0, 0.5, -1.0], device="cuda")
     found = {}
@@ -173,7 +134,7 @@ def test_through_the_door(dtype):
 
 
 def test_operators_pass_torchs_own_check_and_compile():
-    student, teacher, _ = pair(5, 70, KINDS["fp32"])
+    student, teacher, _ = pair(5, 70, KINDS["fp32"], device="cuda")
     rows = torch.tensor([4, 1, 1], device="cuda"), torch.tensor([0, 2, 3], device="cuda")
     arguments = (student.requires_grad_(), teacher, *rows, torch.ones(3, device="cuda"), "jsd", 0.5, 1.0, True)
     torch.library.opcheck(jsd_native.jsd_rows, arguments)
@@ -181,7 +142,7 @@ def test_operators_pass_torchs_own_check_and_compile():
 
 
 def test_nothing_waits_for_the_device():
-    student, teacher, _ = pair(4, 5000, KINDS["bf16"])
+    student, teacher, _ = pair(4, 5000, KINDS["bf16"], device="cuda")
     rows, weights = (torch.arange(4, device="cuda"),) * 2, torch.ones(4, device="cuda")
     logits = student.clone().requires_grad_()
     torch.cuda.set_sync_debug_mode("error")
@@ -193,7 +154,7 @@ def test_nothing_waits_for_the_device():
 
 
 def test_another_stream_and_a_captured_graph():
-    student, teacher, _ = pair(4, 5000, KINDS["bf16"])
+    student, teacher, _ = pair(4, 5000, KINDS["bf16"], device="cuda")
     expected = value_and_gradient(student, teacher, KINDS["bf16"])
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())

@@ -24,6 +24,7 @@ def options(**changes):
         "tail_bucket": False,
         "teacher_logits": "delta",
         "chunk_rows": 4,
+        "target": "teacher",
     }
     return HeadOptions(**(fields | changes))
 

@@ -16,6 +16,7 @@ from megatron_sd.training.policy import head_options
 from megatron_sd.training.policy_module import (
     DeviceMicrobatch,
     PolicyModule,
+    TeacherRows,
     hidden_rows,
     load_causal_lm,
     student_values,
@@ -143,7 +144,7 @@ def test_the_teacher_has_no_gradient(model_path):
         return (microbatch.query_weights[queries] * values.divergences).sum() / batch.totals.distilled_rollouts
 
     hidden = hidden_rows(module.model, microbatch.input_ids, microbatch.row_index)
-    head(hidden, constants, microbatch.head_rows, row_loss).loss.backward()
+    head(hidden, TeacherRows(constants), microbatch.head_rows, row_loss).loss.backward()
     for name, parameter in module.named_parameters():
         torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-5, atol=1e-8)
 

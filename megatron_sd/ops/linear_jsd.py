@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from megatron_sd.ops.head_products import add_outer_product, head_logits
 from megatron_sd.ops.jsd import jsd_rows
+from megatron_sd.ops.row_cuts import Cut, cut_rows
 from megatron_sd.ops.row_softmax import RowSoftmax, working_dtype
 from megatron_sd.ops.targets import TARGETS
 
@@ -81,23 +82,6 @@ class RowValues(NamedTuple):
 
 # (values of some rows, which rows, which query rows) -> their share of the loss, a scalar.
 RowLoss = Callable[[RowValues, slice, slice], Tensor]
-
-
-class Cut(NamedTuple):
-    """Consecutive rows, and the query rows that lie among them."""
-
-    rows: slice
-    queries: slice
-
-
-def cut_rows(num_rows: int, query_rows: np.ndarray, size: int) -> list[Cut]:
-    """Cut num_rows rows, `size` at a time; query_rows [Q] are increasing row numbers. At least one cut, possibly empty.
-
-    >>> cut_rows(5, np.array([1, 3, 4]), 3)
-    [Cut(rows=slice(0, 3, None), queries=slice(0, 1, None)), Cut(rows=slice(3, 5, None), queries=slice(1, 3, None))]
-    """
-    bounds = [(start, min(start + size, num_rows)) for start in range(0, max(num_rows, 1), size)]
-    return [Cut(slice(a, b), slice(*(int(np.searchsorted(query_rows, row)) for row in (a, b)))) for a, b in bounds]
 
 
 def linear_jsd(  # noqa: PLR0913 (the rows, the head, and what is asked of them)
@@ -205,7 +189,9 @@ def _visit_chunk(
     hidden, rows = inputs.hidden[chunk.rows], inputs.rows
     query_rows = rows.query_rows[chunk.queries] - chunk.rows.start
     logits = head_logits(hidden, inputs.weight, inputs.bias, unrounded=options.teacher_logits.startswith("float32"))
-    teacher = _teacher_product(inputs, hidden[query_rows], inputs.teacher_hidden[chunk.queries], options)
+    is_difference = inputs.teacher_head is None and options.teacher_logits.endswith("delta")  # two heads have no common product
+    own, read = hidden[query_rows], inputs.teacher_hidden[chunk.queries]
+    teacher = _teacher_product(inputs, own, read, options, is_difference=is_difference)
     block_rows = max(BLOCK_ELEMENTS.get(logits.device.type, BLOCK_ELEMENTS["cuda"]) // logits.shape[1], 1)
     parts = []
     for block in cut_rows(len(hidden), rows.host_query_rows[chunk.queries] - chunk.rows.start, block_rows):
@@ -218,7 +204,7 @@ def _visit_chunk(
                 query_rows[block.queries] - block.rows.start,
                 row_loss=None if row_loss is None else lambda values, at=at: row_loss(values, at.rows, at.queries),
                 options=options,
-                teacher_is_difference=_is_difference(inputs, options),
+                teacher_is_difference=is_difference,
             )
         )
     if gradients is not None:
@@ -226,14 +212,11 @@ def _visit_chunk(
     return parts
 
 
-def _is_difference(inputs: _Inputs, options: HeadOptions) -> bool:
-    """The teacher's logits are made from the difference of hidden states, which two different heads do not allow."""
-    return inputs.teacher_head is None and options.teacher_logits.endswith("delta")
-
-
-def _teacher_product(inputs: _Inputs, hidden: Tensor, teacher_hidden: Tensor, options: HeadOptions) -> Tensor:
-    """[q, V]: the teacher's logits, or with "delta" what they have more than the student's at the same rows."""
-    if _is_difference(inputs, options):
+def _teacher_product(
+    inputs: _Inputs, hidden: Tensor, teacher_hidden: Tensor, options: HeadOptions, *, is_difference: bool
+) -> Tensor:
+    """[q, V]: the teacher's logits, or what they have more than the student's at the same rows."""
+    if is_difference:
         return head_logits(teacher_hidden - hidden, inputs.weight, None, unrounded=False)
     weight, bias = inputs.teacher_head or (inputs.weight, inputs.bias)
     return head_logits(teacher_hidden, weight, bias, unrounded=options.teacher_logits.startswith("float32"))

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from eval.grid.plan import GridConfig, Run, digest, plan
+from eval.grid.plan import GridConfig, Run, plan
 from eval.grid.plot import draw
 from eval.grid.pool import DONE, Order, run_all
 from eval.grid.records import RunRecord, read_fitting
@@ -74,12 +74,10 @@ def run_grid(config: GridConfig) -> dict[str, str]:
 
 def read_cells(config: GridConfig) -> list[Cell]:
     """Every run of the plan with its record, None where it is missing or half written."""
-    runs = plan(config)
-    digests = {run.arm: digest(run.config(config.recipe, "unused")) for run in {run.arm: run for run in runs}.values()}
     cells = []
-    for run in runs:
+    for run in plan(config):
         path = Path(config.output) / "runs" / f"{run.name}.json"
-        cells.append(Cell(run=run, path=path, record=read_fitting(path, digests[run.arm])))
+        cells.append(Cell(run=run, path=path, record=read_fitting(path, run.digest)))
     return cells
 
 

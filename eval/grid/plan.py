@@ -6,13 +6,16 @@ import difflib
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from megatron_sd.config import Config, load
 from megatron_sd.errors import ConfigError, DataError
 
+_PLACES = ("run_dir", "seed", "log.", "model.path", "data.train", "data.eval", "retriever.corpus")
 # Names of what a run measures: held-out success at the last step, sampled and greedy; success of the training rollouts, over
 # all steps (early speed) and over the last quarter; searches a rollout; share of hops whose passage was found.
 OUTCOMES = ("eval_em", "eval_em_greedy", "train_em", "train_em_late", "eval_hop_hits", "eval_searches", "train_entropy")
@@ -47,13 +50,14 @@ class GridConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One cell of the grid. overrides: dotted keys of the training configuration, over the recipe's."""
+    """One cell of the grid. overrides: dotted keys of the training configuration, over the recipe's; digest: of both together."""
 
     arm: str
     start: str
     seed: int
     model: str
     overrides: Mapping[str, Any]
+    digest: str
 
     @property
     def name(self) -> str:
@@ -61,9 +65,8 @@ class Run:
         return f"{self.arm}-{self.start}-{self.seed:03d}"
 
     def config(self, recipe: str, run_dir: str) -> Config:
-        """The training configuration. Raises ConfigError naming the key at fault, and the nearest."""
-        own = {**self.overrides, "model.path": self.model, "seed": self.seed, "run_dir": run_dir}
-        return load([f"--config={recipe}", *(f"--{key}={_word(value)}" for key, value in own.items())])
+        """The training configuration."""
+        return _load(recipe, {**self.overrides, "model.path": self.model, "seed": self.seed, "run_dir": run_dir})
 
 
 def plan(config: GridConfig) -> list[Run]:
@@ -73,18 +76,19 @@ def plan(config: GridConfig) -> list[Run]:
     for name, path in config.starts.items():
         if not (Path(path) / "config.json").is_file():
             raise DataError(f"starts.{name}: {path} holds no config.json, expected the directory of a start policy")
-    runs = [
-        Run(arm=arm, start=start, seed=seed, model=path, overrides={**config.common, **(own or {})})
+    arms = {arm: {**config.common, **own} for arm, own in config.arms.items()}
+    for arm, overrides in arms.items():
+        try:
+            _load(config.recipe, overrides)
+        except ConfigError as error:
+            raise ConfigError(f"arm {arm!r}: {error}") from error
+    digests = {arm: digest(config.recipe, overrides) for arm, overrides in arms.items()}
+    return [
+        Run(arm=arm, start=start, seed=seed, model=path, overrides=overrides, digest=digests[arm])
         for seed in config.seeds
         for start, path in config.starts.items()
-        for arm, own in config.arms.items()
+        for arm, overrides in arms.items()
     ]
-    for run in {run.arm: run for run in runs}.values():
-        try:
-            run.config(config.recipe, "unused")
-        except ConfigError as error:
-            raise ConfigError(f"arm {run.arm!r}: {error}") from error
-    return runs
 
 
 def contrasts_of(config: GridConfig) -> list[tuple[str, str]]:
@@ -94,12 +98,12 @@ def contrasts_of(config: GridConfig) -> list[tuple[str, str]]:
     return [(arm, config.baseline) for arm in config.arms if arm != config.baseline]
 
 
-def digest(config: Config) -> str:
-    """Of everything that an arm's runs have in common; not of where they write, nor of where world and start policy lie."""
-    tree = asdict(config)
-    del tree["run_dir"], tree["log"], tree["seed"], tree["model"]["path"]
-    del tree["data"]["train"], tree["data"]["eval"], tree["retriever"]["corpus"]
-    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]
+def digest(recipe: str, overrides: Mapping[str, Any]) -> str:
+    """Of what an arm's runs were told; not of where they write, nor of where world and start policy lie. Defaults of the library
+    are not in it: they belong to the commit, which every record names, and a new option must not make old runs void."""
+    settings = _flat(yaml.safe_load(Path(recipe).read_text(encoding="utf-8"))) | dict(overrides)
+    told = {key: value for key, value in settings.items() if not key.startswith(_PLACES)}
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _check_names(config: GridConfig) -> None:
@@ -127,6 +131,17 @@ def _check_known(key: str, found: Iterable[str], known: Iterable[str]) -> None:
             near = difflib.get_close_matches(name, choices, n=1)
             hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(choices)}"
             raise ConfigError(f"{key}: unknown {name!r}; {hint}")
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _load(recipe: str, overrides: Mapping[str, Any]) -> Config:
+    return load([f"--config={recipe}", *(f"--{key}={_word(value)}" for key, value in overrides.items())])
 
 
 def _word(value: Any) -> str:

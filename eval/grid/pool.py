@@ -15,6 +15,7 @@ from eval.grid.worker import ANSWER
 from megatron_sd.distributed.world import environment_of_others
 
 DONE = "done"
+COMMAND = (sys.executable, "-m", "eval.grid.worker")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +29,8 @@ class Order:
 class Worker:
     """A worker process, started when the first order comes and again after it died."""
 
-    def __init__(self, device: int | None, log: Path):
+    def __init__(self, command: Sequence[str], device: int | None, log: Path):
+        self._command = command
         self._environment = _environment(device)
         self._log = log
         self._process: subprocess.Popen[str] | None = None
@@ -62,7 +64,7 @@ class Worker:
         if self._process is None or self._process.poll() is not None:
             with self._log.open("a", encoding="utf-8") as log:
                 self._process = subprocess.Popen(
-                    [sys.executable, "-m", "eval.grid.worker"],
+                    self._command,
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=log,
@@ -73,7 +75,13 @@ class Worker:
 
 
 def run_all(
-    orders: Sequence[Order], *, num_workers: int, devices: Sequence[int], log_dir: Path, on_end: Callable[[str, str], None]
+    orders: Sequence[Order],
+    *,
+    num_workers: int,
+    devices: Sequence[int],
+    log_dir: Path,
+    on_end: Callable[[str, str], None],
+    command: Sequence[str] = COMMAND,
 ) -> None:
     """Run every order, num_workers at a time. on_end(name, what the worker said) is called as each ends, one at a time.
 
@@ -84,7 +92,7 @@ def run_all(
         waiting.put(order)
     num_workers = min(num_workers, len(orders))
     workers = [
-        Worker(devices[number % len(devices)] if devices else None, log_dir / f"worker_{number}.log")
+        Worker(command, devices[number % len(devices)] if devices else None, log_dir / f"worker_{number}.log")
         for number in range(num_workers)
     ]
     ended: queue.SimpleQueue[tuple[str, str]] = queue.SimpleQueue()

@@ -16,7 +16,7 @@ from megatron_sd.errors import DataError
 
 @dataclass(frozen=True, kw_only=True)
 class RunRecord:
-    """What a finished run leaves. digest: of the configuration, without seed and places; settings: what overrides the recipe.
+    """What a finished run leaves. digest: of what it was told (plan.digest); settings: what overrides the recipe.
 
     outcomes: by name (plan.OUTCOMES). curves: one value a step, by metric. ratios: what measuring steps found, by step. cost:
     CPU and wall seconds, rollouts. made_by: commit, machine, versions, digest of the start policy's weights.
@@ -60,7 +60,7 @@ def read_fitting(path: Path, digest: str) -> RunRecord | None:
     record = read_record(path)
     if record is not None and record.digest != digest:
         raise DataError(
-            f"{path} was run with another configuration (digest {record.digest}, the grid's YAML now gives {digest}; its own "
-            f"settings are {dict(record.settings)}): restore the YAML, choose another output, or remove the file to run it again"
+            f"{path} was run with another configuration (digest {record.digest}, recipe and YAML now give {digest}; its own "
+            f"settings are {dict(record.settings)}): restore them, choose another output, or remove the file to run it again"
         )
     return record

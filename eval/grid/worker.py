@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from eval.grid.plan import GridConfig, Run, digest
+from eval.grid.plan import GridConfig, Run
 from eval.grid.records import RunRecord, write_record
 from megatron_sd.config import Config
 from megatron_sd.distributed.world import World, end_process, join_world
@@ -78,7 +78,7 @@ def train_run(run: Run, order: Mapping[str, Any], world: World) -> None:
         arm=run.arm,
         start=run.start,
         seed=run.seed,
-        digest=digest(config),
+        digest=run.digest,
         settings=run.overrides,
         outcomes=_rounded(outcomes | _training(steps)),
         curves={name: [round(m[key], 4) for m in steps.values() if key in m] for name, key in CURVES.items()},

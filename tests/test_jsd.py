@@ -210,3 +210,12 @@ def test_door_refuses_options(changes, words):
 def test_door_refuses_tensors(shapes, rows, words):
     with pytest.raises(ValueError, match=words):
         door(logits(*shapes[0]), logits(*shapes[1]), tuple(torch.tensor(r) for r in rows))
+
+
+def test_mse_has_no_native_code():
+    student, teacher = logits(3, 5, dtype=torch.float32), logits(3, 5, seed=1, dtype=torch.float32)
+    every, options = torch.arange(3), {"divergence": "mse", "beta": 0.5, "temperature": 1.0}
+    found = jsd_rows(student, teacher, every, every, torch.ones(3), **options).values
+    torch.testing.assert_close(found, textbook(student, teacher, **options))
+    with pytest.raises((ValueError, ConfigError), match="divergence='mse'|not part of this build"):
+        jsd_rows(student, teacher, every, every, torch.ones(3), **options, impl="cpp")

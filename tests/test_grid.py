@@ -10,6 +10,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
+from data_prep.world import WorldConfig
 from eval.grid import main as grid_main
 from eval.grid.main import read_cells, run_grid, write_results
 from eval.grid.plan import OUTCOMES, GridConfig, contrasts_of, digest, plan
@@ -17,6 +18,7 @@ from eval.grid.pool import DONE, Order, run_all
 from eval.grid.records import RunRecord, read_record, write_record
 from eval.grid.table import crossed_bootstrap, summarize
 from eval.grid.worker import ANSWER, provenance
+from launch.programs import make_world
 from megatron_sd.config import parse
 from megatron_sd.errors import ConfigError, DataError, MegatronSdError
 from tests.fakes_train import write_model
@@ -252,3 +254,28 @@ def test_a_record_says_what_made_it(config):
     weights = Path(config.starts["two"]) / "model.safetensors"
     weights.write_bytes(weights.read_bytes() + b" ")
     assert provenance(weights.parent)["start_weights"] != one["start_weights"]
+
+
+@pytest.mark.slow
+@pytest.mark.ranks
+def test_real_runs_are_paired_recorded_and_not_repeated(tmp_path):
+    """Two arms from the committed start policy: the same first rollouts, other weights after the update; then nothing is left."""
+    world = tmp_path / "world"
+    make_world(WorldConfig(output=str(world), num_train_questions=40, num_eval_questions=10))
+    questions = f"{world}/questions.jsonl"
+    places = {"data.train": questions, "data.eval": questions, "retriever.corpus": f"{world}/corpus"}
+    sizes = {"num_steps": 2, "rollout.questions_per_step": 3, "distill.alpha.warmup_steps": 0, "distill.measure_every": 1}
+    config = GridConfig(
+        recipe=RECIPE, output=str(tmp_path / "grid"), arms={"grpo": {"distill.block": "none"}, "sd": {"distill.gate": "none"}},
+        starts={"committed": "data_prep/coldstart_model"}, seeds=(5,), baseline="grpo", common=sizes | places,
+        num_eval_questions=4, num_resamples=100,
+    )  # fmt: skip
+    assert run_grid(config) == {}
+    grpo, sd = (cell.record for cell in read_cells(config))
+    assert grpo.curves["em"][0] == sd.curves["em"][0] and len(sd.curves["em"]) == 2
+    assert grpo.ratios == {} and set(sd.ratios) == {"1", "2"} and sd.ratios["1"]["alpha"] == 0.3
+    assert sd.outcomes["train_em"] == pytest.approx(np.mean(sd.curves["em"]), abs=1e-4)
+    assert grpo.cost["num_rollouts"] == 30 and 0 < grpo.cost["train_cpu_s"] < grpo.cost["cpu_s"]
+    assert grpo.made_by["start_weights"] == sd.made_by["start_weights"]
+    before = [cell.path.stat().st_mtime_ns for cell in read_cells(config)]
+    assert run_grid(config) == {} and [cell.path.stat().st_mtime_ns for cell in read_cells(config)] == before

@@ -14,7 +14,7 @@ from data_prep.world import WorldConfig
 from eval.grid import main as grid_main
 from eval.grid.main import read_cells, run_grid, write_results
 from eval.grid.plan import OUTCOMES, GridConfig, contrasts_of, digest, plan
-from eval.grid.pool import DONE, Order, run_all
+from eval.grid.pool import DONE, Order, Worker, run_all
 from eval.grid.records import RunRecord, read_record, write_record
 from eval.grid.table import crossed_bootstrap, summarize
 from eval.grid.worker import ANSWER, provenance
@@ -171,6 +171,21 @@ def test_a_worker_that_dies_costs_its_run_alone(tmp_path):
     assert {name: said[name] for name in ("a", "b", "c")} == dict.fromkeys("abc", DONE)
     assert said["fails"] == "ConfigError: no"
     assert "ended with exit code 9" in said["dies"]
+
+
+def test_an_interrupt_ends_the_workers_and_starts_no_more_of_them(tmp_path):
+    def interrupt(name, said):
+        raise KeyboardInterrupt
+
+    mark = f"import pathlib; pathlib.Path('{tmp_path}', name).touch(); "
+    command = (sys.executable, "-c", WORKER.replace("    if name == ", f"    {mark}\n    if name == ", 1))
+    orders = [Order(name=name, line=json.dumps(name)) for name in "abcdefgh"]
+    with pytest.raises(KeyboardInterrupt):
+        run_all(orders, num_workers=1, devices=(), log_dir=tmp_path, on_end=interrupt, command=command)
+    assert (tmp_path / "a").exists()
+    worker = Worker(command, None, tmp_path / "log")
+    worker.kill()
+    assert worker.run(orders[7]) == "not started"
 
 
 def test_each_worker_gets_a_device_of_its_own(tmp_path):

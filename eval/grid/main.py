@@ -41,7 +41,7 @@ class Cell:
 def main(argv: Sequence[str]) -> None:
     """The command line of `grid`; the same command goes on where it was stopped."""
     config = parse(GridConfig, argv, "sd-search grid")
-    failures = run_grid(config)
+    failures = {} if config.table_only else run_grid(config)
     print(f"\n{write_results(config)}")
     if failures:
         shown = "; ".join(f"{name}: {said}" for name, said in list(failures.items())[:MAX_FAILURES_SHOWN])

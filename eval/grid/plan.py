@@ -45,6 +45,7 @@ class GridConfig:
     num_workers: int = 1  # processes, one thread each; with devices, one of them each in turn
     devices: tuple[int, ...] = ()  # GPUs; empty: CPU cores
     only: tuple[str, ...] = ()  # arms to run now; empty: all
+    table_only: bool = False  # run nothing; write table and picture of what is finished
     num_resamples: int = 10000
 
 

@@ -34,9 +34,12 @@ class Worker:
         self._environment = _environment(device)
         self._log = log
         self._process: subprocess.Popen[str] | None = None
+        self._is_ended = False
 
     def run(self, order: Order) -> str:
         """Hand in an order and wait: DONE, or what went wrong."""
+        if self._is_ended:
+            return "not started"
         process = self._running()
         try:
             process.stdin.write(order.line + "\n")
@@ -56,7 +59,8 @@ class Worker:
             self._process.wait()
 
     def kill(self) -> None:
-        """End it now; its run is lost."""
+        """End it now, for good; its run is lost."""
+        self._is_ended = True
         if self._process is not None:
             self._process.kill()
 

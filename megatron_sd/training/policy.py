@@ -212,7 +212,7 @@ def load_policy(config: Config, world: World) -> Policy:
     if config.update.zero_stage == 0 and config.model.dtype != "float32":
         raise ConfigError("update.zero_stage 0 keeps no float32 master weights: expected model.dtype float32, or a stage 1 to 3")
     reference = ReferencePolicy.load(config, world, options) if config.policy_loss.kl_weight > 0.0 else None
-    teacher = TEACHERS[config.distill.teacher](config, world)
+    teacher = TEACHERS[config.distill.teacher if config.distill.block != "none" else "live"](config, world)
     settings = deepspeed_config(config, world.size)
     module = PolicyModule(load_causal_lm(config.model), options, config.policy_loss)
     module = place(module, module.model, settings, world.device)

@@ -72,12 +72,14 @@ class FrozenTeacher:
 
     def __init__(self, config: Config, world: World):
         self._model = load_causal_lm(config.model).requires_grad_(False)
-        module: nn.Module = TeacherModule(self._model).eval()
+        self._module: nn.Module = TeacherModule(self._model).eval()
         self._is_sharded = config.update.zero_stage == 3
         if self._is_sharded:
             settings = teacher_config(config, world.size)
-            module, *_ = deepspeed.initialize(model=place(module, self._model, settings, world.device), config=settings)
-        self._module = module.to(world.device) if not self._is_sharded else module
+            placed = place(self._module, self._model, settings, world.device)
+            self._module, *_ = deepspeed.initialize(model=placed, config=settings)
+        else:
+            self._module.to(world.device)
 
     @contextmanager
     def rows(self, microbatch: DeviceMicrobatch) -> Iterator[TeacherRows]:

@@ -173,7 +173,7 @@ setup(
     package_data={
         "launch": ["configs/*.yaml", "*.sbatch"],
         "data_prep": ["coldstart_model/*"],
-        "eval": ["report_page/*.css"],
+        "eval": ["report_page/*.css", "results/*/*.yaml"],
     },
     ext_modules=[NATIVE, NATIVE_CUDA],
     cmdclass={"build_ext": BuildNative, "bdist_wheel": NativeWheel},

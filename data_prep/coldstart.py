@@ -30,6 +30,7 @@ from megatron_sd.search.protocol import PRESETS
 log = logging.getLogger(__name__)
 
 RECORD_NAME = "coldstart.json"
+HAS_FAST_BFLOAT16 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")  # elsewhere it is emulated, four times slower
 COMMAND = "sd-search coldstart --seed {seed} --num_steps {num_steps}"
 
 
@@ -182,7 +183,7 @@ def rate_factor(step: int, config: ColdstartConfig) -> float:
 
 def weighted_loss(model: Qwen2ForCausalLM, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """Cross-entropy (nats) of every weighted token given those before it: sum of weight * loss over the sum of weights."""
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16, enabled=HAS_FAST_BFLOAT16):
         hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
         rows = weights[:, 1:] > 0
         logits = model.lm_head(hidden[rows]).float()

@@ -16,30 +16,16 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from megatron_sd.algorithm.hindsight import (
-    BLOCKS,
-    RENDERERS,
-    Attempt,
-    BlockBuilder,
-    BlockContext,
-    attempts_of,
-    is_correct,
-)
+from megatron_sd.algorithm.blocks import BLOCKS
+from megatron_sd.algorithm.hindsight import RENDERERS, BlockBuilder, BlockContext, is_correct
 from megatron_sd.records import Question, RolloutGroup
-
-
-def inverted_block(context: BlockContext) -> str:
-    """The paper's block with every label turned round: a control that must do harm to a reader."""
-    attempts = attempts_of(context.groups[context.group], context.correct_above)
-    return context.render([Attempt(queries=a.queries, correct=not a.correct) for a in attempts])
-
 
 VARIANTS: Mapping[str, BlockBuilder] = {
     "linked": BLOCKS["paper"],
     "shuffled": BLOCKS["shuffled"],
     "wrong_question": BLOCKS["wrong_question"],
     "only_correct": BLOCKS["only_correct"],
-    "inverted": inverted_block,
+    "inverted": BLOCKS["inverted"],
 }
 
 

@@ -41,6 +41,7 @@ COMMANDS: dict[str, Command] = {
     "world": _command("launch.programs:world", "write the synthetic multi-hop world and its BM25 corpus"),
     "coldstart": _command("launch.programs:coldstart", "train the small start policy on mediocre demonstrations"),
     "reshard-plan": _command("launch.reshard_plan:main", "what publishing a model's weights to inference workers would move"),
+    "grid": _command("eval.grid.main:main", "arms x start policies x seeds from one YAML, resumable; paired tables and plots"),
     "gate": _command("eval.gate:main", "does the start policy read hindsight blocks? wrong-question and shuffled controls"),
     "vllm serve": _command("launch.serve:main", "a vLLM server as a run needs it: --config FILE.yaml [--host H --port P --cpu]"),
     "data import": _command("launch.data:import_", "convert questions or passages of public formats to the project's"),

@@ -10,9 +10,10 @@ from pathlib import Path
 import torch
 from transformers.utils.logging import disable_progress_bar
 
-from megatron_sd.algorithm.hindsight import BLOCKS, RENDERERS, HindsightBlocks
+from megatron_sd.algorithm.blocks import BLOCKS, BY_TURN
+from megatron_sd.algorithm.hindsight import RENDERERS, Blocks, HindsightBlocks
 from megatron_sd.algorithm.packing import pack
-from megatron_sd.algorithm.samples import GATES, TeacherPrompts, apply_gate
+from megatron_sd.algorithm.samples import GATES, SCOPES, TeacherPrompts, apply_gate, to_samples
 from megatron_sd.config import Config, ModelConfig, ProtocolConfig, RetrieverConfig, RolloutConfig, dump
 from megatron_sd.distributed.collectives import share
 from megatron_sd.distributed.world import World, lone_world
@@ -139,8 +140,10 @@ def build_trainer(config: Config, world: World) -> Trainer:
             render=RENDERERS[config.distill.block_format],
             correct_above=config.distill.correct_above,
             seed=config.seed,
+            by_turn=config.distill.block in BY_TURN,
         ),
         teacher_prompts=functools.partial(teacher_prompts, side.environment, config),
+        to_samples=functools.partial(to_samples, scope=SCOPES[config.distill.scope]),
         pack=functools.partial(_own_batch, config, world),
         alpha=AlphaController(config.distill),
         policy=policy,
@@ -179,12 +182,12 @@ def choose_publisher(policy: Policy, config: Config, world: World, engine: Torch
 
 
 def teacher_prompts(
-    environment: Environment, config: Config, groups: Sequence[RolloutGroup], blocks: Sequence[Sequence[str]]
+    environment: Environment, config: Config, groups: Sequence[RolloutGroup], blocks: Blocks
 ) -> TeacherPrompts:
-    """The teacher's prompt of every rollout: None where the block is empty or the gate is closed."""
+    """The teacher's prompts of every rollout; none where the block is empty or the gate is closed."""
     encode = functools.lru_cache(maxsize=None)(environment.prompt_ids)
     prompts = [
-        [encode(group.question.text, block) if block else None for block in own]
+        [tuple(encode(group.question.text, text) if text else None for text in texts) for texts in own]
         for group, own in zip(groups, blocks, strict=True)
     ]
     return apply_gate(groups, prompts, GATES[config.distill.gate], config.distill.correct_above)

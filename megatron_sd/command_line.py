@@ -126,7 +126,14 @@ def _unknown(key: str, record: type) -> str:
 
 def _mismatch(name: str, value: Any, annotation: Any) -> str:
     found = "nothing" if value == "" else "null" if value in (None, "None") else repr(value)
-    return f"{name}: found {found}, expected {_describe(annotation)}"
+    return f"{name}: found {found}, expected {_describe(annotation)}{_nearest_choice(value, annotation)}"
+
+
+def _nearest_choice(value: Any, annotation: Any) -> str:
+    """Of several names the one that was probably meant."""
+    choices = map(str, get_args(annotation)) if get_origin(annotation) is Literal else ()
+    near = difflib.get_close_matches(str(value), list(choices), n=1)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def _describe(annotation: Any) -> str:

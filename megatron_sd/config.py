@@ -182,11 +182,18 @@ class AlphaConfig:
 class DistillConfig:
     """Hindsight self-distillation. `block: none` is plain GRPO, bit for bit."""
 
-    block: Literal["paper", "only_correct", "no_labels", "shuffled", "wrong_question", "none"] = "paper"
+    block: Literal[
+        "paper", "leave_one_out", "single", "only_correct", "only_correct_shuffled", "no_labels", "shuffled", "inverted",
+        "flat_pool", "wrong_question", "dummy", "turn_causal", "with_documents", "none",
+    ] = "paper"  # algorithm/blocks.py
     block_format: Literal["outcome_last", "outcome_first"] = "outcome_last"
     correct_above: float = 0.0  # rho: a rollout is CORRECT when its answer's token F1 exceeds this
-    gate: Literal["none", "has_correct", "mixed"] = "none"  # which groups distil
-    divergence: Literal["jsd", "forward_kl", "reverse_kl"] = "jsd"
+    gate: Literal["none", "has_correct", "mixed", "reward_spread"] = "none"  # which groups distil
+    scope: Literal["query", "all", "first_query"] = "query"  # which sampled tokens distil
+    target: Literal["teacher", "uniform", "shuffled_vocabulary"] = "teacher"  # what the student is pulled to (ops/targets.py)
+    teacher: Literal["live", "ema", "frozen"] = "live"  # whose weights read the block: the student's, their average, the start's
+    ema_decay: float = 0.99  # teacher = decay * teacher + (1 - decay) * student after each step
+    divergence: Literal["jsd", "forward_kl", "reverse_kl", "mse"] = "jsd"
     beta: float = 0.5
     temperature: float = 1.0
     top_k: int | None = None  # None: the full vocabulary; the paper: 50, the teacher's, renormalised

@@ -76,7 +76,7 @@ _RANGES: dict[str, tuple[str, ...]] = {
         "publish.bucket_mib",
         "publish.timeout_s",
     ),
-    "between 0 and 1": ("rollout.max_failed_share", "rollout.vllm.gpu_memory_share", "optimizer.betas"),
+    "between 0 and 1": ("rollout.max_failed_share", "rollout.vllm.gpu_memory_share", "optimizer.betas", "distill.ema_decay"),
     "strictly between 0 and 1 (for its limits use divergence forward_kl or reverse_kl)": ("distill.beta",),
 }
 _IN_RANGE: dict[str, Callable[[Any], bool]] = {

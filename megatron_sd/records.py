@@ -147,6 +147,7 @@ class TrainingSample:
     rollout_logprobs: [L] float32, the engine's log-probability where loss_mask, else 0.
     query_positions: [Q] int64, increasing positions in `ids` of search-query tokens; the logits at p-1 predict the token at p.
     teacher_prompt_ids: the prompt with the hindsight block, or None when this sample is not distilled (no block, gated off).
+    later_prompts: where the block differs from turn to turn, (n, prompt): this one is read from the n-th query position on.
     group: index of its question in the step. group_has_spread: the group's rewards differ, so GRPO has a gradient there.
     """
 
@@ -159,6 +160,7 @@ class TrainingSample:
     group: int
     group_has_spread: bool
     teacher_prompt_ids: TokenIds | None = None
+    later_prompts: tuple[tuple[int, TokenIds], ...] = ()
 
     @property
     def is_distilled(self) -> bool:
@@ -166,11 +168,33 @@ class TrainingSample:
         return self.teacher_prompt_ids is not None and len(self.query_positions) > 0
 
     @property
-    def teacher_continuation(self) -> np.ndarray:
-        """[C] int64: what the teacher reads after all but the last token of its prompt: that token, then the rollout verbatim up
-        to the token before its last query token. Its hidden state at offset i predicts the rollout's token i."""
-        last_query = int(self.query_positions[-1])
-        return np.concatenate([np.array(self.teacher_prompt_ids[-1:]), self.ids[self.prompt_length : last_query]])
+    def teacher_views(self) -> tuple[TeacherView, ...]:
+        """What the teacher reads of this sample, which must be distilled: one view for each of its prompts."""
+        starts = [0, *(start for start, _ in self.later_prompts)]
+        prompts = [self.teacher_prompt_ids, *(prompt for _, prompt in self.later_prompts)]
+        parts = [self.query_positions[start:stop] for start, stop in zip(starts, [*starts[1:], len(self.query_positions)])]
+        return tuple(
+            TeacherView(
+                prompt_ids=prompt,
+                continuation=np.concatenate([np.array(prompt[-1:]), self.ids[self.prompt_length : int(positions[-1])]]),
+                offsets=positions - self.prompt_length,
+            )
+            for prompt, positions in zip(prompts, parts, strict=True)
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherView:
+    """One sequence of the teacher. C = len(continuation), Q = number of query tokens it scores.
+
+    continuation: [C] int64, what the teacher reads after all but the last token of its prompt: that token, then the rollout
+        verbatim up to the token before the last query token it scores. Its state at offset i predicts the rollout's token i.
+    offsets: [Q] int64, increasing: the offsets whose states predict query tokens.
+    """
+
+    prompt_ids: TokenIds
+    continuation: np.ndarray
+    offsets: np.ndarray
 
 
 @dataclass(frozen=True, kw_only=True)

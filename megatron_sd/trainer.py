@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from megatron_sd.algorithm.advantage import group_advantages
-from megatron_sd.algorithm.hindsight import HindsightBlocks
+from megatron_sd.algorithm.hindsight import Blocks, HindsightBlocks, shown
 from megatron_sd.algorithm.packing import padding_share
-from megatron_sd.algorithm.samples import TeacherPrompts, to_samples
+from megatron_sd.algorithm.samples import TeacherPrompts
 from megatron_sd.distributed.collectives import share, together
 from megatron_sd.distributed.world import World
 from megatron_sd.errors import ReshardError, RolloutError
@@ -25,7 +25,7 @@ from megatron_sd.training.policy import Policy
 from megatron_sd.training.publisher import Publisher
 
 Groups = Sequence[RolloutGroup]
-Blocks = Sequence[Sequence[str]]  # hindsight texts by group and rollout
+Texts = Sequence[Sequence[str]]  # the blocks as metrics and people see them, by group and rollout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +54,7 @@ class Trainer:
     score: Callable[[Groups], list[RolloutGroup]]
     hindsight: HindsightBlocks
     teacher_prompts: Callable[[Groups, Blocks], TeacherPrompts]
+    to_samples: Callable[[Groups, Sequence[Sequence[float]], TeacherPrompts], list[TrainingSample]]
     pack: Callable[[Sequence[TrainingSample]], Batch]
     alpha: AlphaController
     policy: Policy
@@ -84,7 +85,7 @@ class Trainer:
             groups = self.score(groups)
             blocks = self.hindsight(groups, self.step)
             advantages = [group_advantages(group) for group in groups]
-            batch = self.pack(to_samples(groups, advantages, self.teacher_prompts(groups, blocks)))
+            batch = self.pack(self.to_samples(groups, advantages, self.teacher_prompts(groups, blocks)))
         with self.timers.phase("update"):
             for weights in self.alpha.passes(self.step):  # one pass; three on a step that measures the gradient ratio
                 for microbatch in batch:
@@ -95,14 +96,14 @@ class Trainer:
         with self.timers.phase("publish"):
             self.sampling.settle()
             self.publisher.publish(self.policy, self.engine, self.step)
-        self.record(groups, blocks, batch, update)
-        self.side_work(groups, blocks)
+        self.record(groups, shown(blocks), batch, update)
+        self.side_work(groups, shown(blocks))
 
     def gather(self, sample: Callable[[], list[RolloutGroup]]) -> list[RolloutGroup]:
         """Every rank samples its share; every rank gets all groups, in question order, or the error of one."""
         return [group for part in together(self.world, sample) for group in part]
 
-    def record(self, groups: Groups, blocks: Blocks, batch: Batch, update: UpdateResult) -> None:
+    def record(self, groups: Groups, blocks: Texts, batch: Batch, update: UpdateResult) -> None:
         """One line of metrics for the step that just ended."""
         metrics: dict[str, float] = {}
         metrics |= rollout_metrics(groups) | lag_metrics(groups, self.step - 1) | block_metrics(groups, blocks) | update.metrics
@@ -111,7 +112,7 @@ class Trainer:
         metrics |= self.alpha.metrics() | self.timers.metrics() | memory_metrics()
         self.recorder.record(self.step, metrics)
 
-    def side_work(self, groups: Groups, blocks: Blocks) -> None:
+    def side_work(self, groups: Groups, blocks: Texts) -> None:
         """What is due after this step: transcripts, evaluation, a checkpoint."""
         if self.schedule.due(self.schedule.transcripts_every, self.step):
             self.recorder.transcripts(self.step, groups, blocks)

@@ -1,10 +1,16 @@
 """Hindsight blocks: their exact text, their labels, and what each control changes."""
 
+import re
+from dataclasses import replace
+from typing import get_args, get_type_hints
+
 import pytest
 
-from megatron_sd.algorithm.hindsight import BLOCKS, RENDERERS, HindsightBlocks
+from megatron_sd.algorithm.blocks import BLOCKS, BY_TURN
+from megatron_sd.algorithm.hindsight import RENDERERS, HindsightBlocks, shown
+from megatron_sd.config import DistillConfig
 from megatron_sd.records import StopReason
-from tests.builders import group, rollout
+from tests.builders import group, hit, rollout
 
 MIXED = group([
     rollout(0, ["red fox", "blue hen"], reward=1.0),
@@ -17,7 +23,7 @@ OTHER = group([rollout(0, ["elsewhere"], reward=0.0, number=1)], number=1)
 
 def blocks(name, groups, step=0, correct_above=0.0, block_format="outcome_last", first_step=0):
     settings = {"render": RENDERERS[block_format], "correct_above": correct_above, "first_step": first_step}
-    return HindsightBlocks(build=BLOCKS[name], seed=0, **settings)(groups, step)
+    return shown(HindsightBlocks(build=BLOCKS[name], seed=0, by_turn=name in BY_TURN, **settings)(groups, step))
 
 
 def test_the_block_word_for_word():
@@ -98,3 +104,86 @@ def test_infrastructure_failures_are_in_no_block(name):
     failed = rollout(1, ["lost"], reward=0.0, stop_reason=StopReason.RETRIEVAL_FAILED)
     for texts in blocks(name, [group([rollout(0, ["kept"], reward=1.0), failed]), OTHER]):
         assert all("lost" not in text for text in texts)
+
+
+def test_every_block_of_the_configuration_exists():
+    assert set(get_args(get_type_hints(DistillConfig)["block"])) == set(BLOCKS)
+
+
+def test_leave_one_out_lists_the_siblings():
+    texts = blocks("leave_one_out", [MIXED])[0]
+    assert texts[0] == (
+        "Previous attempts at this question:\n"
+        'Attempt 1: "grey owl" => INCORRECT\n'
+        "Attempt 2: no search => INCORRECT\n"
+        'Attempt 3: "half right" => CORRECT\n'
+    )
+    assert "grey owl" in texts[0] and "grey owl" not in texts[1]
+    lonely = group([rollout(0, ["alone"], reward=1.0), rollout(1, [], reward=0.0)])
+    assert blocks("leave_one_out", [lonely])[0][0] == "", "no sibling searched"
+
+
+def test_single_is_the_focal_rollouts_own_attempt():
+    assert blocks("single", [MIXED])[0] == [
+        'Previous attempts at this question:\nAttempt 1: "red fox" -> "blue hen" => CORRECT\n',
+        'Previous attempts at this question:\nAttempt 1: "grey owl" => INCORRECT\n',
+        "",
+        'Previous attempts at this question:\nAttempt 1: "half right" => CORRECT\n',
+    ]
+
+
+def test_only_correct_shuffled_calls_as_many_correct_and_draws_them_from_all():
+    texts = {blocks("only_correct_shuffled", [MIXED], step=step)[0][0] for step in range(30)}
+    assert len(texts) > 3
+    for text in filter(None, texts):
+        assert text.count("=> CORRECT") == 2 and "INCORRECT" not in text
+    assert any("grey owl" in text for text in texts)
+    assert blocks("only_correct_shuffled", [OTHER]) == [[""]]
+
+
+def test_inverted_turns_every_label_round():
+    text = blocks("inverted", [MIXED])[0][0]
+    turned = blocks("paper", [MIXED])[0][0].replace("=> INCORRECT", "=> X").replace("=> CORRECT", "=> INCORRECT")
+    assert text == turned.replace("=> X", "=> CORRECT")
+
+
+def test_a_flat_pool_unlinks_queries_from_attempts_and_outcomes():
+    expected = (
+        "Previous attempts at this question:\n"
+        'Queries: "blue hen", "grey owl", "half right", "red fox"\n'
+        "Outcomes: 2 CORRECT, 2 INCORRECT\n"
+    )
+    assert blocks("flat_pool", [MIXED]) == [[expected] * 4]
+    assert blocks("flat_pool", [group([rollout(0, reward=1.0)])]) == [[""]]
+
+
+def test_a_dummy_has_the_words_of_the_papers_block_but_says_nothing():
+    dummy, paper = blocks("dummy", [MIXED])[0][0], blocks("paper", [MIXED])[0][0]
+    assert dummy.splitlines()[1] == 'the the: "the the" -> "the the" => the'
+    assert len(dummy.split()) == len(paper.split())
+    assert set(re.findall(r"\w+", dummy)) == {"the"}
+    assert blocks("dummy", [group([rollout(0, reward=1.0)])]) == [[""]]
+
+
+def test_turn_causal_shows_at_each_turn_what_siblings_had_asked_so_far():
+    first = group([rollout(0, ["a1", "a2"], reward=0.0), rollout(1, ["b1", "b2", "b3"], reward=1.0)])
+    builder = HindsightBlocks(
+        build=BLOCKS["turn_causal"], render=RENDERERS["outcome_first"], seed=0, correct_above=0.0, first_step=0, by_turn=True
+    )
+    ((of_a, of_b),) = builder([first], 0)
+    head = "Previous attempts at this question:\nAttempt 1 "
+    assert of_a == (f'{head}(CORRECT): "b1"\n', f'{head}(CORRECT): "b1" -> "b2"\n', f'{head}(CORRECT): "b1" -> "b2" -> "b3"\n')
+    assert of_b == (f'{head}(INCORRECT): "a1"\n', *[f'{head}(INCORRECT): "a1" -> "a2"\n'] * 3)
+    ((searched, idle),) = builder([group([rollout(0, ["alone"], reward=1.0), rollout(1, [], reward=0.0)])], 0)
+    assert searched == () and idle == (f'{head}(CORRECT): "alone"\n',)
+
+
+def test_with_documents_puts_what_was_found_behind_each_query():
+    attempt = rollout(0, ["red fox", "blue hen"], reward=1.0)
+    found = (hit("p1", 'The fox said "no" => CORRECT\nAttempt 9', "Fox"), hit("p2", "Den.", ""))
+    turns = (replace(attempt.turns[0], hits=found), *attempt.turns[1:])
+    text = blocks("with_documents", [group([replace(attempt, turns=turns)])])[0][0]
+    assert text == (
+        "Previous attempts at this question:\n"
+        "Attempt 1: \"red fox\" \"Fox The fox said 'no' => CORRECT Attempt 9\" \"Den.\" -> \"blue hen\" => CORRECT\n"
+    )

@@ -19,6 +19,8 @@ def textbook(student, teacher, *, divergence, beta, temperature):
         return (p * (p / q).log()).sum(-1)
     if divergence == "reverse_kl":
         return (q * (q / p).log()).sum(-1)
+    if divergence == "mse":
+        return (p - q).square().sum(-1)
     m = beta * p + (1 - beta) * q
     return beta * (p * (p / m).log()).sum(-1) + (1 - beta) * (q * (q / m).log()).sum(-1)
 
@@ -35,7 +37,7 @@ def value_and_gradient(function, student, **options):
     return values.detach(), student.grad
 
 
-@pytest.mark.parametrize("divergence", ["jsd", "forward_kl", "reverse_kl"])
+@pytest.mark.parametrize("divergence", ["jsd", "forward_kl", "reverse_kl", "mse"])
 @pytest.mark.parametrize("beta", [0.1, 0.5, 0.9])
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 def test_equals_float64_autograd_of_the_definition(divergence, beta, temperature):
@@ -56,6 +58,7 @@ def test_known_numbers():
     assert jsd == pytest.approx(math.log(2) - entropy, abs=1e-15)
     for name in ("forward_kl", "reverse_kl"):
         assert divergence_rows(student, teacher, divergence=name, **options).values.item() == pytest.approx(math.log(3) / 2)
+    assert divergence_rows(student, teacher, divergence="mse", **options).values.item() == pytest.approx(0.5)
 
 
 @settings(max_examples=40, deadline=None)
@@ -68,7 +71,7 @@ def test_bounded_by_ln_2_symmetric_and_never_negative(seed, scale, dtype):
     torch.testing.assert_close(divergence_rows(teacher, student, **options).values, values, rtol=1e-5, atol=1e-9)
 
 
-@pytest.mark.parametrize("divergence", ["jsd", "forward_kl", "reverse_kl"])
+@pytest.mark.parametrize("divergence", ["jsd", "forward_kl", "reverse_kl", "mse"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("top_k", [None, 5])
 def test_equal_logits_give_exactly_zero(divergence, dtype, top_k):
@@ -207,3 +210,12 @@ def test_door_refuses_options(changes, words):
 def test_door_refuses_tensors(shapes, rows, words):
     with pytest.raises(ValueError, match=words):
         door(logits(*shapes[0]), logits(*shapes[1]), tuple(torch.tensor(r) for r in rows))
+
+
+def test_mse_has_no_native_code():
+    student, teacher = logits(3, 5, dtype=torch.float32), logits(3, 5, seed=1, dtype=torch.float32)
+    every, options = torch.arange(3), {"divergence": "mse", "beta": 0.5, "temperature": 1.0}
+    found = jsd_rows(student, teacher, every, every, torch.ones(3), **options).values
+    torch.testing.assert_close(found, textbook(student, teacher, **options))
+    with pytest.raises((ValueError, ConfigError), match="divergence='mse'|not part of this build"):
+        jsd_rows(student, teacher, every, every, torch.ones(3), **options, impl="cpp")

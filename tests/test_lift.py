@@ -5,7 +5,8 @@ import random
 import numpy as np
 import pytest
 
-from eval.lift import VARIANTS, LiftConfig, bootstrap_mean, inverted_block, measure_lift
+from eval.lift import VARIANTS, LiftConfig, bootstrap_mean, measure_lift
+from megatron_sd.algorithm.blocks import inverted_block
 from megatron_sd.algorithm.hindsight import BlockContext, render_outcome_first
 from megatron_sd.records import Question, RolloutGroup
 from tests.builders import group, rollout

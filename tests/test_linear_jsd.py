@@ -7,7 +7,7 @@ import torch.nn.functional as F  # noqa: N812
 
 from megatron_sd.ops import linear_jsd as module
 from megatron_sd.ops.jsd_reference import divergence_rows
-from megatron_sd.ops.linear_jsd import TEACHER_LOGITS, Cut, HeadOptions, HeadRows, cut_rows, linear_jsd
+from megatron_sd.ops.linear_jsd import TEACHER_LOGITS, HeadOptions, HeadRows, linear_jsd
 
 NUM_ROWS, NUM_QUERIES, WIDTH, VOCABULARY = 11, 5, 16, 53
 QUERY_ROWS = np.array([1, 2, 6, 7, 10])
@@ -24,6 +24,7 @@ def options(**changes):
         "tail_bucket": False,
         "teacher_logits": "delta",
         "chunk_rows": 4,
+        "target": "teacher",
     }
     return HeadOptions(**(fields | changes))
 
@@ -292,9 +293,3 @@ def test_shapes_that_do_not_fit_are_named():
         linear_jsd(hidden, teacher[:4], (weight, bias), rows, row_loss=None, options=options())
     with pytest.raises(ValueError, match=r"weight \(53, 15\)"):
         linear_jsd(hidden, teacher, (weight[:, :15], bias), rows, row_loss=None, options=options())
-
-
-def test_cuts_cover_rows_and_query_rows():
-    cuts = cut_rows(10, np.array([0, 3, 4, 9]), 4)
-    assert cuts == [Cut(slice(0, 4), slice(0, 2)), Cut(slice(4, 8), slice(2, 3)), Cut(slice(8, 10), slice(3, 4))]
-    assert cut_rows(0, np.zeros(0), 4) == [Cut(slice(0, 0), slice(0, 0))]

@@ -175,3 +175,21 @@ def test_rollouts_of_a_group_share_the_teachers_prompt():
     (microbatch,) = batch
     assert microbatch.teacher_prompts.tolist() == [list(sample.teacher_prompt_ids[:-1])]
     assert microbatch.teacher_prompt_of.tolist() == [0] * 5
+
+
+def test_prompts_that_change_between_turns_are_read_as_sequences_of_their_own():
+    """Every query token is predicted after its own turn's prompt and all of the rollout before it, and weighs as before."""
+    sample = next(s for s in make_samples(30) if s.is_distilled and len(s.query_positions) > 3)
+    later = dataclasses.replace(sample, later_prompts=((2, (90, 91, 92)), (3, (80, 81))))
+    microbatch = build_microbatch([later, sample], "token")
+    prompts = [sample.teacher_prompt_ids] * 2 + [(90, 91, 92)] + [(80, 81)] * (len(sample.query_positions) - 3)
+    rollout = sample.ids[sample.prompt_length :]
+    expected = [(*prompt, *rollout[: p - sample.prompt_length]) for prompt, p in zip(prompts, sample.query_positions)]
+    plain = [(*sample.teacher_prompt_ids, *rollout[: p - sample.prompt_length]) for p in sample.query_positions]
+    assert [reading(microbatch, row) for row in microbatch.teacher_rows] == expected + plain
+    assert len(microbatch.teacher_ids) == 4 and len(microbatch.teacher_prompts) == 3
+    assert microbatch.query_weights.tolist() == [np.float32(1 / len(sample.query_positions))] * len(plain) * 2
+    assert count_totals([later, sample], "token").distilled_rollouts == 2
+    size_of_later, size_of_plain = sizes_of([later, sample])
+    assert [own[1] for own in size_of_later.views] == [len(sample.teacher_prompt_ids), 3, 2]
+    assert bin_cost([size_of_later, size_of_plain], [0, 1]) == bin_cost_of(microbatch) + len(microbatch.teacher_prompts)

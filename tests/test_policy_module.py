@@ -16,6 +16,7 @@ from megatron_sd.training.policy import head_options
 from megatron_sd.training.policy_module import (
     DeviceMicrobatch,
     PolicyModule,
+    TeacherRows,
     hidden_rows,
     load_causal_lm,
     student_values,
@@ -86,6 +87,20 @@ def test_loss_equals_the_definition(model_path):
     assert sums["query_rows"] == sum(len(s.query_positions) for s in samples if s.is_distilled)
 
 
+def test_a_block_for_each_turn_distils_each_part_under_its_own_prompt(model_path):
+    """The loss and its gradient are those of the parts, each as a sample of its own, weighed by their query tokens."""
+    module = build(model_path, kl_weight=0.0)
+    sample = next(s for s in make_samples(30) if s.is_distilled and len(s.query_positions) > 3)
+    other, share = (90, 91, 92), 2 / len(sample.query_positions)
+    first = dataclasses.replace(sample, query_positions=sample.query_positions[:2])
+    second = dataclasses.replace(sample, query_positions=sample.query_positions[2:], teacher_prompt_ids=other)
+    whole, _, gradients = run(module, [dataclasses.replace(sample, later_prompts=((2, other),))], DISTILL)
+    (loss_1, _, early), (loss_2, _, late) = (run(module, [part], DISTILL) for part in (first, second))
+    assert whole == pytest.approx(share * loss_1 + (1 - share) * loss_2, rel=1e-5) != pytest.approx(loss_1, rel=1e-2)
+    for name, found in gradients.items():
+        torch.testing.assert_close(found, share * early[name] + (1 - share) * late[name], rtol=1e-4, atol=1e-7)
+
+
 def test_without_teacher_prompts_the_step_is_grpo_bit_for_bit(model_path):
     module = build(model_path)
     samples = [dataclasses.replace(s, teacher_prompt_ids=None) for s in make_samples(12)]
@@ -143,7 +158,7 @@ def test_the_teacher_has_no_gradient(model_path):
         return (microbatch.query_weights[queries] * values.divergences).sum() / batch.totals.distilled_rollouts
 
     hidden = hidden_rows(module.model, microbatch.input_ids, microbatch.row_index)
-    head(hidden, constants, microbatch.head_rows, row_loss).loss.backward()
+    head(hidden, TeacherRows(constants), microbatch.head_rows, row_loss).loss.backward()
     for name, parameter in module.named_parameters():
         torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-5, atol=1e-8)
 

@@ -17,19 +17,21 @@ from tests.fakes_train import write_model
 from tests.rank_programs.update_steps import Order, take_steps
 
 pytestmark = pytest.mark.ranks
-LIMIT_S = 240
-ALONE_TOO = ("steps", "untied", "rollout_mean", "one_sample", "no_query_on_one_rank")
+LIMIT_S = 900
+ALONE_TOO = ("steps", "untied", "rollout_mean", "one_sample", "no_query_on_one_rank", "ema_teacher")
 
 
 def orders(directory: Path) -> dict[str, dict]:
     model, untied = str(directory / "model"), str(directory / "untied")
     plain = {"distill": {"measure_every": 0}}
+    average = {"distill": {"measure_every": 0, "teacher": "ema", "ema_decay": 0.5}}
     return {
         "steps": {"model": model, "steps": 3, "config": {"kl_weight": 0.05}},
         "untied": {"model": untied, "steps": 1},
         "rollout_mean": {"model": model, "steps": 1, "config": {"aggregation": "rollout"}},
         "no_query_on_one_rank": {"model": model, "steps": 2, "only": [0, 3], "config": plain},
         "one_sample": {"model": model, "steps": 2, "num_samples": 1, "config": plain},
+        "ema_teacher": {"model": untied, "steps": 3, "config": average},
         "stage_1": {"model": model, "steps": 2, "config": plain | {"update": {"zero_stage": 1}}},
         "stage_2": {"model": model, "steps": 2, "config": plain | {"update": {"zero_stage": 2}}},
         "poisoned": {"model": model, "steps": 1, "poison": {"0": 1}},

@@ -2,7 +2,7 @@ import dataclasses
 
 import pytest
 
-from megatron_sd.algorithm.samples import GATES, apply_gate, to_samples
+from megatron_sd.algorithm.samples import GATES, SCOPES, apply_gate, to_samples
 from megatron_sd.errors import RolloutError
 from megatron_sd.records import StopReason, Turn
 from tests.fakes_groups import make_group, make_rollout
@@ -19,15 +19,23 @@ def group_of(*rollouts):
     return dataclasses.replace(make_group([0.0]), rollouts=rollouts)
 
 
+def samples_of(group, prompts, scope="query"):
+    advantages = [0.5, -0.5][: len(group.rollouts)]
+    return to_samples([group], [advantages], [prompts], scope=SCOPES[scope])
+
+
 def test_every_array_of_a_rollout():
     group = group_of(make_rollout(1.0, turns=TURNS), make_rollout(0.0, index=1))
-    sample, other = to_samples([group], [[0.5, -0.5]], [[(7, 8, 9, 9), None]])
+    sample, other = samples_of(group, [((7, 8, 9, 9),), ()])
     assert sample.ids.tolist() == [1, 2, 3, 10, 11, 12, 13, 20, 21, 14, 15, 22, 16]
     assert sample.loss_mask.tolist() == [False] * 3 + [True] * 4 + [False] * 2 + [True] * 2 + [False, True]
     assert sample.rollout_logprobs.tolist() == [0, 0, 0, -1, -2, -3, -4, 0, 0, -5, -6, 0, -7]
     assert sample.query_positions.tolist() == [4, 5]
     assert (sample.advantage, sample.group, sample.group_has_spread, sample.prompt_length) == (0.5, 0, True, 3)
-    assert sample.is_distilled and sample.teacher_continuation.tolist() == [9, 10, 11]
+    (view,) = sample.teacher_views
+    assert view.prompt_ids == (7, 8, 9, 9)
+    assert view.continuation.tolist() == [9, 10, 11]
+    assert view.offsets.tolist() == [1, 2]
     assert not other.is_distilled
 
 
@@ -35,7 +43,7 @@ def test_failures_and_empty_rollouts_are_left_out_and_group_numbers_stay():
     empty = make_rollout(0.0, index=1, turns=())
     nothing = make_rollout(0.0, index=2, turns=(Turn(completion_ids=(), completion_logprobs=()),))
     groups = [group_of(make_rollout(1.0, failed=True), empty, nothing), make_group([0.5, 0.5])]
-    samples = to_samples(groups, [[0.0] * 3, [0.0] * 2], [[None] * 3, [None] * 2])
+    samples = to_samples(groups, [[0.0] * 3, [0.0] * 2], [[()] * 3, [()] * 2], scope=SCOPES["query"])
     assert [(s.group, s.group_has_spread) for s in samples] == [(1, False), (1, False)]
 
 
@@ -43,8 +51,8 @@ def test_a_step_without_a_single_token_is_an_error_unless_all_rollouts_failed():
     """Prompts above rollout.max_rollout_tokens would otherwise train on nothing, step after step."""
     empty = dataclasses.replace(make_rollout(0.0, turns=()), stop_reason=StopReason.TOKEN_LIMIT)
     with pytest.raises(RolloutError, match=r"none of the step's 1 rollouts .*'token_limit': 1.*max_rollout_tokens"):
-        to_samples([group_of(empty, make_rollout(0.0, index=1, failed=True))], [[0.0, 0.0]], [[None, None]])
-    assert to_samples([group_of(make_rollout(0.0, failed=True))], [[0.0]], [[None]]) == []
+        samples_of(group_of(empty, make_rollout(0.0, index=1, failed=True)), [(), ()])
+    assert samples_of(group_of(make_rollout(0.0, failed=True)), [()]) == []
 
 
 @pytest.mark.parametrize(
@@ -58,18 +66,60 @@ def test_a_step_without_a_single_token_is_an_error_unless_all_rollouts_failed():
 def test_records_that_do_not_fit(changes, words):
     group = group_of(dataclasses.replace(make_rollout(1.0), **changes))
     with pytest.raises(RolloutError, match=words):
-        to_samples([group], [[0.0]], [[None]])
+        samples_of(group, [()])
+
+
+@pytest.mark.parametrize(
+    ("scope", "ids"),
+    [("query", [11, 12, 17]), ("first_query", [11, 12]), ("all", [10, 11, 12, 13, 14, 15, 16, 17, 18])],
+)
+def test_scopes_name_the_tokens_that_distil(scope, ids):
+    turns = (*TURNS[:2], Turn(completion_ids=(16, 17, 18), completion_logprobs=(-7.0,) * 3, query="y", query_span=(1, 2)))
+    (sample,) = samples_of(group_of(make_rollout(1.0, turns=turns)), [((7, 8, 9),)], scope)
+    assert sample.ids[sample.query_positions].tolist() == ids
+    (view,) = sample.teacher_views
+    predicted = [sample.ids[sample.prompt_length + offset] for offset in view.offsets]
+    assert predicted == ids
+    assert len(view.continuation) == view.offsets[-1] + 1
+
+
+def test_a_first_query_without_a_whole_token_leaves_nothing_to_distil():
+    turns = (TURNS[1], dataclasses.replace(TURNS[0], query_span=(1, 3)))
+    (sample,) = samples_of(group_of(make_rollout(1.0, turns=turns)), [((7, 8, 9),)], "first_query")
+    assert not sample.is_distilled
+
+
+def test_prompts_by_turn_give_one_view_for_each_and_equal_ones_share():
+    turns = (TURNS[0], TURNS[0], TURNS[0], TURNS[2])
+    prompts = ((7, 7), (7, 7), (8, 8), (9, 9))
+    (sample,) = samples_of(group_of(make_rollout(1.0, turns=turns)), [prompts])
+    assert sample.query_positions.tolist() == [4, 5, 10, 11, 16, 17]
+    first, second = sample.teacher_views
+    assert (first.prompt_ids, first.offsets.tolist()) == ((7, 7), [1, 2, 7, 8])
+    assert (second.prompt_ids, second.offsets.tolist()) == ((8, 8), [13, 14])
+    assert first.continuation.tolist() == [7, 10, 11, 12, 13, 20, 21, 10, 11]
+    assert second.continuation.tolist() == [8, 10, 11, 12, 13, 20, 21, 10, 11, 12, 13, 20, 21, 10, 11]
+
+
+def test_turns_without_a_prompt_are_not_distilled():
+    turns = (TURNS[0], TURNS[0], TURNS[2])
+    (sample,) = samples_of(group_of(make_rollout(1.0, turns=turns)), [(None, (8, 8), None)])
+    assert sample.query_positions.tolist() == [10, 11]
+    assert [view.prompt_ids for view in sample.teacher_views] == [(8, 8)]
+    (other,) = samples_of(group_of(make_rollout(1.0, turns=turns)), [(None, None, (9, 9))])
+    assert not other.is_distilled
 
 
 def test_gates():
     """F1 above rho is CORRECT; a failed rollout has no say."""
     groups = [make_group([0.0, 0.0]), make_group([0.6, 0.0]), make_group([0.6, 1.0]), make_group([1.0, 0.0], failed=(0,))]
-    prompts = [[(1,), (2,)] for _ in groups]
+    prompts = [[((1,),), ((2,),)] for _ in groups]
 
     def kept(gate, rho):
-        return [own != [None, None] for own in apply_gate(groups, prompts, GATES[gate], rho)]
+        return [own != [(), ()] for own in apply_gate(groups, prompts, GATES[gate], rho)]
 
     assert kept("none", 0.0) == [True] * 4
     assert kept("has_correct", 0.0) == [False, True, True, False]
     assert kept("mixed", 0.0) == [False, True, False, False]
     assert kept("mixed", 0.7) == [False, False, True, False]
+    assert kept("reward_spread", 0.0) == [False, True, True, False]

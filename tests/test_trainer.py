@@ -38,6 +38,7 @@ def trainer(events: list, *, fails_at: tuple[str, int]) -> Trainer:
         score=lambda groups: groups,
         hindsight=lambda groups, step: [],
         teacher_prompts=lambda groups, blocks: [],
+        to_samples=lambda groups, advantages, prompts: [],
         pack=lambda samples: batch,
         alpha=SimpleNamespace(passes=lambda step: (), observe=lambda policy: None, state=dict, metrics=dict),
         policy=SimpleNamespace(step=lambda: update),

@@ -88,7 +88,7 @@ def fused(inputs: Inputs, shape: Shape) -> Tensor:
     """ops/linear_jsd.py."""
     options = HeadOptions(
         sampling_temperature=1.0, divergence="jsd", beta=0.5, temperature=1.0, top_k=None, tail_bucket=False,
-        teacher_logits="delta", chunk_rows=shape.chunk_rows,
+        teacher_logits="delta", chunk_rows=shape.chunk_rows, target="teacher",
     )  # fmt: skip
 
     def row_loss(values: RowValues, rows: slice, _: slice) -> Tensor:

@@ -29,7 +29,7 @@ def value_and_gradient(hidden: Tensor, teacher: Tensor, weight: Tensor, choice: 
     rows = HeadRows(torch.zeros(NUM_ROWS, dtype=torch.long), torch.from_numpy(every), every)
     options = HeadOptions(
         sampling_temperature=1.0, divergence="jsd", beta=0.5, temperature=1.0, top_k=None, tail_bucket=False,
-        teacher_logits=choice, chunk_rows=NUM_ROWS,
+        teacher_logits=choice, chunk_rows=NUM_ROWS, target="teacher",
     )  # fmt: skip
     leaf = hidden.clone().requires_grad_()
     head = weight, None

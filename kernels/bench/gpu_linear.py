@@ -23,7 +23,7 @@ def fused(hidden: Tensor, teacher: Tensor, weight: Tensor) -> Callable[[], objec
 
     options = HeadOptions(
         sampling_temperature=1.0, divergence="jsd", beta=BETA, temperature=1.0, top_k=None, tail_bucket=False,
-        teacher_logits="delta", chunk_rows=2048,
+        teacher_logits="delta", chunk_rows=2048, target="teacher",
     )  # fmt: skip
     num_rows = len(hidden)
     every = torch.arange(num_rows, device="cuda")

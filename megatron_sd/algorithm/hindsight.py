@@ -1,7 +1,7 @@
 """Hindsight blocks: what the teacher sees and the student does not (SD-Search, METHOD section 1).
 
 A block is plain text that lists, attempt by attempt, the search queries of the rollouts of one question with the attempt's
-outcome. Thoughts, passages and answers are left out: they would leak the answer. Each variant is one small function
+outcome. Thoughts, passages and answers are left out: they would leak the answer. Each variant (blocks.py) is one small function
 `(BlockContext) -> str`; the empty string means that the rollout is not distilled.
 """
 
@@ -9,18 +9,22 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_sd.records import Rollout, RolloutGroup
 
 
 @dataclass(frozen=True, kw_only=True)
 class Attempt:
-    """One rollout as a block shows it. correct is None where the block shows no label."""
+    """One rollout as a block shows it. correct is None where the block shows no label; passages: those that each query found,
+    where the block shows them."""
 
     queries: tuple[str, ...]
     correct: bool | None
+    passages: tuple[tuple[str, ...], ...] = ()
 
+
+HEADLINE = "Previous attempts at this question:"
 
 Renderer = Callable[[Sequence[Attempt]], str]
 
@@ -35,6 +39,22 @@ class BlockContext:
     correct_above: float  # rho: CORRECT means answer F1 > rho
     seed: int
     render: Renderer
+    turn: int = 0  # of the focal rollout, for blocks that differ from turn to turn
+
+    @property
+    def attempts(self) -> list[Attempt]:
+        """Every usable rollout of the group, in index order."""
+        return attempts_of(self.groups[self.group], self.correct_above)
+
+    @property
+    def own(self) -> Rollout:
+        """The focal rollout."""
+        return self.groups[self.group].rollouts[self.focal]
+
+    @property
+    def siblings(self) -> list[Rollout]:
+        """The other usable rollouts of the group, in index order."""
+        return [rollout for rollout in self.groups[self.group].usable if rollout is not self.own]
 
     @property
     def rng(self) -> random.Random:
@@ -70,17 +90,19 @@ def render_outcome_first(attempts: Sequence[Attempt]) -> str:
 def _render(attempts: Sequence[Attempt], without_outcome: str, with_outcome: str) -> str:
     if not any(attempt.queries for attempt in attempts):
         return ""
-    lines = ["Previous attempts at this question:"]
+    lines = [HEADLINE]
     for number, attempt in enumerate(attempts, start=1):
         line = without_outcome if attempt.correct is None else with_outcome
-        path = " -> ".join(_quoted(query) for query in attempt.queries) or "no search"
+        found = [*attempt.passages, *[()] * len(attempt.queries)]
+        steps = (" ".join([quoted(query), *map(quoted, own)]) for query, own in zip(attempt.queries, found))
+        path = " -> ".join(steps) or "no search"
         lines.append(line.format(number=number, path=path, outcome="CORRECT" if attempt.correct else "INCORRECT"))
     return "\n".join(lines) + "\n"
 
 
-def _quoted(query: str) -> str:
-    """In double quotes and on one line, whatever the query holds: `x" => CORRECT` must not forge an outcome."""
-    return '"' + " ".join(query.replace('"', "'").split()) + '"'
+def quoted(text: str) -> str:
+    """In double quotes and on one line, whatever the text holds: `x" => CORRECT` must not forge an outcome."""
+    return '"' + " ".join(text.replace('"', "'").split()) + '"'
 
 
 RENDERERS: dict[str, Renderer] = {"outcome_last": render_outcome_last, "outcome_first": render_outcome_first}
@@ -93,75 +115,50 @@ def is_correct(rollout: Rollout, correct_above: float) -> bool:
 
 def attempts_of(group: RolloutGroup, correct_above: float) -> list[Attempt]:
     """Every usable rollout of the group with its label, in index order."""
-    return [Attempt(queries=r.queries, correct=is_correct(r, correct_above)) for r in group.usable]
+    return [attempt_of(rollout, correct_above) for rollout in group.usable]
 
 
-def paper_block(context: BlockContext) -> str:
-    """Queries and outcome of every rollout of the question, the focal one included."""
-    return context.render(attempts_of(context.groups[context.group], context.correct_above))
+def attempt_of(rollout: Rollout, correct_above: float) -> Attempt:
+    """A scored rollout with its label."""
+    return Attempt(queries=rollout.queries, correct=is_correct(rollout, correct_above))
 
 
-def only_correct_block(context: BlockContext) -> str:
-    """The CORRECT attempts alone; empty when there is none."""
-    return context.render([a for a in attempts_of(context.groups[context.group], context.correct_above) if a.correct])
-
-
-def no_labels_block(context: BlockContext) -> str:
-    """The paper's block without outcome labels."""
-    attempts = attempts_of(context.groups[context.group], context.correct_above)
-    return context.render([Attempt(queries=a.queries, correct=None) for a in attempts])
-
-
-def shuffled_block(context: BlockContext) -> str:
-    """The paper's block with its labels permuted among the attempts: a control."""
-    attempts = attempts_of(context.groups[context.group], context.correct_above)
-    labels = [a.correct for a in attempts]
-    context.rng.shuffle(labels)
-    return context.render([Attempt(queries=a.queries, correct=c) for a, c in zip(attempts, labels, strict=True)])
-
-
-def wrong_question_block(context: BlockContext) -> str:
-    """The block of another question of the step: a control. Empty when the step has one question only."""
-    others = [i for i in range(len(context.groups)) if i != context.group]
-    if not others:
-        return ""
-    return context.render(attempts_of(context.groups[context.rng.choice(others)], context.correct_above))
-
-
-def no_block(_: BlockContext) -> str:
-    """No hindsight: plain GRPO."""
-    return ""
-
-
-BLOCKS: dict[str, BlockBuilder] = {
-    "paper": paper_block,
-    "only_correct": only_correct_block,
-    "no_labels": no_labels_block,
-    "shuffled": shuffled_block,
-    "wrong_question": wrong_question_block,
-    "none": no_block,
-}
+Blocks = Sequence[Sequence[tuple[str, ...]]]  # by group and rollout: no text, one for all turns, or one a turn
 
 
 @dataclass(frozen=True, kw_only=True)
 class HindsightBlocks:
-    """Builds the block of every rollout of a step; before `first_step` (alpha's warm-up) there is none, so no teacher runs."""
+    """Builds the block of every rollout of a step; before `first_step` (alpha's warm-up) there is none, so no teacher runs.
+
+    by_turn: the block differs from turn to turn of a rollout, so there is one for each.
+    """
 
     first_step: int
     build: BlockBuilder
     render: Renderer
     correct_above: float
     seed: int
+    by_turn: bool = False
 
-    def __call__(self, groups: Sequence[RolloutGroup], step: int) -> list[list[str]]:
-        """One text for each rollout of each group; empty where the rollout is not distilled."""
+    def __call__(self, groups: Sequence[RolloutGroup], step: int) -> Blocks:
+        """The texts of each rollout of each group; none where the rollout is not distilled."""
         if step < self.first_step:
-            return [[""] * len(group.rollouts) for group in groups]
+            return [[()] * len(group.rollouts) for group in groups]
         shared = {"correct_above": self.correct_above, "seed": _mix(self.seed, step), "render": self.render}
         return [
-            [self.build(BlockContext(groups=groups, group=g, focal=i, **shared)) for i in range(len(groups[g].rollouts))]
+            [self._texts(BlockContext(groups=groups, group=g, focal=i, **shared)) for i in range(len(groups[g].rollouts))]
             for g in range(len(groups))
         ]
+
+    def _texts(self, context: BlockContext) -> tuple[str, ...]:
+        turns = range(len(context.own.turns)) if self.by_turn else (0,)
+        texts = tuple(self.build(replace(context, turn=turn)) for turn in turns)
+        return texts if any(texts) else ()
+
+
+def shown(blocks: Blocks) -> list[list[str]]:
+    """For metrics and for people: one text a rollout, those of its turns one after another."""
+    return [["".join(texts) for texts in own] for own in blocks]
 
 
 def _mix(seed: int, step: int) -> int:

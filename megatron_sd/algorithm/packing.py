@@ -47,13 +47,16 @@ def _row_weight(sample: TrainingSample, aggregation: str) -> float:
 
 
 class Size(NamedTuple):
-    """Token counts of a sample: the student's sequence, the teacher's continuation (0: not distilled), the teacher's prompt, and
-    a number that samples with the same teacher prompt share."""
+    """Token counts of a sample: the student's sequence, and for each of the teacher's views its continuation, its prompt, and a
+    number that views with the same prompt share."""
 
     student: int
-    continuation: int
-    prompt: int
-    prompt_number: int
+    views: tuple[tuple[int, int, int], ...]
+
+    @property
+    def continuations(self) -> int:
+        """Tokens of all the teacher's continuations."""
+        return sum(continuation for continuation, _, _ in self.views)
 
 
 def sizes_of(samples: Sequence[TrainingSample]) -> list[Size]:
@@ -61,11 +64,9 @@ def sizes_of(samples: Sequence[TrainingSample]) -> list[Size]:
     numbers: dict[TokenIds, int] = {}
     sizes = []
     for s in samples:
-        if s.is_distilled:
-            number = numbers.setdefault(s.teacher_prompt_ids, len(numbers))
-            sizes.append(Size(len(s.ids), len(s.teacher_continuation), len(s.teacher_prompt_ids), number))
-        else:
-            sizes.append(Size(len(s.ids), 0, 0, -1))
+        views = s.teacher_views if s.is_distilled else ()
+        counts = [(len(v.continuation), len(v.prompt_ids), numbers.setdefault(v.prompt_ids, len(numbers))) for v in views]
+        sizes.append(Size(len(s.ids), tuple(counts)))
     return sizes
 
 
@@ -80,11 +81,11 @@ class _Tally:
         """The cost with this sample in it."""
         self._students += 1
         self._widest = max(self._widest, size.student)
-        if size.continuation:
+        for continuation, prompt, prompt_number in size.views:
             self._continuations += 1
-            self._prompts.add(size.prompt_number)
-            self._widest_continuation = max(self._widest_continuation, size.continuation)
-            self._widest_prompt = max(self._widest_prompt, size.prompt)
+            self._prompts.add(prompt_number)
+            self._widest_continuation = max(self._widest_continuation, continuation)
+            self._widest_prompt = max(self._widest_prompt, prompt)
         return (
             self._students * self._widest
             + self._continuations * self._widest_continuation
@@ -100,7 +101,7 @@ def bin_cost(sizes: Sequence[Size], indices: Bin) -> int:
 
 def plan_bins(sizes: Sequence[Size], max_tokens: int, world_size: int) -> list[Bin]:
     """Bins of sample indices; their number is a positive multiple of world_size (empty bins fill up)."""
-    order = sorted(range(len(sizes)), key=lambda i: (-sizes[i].student, -sizes[i].continuation, i))
+    order = sorted(range(len(sizes)), key=lambda i: (-sizes[i].student, -sizes[i].continuations, i))
     num_bins = max(len(_fill(sizes, order, max_tokens)), 1)
     num_bins = -(-num_bins // world_size) * world_size
     low, high = 1, max_tokens
@@ -187,14 +188,15 @@ def build_microbatch(samples: Sequence[TrainingSample], aggregation: str) -> Mic
 
 def _teacher_arrays(distilled: Sequence[TrainingSample]) -> dict[str, np.ndarray]:
     """The teacher's prompts, each once, and the continuations of the distilled samples."""
-    numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(s.teacher_prompt_ids for s in distilled))}
+    views = [view for sample in distilled for view in sample.teacher_views]
+    numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(view.prompt_ids for view in views))}
     prompts, prompt_lengths = _pad([np.array(prompt[:-1], dtype=np.int64) for prompt in numbers], at_least=1)
-    ids, lengths = _pad([s.teacher_continuation for s in distilled])
-    rows = [b * ids.shape[1] + s.query_positions - s.prompt_length for b, s in enumerate(distilled)]
+    ids, lengths = _pad([view.continuation for view in views])
+    rows = [b * ids.shape[1] + view.offsets for b, view in enumerate(views)]
     return {
         "teacher_prompts": prompts,
         "teacher_prompt_lengths": prompt_lengths,
-        "teacher_prompt_of": np.array([numbers[s.teacher_prompt_ids] for s in distilled], dtype=np.int64),
+        "teacher_prompt_of": np.array([numbers[view.prompt_ids] for view in views], dtype=np.int64),
         "teacher_ids": ids,
         "teacher_lengths": lengths,
         "teacher_rows": _join(rows, np.int64),

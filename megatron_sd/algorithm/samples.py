@@ -13,7 +13,9 @@ from megatron_sd.errors import RolloutError
 from megatron_sd.records import Rollout, RolloutGroup, TokenIds, TrainingSample
 
 Gate = Callable[[RolloutGroup, float], bool]
-TeacherPrompts = Sequence[Sequence[TokenIds | None]]  # per group, per rollout in index order; None: not distilled
+# Per group, per rollout in index order: no prompt, one for all turns, or one a turn (None: that turn is not distilled).
+TeacherPrompts = Sequence[Sequence[tuple[TokenIds | None, ...]]]
+Scope = Callable[[Rollout], list[tuple[int, int]]]  # for each turn, [start, stop) of its completion ids that are distilled
 
 
 def every_group(_group: RolloutGroup, _correct_above: float) -> bool:
@@ -31,34 +33,67 @@ def mixed_groups(group: RolloutGroup, correct_above: float) -> bool:
     return len({is_correct(rollout, correct_above) for rollout in group.usable}) == 2
 
 
-GATES: dict[str, Gate] = {"none": every_group, "has_correct": groups_with_correct, "mixed": mixed_groups}
+def groups_with_spread(group: RolloutGroup, _correct_above: float) -> bool:
+    """Groups whose rewards differ, so that GRPO has a gradient there; the others are skipped."""
+    return has_spread(group)
+
+
+GATES: dict[str, Gate] = {
+    "none": every_group,
+    "has_correct": groups_with_correct,
+    "mixed": mixed_groups,
+    "reward_spread": groups_with_spread,
+}
+
+
+def query_tokens(rollout: Rollout) -> list[tuple[int, int]]:
+    """The tokens strictly between the search tags of every turn: the paper's scope."""
+    return [turn.query_span or (0, 0) for turn in rollout.turns]
+
+
+def first_query_tokens(rollout: Rollout) -> list[tuple[int, int]]:
+    """Those of the first turn that searched alone: later queries depend on what it found."""
+    spans = query_tokens(rollout)
+    first = next((number for number, turn in enumerate(rollout.turns) if turn.query_span is not None), None)
+    return [span if number == first else (0, 0) for number, span in enumerate(spans)]
+
+
+def all_tokens(rollout: Rollout) -> list[tuple[int, int]]:
+    """Every token that the policy sampled: thoughts, tags, queries and answers."""
+    return [(0, len(turn.completion_ids)) for turn in rollout.turns]
+
+
+SCOPES: dict[str, Scope] = {"query": query_tokens, "all": all_tokens, "first_query": first_query_tokens}
 
 
 def apply_gate(
     groups: Sequence[RolloutGroup], teacher_prompts: TeacherPrompts, gate: Gate, correct_above: float
 ) -> TeacherPrompts:
-    """The teacher prompts with those of groups that the gate closes replaced by None."""
+    """The teacher prompts without those of groups that the gate closes."""
     return [
-        prompts if gate(group, correct_above) else [None] * len(prompts)
+        prompts if gate(group, correct_above) else [()] * len(prompts)
         for group, prompts in zip(groups, teacher_prompts, strict=True)
     ]
 
 
 def to_samples(
-    groups: Sequence[RolloutGroup], advantages: Sequence[Sequence[float]], teacher_prompts: TeacherPrompts
+    groups: Sequence[RolloutGroup], advantages: Sequence[Sequence[float]], teacher_prompts: TeacherPrompts, *, scope: Scope
 ) -> list[TrainingSample]:
     """One sample per rollout that is data, in group and index order.
 
-    advantages and teacher_prompts: per group, per rollout. Infrastructure failures and rollouts without a sampled token are left
-    out. Raises RolloutError for a rollout whose records do not fit together, and when none of the usable rollouts has a token.
+    advantages, teacher_prompts: per group, per rollout. scope: which tokens are distilled. Infrastructure failures and rollouts
+    without a sampled token are left out. Raises RolloutError for a rollout whose records do not fit together, and when none of
+    the usable rollouts has a token.
     """
     samples = []
     for number, group in enumerate(groups):
         spread = has_spread(group)
-        for rollout, advantage, teacher_prompt in zip(group.rollouts, advantages[number], teacher_prompts[number], strict=True):
+        for rollout, advantage, prompts in zip(group.rollouts, advantages[number], teacher_prompts[number], strict=True):
             if rollout.stop_reason.is_infrastructure or not any(turn.completion_ids for turn in rollout.turns):
                 continue
-            ids, mask, logprobs, query_positions = rollout_arrays(rollout)
+            ids, mask, logprobs = rollout_arrays(rollout)
+            query_positions, query_turns = scoped_positions(rollout, scope)
+            query_positions, teacher_prompt, later_prompts = _by_prompt(prompts, query_positions, query_turns)
             samples.append(
                 TrainingSample(
                     ids=ids,
@@ -70,6 +105,7 @@ def to_samples(
                     group=number,
                     group_has_spread=spread,
                     teacher_prompt_ids=teacher_prompt,
+                    later_prompts=later_prompts,
                 )
             )
     reasons = Counter(rollout.stop_reason.value for group in groups for rollout in group.usable)
@@ -81,8 +117,34 @@ def to_samples(
     return samples
 
 
-def rollout_arrays(rollout: Rollout) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """ids [L] int64, loss_mask [L] bool, rollout_logprobs [L] float32, query_positions [Q] int64 of one rollout.
+def _by_prompt(
+    prompts: tuple[TokenIds | None, ...], positions: np.ndarray, turns: np.ndarray
+) -> tuple[np.ndarray, TokenIds | None, tuple[tuple[int, TokenIds], ...]]:
+    """query_positions, teacher_prompt_ids and later_prompts of a sample (records.TrainingSample)."""
+    if len(prompts) < 2:
+        return positions, prompts[0] if prompts else None, ()
+    kept = np.array([prompts[turn] is not None for turn in turns], dtype=bool)
+    read = [prompts[turn] for turn in turns[kept]]
+    changes = [n for n, prompt in enumerate(read) if n == 0 or prompt != read[n - 1]]
+    if not changes:
+        return positions, None, ()
+    return positions[kept], read[0], tuple((n, read[n]) for n in changes[1:])
+
+
+def scoped_positions(rollout: Rollout, scope: Scope) -> tuple[np.ndarray, np.ndarray]:
+    """[Q] int64 positions in the rollout's ids of the tokens that are distilled, increasing, and [Q] int64 their turns."""
+    positions: list[int] = []
+    turns: list[int] = []
+    offset = len(rollout.prompt_ids)
+    for number, (turn, (start, stop)) in enumerate(zip(rollout.turns, scope(rollout), strict=True)):
+        positions.extend(range(offset + start, offset + stop))
+        turns.extend([number] * (stop - start))
+        offset += len(turn.completion_ids) + len(turn.observation_ids)
+    return np.array(positions, dtype=np.int64), np.array(turns, dtype=np.int64)
+
+
+def rollout_arrays(rollout: Rollout) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """ids [L] int64, loss_mask [L] bool, rollout_logprobs [L] float32 of one rollout.
 
     Raises RolloutError when the prompt is empty (the first token would have no logits) or a query span lies outside its turn.
     """
@@ -91,7 +153,6 @@ def rollout_arrays(rollout: Rollout) -> tuple[np.ndarray, np.ndarray, np.ndarray
     ids: list[int] = list(rollout.prompt_ids)
     mask: list[bool] = [False] * len(ids)
     logprobs: list[float] = [0.0] * len(ids)
-    query_positions: list[int] = []
     for number, turn in enumerate(rollout.turns):
         num_sampled, num_observed = len(turn.completion_ids), len(turn.observation_ids)
         start, stop = turn.query_span or (0, 0)
@@ -100,7 +161,6 @@ def rollout_arrays(rollout: Rollout) -> tuple[np.ndarray, np.ndarray, np.ndarray
                 f"turn {number} of rollout {rollout.index} of question {rollout.question_id} has {num_sampled} sampled ids, "
                 f"{len(turn.completion_logprobs)} log-probabilities and query span {turn.query_span}: they do not fit together"
             )
-        query_positions.extend(range(len(ids) + start, len(ids) + stop))
         ids.extend(turn.completion_ids + turn.observation_ids)
         mask.extend([True] * num_sampled + [False] * num_observed)
         logprobs.extend(turn.completion_logprobs + (0.0,) * num_observed)
@@ -108,5 +168,4 @@ def rollout_arrays(rollout: Rollout) -> tuple[np.ndarray, np.ndarray, np.ndarray
         np.array(ids, dtype=np.int64),
         np.array(mask, dtype=bool),
         np.array(logprobs, dtype=np.float32),
-        np.array(query_positions, dtype=np.int64),
     )

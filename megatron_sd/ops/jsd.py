@@ -15,7 +15,8 @@ from megatron_sd.ops.jsd_reference import RowDivergence, divergence_rows
 
 _LOG = logging.getLogger(__name__)
 
-DIVERGENCES = ("jsd", "forward_kl", "reverse_kl")
+DIVERGENCES = ("jsd", "forward_kl", "reverse_kl", "mse")
+NATIVE_DIVERGENCES = ("jsd", "forward_kl", "reverse_kl")
 ROW_DTYPES = (torch.int64, torch.int32)
 IMPLEMENTATIONS = ("auto", "torch", "cpp", "cuda")
 NATIVE_DEVICES = {"cpp": "cpu", "cuda": "cuda"}
@@ -56,8 +57,9 @@ def jsd_rows(  # noqa: PLR0913 (five tensors and the divergence's options: the w
     _check_tensors(student_logits, teacher_logits, student_rows, teacher_rows, weights)
     if top_k is not None and top_k > student_logits.shape[-1]:
         raise ConfigError(f"distill.top_k is {top_k}, expected at most the vocabulary size {student_logits.shape[-1]}")
+    chosen = _chosen(impl, student_logits, teacher_logits, divergence=divergence, top_k=top_k)
     compute = functools.partial(
-        _reference_rows if _chosen(impl, student_logits, teacher_logits, top_k) == "torch" else _native_rows,
+        _reference_rows if chosen == "torch" else _native_rows,
         divergence=divergence,
         beta=beta,
         temperature=temperature,
@@ -120,15 +122,17 @@ def _reference_rows(  # noqa: PLR0913, PLR0917 (as jsd_rows)
     return RowDivergence(result.values * weights.to(dtype), result.truncated_mass)
 
 
-def _chosen(impl: str, student: Tensor, teacher: Tensor, top_k: int | None) -> str:
-    """"cpp", "cuda" or "torch". Raises ValueError if impl is a native one and these tensors or top_k are not for it."""
+def _chosen(impl: str, student: Tensor, teacher: Tensor, *, divergence: str, top_k: int | None) -> str:
+    """"cpp", "cuda" or "torch". Raises ValueError if impl is a native one and these tensors or options are not for it."""
     if impl == "torch":
         return impl
     obstacle = f"top_k={top_k}" if top_k is not None else native_rows.obstacle(student, teacher, teacher_is_difference=False)
+    if divergence not in NATIVE_DIVERGENCES:
+        obstacle = f"divergence={divergence!r}"
     if impl != "auto" and student.device.type != NATIVE_DEVICES[impl]:
         obstacle = f"tensors on {student.device}"
     if impl != "auto" and obstacle:
-        expected = f"{NATIVE_DEVICES[impl].upper()} tensors of float32 or bfloat16 and no top_k, or impl='auto'"
+        expected = f"{NATIVE_DEVICES[impl].upper()} tensors of float32 or bfloat16, no top_k and no mse, or impl='auto'"
         raise ValueError(f"impl={impl!r} cannot serve {obstacle}; expected {expected}")
     if impl != "auto":
         return impl

@@ -6,12 +6,14 @@ float64 autograd of the textbook formula. With z = logits / temperature, P = sof
     jsd(beta)    beta KL(P || M) + (1 - beta) KL(Q || M),  M = beta P + (1 - beta) Q,  0 < beta < 1
     forward_kl   KL(P || Q)
     reverse_kl   KL(Q || P)
+    mse          sum_k (P_k - Q_k)^2, of probabilities
 
 The teacher gets no gradient. The student's gradient is computed in the forward, from closed forms:
 
     jsd          (1 - beta)/T * Q_j (r_j - sum_k Q_k r_k),  r = log(Q / M)
     forward_kl   (Q - P)/T
     reverse_kl   Q_j (w_j - sum_k Q_k w_k)/T,  w = log(Q / P)
+    mse          Q_j (w_j - sum_k Q_k w_k)/T,  w = 2 (Q - P)
 
 Everything goes through d = log P - log Q, so rows that are equal bit for bit give exactly 0, in value and gradient.
 
@@ -127,7 +129,7 @@ def divergence_terms(log_p: Tensor, log_q: Tensor, *, divergence: str, beta: flo
     """From log-probabilities of the teacher and the student; entries of a row may be a part of its vocabulary."""
     if divergence == "jsd":
         return _jsd(log_p, log_q, beta)
-    return {"forward_kl": _forward_kl, "reverse_kl": _reverse_kl}[divergence](log_p, log_q)
+    return {"forward_kl": _forward_kl, "reverse_kl": _reverse_kl, "mse": _mse}[divergence](log_p, log_q)
 
 
 def _jsd(log_p: Tensor, log_q: Tensor, beta: float) -> Terms:
@@ -156,3 +158,11 @@ def _reverse_kl(log_p: Tensor, log_q: Tensor) -> Terms:
     q = log_q.exp()
     values = q * (log_q - log_p)
     return Terms(values, values, q)
+
+
+def _mse(log_p: Tensor, log_q: Tensor) -> Terms:
+    """A difference of probabilities as a share of the larger one: equal rows give exactly 0, close ones keep their digits."""
+    distance = (log_p - log_q).abs()
+    apart = -torch.maximum(log_p, log_q).exp() * torch.expm1(-distance)
+    q = log_q.exp()
+    return Terms(apart * apart, 2.0 * q * torch.where(log_q > log_p, apart, -apart), q)

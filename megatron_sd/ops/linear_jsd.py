@@ -21,7 +21,9 @@ from torch.autograd.function import once_differentiable
 
 from megatron_sd.ops.head_products import add_outer_product, head_logits
 from megatron_sd.ops.jsd import jsd_rows
+from megatron_sd.ops.row_cuts import Cut, cut_rows
 from megatron_sd.ops.row_softmax import RowSoftmax, working_dtype
+from megatron_sd.ops.targets import TARGETS
 
 TEACHER_LOGITS = ("delta", "float32_delta", "float32", "same_dtype")
 # Logits worked on at one time, in float32: on a CPU what stays in its caches, on a GPU what keeps it busy.
@@ -35,7 +37,8 @@ class HeadOptions:
     teacher_logits: "delta": the student's, plus the head's product with the difference of hidden states, each rounded to the
     model's dtype; "float32_delta": the same with unrounded (float32) logits of the student; "float32": two unrounded products;
     "same_dtype": two rounded ones, which is wrong in bfloat16 when both are close. chunk_rows: student rows per chunk; the
-    teacher's rows at their query positions come on top. The rest: of the divergence (ops/jsd.py).
+    teacher's rows at their query positions come on top. target: what is made of the teacher's logits (ops/targets.py). The rest:
+    of the divergence (ops/jsd.py).
     """
 
     sampling_temperature: float
@@ -46,6 +49,7 @@ class HeadOptions:
     tail_bucket: bool
     teacher_logits: str
     chunk_rows: int
+    target: str
 
 
 class HeadRows(NamedTuple):
@@ -80,23 +84,6 @@ class RowValues(NamedTuple):
 RowLoss = Callable[[RowValues, slice, slice], Tensor]
 
 
-class Cut(NamedTuple):
-    """Consecutive rows, and the query rows that lie among them."""
-
-    rows: slice
-    queries: slice
-
-
-def cut_rows(num_rows: int, query_rows: np.ndarray, size: int) -> list[Cut]:
-    """Cut num_rows rows, `size` at a time; query_rows [Q] are increasing row numbers. At least one cut, possibly empty.
-
-    >>> cut_rows(5, np.array([1, 3, 4]), 3)
-    [Cut(rows=slice(0, 3, None), queries=slice(0, 1, None)), Cut(rows=slice(3, 5, None), queries=slice(1, 3, None))]
-    """
-    bounds = [(start, min(start + size, num_rows)) for start in range(0, max(num_rows, 1), size)]
-    return [Cut(slice(a, b), slice(*(int(np.searchsorted(query_rows, row)) for row in (a, b)))) for a, b in bounds]
-
-
 def linear_jsd(  # noqa: PLR0913 (the rows, the head, and what is asked of them)
     hidden: Tensor,
     teacher_hidden: Tensor,
@@ -105,11 +92,13 @@ def linear_jsd(  # noqa: PLR0913 (the rows, the head, and what is asked of them)
     *,
     row_loss: RowLoss | None,
     options: HeadOptions,
+    teacher_head: tuple[Tensor, Tensor | None] | None = None,
 ) -> RowValues:
     """Log-probabilities of the rows' targets, divergences of student and teacher at the query rows, and the sum of their losses.
 
     hidden: [R, H] student states. teacher_hidden: [Q, H], taken without gradient. head: weight [V, H] and bias [V] or None, the
     student's and the teacher's, leaves or not (a head with LoRA is its merged weight). R or Q = 0: the loss stays connected.
+    teacher_head: of a teacher with weights of its own, whose logits are then a product of their own.
     row_loss: called once for every block of rows, so it must be a sum over rows; None: values alone are wanted. The gradient is
     taken in the forward, of what requires one, so the backward needs neither weight nor logits and can run once.
     Raises ValueError for shapes that do not fit.
@@ -118,7 +107,7 @@ def linear_jsd(  # noqa: PLR0913 (the rows, the head, and what is asked of them)
     _check(hidden, teacher_hidden, weight, rows)
     if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in (hidden, weight, bias)):
         row_loss = None
-    return RowValues(*_LinearJsd.apply(hidden, weight, bias, teacher_hidden.detach(), rows, row_loss, options))
+    return RowValues(*_LinearJsd.apply(hidden, weight, bias, (teacher_hidden.detach(), teacher_head), rows, row_loss, options))
 
 
 class _LinearJsd(torch.autograd.Function):
@@ -128,12 +117,12 @@ class _LinearJsd(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        teacher_hidden: Tensor,
+        teacher: tuple[Tensor, tuple[Tensor, Tensor | None] | None],
         rows: HeadRows,
         row_loss: RowLoss | None,
         options: HeadOptions,
     ) -> tuple[Tensor, ...]:
-        inputs = _Inputs(hidden, teacher_hidden, weight, bias, rows)
+        inputs = _Inputs(hidden, *teacher, weight, bias, rows)
         chunks = cut_rows(len(hidden), rows.host_query_rows, options.chunk_rows)
         gradients = None
         if row_loss is not None:
@@ -157,6 +146,7 @@ class _LinearJsd(torch.autograd.Function):
 class _Inputs(NamedTuple):
     hidden: Tensor
     teacher_hidden: Tensor
+    teacher_head: tuple[Tensor, Tensor | None] | None
     weight: Tensor
     bias: Tensor | None
     rows: HeadRows
@@ -199,7 +189,9 @@ def _visit_chunk(
     hidden, rows = inputs.hidden[chunk.rows], inputs.rows
     query_rows = rows.query_rows[chunk.queries] - chunk.rows.start
     logits = head_logits(hidden, inputs.weight, inputs.bias, unrounded=options.teacher_logits.startswith("float32"))
-    teacher = _teacher_product(inputs, hidden[query_rows], inputs.teacher_hidden[chunk.queries], options)
+    is_difference = inputs.teacher_head is None and options.teacher_logits.endswith("delta")  # two heads have no common product
+    own, read = hidden[query_rows], inputs.teacher_hidden[chunk.queries]
+    teacher = _teacher_product(inputs, own, read, options, is_difference=is_difference)
     block_rows = max(BLOCK_ELEMENTS.get(logits.device.type, BLOCK_ELEMENTS["cuda"]) // logits.shape[1], 1)
     parts = []
     for block in cut_rows(len(hidden), rows.host_query_rows[chunk.queries] - chunk.rows.start, block_rows):
@@ -212,6 +204,7 @@ def _visit_chunk(
                 query_rows[block.queries] - block.rows.start,
                 row_loss=None if row_loss is None else lambda values, at=at: row_loss(values, at.rows, at.queries),
                 options=options,
+                teacher_is_difference=is_difference,
             )
         )
     if gradients is not None:
@@ -219,11 +212,14 @@ def _visit_chunk(
     return parts
 
 
-def _teacher_product(inputs: _Inputs, hidden: Tensor, teacher_hidden: Tensor, options: HeadOptions) -> Tensor:
-    """[q, V]: the teacher's logits, or with "delta" what they have more than the student's at the same rows."""
-    if options.teacher_logits.endswith("delta"):
+def _teacher_product(
+    inputs: _Inputs, hidden: Tensor, teacher_hidden: Tensor, options: HeadOptions, *, is_difference: bool
+) -> Tensor:
+    """[q, V]: the teacher's logits, or what they have more than the student's at the same rows."""
+    if is_difference:
         return head_logits(teacher_hidden - hidden, inputs.weight, None, unrounded=False)
-    return head_logits(teacher_hidden, inputs.weight, inputs.bias, unrounded=options.teacher_logits == "float32")
+    weight, bias = inputs.teacher_head or (inputs.weight, inputs.bias)
+    return head_logits(teacher_hidden, weight, bias, unrounded=options.teacher_logits.startswith("float32"))
 
 
 def _visit_block(  # noqa: PLR0913 (two matrices and their row numbers)
@@ -234,14 +230,16 @@ def _visit_block(  # noqa: PLR0913 (two matrices and their row numbers)
     *,
     row_loss: Callable[[RowValues], Tensor] | None,
     options: HeadOptions,
+    teacher_is_difference: bool,
 ) -> RowValues:
     """Values of a block of rows. With a row_loss, the gradient of the loss takes the place of `logits`."""
     wants_gradient, dtype = row_loss is not None, working_dtype(logits.dtype)
     scaled = logits.to(dtype)  # itself, when it has that dtype
     student = scaled[query_rows].requires_grad_(wants_gradient)
     teacher = teacher.to(dtype)
-    if options.teacher_logits.endswith("delta"):
+    if teacher_is_difference:
         teacher = teacher.add_(student.detach())
+    teacher = TARGETS[options.target](teacher)
     with torch.set_grad_enabled(wants_gradient):
         divergences, truncated_masses = _divergences(student, teacher, options)
     teacher_entropies = RowSoftmax.of(teacher, options.sampling_temperature).entropies

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron_sd.errors import ConfigError
 from megatron_sd.ops.jsd_reference import MASKED, Terms, divergence_terms
 from megatron_sd.ops.row_softmax import working_dtype
 
@@ -48,8 +49,10 @@ def vocab_parallel_divergence(
     """[N] divergences of rows of which this rank has columns [N, V_k]; formulas and meaning of the options: ops/jsd_reference.py.
 
     Differentiable in student_logits; every rank must hand in the same gradient. Arithmetic is float32 (float64 stays). All
-    ranks call together, with the same rows. A row of nothing but -inf gives NaN.
+    ranks call together, with the same rows. A row of nothing but -inf gives NaN. Raises ConfigError for mse.
     """
+    if divergence == "mse":
+        raise ConfigError("distill.divergence is 'mse', expected jsd, forward_kl or reverse_kl where the vocabulary is sharded")
     columns = slice(0, shard.num_real)
     student, teacher = student_logits[:, columns], teacher_logits.detach()[:, columns]
     wants_gradient = student.requires_grad and torch.is_grad_enabled()

@@ -49,8 +49,11 @@ class Environment:
             )
 
     def prompt_ids(self, question: str, hindsight: str = "") -> TokenIds:
-        """The prompt of a question, which is sanitised; `hindsight` is the teacher's block, empty for the student."""
-        return self.codec.prompt_ids(self.protocol.render_prompt(self.sanitizer.clean(question), hindsight))
+        """The prompt of a question; `hindsight` is the teacher's block, empty for the student. Both are sanitised, the block line
+        by line."""
+        clean = self.sanitizer.clean
+        block = "\n".join(map(clean, hindsight.split("\n")))
+        return self.codec.prompt_ids(self.protocol.render_prompt(clean(question), block))
 
     def observation_ids(self, hits: Sequence[Hit]) -> TokenIds:
         """`\\n<information>` passages `</information>\\n`; the passages, best first, are cut so that the closing tag always fits.

@@ -30,6 +30,11 @@ def reference_config(config: Config, world_size: int) -> dict[str, Any]:
     return {**_common(config, world_size), "zero_optimization": _zero(3)}
 
 
+def teacher_config(config: Config, world_size: int) -> dict[str, Any]:
+    """What deepspeed.initialize gets for a teacher with weights of its own; none is kept gathered, since an average moves."""
+    return {**_common(config, world_size), "zero_optimization": _zero(3) | {"stage3_param_persistence_threshold": 0}}
+
+
 def _common(config: Config, world_size: int) -> dict[str, Any]:
     return {
         "train_batch_size": world_size,

@@ -6,7 +6,7 @@ import math
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import deepspeed
@@ -29,6 +29,7 @@ from megatron_sd.training.deepspeed_config import deepspeed_config
 from megatron_sd.training.placement import place, zero3_linear
 from megatron_sd.training.policy_module import DeviceMicrobatch, PolicyModule, load_causal_lm
 from megatron_sd.training.reference import ReferencePolicy
+from megatron_sd.training.teacher import TEACHERS, Teacher
 from megatron_sd.training.update_metrics import SUM_NAMES, to_metrics
 
 # DeepSpeed 0.19 calls collectives that torch 2.13 renamed, on every microbatch.
@@ -57,13 +58,22 @@ class _PatientWriter(TorchCheckpointEngine):
 class Policy:
     """One rank's handle on the policy. Every rank makes the same calls in the same order."""
 
-    def __init__(self, engine: deepspeed.DeepSpeedEngine, config: Config, world: World, reference: ReferencePolicy | None):
+    def __init__(
+        self,
+        engine: deepspeed.DeepSpeedEngine,
+        config: Config,
+        world: World,
+        *,
+        reference: ReferencePolicy | None,
+        teacher: Teacher,
+    ):
         self.engine = engine
         self.world = world
         self.version = 0  # optimiser steps taken
         self._optimizer_config: OptimizerConfig = config.optimizer
         self._zero_stage = config.update.zero_stage
         self._reference = reference
+        self._teacher = teacher
         self._forget_sums()
 
     @property
@@ -86,9 +96,14 @@ class Policy:
         reference_logprobs = None
         if self._reference is not None and weights.policy != 0.0:
             reference_logprobs = self._reference.logprobs(on_device)
-        with zero3_linear() if self._zero_stage == 3 else nullcontext():
+        reads = on_device.has_teacher and weights.distils
+        with self._teacher.rows(on_device) if reads else nullcontext() as teacher, self._linear():
             loss, sums = self.engine(
-                microbatch=on_device, totals=totals, weights=weights, reference_logprobs=reference_logprobs
+                microbatch=on_device,
+                totals=totals,
+                weights=weights,
+                reference_logprobs=reference_logprobs,
+                teacher=teacher,
             )
             # DeepSpeed averages gradients over ranks; ours are shares of one global sum.
             self.engine.backward(loss * self.world.size, scale_wrt_gas=False)
@@ -105,6 +120,7 @@ class Policy:
         self.engine.step()
         if not self.engine.was_step_applied():
             self._refuse("gradient", self._ranks_with_non_finite_gradient())
+        self._teacher.follow(self.named_parameters())
         self.version += 1
         self._forget_sums()
         return UpdateResult(
@@ -136,14 +152,20 @@ class Policy:
         self.engine.save_checkpoint(str(directory), tag=_SHARDS, save_latest=False)
         if writer.failures:
             raise OSError(f"{writer.failures[0][0]}: {writer.failures[0][1]}")
+        self._teacher.save(directory / _SHARDS, self.world)
 
     def load_shards(self, directory: Path, *, version: int) -> None:
         """The state that save_shards wrote, at the same number of ranks. Raises CheckpointError when DeepSpeed finds none."""
         path, _ = self.engine.load_checkpoint(str(directory), tag=_SHARDS, load_lr_scheduler_states=False)
         if path is None:
             raise CheckpointError(f"{directory / _SHARDS} holds no shards for rank {self.world.rank} of {self.world.size}")
+        self._teacher.load(directory / _SHARDS, self.world)
         self.version = version
         self._forget_sums()
+
+    def _linear(self) -> AbstractContextManager[None]:
+        """torch's linear layer, as ZeRO-3 needs it where that shards the parameters."""
+        return zero3_linear() if self._zero_stage == 3 else nullcontext()
 
     def _sum_over_ranks(self) -> list[float]:
         """The step's sums over all ranks. Raises NonFiniteError when a rank's loss is not finite."""
@@ -190,11 +212,12 @@ def load_policy(config: Config, world: World) -> Policy:
     if config.update.zero_stage == 0 and config.model.dtype != "float32":
         raise ConfigError("update.zero_stage 0 keeps no float32 master weights: expected model.dtype float32, or a stage 1 to 3")
     reference = ReferencePolicy.load(config, world, options) if config.policy_loss.kl_weight > 0.0 else None
+    teacher = TEACHERS[config.distill.teacher if config.distill.block != "none" else "live"](config, world)
     settings = deepspeed_config(config, world.size)
     module = PolicyModule(load_causal_lm(config.model), options, config.policy_loss)
     module = place(module, module.model, settings, world.device)
     engine, *_ = deepspeed.initialize(model=module, optimizer=_optimizer(module, config), config=settings)
-    return Policy(engine, config, world, reference)
+    return Policy(engine, config, world, reference=reference, teacher=teacher)
 
 
 def _optimizer(module: nn.Module, config: Config) -> torch.optim.Optimizer:
@@ -226,4 +249,5 @@ def head_options(config: Config) -> HeadOptions:
         tail_bucket=distill.tail_bucket,
         teacher_logits=distill.teacher_logits,
         chunk_rows=config.update.head_chunk_rows,
+        target=config.distill.target,
     )

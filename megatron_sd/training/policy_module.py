@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +57,14 @@ class DeviceMicrobatch:
         return cls(head_rows=head_rows, has_teacher=microbatch.has_teacher, **tensors)
 
 
+class TeacherRows(NamedTuple):
+    """hidden: [Q, H] the teacher's last hidden states at its rows. head: weight and bias of a teacher with weights of its own,
+    None where it shares the student's."""
+
+    hidden: Tensor
+    head: tuple[Tensor, Tensor | None] | None = None
+
+
 class RowHead(nn.Module):
     """The model's output embedding, asked for values and losses of listed rows instead of [T, V] logits.
 
@@ -68,11 +77,11 @@ class RowHead(nn.Module):
         self.bias = getattr(output_embedding, "bias", None)
         self.options = options
 
-    def forward(self, hidden: Tensor, teacher_hidden: Tensor, rows: HeadRows, row_loss: RowLoss | None) -> RowValues:
+    def forward(self, hidden: Tensor, teacher: TeacherRows, rows: HeadRows, row_loss: RowLoss | None) -> RowValues:
         """ops.linear_jsd with this head's weight."""
-        return linear_jsd(
-            hidden, teacher_hidden, (self.weight, self.bias), rows, row_loss=row_loss, options=self.options
-        )
+        own = self.weight, self.bias
+        options = {"row_loss": row_loss, "options": self.options, "teacher_head": teacher.head}
+        return linear_jsd(hidden, teacher.hidden, own, rows, **options)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,22 +135,28 @@ class PolicyModule(nn.Module):
         self.loss = loss
 
     def forward(
-        self, microbatch: DeviceMicrobatch, totals: Totals, weights: TermWeights, reference_logprobs: Tensor | None
+        self,
+        microbatch: DeviceMicrobatch,
+        totals: Totals,
+        weights: TermWeights,
+        reference_logprobs: Tensor | None,
+        *,
+        teacher: TeacherRows | None = None,
     ) -> tuple[Tensor, Tensor]:
         """(loss, sums). loss: this microbatch's share of the step's loss, over global denominators: its sum over microbatches
-        and ranks is the step's loss. sums: the detached vector of update_metrics.SUM_NAMES."""
-        teacher_hidden = None
-        if microbatch.has_teacher and weights.distils:
-            teacher_hidden = teacher_hidden_rows(self.model, microbatch)
+        and ranks is the step's loss. sums: the detached vector of update_metrics.SUM_NAMES. teacher: what another model read;
+        None: these weights are the teacher's too."""
+        if microbatch.has_teacher and weights.distils and teacher is None:
+            teacher = TeacherRows(teacher_hidden_rows(self.model, microbatch))
         loss = MicrobatchLoss(
             microbatch=microbatch,
             totals=totals,
             weights=weights,
             reference_logprobs=reference_logprobs,
             config=self.loss,
-            distils=teacher_hidden is not None,
+            distils=teacher is not None,
         )
-        values = student_values(self.model, microbatch, teacher_hidden, loss)
+        values = student_values(self.model, microbatch, teacher, loss)
 
         rows = loss.policy_rows(values.logprobs, slice(None))
         sums = policy_sums(rows, values, loss.row_weights, counted=weights.policy != 0.0)
@@ -158,14 +173,14 @@ def with_row_head(model: PreTrainedModel, options: HeadOptions) -> PreTrainedMod
 
 
 def student_values(
-    model: PreTrainedModel, microbatch: DeviceMicrobatch, teacher_hidden: Tensor | None, row_loss: RowLoss | None
+    model: PreTrainedModel, microbatch: DeviceMicrobatch, teacher: TeacherRows | None, row_loss: RowLoss | None
 ) -> RowValues:
-    """What the head says of the student's rows (and of the teacher's hidden states [Q, H], where there is a teacher)."""
+    """What the head says of the student's rows (and of the teacher's, where there is a teacher)."""
     hidden = hidden_rows(model, microbatch.input_ids, microbatch.row_index)
     head = model.get_output_embeddings()
-    if teacher_hidden is None:
-        return head(hidden, hidden[:0].detach(), microbatch.head_rows.without_teacher(), row_loss)
-    return head(hidden, teacher_hidden, microbatch.head_rows, row_loss)
+    if teacher is None:
+        return head(hidden, TeacherRows(hidden[:0].detach()), microbatch.head_rows.without_teacher(), row_loss)
+    return head(hidden, teacher, microbatch.head_rows, row_loss)
 
 
 def hidden_rows(model: PreTrainedModel, ids: Tensor, rows: Tensor) -> Tensor:

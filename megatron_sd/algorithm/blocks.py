@@ -1,0 +1,136 @@
+"""The hindsight block's variants: the paper's, its ablations, and the controls that a claim needs beside it (METHOD section 3).
+
+Each is one small function `(BlockContext) -> str`, and a name in BLOCKS. A control changes one thing and keeps the rest: who is
+listed, which outcome stands beside whom, or whether the text says anything at all.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+
+from megatron_sd.algorithm.hindsight import HEADLINE, Attempt, BlockBuilder, BlockContext, attempt_of, attempts_of, quoted
+from megatron_sd.records import Rollout
+
+FILLER = "the"  # one token in every tokenizer of ours, and no news
+
+
+def paper_block(context: BlockContext) -> str:
+    """Queries and outcome of every rollout of the question, the focal one included."""
+    return context.render(context.attempts)
+
+
+def leave_one_out_block(context: BlockContext) -> str:
+    """The paper's block without the focal rollout, whose queries the teacher could otherwise copy."""
+    return context.render([attempt_of(rollout, context.correct_above) for rollout in context.siblings])
+
+
+def single_block(context: BlockContext) -> str:
+    """One attempt, the focal rollout's own (the paper does not say which one its ablation keeps)."""
+    if context.own.stop_reason.is_infrastructure:
+        return ""
+    return context.render([attempt_of(context.own, context.correct_above)])
+
+
+def only_correct_block(context: BlockContext) -> str:
+    """The CORRECT attempts alone; empty when there is none."""
+    return context.render([attempt for attempt in context.attempts if attempt.correct])
+
+
+def only_correct_shuffled_block(context: BlockContext) -> str:
+    """As many attempts, drawn at random, all of them called CORRECT: the control of only_correct."""
+    return context.render([attempt for attempt in _shuffled(context) if attempt.correct])
+
+
+def no_labels_block(context: BlockContext) -> str:
+    """The paper's block without outcome labels."""
+    return context.render([replace(attempt, correct=None) for attempt in context.attempts])
+
+
+def shuffled_block(context: BlockContext) -> str:
+    """The paper's block with its labels permuted among the attempts: a control."""
+    return context.render(_shuffled(context))
+
+
+def inverted_block(context: BlockContext) -> str:
+    """The paper's block with every label turned round: a control that must do harm to a reader."""
+    return context.render([replace(attempt, correct=not attempt.correct) for attempt in context.attempts])
+
+
+def flat_pool_block(context: BlockContext) -> str:
+    """All queries in one line, in alphabetical order, and how many attempts ended how: nobody can tell whose query was whose."""
+    attempts = context.attempts
+    queries = sorted(quoted(query) for attempt in attempts for query in attempt.queries)
+    if not queries:
+        return ""
+    num_correct = sum(bool(attempt.correct) for attempt in attempts)
+    outcomes = f"{num_correct} CORRECT, {len(attempts) - num_correct} INCORRECT"
+    return f"{HEADLINE}\nQueries: {', '.join(queries)}\nOutcomes: {outcomes}\n"
+
+
+def wrong_question_block(context: BlockContext) -> str:
+    """The block of another question of the step: a control. Empty when the step has one question only."""
+    others = [i for i in range(len(context.groups)) if i != context.group]
+    if not others:
+        return ""
+    return context.render(attempts_of(context.groups[context.rng.choice(others)], context.correct_above))
+
+
+def dummy_block(context: BlockContext) -> str:
+    """The paper's block with every word replaced by the same one: as long, and without content."""
+    return re.sub(r"\w+", FILLER, paper_block(context))
+
+
+def turn_causal_block(context: BlockContext) -> str:
+    """For each turn of the focal rollout, what its siblings had asked up to that turn, with how they ended.
+
+    The focal rollout is left out, and so is everything that a sibling asked in a later turn.
+    """
+    seen = [replace(rollout, turns=rollout.turns[: context.turn + 1]) for rollout in context.siblings]
+    return context.render([attempt_of(rollout, context.correct_above) for rollout in seen])
+
+
+def with_documents_block(context: BlockContext) -> str:
+    """The paper's block with the passages that each query found, uncut: long, and it shows the answer."""
+    usable = context.groups[context.group].usable
+    pairs = zip(context.attempts, usable, strict=True)
+    return context.render([replace(attempt, passages=_passages(rollout)) for attempt, rollout in pairs])
+
+
+def no_block(_: BlockContext) -> str:
+    """No hindsight: plain GRPO."""
+    return ""
+
+
+BLOCKS: dict[str, BlockBuilder] = {
+    "paper": paper_block,
+    "leave_one_out": leave_one_out_block,
+    "single": single_block,
+    "only_correct": only_correct_block,
+    "only_correct_shuffled": only_correct_shuffled_block,
+    "no_labels": no_labels_block,
+    "shuffled": shuffled_block,
+    "inverted": inverted_block,
+    "flat_pool": flat_pool_block,
+    "wrong_question": wrong_question_block,
+    "dummy": dummy_block,
+    "turn_causal": turn_causal_block,
+    "with_documents": with_documents_block,
+    "none": no_block,
+}
+BY_TURN = frozenset({"turn_causal"})  # blocks that differ from turn to turn of a rollout
+
+
+def _shuffled(context: BlockContext) -> list[Attempt]:
+    """The group's attempts with their labels permuted; the same draw for all rollouts of the group."""
+    attempts = context.attempts
+    labels = [attempt.correct for attempt in attempts]
+    context.rng.shuffle(labels)
+    return [replace(attempt, correct=label) for attempt, label in zip(attempts, labels, strict=True)]
+
+
+def _passages(rollout: Rollout) -> tuple[Sequence[str], ...]:
+    """The texts that each query of the rollout found."""
+    searches = (turn for turn in rollout.turns if turn.query is not None)
+    return tuple(tuple(f"{h.passage.title} {h.passage.text}".strip() for h in turn.hits) for turn in searches)

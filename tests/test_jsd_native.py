@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_sd.errors import ConfigError
-from megatron_sd.ops import build_info, jsd, jsd_native, native, native_rows
+from megatron_sd.ops import jsd, jsd_native, native, native_rows
 from megatron_sd.ops.jsd import jsd_rows
 from megatron_sd.ops.jsd_reference import divergence_rows
 
@@ -298,9 +298,3 @@ def test_operators_refuse_rows_out_of_range_by_themselves():
         jsd_native.jsd_rows(student, teacher, inside, -inside, torch.ones(2), "jsd", 0.5, 1.0, False)
     with pytest.raises(ValueError, match=r"rows spans 0\.\.3, expected 0\.\.2"):
         jsd_native.scatter_rows(student[:2], outside, torch.ones(2), 3)
-
-
-def test_build_info_describes_this_library():
-    info = build_info()
-    assert info.library == native.LIBRARY_PATH and info.missing == "" and info.compiler
-    assert info.instruction_set in native.INSTRUCTION_SETS

@@ -88,3 +88,10 @@ def test_the_operations_need_torch_alone():
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.strip() in native.INSTRUCTION_SETS
+
+
+@pytest.mark.skipif(native.LIBRARY is None, reason=native.MISSING)
+def test_build_info_describes_this_library():
+    info = build_info()
+    assert info.library == native.LIBRARY_PATH and info.missing == "" and info.compiler
+    assert info.instruction_set in native.INSTRUCTION_SETS

@@ -1,5 +1,6 @@
 # make demo    the whole story on this machine: world, start policy, GRPO against SD-Search, table
 # make test    style and tests
+# make trust   kills, full disks, stuck ranks, bad numbers at full counts (an hour), and docs/trust.md with what came out
 # make test-vllm  the tests that need a real vLLM, in an environment of their own (.venv-vllm, 2.5 GB)
 # make demo-vllm  the demo with vLLM as the rollout engine, in that environment
 # make bench   benchmarks: ratios of two implementations in one run
@@ -23,7 +24,7 @@ VLLM      := .venv-vllm/ready
 VLLM_LOCK := tests/vllm/cpu_lock.txt
 VLLM_PIP   = .venv-vllm/bin/python -m pip --quiet --disable-pip-version-check install
 
-.PHONY: demo demo-vllm test test-vllm bench gpu-check lint wheel clean
+.PHONY: demo demo-vllm test trust test-vllm bench gpu-check lint wheel clean
 
 demo: $(READY)
 	@$(BIN)/sd-search demo
@@ -31,6 +32,9 @@ demo: $(READY)
 test: lint
 	@echo "== tests"
 	@$(BIN)/python -m pytest
+
+trust: $(READY)
+	@$(BIN)/python -m tests.trust
 
 lint: $(READY)
 	@echo "== style"

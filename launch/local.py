@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_sd.config import load
+from megatron_sd.distributed.control import STOPPED_EXIT_CODE
 from megatron_sd.errors import ConfigError, MegatronSdError
 
 
@@ -33,7 +34,8 @@ def split_num_ranks(argv: Sequence[str]) -> tuple[int, list[str]]:
 
 
 def start_ranks(num_ranks: int, argv: Sequence[str]) -> None:
-    """Run `megatron_sd.train` on `num_ranks` ranks of this machine and wait. Raises MegatronSdError when a rank fails.
+    """Run `megatron_sd.train` on `num_ranks` ranks of this machine and wait. Raises MegatronSdError when a rank fails, and
+    SystemExit(85) when the run has saved and stopped as it was asked to.
 
     The cores are shared out among the ranks, unless OMP_NUM_THREADS is set already.
     """
@@ -41,6 +43,8 @@ def start_ranks(num_ranks: int, argv: Sequence[str]) -> None:
     choose_accelerator()
     environment = os.environ | {"OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
     finished = subprocess.run(command_line(num_ranks, free_port(), argv), env=environment, check=False)
+    if finished.returncode == STOPPED_EXIT_CODE:
+        raise SystemExit(STOPPED_EXIT_CODE)
     if finished.returncode != 0:
         raise MegatronSdError(f"training ended with exit code {finished.returncode}; the ranks' own message stands above")
 

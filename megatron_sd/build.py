@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +19,7 @@ from megatron_sd.algorithm.packing import pack
 from megatron_sd.algorithm.samples import GATES, SCOPES, TeacherPrompts, apply_gate, to_samples
 from megatron_sd.config import Config, ModelConfig, ProtocolConfig, RetrieverConfig, RolloutConfig, dump
 from megatron_sd.distributed.collectives import share
+from megatron_sd.distributed.watchdog import Watchdog
 from megatron_sd.distributed.world import World, lone_world
 from megatron_sd.errors import ConfigError
 from megatron_sd.observability.recorder import Recorder
@@ -23,6 +27,7 @@ from megatron_sd.observability.timers import Timers
 from megatron_sd.records import Batch, Question, RolloutGroup, TrainingSample
 from megatron_sd.retrieval.choice import open_retriever
 from megatron_sd.retrieval.retriever import Retriever
+from megatron_sd.rollout.bank import RolloutBank
 from megatron_sd.rollout.rollouter import Rollouter
 from megatron_sd.rollout.sampling_order import InStep, OneAhead, SamplingOrder
 from megatron_sd.rollout.torch_engine import TorchEngine, load_model
@@ -34,10 +39,12 @@ from megatron_sd.search.questions import QuestionStream, load_questions
 from megatron_sd.search.reward import score
 from megatron_sd.search.tokens import TextCodec, load_codec
 from megatron_sd.trainer import Schedule, Trainer
-from megatron_sd.training.checkpoint import Checkpoints
+from megatron_sd.training.attempts import ATTEMPTS_NAME, Attempts
+from megatron_sd.training.checkpoint import Checkpoints, run_identity
 from megatron_sd.training.gradient_ratio import AlphaController
 from megatron_sd.training.policy import Policy, load_policy
 from megatron_sd.training.publisher import GatherPublisher, Publisher, ShardPublisher, sharded_or_gathering
+from megatron_sd.training.stability import Stability
 
 disable_progress_bar()  # of weight loading: one bar for every model and rank says nothing
 
@@ -77,7 +84,7 @@ def build_rollout_side(
     environment = Environment(codec, build_protocol(protocol), rollout)
     passages = open_retriever(retriever)
     engine = build_engine(model, rollout, codec, world, output=output)
-    rollouter = Rollouter(engine, passages, environment, top_k=retriever.top_k, seed=seed)
+    rollouter = Rollouter(engine, passages, environment, top_k=retriever.top_k, seed=seed, world=world)
     return RolloutSide(engine=engine, environment=environment, retriever=passages, rollouter=rollouter)
 
 
@@ -132,7 +139,7 @@ def build_trainer(config: Config, world: World) -> Trainer:
         world=world,
         eval_questions=_eval_questions(config),
         rollouter=side.rollouter,
-        sampling=_sampling_order(config, world, questions, side.rollouter),
+        sampling=_sampling_order(config, world, questions, side),
         score=functools.partial(score, config=config.reward),
         hindsight=HindsightBlocks(
             first_step=config.distill.alpha.warmup_steps,
@@ -158,13 +165,30 @@ def build_trainer(config: Config, world: World) -> Trainer:
             decode=side.environment.codec.decode,
             transcripts_per_step=config.log.transcripts_per_step,
         ),
-        timers=Timers(),
+        timers=Timers(world.pulse.move),
+        stability=Stability(config.safety),
+        attempts=Attempts(run_dir / ATTEMPTS_NAME, world, limit=config.safety.max_idle_attempts),
     )
 
 
-def _sampling_order(config: Config, world: World, questions: QuestionStream, rollouter: Rollouter) -> SamplingOrder:
+def build_watchdog(config: Config, world: World) -> Watchdog:
+    """What ends a stuck run."""
+    return Watchdog(world, timeout_s=config.safety.watchdog_s, directory=Path(config.run_dir) / "watchdog")
+
+
+def _sampling_order(config: Config, world: World, questions: QuestionStream, side: RolloutSide) -> SamplingOrder:
+    identity = json.dumps(run_identity(config, side.retriever.corpus_version), sort_keys=True)
+    digest = hashlib.sha256(identity.encode()).hexdigest()
+    mode = config.rollout.bank
+    only_whole = mode == "whole" or (mode == "auto" and isinstance(side.engine, TorchEngine))
+    bank = RolloutBank(Path(config.run_dir) / "bank", rank=world.rank, identity=digest, only_whole=only_whole)
+
     def sample(step: int) -> list[RolloutGroup]:
-        return rollouter.run(share(world, questions.batch(step)), step=step)
+        mine = share(world, questions.batch(step))
+        if mode == "off":
+            return side.rollouter.run(mine, step=step)
+        with contextlib.closing(bank.open(step, side.engine.policy_version)) as banked:
+            return side.rollouter.run(mine, step=step, bank=banked)
 
     return OneAhead(sample, num_steps=config.num_steps) if config.rollout.max_lag else InStep(sample)
 

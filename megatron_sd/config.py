@@ -142,6 +142,9 @@ class RolloutConfig:
     max_observation_tokens: int = 512
     max_rollout_tokens: int = 4096  # prompt, completions and observations
     max_failed_share: float = 0.2  # the run stops when more of a rank's rollouts of a step failed for infrastructure reasons
+    # Finished rollouts of an unfinished step wait in run_dir/bank for the run's next start. whole: used only when a rank's part
+    # of the step is complete, so that the embedded engine repeats it bit for bit; auto: whole with that engine, else all.
+    bank: Literal["auto", "all", "whole", "off"] = "auto"
     max_lag: Literal[0, 1] = 0  # optimiser steps that sampling may be behind: 1 rolls out the next batch during the update
     engine: Literal["torch", "vllm"] = "torch"
     max_concurrent_sequences: int = 256  # in the engine at one time; further rollouts wait
@@ -248,6 +251,19 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SafetyConfig:
+    """What keeps a run going, or ends it, when something goes wrong (docs/trust.md)."""
+
+    watchdog_s: float = 1800.0  # a rank that does not move for so long ends all ranks, with every rank's stacks; 0: never
+    stop_after_s: float | None = None  # of this start: save and end with exit code 85, as run_dir/control/STOP or SIGUSR1 asks
+    max_idle_attempts: int = 3  # starts in a row that committed no new checkpoint, before the next one is refused; 0: any number
+    roll_back_after_refusals: int = 3  # steps refused (not finite, spike) before the run goes back to its last checkpoint
+    stop_after_refusals: int = 5
+    spike_sigmas: float = 0.0  # refuse a step whose log gradient norm lies so many robust deviations above the median; 0: none
+    spike_window: int = 256  # steps that median and deviation are taken from
+
+
+@dataclass(frozen=True, kw_only=True)
 class LogConfig:
     """TensorBoard, metrics.jsonl and transcripts under run_dir."""
 
@@ -275,6 +291,7 @@ class Config:
     update: UpdateConfig = field(default_factory=UpdateConfig)
     publish: PublishConfig = field(default_factory=PublishConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    safety: SafetyConfig = field(default_factory=SafetyConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
 

@@ -23,8 +23,16 @@ class RolloutError(MegatronSdError):
     """Too many rollouts failed for a step to be worth training on, or the engine returned nothing."""
 
 
-class NonFiniteError(MegatronSdError):
-    """A loss or gradient is NaN or infinite on at least one rank; no rank took the optimiser step."""
+class RefusedStepError(MegatronSdError):
+    """No rank took the optimiser step; the parameters are as they were."""
+
+
+class NonFiniteError(RefusedStepError):
+    """A loss or gradient is NaN or infinite on at least one rank."""
+
+
+class GradientSpikeError(RefusedStepError):
+    """The gradient's norm is far beyond those of the steps before."""
 
 
 class CheckpointError(MegatronSdError):
@@ -33,3 +41,11 @@ class CheckpointError(MegatronSdError):
 
 class ReshardError(MegatronSdError):
     """Weights could not be handed to the inference workers; they still hold the version they had."""
+
+
+class NoProgressError(MegatronSdError):
+    """A run has been started again and again from the same step."""
+
+
+class StopRequested(MegatronSdError):  # noqa: N818, nothing is wrong
+    """Somebody asked the run to stop; it saves and ends with exit code 85."""

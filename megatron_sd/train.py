@@ -4,32 +4,60 @@ from __future__ import annotations
 
 import logging
 import sys
+import traceback
 from collections.abc import Sequence
+from pathlib import Path
 
-from megatron_sd.config import load
-from megatron_sd.distributed.world import end_process, join_world, leave_world
-from megatron_sd.errors import ConfigError, MegatronSdError
+from megatron_sd.distributed.control import STOPPED_EXIT_CODE, StopRequest
+from megatron_sd.errors import ConfigError, MegatronSdError, StopRequested
 
 
 def main(argv: Sequence[str]) -> int:
-    """Train one run; an error of ours, or of a disk, ends in one line on stderr, exit code 2 for a configuration error
-    and 1 otherwise."""
+    """Train one run. An error of ours, or of a disk, ends in one line on stderr: exit code 2 for a configuration error and 1
+    otherwise. A run that saved because it was asked to stop ends with 85: the same command goes on."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
+    stop = StopRequest.listen()  # before anything that takes its time
     try:
-        config = load(argv)
-        world = join_world()
-        from megatron_sd.build import build_trainer  # imports DeepSpeed, which must see the device that join_world chose
-
-        build_trainer(config, world).train()
+        return _train(argv, stop)
     except MegatronSdError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
         return 2 if isinstance(error, ConfigError) else 1
     except OSError as error:  # of a disk: the checkpoints' own writes raise CheckpointError
         print(f"{error}: expected to read or write there; make room, or change the path, and resume", file=sys.stderr, flush=True)
         return 1
+    except Exception:
+        traceback.print_exc()  # and leave at once: other ranks notice an ended one, not one that hangs in its teardown
+        return 1
+
+
+def _train(argv: Sequence[str], stop: StopRequest) -> int:
+    from megatron_sd.config import load
+
+    config = load(argv)
+    stop.watch(Path(config.run_dir), config.safety.stop_after_s)
+    from megatron_sd.distributed.collectives import gather_objects
+    from megatron_sd.distributed.world import join_world, leave_world
+
+    world = join_world(stop)
+    from megatron_sd.build import build_trainer, build_watchdog  # imports DeepSpeed, which must see join_world's device
+
+    trainer, watchdog = build_trainer(config, world), build_watchdog(config, world)
+    watchdog.start()
+    try:
+        trainer.train()
+    except StopRequested as request:
+        if world.is_first:
+            stop.served()
+            print(f"stopped: {request}; saved step {trainer.step}", file=sys.stderr, flush=True)
+        gather_objects(world, None)  # a launcher ends the ranks that are left as soon as one has ended
+        return STOPPED_EXIT_CODE
+    finally:
+        watchdog.stop()
     leave_world()
     return 0
 
 
 if __name__ == "__main__":
+    from megatron_sd.distributed.world import end_process
+
     end_process(main(sys.argv[1:]))

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from megatron_sd.algorithm.advantage import group_advantages
 from megatron_sd.algorithm.hindsight import Blocks, HindsightBlocks, shown
 from megatron_sd.algorithm.packing import padding_share
 from megatron_sd.algorithm.samples import TeacherPrompts
-from megatron_sd.distributed.collectives import share, together
+from megatron_sd.distributed.collectives import agree_to_stop, share, together
 from megatron_sd.distributed.world import World
-from megatron_sd.errors import ReshardError, RolloutError
+from megatron_sd.errors import RefusedStepError, ReshardError, RolloutError, StopRequested
 from megatron_sd.observability.metrics import block_metrics, lag_metrics, rollout_metrics
 from megatron_sd.observability.recorder import Recorder
 from megatron_sd.observability.timers import Timers, memory_metrics
@@ -19,10 +20,14 @@ from megatron_sd.records import Batch, Question, RolloutGroup, TrainingSample, U
 from megatron_sd.rollout.engine import WeightReceiver
 from megatron_sd.rollout.rollouter import Rollouter
 from megatron_sd.rollout.sampling_order import SamplingOrder
+from megatron_sd.training.attempts import Attempts
 from megatron_sd.training.checkpoint import Checkpoints
 from megatron_sd.training.gradient_ratio import AlphaController
 from megatron_sd.training.policy import Policy
 from megatron_sd.training.publisher import Publisher
+from megatron_sd.training.stability import Stability
+
+logger = logging.getLogger(__name__)
 
 Groups = Sequence[RolloutGroup]
 Texts = Sequence[Sequence[str]]  # the blocks as metrics and people see them, by group and rollout
@@ -63,15 +68,25 @@ class Trainer:
     checkpoints: Checkpoints
     recorder: Recorder
     timers: Timers
+    stability: Stability
+    attempts: Attempts
     step: int = 0
+    evaluation_is_due: bool = False
 
     def train(self) -> None:
-        """Run to `num_steps` from the newest checkpoint, or from the start policy when there is none."""
+        """Run to `num_steps` from the newest checkpoint, or from the start policy when there is none.
+
+        Raises StopRequested, having saved, when the run was asked to stop."""
+        self.checkpoints.refuse_when_resume_is_off()
         self.resume()
-        while self.step < self.schedule.num_steps:
+        self.attempts.begin(self.step)
+        while self.step < self.schedule.num_steps or self.evaluation_is_due:
             try:
-                self.take_step()
-            except (RolloutError, ReshardError):  # raised on every rank: the engine is lost, what was trained is not
+                agree_to_stop(self.world)
+                self.evaluate() if self.evaluation_is_due else self.take_step()
+            except RefusedStepError as error:  # this and the next are raised on every rank
+                self.recover(error)
+            except (StopRequested, RolloutError, ReshardError):  # the engine may be lost, what was trained is not
                 self.save()
                 raise
         self.save()
@@ -89,9 +104,11 @@ class Trainer:
         with self.timers.phase("update"):
             for weights in self.alpha.passes(self.step):  # one pass; three on a step that measures the gradient ratio
                 for microbatch in batch:
+                    agree_to_stop(self.world)
                     self.policy.accumulate(microbatch, batch.totals, weights)
                 self.alpha.observe(self.policy)
-            update = self.policy.step()
+            update = self.policy.step(self.stability.norm_limit())
+        self.stability.taken(self.step, update.grad_norm)
         self.step += 1
         with self.timers.phase("publish"):
             self.sampling.settle()
@@ -113,29 +130,48 @@ class Trainer:
         self.recorder.record(self.step, metrics)
 
     def side_work(self, groups: Groups, blocks: Texts) -> None:
-        """What is due after this step: transcripts, evaluation, a checkpoint."""
+        """What is due after this step: transcripts, a checkpoint, and, next in the loop, an evaluation."""
         if self.schedule.due(self.schedule.transcripts_every, self.step):
             self.recorder.transcripts(self.step, groups, blocks)
-        if self.eval_questions and self.schedule.due(self.schedule.eval_every, self.step):
-            self.recorder.record(self.step, self.evaluate())
+        self.evaluation_is_due = bool(self.eval_questions) and self.schedule.due(self.schedule.eval_every, self.step)
         if self.schedule.due(self.schedule.checkpoint_every, self.step) and self.step < self.schedule.num_steps:
             self.save()
 
-    def evaluate(self) -> Mapping[str, float]:
+    def evaluate(self) -> None:
         """Greedy rollouts on the held-out questions: metrics named eval/..."""
+        self.world.pulse.move("evaluate")
         mine = share(self.world, self.eval_questions)
         groups = self.score(self.gather(lambda: self.rollouter.run(mine, step=self.step, greedy=True)))
-        return {f"eval/{name}": value for name, value in rollout_metrics(groups).items()}
+        self.recorder.record(self.step, {f"eval/{name}": value for name, value in rollout_metrics(groups).items()})
+        self.evaluation_is_due = False
+
+    def recover(self, error: RefusedStepError) -> None:
+        """The step was refused: go back to the last checkpoint, or pass its questions over, or give up and raise."""
+        goes_back = self.stability.refused(self.step, error) and self.checkpoints.newest_step() is not None
+        self.sampling.settle()
+        if goes_back:
+            self.recorder.close()
+            self.resume()
+        else:
+            self.step += 1
+            self.publisher.publish(self.policy, self.engine, self.step)
+            self.recorder.record(self.step, {"optim/refused_steps": 1.0})
+        if self.world.is_first:
+            logger.warning("%s; %s", error, f"back to step {self.step}" if goes_back else "its questions are passed over")
 
     def save(self) -> None:
         """Commit a checkpoint of this step."""
-        self.checkpoints.save(self.policy, step=self.step, state={"alpha": self.alpha.state()})
+        self.world.pulse.move("save")
+        state = {"alpha": self.alpha.state(), "stability": self.stability.state(), "evaluation_is_due": self.evaluation_is_due}
+        self.checkpoints.save(self.policy, step=self.step, state=state)
 
     def resume(self) -> None:
         """Continue from the newest checkpoint that verifies, if any, and give the engine its weights."""
+        self.world.pulse.move("resume")
         state = self.checkpoints.load(self.policy)
         if state is not None:
-            self.step = state["step"]
+            self.step, self.evaluation_is_due = state["step"], state["evaluation_is_due"]
             self.alpha.load_state(state["alpha"])
+            self.stability.load_state(state["stability"])
         self.recorder.begin(self.step)
         self.publisher.publish(self.policy, self.engine, self.step)

@@ -11,13 +11,14 @@ import subprocess
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from megatron_sd.algorithm.distill_loss import TermWeights
 from megatron_sd.config import AlphaConfig
 from megatron_sd.distributed.world import join_world
 from megatron_sd.errors import CheckpointError
-from megatron_sd.training import checkpoint, commit
+from megatron_sd.training import checkpoint, commit, pieces
 from megatron_sd.training.checkpoint import Checkpoints
 from megatron_sd.training.policy import load_policy
 from tests.fakes_train import make_config, write_model
@@ -51,6 +52,10 @@ def policy(world, model_path):
 
 def keeper(root, model_path, world, **changes):
     return Checkpoints(root, dataclasses.replace(make_config(model_path), **changes), world, corpus_version="c")
+
+
+def names(directory):
+    return sorted(path.name for path in directory.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -116,7 +121,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_taken(world, mo
     with caplog.at_level(logging.ERROR):
         assert checkpoints.load(policy) == {"alpha": {"unit_ratio": 1.0}, "step": 1}
     assert "step_00000002 does not verify: model/model.safetensors does not match its checksum" in caplog.text
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000001", "step_00000002.broken"]
+    assert names(tmp_path) == ["latest", "step_00000001", "step_00000002.broken"]
     (tmp_path / "step_00000001" / "state.json").unlink()
     with pytest.raises(CheckpointError, match="none of the 1 checkpoints under .* verifies"):
         checkpoints.load(policy)
@@ -125,23 +130,69 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_taken(world, mo
 def test_another_run_is_refused(world, model_path, policy, tmp_path):
     keeper(tmp_path, model_path, world).save(policy, step=1, state=STATE)
     assert keeper(tmp_path, model_path, world, num_steps=999).load(policy)["step"] == 1  # longer is the same run
-    with pytest.raises(CheckpointError, match="belongs to another run: seed was 0 and is now 5"):
+    with pytest.raises(CheckpointError, match="belongs to another run: seed was 0 and is now 5; restore"):
         keeper(tmp_path, model_path, world, seed=5).load(policy)
+    changed = dataclasses.replace(make_config(model_path).rollout, group_size=9)
+    with pytest.raises(CheckpointError, match="run: rollout.group_size was 5 and is now 9; seed was 0 and is now 5; restore"):
+        keeper(tmp_path, model_path, world, seed=5, rollout=changed).load(policy)
     with pytest.raises(CheckpointError, match="corpus_version was 'c' and is now 'd'"):
         Checkpoints(tmp_path, make_config(model_path), world, corpus_version="d").load(policy)
     saved = json.loads((tmp_path / "step_00000001" / "state.json").read_text())
-    with pytest.raises(CheckpointError, match="written by 1 ranks, this run has 2"):
-        keeper(tmp_path, model_path, dataclasses.replace(world, size=2))._check_same_run(saved, tmp_path)
+    with pytest.raises(CheckpointError, match="has format 1, expected 2"):
+        keeper(tmp_path, model_path, world)._check_same_run({**saved, "format": 1}, tmp_path)
+
+
+def test_another_model_is_refused_with_the_parameters_that_differ(world, policy, tmp_path):
+    path = write_model(tmp_path / "model", tied=False, intermediate_size=40)
+    other = load_policy(make_config(path), world)
+    before = full_parameters(other)
+    policy.trained_state().write(tmp_path / "rank_00000.safetensors")
+    with pytest.raises(CheckpointError, match="another model's .7 parameters differ.: lm_head.weight: no elements in") as error:
+        other.trained_state().read([tmp_path / "rank_00000.safetensors"])
+    assert "model.layers.0.mlp.down_proj.weight: 1536 elements in the checkpoint, 1280 in the model" in str(error.value)
+    assert all(torch.equal(before[name], tensor) for name, tensor in full_parameters(other).items())
+
+
+def test_a_missing_ranks_file_is_missed(policy, tmp_path):
+    policy.trained_state().write(tmp_path / "rank_00000.safetensors")
+    path = tmp_path / "rank_00000.safetensors"
+    with pytest.raises(CheckpointError, match="files hold .* of the elements .0, .*: a rank's file is missing or there twice"):
+        policy.trained_state().read([path, path])
+    with pytest.raises(CheckpointError, match="parameters differ"):
+        policy.trained_state().read([])
+    policy.trained_state().read([path])
+    policy.trained_state().write(tmp_path / "again")
+    expected, found = load_file(path), load_file(tmp_path / "again")
+    assert len(expected) > 30 and all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_latest_names_the_newest_and_a_failed_tidying_up_does_no_harm(world, model_path, policy, tmp_path, monkeypatch, caplog):
+    checkpoints = keeper(tmp_path, model_path, world)
+    for step in (1, 2, 3):
+        checkpoints.save(policy, step=step, state=STATE)
+    assert (tmp_path / "latest").read_text() == "step_00000003\n"
+
+    def broken(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO), "latest")
+
+    monkeypatch.setattr(commit.os, "replace", broken)
+    with caplog.at_level(logging.ERROR):
+        checkpoints.save(policy, step=4, state=STATE)
+    assert "is committed, but what it replaces could not be tidied up" in caplog.text
+    monkeypatch.undo()
+    assert checkpoints.load(policy)["step"] == 4
+    checkpoints.save(policy, step=5, state=STATE)
+    assert names(tmp_path) == ["latest", "step_00000004", "step_00000005"]
 
 
 def test_without_resume_existing_checkpoints_are_not_overwritten(world, model_path, policy, tmp_path):
     config = make_config(model_path)
     config = dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, resume=False))
     checkpoints = Checkpoints(tmp_path, config, world, corpus_version="c")
-    assert checkpoints.load(policy) is None
+    checkpoints.refuse_when_resume_is_off()
     checkpoints.save(policy, step=1, state=STATE)
-    with pytest.raises(CheckpointError, match="holds 1 checkpoints although checkpoint.resume is off"):
-        checkpoints.load(policy)
+    with pytest.raises(CheckpointError, match="holds checkpoints although checkpoint.resume is off"):
+        checkpoints.refuse_when_resume_is_off()
 
 
 @pytest.fixture
@@ -154,15 +205,15 @@ def limit_file_size():
     signal.signal(signal.SIGXFSZ, handler)
 
 
-@pytest.mark.parametrize(("num_bytes", "file"), [(100_000, "optim_states.pt"), (10_000, "model_states.pt")])
+@pytest.mark.parametrize(("num_bytes", "file"), [(100_000, "rank_00000.safetensors"), (1_000, "rank_00000.safetensors")])
 def test_a_write_that_fails_leaves_the_last_checkpoint(world, model_path, policy, tmp_path, limit_file_size, num_bytes, file):
     checkpoints = keeper(tmp_path, model_path, world)
     checkpoints.save(policy, step=1, state=STATE)
     limit_file_size(num_bytes)
-    with pytest.raises(CheckpointError, match=f"could not write .*step_00000002.tmp .*{file}.* MiB were free on its disk"):
+    with pytest.raises(CheckpointError, match=f"could not write .*step_00000002.tmp .*{file}.* MiB are free on its disk"):
         checkpoints.save(policy, step=2, state=STATE)
     limit_file_size(resource.RLIM_INFINITY)
-    assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
+    assert names(tmp_path) == ["latest", "step_00000001"]
     assert checkpoints.load(policy)["step"] == 1
     checkpoints.save(policy, step=2, state=STATE)
     assert commit.find_damage(tmp_path / "step_00000002") is None
@@ -179,12 +230,12 @@ def test_disk_full_at_any_write(world, model_path, policy, tmp_path, monkeypatch
     def full(*_args, **_kwargs):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "some/file")
 
-    owners = {"save_file": checkpoint, "copyfile": checkpoint.shutil, "fsync": commit.os, "rename": commit.os}
+    owners = {"save_file": pieces, "copyfile": checkpoint.shutil, "fsync": commit.os, "rename": commit.os}
     monkeypatch.setattr(owners.get(where, checkpoints), where, full)
     with pytest.raises(CheckpointError, match="No space left on device.*some/file.*make room and resume"):
         checkpoints.save(policy, step=2, state=STATE)
     monkeypatch.undo()
-    assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
+    assert names(tmp_path) == ["latest", "step_00000001"]
     assert checkpoints.load(policy)["step"] == 1
 
 
@@ -196,9 +247,9 @@ def test_a_disk_that_is_really_full(world, model_path, policy, tmp_path):
     try:
         checkpoints = keeper(tmp_path, model_path, world)
         checkpoints.save(policy, step=1, state=STATE)
-        with pytest.raises(CheckpointError, match="MiB were free on its disk: make room and resume"):
+        with pytest.raises(CheckpointError, match="MiB are free on its disk: make room and resume"):
             checkpoints.save(policy, step=2, state=STATE)
-        assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
+        assert names(tmp_path) == ["latest", "step_00000001"]
         assert checkpoints.load(policy)["step"] == 1
     finally:
         subprocess.run(["umount", str(tmp_path)], check=True)

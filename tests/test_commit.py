@@ -38,6 +38,10 @@ def test_committed_directories_verify_and_are_found_newest_first(tmp_path):
         (lambda d: (d / "state.json").unlink(), "state.json is missing"),
         (lambda d: (d / "manifest.json").unlink(), "manifest.json cannot be read"),
         (lambda d: (d / "manifest.json").write_text('{"files": '), "manifest.json cannot be read"),
+        (lambda d: (d / "manifest.json").write_text((d / "manifest.json").read_text() + " "), "does not match its own checksum"),
+        (lambda d: (d / "manifest.json").write_text('{"files": {}, "sha256": ""}'), "manifest.json does not match its own"),
+        (lambda d: (d / "model" / "b.bin").touch(), "model/b.bin is not in manifest.json"),
+        (lambda d: ((d / "state.json").unlink(), (d / "state.json").symlink_to("/etc/hostname")), "state.json is missing"),
     ],
 )
 def test_damage_is_named(tmp_path, damage, words):

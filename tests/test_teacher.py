@@ -94,7 +94,7 @@ def test_an_average_is_resumed_where_it_was(world, model_path, tmp_path):
 
 def test_a_missing_average_is_named(world, model_path, tmp_path):
     policy = load_policy(make_config(model_path, distill={"measure_every": 0, "teacher": "ema"}), world)
-    policy.save_shards(tmp_path)
-    (tmp_path / "shards" / "teacher_00000.safetensors").unlink()
+    policy.write_state(tmp_path)
+    (tmp_path / "teacher_00000.safetensors").unlink()
     with pytest.raises(CheckpointError, match="teacher_00000.safetensors is missing, expected the average"):
-        policy.load_shards(tmp_path, version=0)
+        policy.read_state(tmp_path)

@@ -1,5 +1,6 @@
 """The loop itself, over parts that only note what they were asked for; whole runs are in test_training.py."""
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -28,7 +29,11 @@ def trainer(events: list, *, fails_at: tuple[str, int]) -> Trainer:
 
     update = SimpleNamespace(metrics={}, grad_norm=0.0, learning_rate=0.0)
     batch = SimpleNamespace(microbatches=[], totals=None, padding_share=0.0)
-    checkpoints = SimpleNamespace(load=lambda policy: None, save=lambda policy, step, state: events.append(("save", step)))
+    checkpoints = SimpleNamespace(
+        load=lambda policy: None,
+        save=lambda policy, step, state: events.append(("save", step)),
+        refuse_when_resume_is_off=lambda: None,
+    )
     own = Trainer(
         schedule=Schedule(num_steps=3, eval_every=0, transcripts_every=0, checkpoint_every=0),
         world=lone_world(torch.device("cpu")),
@@ -41,12 +46,14 @@ def trainer(events: list, *, fails_at: tuple[str, int]) -> Trainer:
         to_samples=lambda groups, advantages, prompts: [],
         pack=lambda samples: batch,
         alpha=SimpleNamespace(passes=lambda step: (), observe=lambda policy: None, state=dict, metrics=dict),
-        policy=SimpleNamespace(step=lambda: update),
+        policy=SimpleNamespace(step=lambda limit: update),
         publisher=SimpleNamespace(publish=publish),
         engine=None,
         checkpoints=checkpoints,
         recorder=SimpleNamespace(begin=lambda step: None, close=lambda: events.append(("close", None))),
         timers=Timers(),
+        stability=SimpleNamespace(norm_limit=lambda: math.inf, taken=lambda step, norm: None, state=dict),
+        attempts=SimpleNamespace(begin=lambda step: None),
     )
     own.record = lambda *_: None
     return own

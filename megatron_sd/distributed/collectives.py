@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_sd.distributed.world import World
-from megatron_sd.errors import MegatronSdError
+from megatron_sd.errors import MegatronSdError, StopRequested
 
 Item = TypeVar("Item")
 
@@ -19,8 +19,9 @@ def sum_floats(world: World, values: Sequence[float]) -> list[float]:
     if world.size == 1:
         return list(values)
     total = torch.tensor(values, dtype=torch.float64, device=world.device)
-    dist.all_reduce(total)
-    return total.tolist()
+    with world.pulse.waiting():
+        dist.all_reduce(total)
+        return total.tolist()
 
 
 def share(world: World, items: Sequence[Item]) -> Sequence[Item]:
@@ -34,7 +35,8 @@ def gather_objects(world: World, value: Any) -> list[Any]:
     if world.size == 1:
         return [value]
     values: list[Any] = [None] * world.size
-    dist.all_gather_object(values, value)
+    with world.pulse.waiting():
+        dist.all_gather_object(values, value)
     return values
 
 
@@ -55,12 +57,26 @@ def together(world: World, action: Callable[[], Item]) -> list[Item]:
     return [value for value, _ in results]
 
 
+def check_stop(world: World) -> None:
+    """Raise StopRequested when this rank has been asked to stop; the others learn of it by `together`."""
+    if world.stop.reason is not None:
+        raise StopRequested(f"{world.stop.reason}, in phase {world.pulse.phase}")
+
+
+def agree_to_stop(world: World) -> None:
+    """Raise StopRequested on every rank when any rank has been asked to stop."""
+    if sum_floats(world, [float(world.stop.reason is not None)])[0]:
+        reason = next(reason for reason in gather_objects(world, world.stop.reason) if reason is not None)
+        raise StopRequested(f"{reason}, in phase {world.pulse.phase}")
+
+
 def broadcast_object(world: World, value: Any, source: int = 0) -> Any:
     """The picklable value of rank `source`, on every rank."""
     if world.size == 1:
         return value
     holder = [value]
-    dist.broadcast_object_list(holder, src=source)
+    with world.pulse.waiting():
+        dist.broadcast_object_list(holder, src=source)
     return holder[0]
 
 

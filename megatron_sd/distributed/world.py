@@ -5,18 +5,46 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import NoReturn
 
 import torch
 import torch.distributed as dist
 
+from megatron_sd.distributed.control import StopRequest
 from megatron_sd.errors import ConfigError
 
 # What launchers tell a rank about itself; a process that is no rank must not inherit it.
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 COLLECTIVE_TIMEOUT = timedelta(hours=2)  # a rank may wait this long for the slowest rank's rollouts
+
+
+@dataclass
+class Pulse:
+    """What this rank's main thread is doing, for the watchdog. moves: grows whenever something got done."""
+
+    moves: int = 0
+    phase: str = "start"
+    waits: bool = False  # for other ranks, perhaps: in a collective of ours, or in DeepSpeed
+
+    def move(self, phase: str | None = None) -> None:
+        """Something got done, or a phase begins."""
+        self.phase = phase or self.phase
+        self.moves += 1
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around a collective: this rank is not the first to blame while it lasts."""
+        self.move()
+        self.waits = True
+        try:
+            yield
+        finally:
+            self.waits = False
+            self.move()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +55,8 @@ class World:
     size: int
     local_rank: int
     device: torch.device
+    stop: StopRequest = field(default_factory=StopRequest, compare=False, repr=False)
+    pulse: Pulse = field(default_factory=Pulse, compare=False, repr=False)
 
     @property
     def is_first(self) -> bool:
@@ -34,11 +64,12 @@ class World:
         return self.rank == 0
 
 
-def join_world() -> World:
+def join_world(stop: StopRequest | None = None) -> World:
     """Read RANK, WORLD_SIZE, LOCAL_RANK (set by deepspeed, torchrun or srun), join the process group and choose the device.
 
     Started by plain python, without these variables, the world is this process alone; no port is opened. NCCL on CUDA devices,
-    gloo on CPUs. A second call returns the same world. Raises ConfigError when the environment is half set.
+    gloo on CPUs. A second call returns the same world. stop: the requests that this process listens for. Raises ConfigError when
+    the environment is half set.
     """
     found = {name: os.environ.get(name) for name in ("RANK", "WORLD_SIZE")}
     if None in found.values() and set(found.values()) != {None}:
@@ -53,7 +84,7 @@ def join_world() -> World:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=COLLECTIVE_TIMEOUT)
         else:
             dist.init_process_group(backend, rank=rank, world_size=size, timeout=COLLECTIVE_TIMEOUT)
-    return World(rank=rank, size=size, local_rank=local_rank, device=device)
+    return World(rank=rank, size=size, local_rank=local_rank, device=device, stop=stop or StopRequest())
 
 
 def lone_world(device: torch.device | None = None) -> World:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -15,9 +15,10 @@ _MAXRSS_BYTES = 1024  # ru_maxrss counts KiB on Linux
 
 
 class Timers:
-    """Wall-clock seconds of one step, by phase. The step begins with its first phase."""
+    """Wall-clock seconds of one step, by phase. The step begins with its first phase. on_phase: told of every one that begins."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_phase: Callable[[str], None] = lambda name: None) -> None:
+        self._on_phase = on_phase
         self._seconds: dict[str, float] = defaultdict(float)
         self._step_start: float | None = None
 
@@ -25,6 +26,7 @@ class Timers:
     def phase(self, name: str) -> Iterator[None]:
         """Add the time of the block to `name`. A GPU in use is waited for at both ends."""
         _wait_for_device()
+        self._on_phase(name)
         start = time.perf_counter()
         if self._step_start is None:
             self._step_start = start

@@ -7,12 +7,17 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
+from megatron_sd.distributed.collectives import check_stop
+from megatron_sd.distributed.world import World, lone_world
 from megatron_sd.errors import RetrievalError, RolloutError
 from megatron_sd.records import Hit, Question, Rollout, RolloutGroup, StopReason, TokenIds, Turn
 from megatron_sd.retrieval.retriever import Retriever
+from megatron_sd.rollout.bank import BankedStep
 from megatron_sd.rollout.engine import Completion, GenerationRequest, InferenceEngine
 from megatron_sd.rollout.sampling import rollout_seed
 from megatron_sd.search.environment import Environment, Verdict
+
+STOP_CHECK_S = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,24 +36,43 @@ class Rollouter:
     """Samples groups of rollouts from an engine, a retriever and an environment.
 
     top_k: passages a search returns. seed: of the run; a rollout's tokens follow from (seed, step, question id, index) and the
-    weights alone. The limits are `environment.limits`.
+    weights alone. The limits are `environment.limits`. world: whose pulse moves with every turn, and whose stop request ends the
+    rollouts at work (None: nobody's).
     """
 
-    def __init__(self, engine: InferenceEngine, retriever: Retriever, environment: Environment, *, top_k: int, seed: int):
+    def __init__(
+        self,
+        engine: InferenceEngine,
+        retriever: Retriever,
+        environment: Environment,
+        *,
+        top_k: int,
+        seed: int,
+        world: World | None = None,
+    ):
         self._engine = engine
         self._retriever = retriever
         self._environment = environment
         self._top_k = top_k
         self._seed = seed
+        self._world = world or lone_world()
 
     def run(
-        self, questions: Sequence[Question], *, step: int, greedy: bool = False, hindsight: Sequence[str] | None = None
+        self,
+        questions: Sequence[Question],
+        *,
+        step: int,
+        greedy: bool = False,
+        hindsight: Sequence[str] | None = None,
+        bank: BankedStep | None = None,
     ) -> list[RolloutGroup]:
         """`group_size` rollouts of every question, in question and index order; greedy: one, since all would be equal.
 
         hindsight: one block per question, put into its prompt as the teacher sees it (None: no blocks). Returns when every
-        rollout has ended; runs its own event loop, so it must not be called from a running one.
-        Raises RolloutError when more than `max_failed_share` of the rollouts failed for infrastructure reasons.
+        rollout has ended; runs its own event loop, so it must not be called from a running one. bank: has rollouts that need not
+        be sampled, and keeps those that end.
+        Raises RolloutError when more than `max_failed_share` of the rollouts failed for infrastructure reasons, and StopRequested
+        when this rank is asked to stop.
         """
         blocks = [""] * len(questions) if hindsight is None else list(hindsight)
         if len(blocks) != len(questions):
@@ -57,7 +81,9 @@ class Rollouter:
             self._attempts(question, block, step=step, place=place, greedy=greedy)
             for place, (question, block) in enumerate(zip(questions, blocks))
         ]
-        outcomes = iter(asyncio.run(self._run_all([attempt for group in attempts for attempt in group])))
+        if bank:
+            bank.ask_for([(attempt.question_id, attempt.index) for group in attempts for attempt in group])
+        outcomes = iter(asyncio.run(self._run_all([attempt for group in attempts for attempt in group], bank)))
         results = [[next(outcomes) for _ in group] for group in attempts]
         self._refuse_many_failures([outcome for group in results for outcome in group])
         return [
@@ -80,14 +106,32 @@ class Rollouter:
             for index in range(1 if greedy else limits.group_size)
         ]
 
-    async def _run_all(self, attempts: Sequence[_Attempt]) -> list[tuple[Rollout, Exception | None]]:
-        """One task per rollout, started in order; an unexpected error ends them all and is raised as it is."""
+    async def _run_all(self, attempts: Sequence[_Attempt], bank: BankedStep | None) -> list[tuple[Rollout, Exception | None]]:
+        """One task per rollout, started in order; an unexpected error, and a request to stop, end them all and are raised."""
         try:
             async with asyncio.TaskGroup() as tasks:
-                running = [tasks.create_task(self._roll_out(attempt)) for attempt in attempts]
+                running = [tasks.create_task(self._find_or_roll_out(attempt, bank)) for attempt in attempts]
+                watching = tasks.create_task(self._watch_for_stop())
+                if running:
+                    await asyncio.wait(running)
+                watching.cancel()
         except ExceptionGroup as errors:
             raise errors.exceptions[0] from None
         return [task.result() for task in running]
+
+    async def _watch_for_stop(self) -> None:
+        while True:
+            check_stop(self._world)
+            await asyncio.sleep(STOP_CHECK_S)
+
+    async def _find_or_roll_out(self, attempt: _Attempt, bank: BankedStep | None) -> tuple[Rollout, Exception | None]:
+        found = bank.find(attempt.question_id, attempt.index) if bank else None
+        if found is not None:
+            return found, None
+        rollout, error = await self._roll_out(attempt)
+        if bank and error is None:
+            bank.keep(rollout)
+        return rollout, error
 
     async def _roll_out(self, attempt: _Attempt) -> tuple[Rollout, Exception | None]:
         """One rollout to its end, and the error when it failed for infrastructure reasons."""
@@ -111,6 +155,7 @@ class Rollouter:
             episode.stop = StopReason.TOKEN_LIMIT
             return
         completion = await self._complete(episode, budget)
+        self._world.pulse.move()
         verdict = environment.judge(completion.ids, turn=len(episode.turns), truncated=completion.finish == "length")
         episode.act(completion, verdict, well_formed=environment.is_well_formed(completion.ids))
         if verdict.stop is not None:

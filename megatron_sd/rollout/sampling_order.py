@@ -39,19 +39,22 @@ class InStep:
 
 class OneAhead:
     """Rollouts of step n + 1 are sampled in a thread while step n is assembled and updated: from the weights of step n, so they
-    are one optimiser step behind (the first step of a run, or of a resumed one, is not)."""
+    are one optimiser step behind (the first step of a run, or of a resumed one, is not). Rollouts of a step that the run does not
+    come to, because it goes back to a checkpoint, are dropped."""
 
     def __init__(self, sample: Sample, *, num_steps: int):
         self._sample = sample
         self._num_steps = num_steps
         self._thread = ThreadPoolExecutor(max_workers=1)
         self._ahead: Future[list[RolloutGroup]] | None = None
+        self._step_ahead = -1
 
     def take(self, step: int) -> list[RolloutGroup]:
         """Wait for the step's rollouts and begin the next step's."""
-        groups = (self._ahead or self._thread.submit(self._sample, step)).result()
+        is_here = self._ahead is not None and self._step_ahead == step
+        groups = (self._ahead if is_here else self._thread.submit(self._sample, step)).result()
         more = step + 1 < self._num_steps
-        self._ahead = self._thread.submit(self._sample, step + 1) if more else None
+        self._ahead, self._step_ahead = self._thread.submit(self._sample, step + 1) if more else None, step + 1
         return groups
 
     def settle(self) -> None:

@@ -1,11 +1,13 @@
-"""Checkpoints of a run: DeepSpeed's shards for resuming, the model for everybody else, committed as one directory.
+"""Checkpoints of a run: what it resumes from and the model for everybody else, committed as one directory.
 
-    step_00000040/shards/     DeepSpeed's, one set of files per rank: resume at the same number of ranks, bit for bit
+    step_00000040/shards/     one safetensors file a rank (pieces.py): resume at any number of ranks and any ZeRO stage, and where
+                              both are the same, bit for bit
                  model/       safetensors, config and tokenizer: a Hugging Face directory
                  state.json   step, trainer's state, configuration
                  manifest.json
 
-A save fails on all ranks or on none, and never touches the checkpoints before it.
+A save fails on all ranks or on none, and never touches the checkpoints before it. Nothing is pickled, and nothing is read before
+its checksum has been verified.
 """
 
 from __future__ import annotations
@@ -14,26 +16,29 @@ import dataclasses
 import json
 import logging
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 from megatron_sd.config import Config
-from megatron_sd.distributed.collectives import broadcast_object, gather_objects
+from megatron_sd.distributed.collectives import gather_objects
 from megatron_sd.distributed.world import World
 from megatron_sd.errors import CheckpointError
 from megatron_sd.training import commit
+from megatron_sd.training.pieces import write_tensors
 from megatron_sd.training.policy import Policy
 from megatron_sd.training.publisher import gathered_buckets, split_buckets
 
 MODEL_FILE_BYTES = 2 << 30
+FORMAT = 2  # 1 held DeepSpeed's own files
 FREE_TO_CHANGE = (
-    *("num_steps", "run_dir", "checkpoint.", "log.", "data.eval", "data.max_eval", "rollout.vllm.", "publish."),
+    *("num_steps", "run_dir", "checkpoint.", "log.", "data.eval", "data.max_eval", "rollout.vllm.", "publish.", "safety."),
     *("retriever.corpus", "retriever.endpoints", "retriever.qdrant", "retriever.client."),  # what it is says corpus_version
+    *("update.zero_stage", "rollout.bank"),
 )
+MAX_DIFFERENCES = 8  # named in one message
 
 logger = logging.getLogger(__name__)
 
@@ -54,77 +59,97 @@ class Checkpoints:
         not write; what was written of it is removed, the checkpoints before it stay.
         """
         directory = commit.directory_of(self._root, step)
-        if broadcast_object(self._world, directory.exists()):
-            return
         staging = commit.staging_of(directory)
-        self._together(staging, lambda: self._prepare(staging), only_first=True)
-        self._together(staging, lambda: policy.save_shards(staging))
-        self._together(staging, lambda: self._save_model(policy, staging / "model"))
-        self._together(staging, lambda: self._save_state(staging, step, state), only_first=True)
-        shares = self._together(staging, lambda: commit.seal(staging, (self._world.rank, self._world.size)))
+        if self._write_together(staging, directory.exists, only_first=True)[0]:
+            return
+        self._write_together(staging, lambda: self._prepare(staging), only_first=True)
+        self._write_together(staging, lambda: self._save_shard(policy, staging))
+        self._write_together(staging, lambda: self._save_model(policy, staging / "model"))
+        self._write_together(staging, lambda: self._save_state(staging, policy.version, step, state), only_first=True)
+        shares = self._write_together(staging, lambda: commit.seal(staging, (self._world.rank, self._world.size)))
         seals = {name: entry for share in shares for name, entry in share.items()}
-        self._together(staging, lambda: commit.commit(staging, directory, seals), only_first=True)
-        self._together(staging, lambda: commit.prune(self._root, self._config.checkpoint.keep), only_first=True)
+        self._write_together(staging, lambda: commit.commit(staging, directory, seals), only_first=True)
+        if self._world.is_first:
+            self._tidy(directory)
+
+    def newest_step(self) -> int | None:
+        """Of the committed checkpoints, verified or not; None without one. The first rank looks."""
+        found = self._read_together(lambda: commit.committed(self._root), only_first=True)[0]
+        return int(found[0].name.removeprefix("step_")) if found else None
 
     def load(self, policy: Policy) -> dict[str, Any] | None:
         """Bring the policy to the newest checkpoint that verifies; its trainer's state with "step" added, or None when there is
         no checkpoint.
 
         A checkpoint that does not verify is reported and set aside. Raises CheckpointError when checkpoints exist but none
-        verifies, when the one that does belongs to another run, or when checkpoint.resume is off although some exist.
+        verifies, and when the one that does belongs to another run or model, with the differences.
         """
-        found = broadcast_object(self._world, commit.committed(self._root))
-        if not found:
-            return None
-        if not self._config.checkpoint.resume:
-            raise CheckpointError(
-                f"{self._root} holds {len(found)} checkpoints although checkpoint.resume is off: "
-                "choose another run_dir, or set checkpoint.resume to true"
-            )
+        found = self._read_together(lambda: commit.committed(self._root), only_first=True)[0]
         for directory in found:
             if self._verifies(directory):
                 return self._load(policy, directory)
-        raise CheckpointError(
-            f"none of the {len(found)} checkpoints under {self._root} verifies (the log names what is wrong with each): "
-            "restore one from a copy, or choose another run_dir to start anew"
-        )
+        if found:
+            raise CheckpointError(
+                f"none of the {len(found)} checkpoints under {self._root} verifies (the log names what is wrong with each): "
+                "restore one from a copy, or choose another run_dir to start anew"
+            )
+        return None
+
+    def refuse_when_resume_is_off(self) -> None:
+        """Raise CheckpointError when checkpoint.resume is off although checkpoints exist: a run would overwrite another's."""
+        if not self._config.checkpoint.resume and self.newest_step() is not None:
+            raise CheckpointError(
+                f"{self._root} holds checkpoints although checkpoint.resume is off: "
+                "choose another run_dir, or set checkpoint.resume to true"
+            )
 
     def _verifies(self, directory: Path) -> bool:
         damage = gather_objects(self._world, commit.find_damage(directory, (self._world.rank, self._world.size)))
         problems = [problem for problem in damage if problem is not None]
-        if problems and self._world.is_first:
-            broken = commit.set_aside(directory)
-            logger.error("checkpoint %s does not verify: %s; set aside as %s", directory.name, problems[0], broken.name)
+        if problems:
+            broken = self._read_together(lambda: commit.set_aside(directory), only_first=True)[0]
+            if self._world.is_first:
+                logger.error("checkpoint %s does not verify: %s; set aside as %s", directory.name, problems[0], broken.name)
         return not problems
 
     def _load(self, policy: Policy, directory: Path) -> dict[str, Any]:
-        saved = json.loads((directory / "state.json").read_text(encoding="utf-8"))
+        saved = self._read_together(lambda: json.loads((directory / "state.json").read_text(encoding="utf-8")))[0]
         self._check_same_run(saved, directory)
-        policy.load_shards(directory, version=saved["step"])
+        self._read_together(lambda: policy.read_state(directory / "shards"))
+        policy.trained_state().spread()
+        policy.version = saved["version"]
+        policy.forget_accumulated()
         if self._world.is_first:
-            logger.info("resumed from %s", directory)
+            logger.info("resumed from %s, which %d ranks wrote", directory, saved["world_size"])
         return {**saved["state"], "step": saved["step"]}
 
     def _check_same_run(self, saved: Mapping[str, Any], directory: Path) -> None:
-        if saved["world_size"] != self._world.size:
+        if saved.get("format") != FORMAT:
             raise CheckpointError(
-                f"{directory} was written by {saved['world_size']} ranks, this run has {self._world.size}: start with as many, "
-                "or begin a new run from its model/ directory"
+                f"{directory} has format {saved.get('format', 1)}, expected {FORMAT}: begin a new run from its model/ directory"
             )
-        then = _flat({"config": saved["config"], "corpus_version": saved["corpus_version"]})
-        now = _flat({"config": json.loads(json.dumps(dataclasses.asdict(self._config))), "corpus_version": self._corpus_version})
-        for key in sorted(then.keys() | now.keys()):
-            if then.get(key) != now.get(key) and not key.removeprefix("config.").startswith(FREE_TO_CHANGE):
-                raise CheckpointError(
-                    f"{directory} belongs to another run: {key.removeprefix('config.')} was {then.get(key)!r} and is now "
-                    f"{now.get(key)!r}; restore it, or choose another run_dir"
-                )
+        then = _identity(saved["config"], saved["corpus_version"])
+        now = run_identity(self._config, self._corpus_version)
+        differences = [
+            f"{key} was {then.get(key)!r} and is now {now.get(key)!r}"
+            for key in sorted(then.keys() | now.keys())
+            if then.get(key) != now.get(key)
+        ]
+        if differences:
+            more = f"; and {len(differences) - MAX_DIFFERENCES} more" if len(differences) > MAX_DIFFERENCES else ""
+            raise CheckpointError(
+                f"{directory} belongs to another run: {'; '.join(differences[:MAX_DIFFERENCES])}{more}; restore what differs, "
+                "or choose another run_dir"
+            )
 
     def _prepare(self, staging: Path) -> None:
         self._root.mkdir(parents=True, exist_ok=True)
         commit.clear_staging(self._root)
         (staging / "model").mkdir(parents=True)
         (staging / "shards").mkdir()
+
+    def _save_shard(self, policy: Policy, staging: Path) -> None:
+        commit.flush(policy.write_state(staging / "shards"))
 
     def _save_model(self, policy: Policy, directory: Path) -> None:
         """Full parameters, gathered a file at a time; the first rank writes, and keeps gathering when it cannot."""
@@ -136,8 +161,8 @@ class Checkpoints:
             locations |= dict.fromkeys((key for key, _ in bucket), name)
             if self._world.is_first and failure is None:
                 try:
-                    save_file({key: tensor.cpu() for key, tensor in bucket}, directory / name, metadata={"format": "pt"})
-                except (OSError, SafetensorError) as error:
+                    write_tensors(directory / name, {key: tensor.cpu() for key, tensor in bucket}, {"format": "pt"})
+                except OSError as error:
                     failure = error
         if failure is not None:
             raise failure
@@ -145,36 +170,58 @@ class Checkpoints:
             index = {"metadata": {}, "weight_map": locations}
             (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
 
-    def _save_state(self, staging: Path, step: int, state: Mapping[str, Any]) -> None:
+    def _save_state(self, staging: Path, version: int, step: int, state: Mapping[str, Any]) -> None:
         copy_model_description(Path(self._config.model.path), staging / "model")
         record = {
+            "format": FORMAT,
             "step": step,
+            "version": version,
             "state": state,
             "world_size": self._world.size,
             "corpus_version": self._corpus_version,
             "config": dataclasses.asdict(self._config),
         }
         (staging / "state.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
+        commit.flush([staging / "state.json", *commit.files_under(staging / "model")])
 
-    def _together(self, staging: Path, action: Callable[[], Any], *, only_first: bool = False) -> list[Any]:
+    def _tidy(self, directory: Path) -> None:
+        """What may fail without harm: the checkpoint stands."""
+        try:
+            commit.point_to(directory)
+            commit.prune(self._root, self._config.checkpoint.keep)
+        except OSError as error:
+            logger.error("%s is committed, but what it replaces could not be tidied up: %s", directory, error)
+
+    def _read_together(self, action: Callable[[], Any], *, only_first: bool = False) -> list[Any]:
         """The action's values from all ranks. When it fails on one rank, every rank raises CheckpointError."""
+        results, failures = self._attempt_together(action, only_first=only_first)
+        if failures:
+            raise CheckpointError(f"could not read a checkpoint under {self._root} ({failures[0]})")
+        return results
+
+    def _write_together(self, staging: Path, action: Callable[[], Any], *, only_first: bool = False) -> list[Any]:
+        """The same; the first rank removes what was written."""
+        results, failures = self._attempt_together(action, only_first=only_first)
+        if failures:
+            if self._world.is_first:
+                shutil.rmtree(staging, ignore_errors=True)
+            free_bytes = shutil.disk_usage(self._root if self._root.is_dir() else Path.cwd()).free
+            raise CheckpointError(
+                f"could not write {staging} ({failures[0]}); {free_bytes / 2**20:.1f} MiB are free on its disk: make room and "
+                "resume; the checkpoints before it are untouched"
+            )
+        return results
+
+    def _attempt_together(self, action: Callable[[], Any], *, only_first: bool) -> tuple[list[Any], Sequence[str]]:
+        """The action's values from all ranks, and what failed on which."""
         value, failure = None, None
         try:
             if self._world.is_first or not only_first:
                 value = action()
-        except (OSError, SafetensorError) as error:
-            failure = f"{error}"
+        except (OSError, SafetensorError, CheckpointError) as error:
+            failure = f"rank {self._world.rank}: {error}"
         results = gather_objects(self._world, (value, failure))
-        failures = [f"rank {rank}: {failed}" for rank, (_, failed) in enumerate(results) if failed is not None]
-        if failures:
-            free_bytes = shutil.disk_usage(self._root if self._root.is_dir() else Path.cwd()).free
-            if self._world.is_first:
-                shutil.rmtree(staging, ignore_errors=True)
-            raise CheckpointError(
-                f"could not write {staging} ({failures[0]}); {free_bytes / 2**20:.1f} MiB were free on its disk: make room and "
-                "resume; the checkpoints before it are untouched"
-            )
-        return [result for result, _ in results]
+        return [result for result, _ in results], [failed for _, failed in results if failed is not None]
 
 
 def copy_model_description(source: Path, target: Path) -> None:
@@ -182,6 +229,16 @@ def copy_model_description(source: Path, target: Path) -> None:
     for path in sorted(source.iterdir()):
         if path.suffix in (".json", ".txt", ".model", ".jinja") and not path.name.endswith(".index.json"):
             shutil.copyfile(path, target / path.name)
+
+
+def run_identity(config: Config, corpus_version: str) -> dict[str, Any]:
+    """What a run that goes on must have in common with the one that was left: by dotted key, as JSON values."""
+    return _identity(json.loads(json.dumps(dataclasses.asdict(config))), corpus_version)
+
+
+def _identity(config: Mapping[str, Any], corpus_version: str) -> dict[str, Any]:
+    flat = {key: value for key, value in _flat(config).items() if not key.startswith(FREE_TO_CHANGE)}
+    return flat | {"corpus_version": corpus_version}
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

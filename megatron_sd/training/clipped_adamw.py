@@ -6,9 +6,11 @@ import math
 
 import torch
 
+from megatron_sd.training.norm_gate import GATE
+
 
 class ClippedAdamW(torch.optim.AdamW):
-    """AdamW that clips by the global norm and skips a step whose norm is not finite, as DeepSpeed's sharded optimisers do.
+    """AdamW that clips by the global norm and skips a step whose norm the gate refuses, as DeepSpeed's sharded optimisers do.
 
     DeepSpeed reads `overflow` (the step was skipped) and `_global_grad_norm` after each step. max_grad_norm 0: no clipping.
     """
@@ -23,5 +25,5 @@ class ClippedAdamW(torch.optim.AdamW):
         """Clip, then step, or leave everything as it is."""
         parameters = [p for group in self.param_groups for p in group["params"]]
         self._global_grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, self._max_grad_norm))
-        self.overflow = not math.isfinite(self._global_grad_norm)
+        self.overflow = GATE(self._global_grad_norm)
         return None if self.overflow else super().step(closure)

@@ -1,8 +1,9 @@
 """Directories that exist whole or not at all: written under a temporary name, checksummed, renamed.
 
-    step_00000040.tmp/...            while it is being written; removed by the next save
-    step_00000040/manifest.json      written last, then the directory is renamed: size and SHA-256 of every other file
+    step_00000040.tmp/...            while it is being written or removed; removed by the next save
+    step_00000040/manifest.json      written last, before the directory is renamed: size and SHA-256 of every file, and its own
     step_00000040.broken/            found not to verify on load; kept for a look, never read
+    latest                           the newest one's name, for people and scripts; nothing here believes it
 
 Nothing here knows what the files hold.
 """
@@ -14,9 +15,11 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 MANIFEST = "manifest.json"
+LATEST = "latest"
 READ_BYTES = 1 << 22
 
 Seals = dict[str, dict[str, int | str]]  # path relative to the directory -> {"bytes", "sha256"}
@@ -43,43 +46,52 @@ def files_under(directory: Path) -> list[Path]:
     return sorted(path for path in directory.rglob("*") if path.is_file() and path != directory / MANIFEST)
 
 
-def seal(directory: Path, share: tuple[int, int] = (0, 1)) -> Seals:
-    """Flush files to disk and checksum them. share (i, n): every n-th file from the i-th on; n processes share the work."""
-    seals: Seals = {}
-    for path in files_under(directory)[share[0] :: share[1]]:
+def flush(paths: Iterable[Path]) -> None:
+    """Flush files to disk. Whoever wrote a file must do it: on a shared file system others cannot."""
+    for path in paths:
         with path.open("rb") as file:
             os.fsync(file.fileno())
-        seals[str(path.relative_to(directory))] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
-    return seals
+
+
+def seal(directory: Path, share: tuple[int, int] = (0, 1)) -> Seals:
+    """Size and checksum of every file. share (i, n): every n-th file from the i-th on; n processes share the work."""
+    paths = files_under(directory)[share[0] :: share[1]]
+    return {str(path.relative_to(directory)): {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in paths}
 
 
 def commit(staging: Path, directory: Path, seals: Seals) -> None:
     """Write the manifest and give the directory its name; after this returns a power cut cannot undo it."""
-    with (staging / MANIFEST).open("w", encoding="utf-8") as file:
-        json.dump({"files": seals}, file, indent=1, sort_keys=True)
-        file.flush()
-        os.fsync(file.fileno())
+    _write_flushed(staging / MANIFEST, _manifest_text(seals))
     for path in [*(p for p in staging.rglob("*") if p.is_dir()), staging]:
         sync_directory(path)
     os.rename(staging, directory)
     sync_directory(directory.parent)
 
 
+def point_to(directory: Path) -> None:
+    """Let `latest` name a committed directory: by replacing it, so that a reader finds the old name or the new one."""
+    latest = directory.with_name(LATEST)
+    temporary = latest.with_name(f"{LATEST}.tmp")
+    _write_flushed(temporary, directory.name + "\n")
+    os.replace(temporary, latest)
+    sync_directory(directory.parent)
+
+
 def find_damage(directory: Path, share: tuple[int, int] = (0, 1)) -> str | None:
-    """What is wrong with a committed directory (checking only this share of its files), or None."""
+    """What is wrong with a committed directory (checking only this share of its files), or None. Any changed bit is found, in
+    the manifest too, and any file that was not there when it was written."""
     try:
-        seals: Seals = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))["files"]
-    except (OSError, ValueError, KeyError) as error:
+        text = (directory / MANIFEST).read_bytes()
+        seals: Seals = json.loads(text)["files"]
+        if _manifest_text(seals).encode() != text:
+            return f"{MANIFEST} does not match its own checksum"
+    except (OSError, ValueError, TypeError, KeyError) as error:
         return f"{MANIFEST} cannot be read ({error})"
-    for name in sorted(seals)[share[0] :: share[1]]:
-        path, expected = directory / name, seals[name]
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != expected["bytes"]:
-            return f"{name} has {path.stat().st_size} bytes, expected {expected['bytes']}"
-        if sha256(path) != expected["sha256"]:
-            return f"{name} does not match its checksum"
-    return None
+    strangers = {str(path.relative_to(directory)) for path in files_under(directory)} - seals.keys()
+    if strangers:
+        return f"{min(strangers)} is not in {MANIFEST}"
+    damage = (_damage_of(directory / name, name, seals[name]) for name in sorted(seals)[share[0] :: share[1]])
+    return next((found for found in damage if found is not None), None)
 
 
 def set_aside(directory: Path) -> Path:
@@ -91,9 +103,10 @@ def set_aside(directory: Path) -> Path:
 
 
 def prune(root: Path, keep: int) -> None:
-    """Remove all but the newest `keep` committed directories."""
+    """Remove all but the newest `keep` committed directories; one that is removed in part has lost its name before."""
     for directory in committed(root)[keep:]:
-        shutil.rmtree(directory)
+        os.rename(directory, staging_of(directory))
+        shutil.rmtree(staging_of(directory))
 
 
 def clear_staging(root: Path) -> None:
@@ -109,6 +122,30 @@ def sha256(path: Path) -> str:
         while block := file.read(READ_BYTES):
             digest.update(block)
     return digest.hexdigest()
+
+
+def _damage_of(path: Path, name: str, expected: Mapping[str, int | str]) -> str | None:
+    try:
+        if not path.is_file() or path.is_symlink():
+            return f"{name} is missing"
+        if path.stat().st_size != expected["bytes"]:
+            return f"{name} has {path.stat().st_size} bytes, expected {expected['bytes']}"
+        return None if sha256(path) == expected["sha256"] else f"{name} does not match its checksum"
+    except OSError as error:
+        return f"{name} cannot be read ({error})"
+
+
+def _manifest_text(seals: Seals) -> str:
+    """The manifest, which also seals itself: there is one text for given seals."""
+    digest = hashlib.sha256(json.dumps(seals, sort_keys=True).encode()).hexdigest()
+    return json.dumps({"files": seals, "sha256": digest}, indent=1, sort_keys=True)
+
+
+def _write_flushed(path: Path, text: str) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def sync_directory(path: Path) -> None:

@@ -7,6 +7,7 @@ without. The accumulated gradient is looked at after each; its sum is the same g
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -83,8 +84,8 @@ class AlphaSchedule:
         return waiting or (step - self.config.warmup_steps) % self.measure_every == 0
 
     def after(self, ratio: GradientRatio) -> AlphaSchedule:
-        """The schedule that has seen this measurement; a step without a gradient on either side teaches nothing."""
-        if not ratio.overall:
+        """The schedule that has seen this measurement; a step without a finite gradient on both sides teaches nothing."""
+        if not ratio.overall or not math.isfinite(ratio.overall):
             return self
         unit = ratio.overall / ratio.alpha
         if self.unit_ratio is not None:

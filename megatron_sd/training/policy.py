@@ -11,7 +11,6 @@ from pathlib import Path
 
 import deepspeed
 import torch
-from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 from deepspeed.utils import safe_get_local_grad
 from torch import Tensor, nn
 
@@ -20,12 +19,14 @@ from megatron_sd.algorithm.packing import distilled_part
 from megatron_sd.config import Config, OptimizerConfig
 from megatron_sd.distributed.collectives import sum_floats
 from megatron_sd.distributed.world import World
-from megatron_sd.errors import CheckpointError, ConfigError, NonFiniteError
+from megatron_sd.errors import ConfigError, GradientSpikeError, NonFiniteError
 from megatron_sd.ops.jsd import check_options
 from megatron_sd.ops.linear_jsd import HeadOptions
 from megatron_sd.records import Microbatch, Totals, UpdateResult
 from megatron_sd.training.clipped_adamw import ClippedAdamW
 from megatron_sd.training.deepspeed_config import deepspeed_config
+from megatron_sd.training.norm_gate import GATE
+from megatron_sd.training.pieces import TrainedState
 from megatron_sd.training.placement import place, zero3_linear
 from megatron_sd.training.policy_module import DeviceMicrobatch, PolicyModule, load_causal_lm
 from megatron_sd.training.reference import ReferencePolicy
@@ -36,23 +37,6 @@ from megatron_sd.training.update_metrics import SUM_NAMES, to_metrics
 warnings.filterwarnings("ignore", message="`torch.distributed.*is deprecated", category=FutureWarning)
 # DeepSpeed would compile a shared-memory collective for CPUs at start-up (minutes, needs a compiler); gloo does without.
 sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # `import ... as` would find the torch package instead
-
-
-_SHARDS = "shards"
-
-
-class _PatientWriter(TorchCheckpointEngine):
-    """Notes a failed write instead of raising it: an exception would leave the other ranks waiting in DeepSpeed's barriers."""
-
-    def __init__(self, config_params):
-        super().__init__(config_params)
-        self.failures: list[tuple[str, Exception]] = []
-
-    def save(self, state_dict, path: str) -> None:
-        try:
-            super().save(state_dict, path)
-        except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-            self.failures.append((path, error))
 
 
 class Policy:
@@ -97,7 +81,7 @@ class Policy:
         if self._reference is not None and weights.policy != 0.0:
             reference_logprobs = self._reference.logprobs(on_device)
         reads = on_device.has_teacher and weights.distils
-        with self._teacher.rows(on_device) if reads else nullcontext() as teacher, self._linear():
+        with self._teacher.rows(on_device) if reads else nullcontext() as teacher, self._linear(), self.world.pulse.waiting():
             loss, sums = self.engine(
                 microbatch=on_device,
                 totals=totals,
@@ -110,15 +94,21 @@ class Policy:
         self._loss = self._loss + loss.detach()
         self._sums = self._sums + sums
 
-    def step(self) -> UpdateResult:
-        """Take the optimiser step with what was accumulated. Raises NonFiniteError on every rank, with the optimiser, the
-        parameters and the version untouched and the accumulated gradient dropped, when any rank's loss or gradient is not
-        finite."""
+    def step(self, max_norm: float = math.inf) -> UpdateResult:
+        """Take the optimiser step with what was accumulated.
+
+        Raises NonFiniteError when any rank's loss or gradient is not finite, and GradientSpikeError when the gradient's norm
+        exceeds max_norm: on every rank, with the optimiser, the parameters and the version untouched and the accumulated gradient
+        dropped.
+        """
         sums, learning_rate = self._sum_over_ranks(), self.learning_rate()
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate
-        self.engine.step()
+        GATE.open(max_norm)
+        with self.world.pulse.waiting():
+            self.engine.step()
         if not self.engine.was_step_applied():
+            self._refuse_spike(GATE.spike, max_norm)
             self._refuse("gradient", self._ranks_with_non_finite_gradient())
         self._teacher.follow(self.named_parameters())
         self.version += 1
@@ -143,25 +133,25 @@ class Policy:
             )
         return [safe_get_local_grad(parameter) for parameter in self.model.parameters()]
 
-    def save_shards(self, directory: Path) -> None:
-        """DeepSpeed's checkpoint in `directory`/shards. Raises OSError naming the file, after all ranks have passed the barriers
-        inside."""
-        writer = _PatientWriter(self.engine._config)
-        self.engine.checkpoint_engine = writer
-        self.engine._copy_recovery_script = lambda _: None  # the model is saved in full beside the shards
-        self.engine.save_checkpoint(str(directory), tag=_SHARDS, save_latest=False)
-        if writer.failures:
-            raise OSError(f"{writer.failures[0][0]}: {writer.failures[0][1]}")
-        self._teacher.save(directory / _SHARDS, self.world)
+    def trained_state(self) -> TrainedState:
+        """What a checkpoint holds of this rank: float32 weights and moments."""
+        return TrainedState(self.engine.optimizer, self.named_parameters(), self.world.rank, self.world.size)
 
-    def load_shards(self, directory: Path, *, version: int) -> None:
-        """The state that save_shards wrote, at the same number of ranks. Raises CheckpointError when DeepSpeed finds none."""
-        path, _ = self.engine.load_checkpoint(str(directory), tag=_SHARDS, load_lr_scheduler_states=False)
-        if path is None:
-            raise CheckpointError(f"{directory / _SHARDS} holds no shards for rank {self.world.rank} of {self.world.size}")
-        self._teacher.load(directory / _SHARDS, self.world)
-        self.version = version
+    def write_state(self, directory: Path) -> list[Path]:
+        """This rank's files of a checkpoint. Raises OSError naming one, or SafetensorError."""
+        path = directory / f"rank_{self.world.rank:05d}.safetensors"
+        self.trained_state().write(path)
+        return [path, *self._teacher.save(directory, self.world)]
+
+    def read_state(self, directory: Path) -> None:
+        """What write_state left on all ranks, of any number; then call `spread`. Raises CheckpointError."""
+        self.trained_state().read(sorted(directory.glob("rank_*.safetensors")))
+        self._teacher.load(directory, self.world)
+
+    def forget_accumulated(self) -> None:
+        """Drop what was accumulated since the last step."""
         self._forget_sums()
+        self._forget_gradients()
 
     def _linear(self) -> AbstractContextManager[None]:
         """torch's linear layer, as ZeRO-3 needs it where that shards the parameters."""
@@ -186,13 +176,17 @@ class Policy:
         return [rank for rank, flag in enumerate(sum_floats(self.world, flags)) if flag]
 
     def _refuse(self, quantity: str, ranks: list[int]) -> None:
-        self._forget_sums()
-        self._forget_gradients()
+        self.forget_accumulated()
         where = f"rank {', '.join(map(str, ranks))}" if ranks else "the average over ranks"
-        raise NonFiniteError(
-            f"the {quantity} of {where} is not finite at step {self.version}: no rank took the optimiser step. "
-            "Resume from the last checkpoint; a lower optimizer.learning_rate or float32 parameters are the usual remedies"
-        )
+        raise NonFiniteError(f"the {quantity} of {where} is not finite at step {self.version}: no rank took the optimiser step")
+
+    def _refuse_spike(self, norm: float | None, limit: float) -> None:
+        if norm is not None:
+            self.forget_accumulated()
+            raise GradientSpikeError(
+                f"the gradient's norm is {norm:.3g} at step {self.version}, expected at most {limit:.3g} by the steps before it "
+                "(safety.spike_sigmas): no rank took the optimiser step"
+            )
 
     def _forget_gradients(self) -> None:
         optimizer = self.engine.optimizer

@@ -38,8 +38,8 @@ class Teacher(Protocol):
         """The student has taken an optimiser step."""
         ...
 
-    def save(self, directory: Path, world: World) -> None:
-        """Write what a resumed run cannot find elsewhere, a file a rank. Raises OSError or SafetensorError."""
+    def save(self, directory: Path, world: World) -> list[Path]:
+        """Write what a resumed run cannot find elsewhere; the files of this rank. Raises OSError or SafetensorError."""
         ...
 
     def load(self, directory: Path, world: World) -> None:
@@ -60,8 +60,9 @@ class LiveTeacher:
     def follow(self, student: NamedParameters) -> None:
         """As Teacher says."""
 
-    def save(self, directory: Path, world: World) -> None:
+    def save(self, directory: Path, world: World) -> list[Path]:
         """As Teacher says."""
+        return []
 
     def load(self, directory: Path, world: World) -> None:
         """As Teacher says."""
@@ -94,8 +95,9 @@ class FrozenTeacher:
     def follow(self, student: NamedParameters) -> None:
         """As Teacher says."""
 
-    def save(self, directory: Path, world: World) -> None:
+    def save(self, directory: Path, world: World) -> list[Path]:
         """As Teacher says."""
+        return []
 
     def load(self, directory: Path, world: World) -> None:
         """As Teacher says."""
@@ -120,9 +122,10 @@ class EmaTeacher(FrozenTeacher):
             self._average[name].lerp_(_own_part(parameter).float(), 1.0 - self._decay)
         self._publish()
 
-    def save(self, directory: Path, world: World) -> None:
+    def save(self, directory: Path, world: World) -> list[Path]:
         """As Teacher says."""
         save_file(self._average, _path(directory, world))
+        return [_path(directory, world)]
 
     @torch.no_grad()
     def load(self, directory: Path, world: World) -> None:
@@ -130,7 +133,10 @@ class EmaTeacher(FrozenTeacher):
         path = _path(directory, world)
         if not path.is_file():
             raise CheckpointError(f"{path} is missing, expected the average that distill.teacher ema goes on from")
-        self._average = {name: part.to(self._average[name].device) for name, part in load_file(path).items()}
+        saved = load_file(path)
+        if {name: part.shape for name, part in saved.items()} != {name: part.shape for name, part in self._average.items()}:
+            raise CheckpointError(f"{path} holds other parts than this rank's: resume at as many ranks and the ZeRO stage it had")
+        self._average = {name: part.to(self._average[name].device) for name, part in saved.items()}
         self._publish()
 
     def _publish(self) -> None:

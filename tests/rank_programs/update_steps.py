@@ -38,6 +38,7 @@ class Order:
     max_tokens: int = 150
     poison: dict[str, int] = field(default_factory=dict)
     checkpoint: str | None = None
+    save: bool = True  # at the end
     full_disk_rank: int | None = None  # may write no file beyond 10 kB when the checkpoint is saved
     reverse: bool = False
 
@@ -75,7 +76,7 @@ def take_steps(order: Order, world: World) -> dict[str, Any]:
             history.append({"grad_norm": update.grad_norm, **update.metrics, **alpha.metrics()})
         except MegatronSdError as error:
             errors.append(f"{type(error).__name__}: {error}")
-    if checkpoints:
+    if checkpoints and order.save:
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)
         if world.rank == order.full_disk_rank:
             resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
@@ -94,12 +95,16 @@ def take_steps(order: Order, world: World) -> dict[str, Any]:
     }
 
 
-def main(argv: list[str]) -> None:
+def run(orders: str) -> None:
     world = join_world()
-    for fields in json.loads(argv[-1]):
+    for fields in json.loads(orders):
         order = Order(**fields)
         torch.save(take_steps(order, world), f"{order.output}.{world.rank}")
     leave_world()
+
+
+def main(argv: list[str]) -> None:
+    run(argv[-1])
     end_process(0)
 
 

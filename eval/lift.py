@@ -88,7 +88,7 @@ class LiftReport:
 
     def to_json(self) -> dict:
         """Plain numbers, rounded to four places, for coldstart.json."""
-        return _rounded(dataclasses.asdict(self)) | {"gate": "closed" if self.failures else "passed"}
+        return rounded(dataclasses.asdict(self)) | {"gate": "closed" if self.failures else "passed"}
 
     def lines(self) -> list[str]:
         """A table for people."""
@@ -109,7 +109,7 @@ def measure_lift(sample: Sampler, questions: Sequence[Question], config: LiftCon
     """
     source = list(sample(questions, None, 0))
     without = _success_by_question(sample(questions, None, 1))
-    kinds = [_kind(group, config.correct_above) for group in source]
+    kinds = [group_kind(group, config.correct_above) for group in source]
     lifts: dict[str, np.ndarray] = {}
     for draw, name in enumerate(config.variants, start=2):
         blocks = [_block(VARIANTS[name], source, i, config) for i in range(len(source))]
@@ -151,7 +151,8 @@ def _block(build: BlockBuilder, source: Sequence[RolloutGroup], group: int, conf
     return build(BlockContext(groups=source, group=group, focal=0, **shared))
 
 
-def _kind(group: RolloutGroup, correct_above: float) -> str:
+def group_kind(group: RolloutGroup, correct_above: float) -> str:
+    """mixed, all_right or all_wrong."""
     labels = {is_correct(rollout, correct_above) for rollout in group.usable}
     return "mixed" if len(labels) == 2 else "all_right" if True in labels else "all_wrong"
 
@@ -161,9 +162,10 @@ def _success_by_question(groups: Sequence[RolloutGroup]) -> np.ndarray:
     return np.array([np.mean([r.scores.em for r in group.usable]) if group.usable else np.nan for group in groups])
 
 
-def _rounded(value: object) -> object:
+def rounded(value: object) -> object:
+    """Nested figures to four places, NaN as None."""
     if isinstance(value, dict):
-        return {key: _rounded(item) for key, item in value.items()}
+        return {key: rounded(item) for key, item in value.items()}
     if isinstance(value, float):
         return None if np.isnan(value) else round(value, 4)
     return value

@@ -61,6 +61,12 @@ def answer_in_passages(hits: Sequence[Hit], golden_answers: Sequence[str]) -> fl
     return float(any(_holds_run(_words(hit.passage.text), gold) for hit in hits for gold in golds))
 
 
+def holds_answer(text: str, answer: str) -> bool:
+    """Whether a text holds an answer, read as answer_in_passages reads passages."""
+    words = _words(answer)
+    return bool(words) and _holds_run(_words(text), words)
+
+
 def _words(text: str) -> list[str]:
     return _WORD_OR_MARK.findall(unicodedata.normalize("NFD", text).lower())
 

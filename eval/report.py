@@ -15,7 +15,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from eval.report_page.curves import render_curves
-from eval.report_page.groups import OUTCOMES, Record, outcome, render_group
+from eval.report_page.groups import OUTCOMES, Record, has_log_ratios, outcome, render_group
 from eval.report_page.text import element, plain
 from eval.samples import read_lines
 from megatron_sd.command_line import name_positionals
@@ -27,10 +27,12 @@ from megatron_sd.observability.recorder import TRANSCRIPTS_NAME
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 LEGEND = (("policy trained", "policy, in the loss"), ("observed", "environment"), ("block", "hindsight block, teacher only"))
 
+JUDGED_LEGEND = (("more2", "likelier to the teacher"), ("less2", "less likely"))
+
 
 @dataclass(frozen=True, kw_only=True)
 class ReportConfig:
-    """Make a page of what `run_dir` holds: transcripts/*.jsonl, metrics.jsonl, report.md of an evaluation."""
+    """Make a page of what `run_dir` holds: transcripts/*.jsonl, metrics.jsonl, report.md of an evaluation; also the output of `sd-search credit`."""
 
     run_dir: str
     seeds: tuple[str, ...] = ()  # runs of the same configuration with other seeds: their curves join the band
@@ -142,6 +144,8 @@ def _groups(groups: Sequence[Shown]) -> str:
     )
     legend = "".join(element("span", plain(title), kind) for kind, title in LEGEND)
     legend += "<span><mark>query token</mark></span>"
+    if any(has_log_ratios(shown.group) for shown in groups):
+        legend += "".join(element("span", plain(title), kind) for kind, title in JUDGED_LEGEND)
     bar = element("div", f"{buttons}{element('div', legend, 'legend')}", "filter")
     num_rollouts = sum(len(shown.group["rollouts"]) for shown in groups)
     head = f"<h2>{len(groups)} questions, {num_rollouts} rollouts, by outcome</h2>"

@@ -38,6 +38,7 @@ COMMANDS: dict[str, Command] = {
     "eval": _command("eval.run:main", "evaluate a model directory on a questions file, by the agent or another strategy"),
     "compare": _command("eval.compare:main", "RUN_A RUN_B: do two evaluations of the same questions differ?"),
     "report": _command("eval.report:main", "RUN_DIR: a run or an evaluation as one HTML page: curves, rollouts, blocks"),
+    "credit": _command("eval.credit.main:main", "what the teacher says of each query of stored rollouts, and is it right?"),
     "world": _command("launch.programs:world", "write the synthetic multi-hop world and its BM25 corpus"),
     "coldstart": _command("launch.programs:coldstart", "train the small start policy on mediocre demonstrations"),
     "reshard-plan": _command("launch.reshard_plan:main", "what publishing a model's weights to inference workers would move"),

@@ -31,6 +31,11 @@ def is_right(rollout: Record) -> bool:
     return rollout["scores"] is not None and rollout["scores"]["em"] == 1.0
 
 
+def has_log_ratios(group: Record) -> bool:
+    """Whether `sd-search credit` has judged a query of it."""
+    return any("query_log_ratios" in turn for rollout in group["rollouts"] for turn in rollout["turns"])
+
+
 def is_failed(rollout: Record) -> bool:
     """No data: the infrastructure failed."""
     return StopReason(rollout["stop_reason"]).is_infrastructure
@@ -97,7 +102,16 @@ def _completion(turn: Record) -> str:
     if "query_parts" not in turn:
         return plain(turn["completion_text"])
     before, query, after = map(plain, turn["query_parts"])
+    if "query_log_ratios" in turn:
+        query = "".join(map(_judged, turn["query_tokens"], turn["query_log_ratios"]))
     return f"{before}{element('mark', query)}{after}"
+
+
+def _judged(token: str, log_ratio: float) -> str:
+    """A query token in the colour of what the teacher makes of it: up to three steps of half a nat, more or less likely."""
+    depth = min(3, round(abs(log_ratio) / 0.5))
+    kind = f"{'more' if log_ratio > 0 else 'less'}{depth}" if depth else "same"
+    return f'<span class="{kind}" title="teacher {log_ratio:+.2f} nats">{plain(token)}</span>'
 
 
 def _scores(scores: Mapping[str, float | None] | None) -> str:

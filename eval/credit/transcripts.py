@@ -1,0 +1,147 @@
+"""Stored rollouts: our own transcripts, and the text transcripts of Search-R1 and its relatives.
+
+Ours hold token ids, and are scored as they were sampled. Foreign rows hold text alone and are encoded anew:
+
+    question          the question; or `prompt` that ends in "Question: ..." as Search-R1's does
+    response          everything after the prompt, tags included; also named output, completion, sequence or text
+    golden_answers    a string or list; also named answers, answer, target or ground_truth
+    id                of the question; rows of one question (by id, else by its text) are one group
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from eval.samples import read_lines
+from megatron_sd.errors import DataError
+from megatron_sd.records import Hit, Passage, Question, Rollout, RolloutGroup, Scores, StopReason, Turn
+from megatron_sd.rollout.bank import rollout_of
+from megatron_sd.search.environment import Environment
+from megatron_sd.search.protocol import parse_action
+
+_RESPONSE_NAMES = ("response", "output", "completion", "sequence", "text")
+_GOLD_NAMES = ("golden_answers", "answers", "answer", "target", "ground_truth")
+_PASSAGE = re.compile(r"Doc\s*(\d+)\s*\(Title:\s*(.*?)\)\s*(.*?)(?=\n?Doc\s*\d+\s*\(Title:|\Z)", re.DOTALL)
+
+
+def read_groups(path: Path, environment: Environment) -> list[RolloutGroup]:
+    """The groups of a transcript file of either kind; rollouts of foreign ones have no scores yet.
+
+    Raises DataError that names file and line, for a row of neither kind, and for ids of another tokenizer.
+    """
+    try:
+        records = read_lines(path)
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error}; expected a transcript in JSON lines") from error
+    if not records:
+        raise DataError(f"{path} holds no line, expected rollouts")
+    if "rollouts" in records[0]:
+        return [_own(record, f"{path}:{number}", environment) for number, record in enumerate(records, start=1)]
+    return list(_foreign(records, path, environment))
+
+
+def _own(record: Mapping[str, Any], place: str, environment: Environment) -> RolloutGroup:
+    try:
+        rollouts = tuple(_scored(fields, place, environment) for fields in record["rollouts"])
+        fields = record["question"]
+        tuples = {"golden_answers": tuple(fields["golden_answers"]), "supporting": tuple(map(tuple, fields["supporting"]))}
+        return RolloutGroup(question=Question(**{**fields, **tuples}), rollouts=rollouts)
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{place} is no transcript of ours ({type(error).__name__}: {error})") from error
+
+
+def _scored(fields: Mapping[str, Any], place: str, environment: Environment) -> Rollout:
+    """Raises DataError when the ids do not read as the text beside them."""
+    for turn in fields["turns"]:
+        _check_tokenizer(turn["completion_ids"], turn["completion_text"], place, environment)
+    turns = [{name: value for name, value in turn.items() if name in Turn.__dataclass_fields__} for turn in fields["turns"]]
+    rollout = rollout_of({**fields, "turns": turns})
+    scores = None if fields["scores"] is None else Scores(**fields["scores"])
+    return Rollout(**{**vars(rollout), "scores": scores})
+
+
+def _check_tokenizer(ids: Sequence[int], text: str, place: str, environment: Environment) -> None:
+    try:
+        found = environment.codec.decode(ids)
+    except (IndexError, KeyError) as error:
+        expected = "expected the model that sampled it"
+        raise DataError(f"{place}: token id {max(ids)} is none of this model's tokenizer; {expected}") from error
+    if found != text:
+        raise DataError(
+            f"{place}: by this model's tokenizer the ids read {found[:60]!r}, in the transcript {text[:60]!r}; expected the "
+            "model, or at least the tokenizer, that sampled it"
+        )
+
+
+def _foreign(records: Sequence[Mapping[str, Any]], path: Path, environment: Environment) -> Iterator[RolloutGroup]:
+    questions: dict[str, Question] = {}
+    rollouts = defaultdict(list)
+    for number, record in enumerate(records, start=1):
+        place = f"{path}:{number}"
+        question = _question(record, place)
+        response = _first(record, _RESPONSE_NAMES)
+        if not isinstance(response, str):
+            names = ", ".join(_RESPONSE_NAMES)
+            raise DataError(f"{place} has fields {sorted(record)}, expected the rollout's text in one of {names}")
+        own = rollouts[question.id]
+        questions.setdefault(question.id, question)
+        own.append(_rollout(questions[question.id], response, len(own), environment))
+    for name, question in questions.items():
+        yield RolloutGroup(question=question, rollouts=tuple(rollouts[name]))
+
+
+def _first(record: Mapping[str, Any], names: Sequence[str]) -> Any:
+    return next((record[name] for name in names if record.get(name) is not None), None)
+
+
+def _question(record: Mapping[str, Any], place: str) -> Question:
+    text = record.get("question")
+    if text is None and isinstance(record.get("prompt"), str) and "Question:" in record["prompt"]:
+        text = record["prompt"].rpartition("Question:")[2].split("\n")[0].split("<|im_end|>")[0]
+    golds = _first(record, _GOLD_NAMES)
+    golds = golds.get("target", golds) if isinstance(golds, Mapping) else golds
+    if not isinstance(text, str) or golds is None:
+        raise DataError(f"{place} has fields {sorted(record)}, expected question (or prompt) and one of {', '.join(_GOLD_NAMES)}")
+    golds = (golds,) if isinstance(golds, str) else tuple(map(str, golds))
+    return Question(id=str(record.get("id", text.strip())), text=text.strip(), golden_answers=golds)
+
+
+def _rollout(question: Question, response: str, index: int, environment: Environment) -> Rollout:
+    """Completions and observations of a text: what the information tags enclose was not written by the policy."""
+    opening, closing = map(re.escape, environment.protocol.information_tags)
+    parts = re.split(rf"(\s*{opening}.*?(?:{closing}\s*|\Z))", response, flags=re.DOTALL)
+    turns = []
+    for completion, observation in zip(parts[::2], [*parts[1::2], ""], strict=True):
+        ids = environment.codec.encode(completion)
+        action = parse_action(ids, environment.protocol, environment.codec)
+        query = None if action.query is None else environment.sanitizer.clean(action.query).strip()
+        turns.append(
+            Turn(
+                completion_ids=ids,
+                completion_logprobs=(0.0,) * len(ids),
+                observation_ids=environment.codec.encode(observation),
+                query=query,
+                query_span=action.query_span if query is not None else None,
+                hits=_hits(observation),
+            )
+        )
+    answer = action.answer
+    return Rollout(
+        question_id=question.id,
+        index=index,
+        prompt_ids=environment.prompt_ids(question.text),
+        turns=tuple(turns),
+        stop_reason=StopReason.NO_ACTION if answer is None else StopReason.ANSWERED,
+        answer=None if answer is None else answer.strip(),
+    )
+
+
+def _hits(observation: str) -> tuple[Hit, ...]:
+    """The passages that Search-R1's format shows, by title; scores are not in the text."""
+    body = re.sub(r"</?\w+>\s*\Z", "", observation.strip())
+    found = _PASSAGE.findall(body)
+    return tuple(Hit(passage=Passage(id=title, title=title, text=text.strip()), score=0.0) for _, title, text in found)

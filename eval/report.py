@@ -32,7 +32,8 @@ JUDGED_LEGEND = (("more2", "likelier to the teacher"), ("less2", "less likely"))
 
 @dataclass(frozen=True, kw_only=True)
 class ReportConfig:
-    """Make a page of what `run_dir` holds: transcripts/*.jsonl, metrics.jsonl, report.md of an evaluation; also the output of `sd-search credit`."""
+    """Make a page of what `run_dir` (of training, `sd-search eval` or `sd-search credit`) holds: transcripts/*.jsonl,
+    metrics.jsonl, report.md of an evaluation."""
 
     run_dir: str
     seeds: tuple[str, ...] = ()  # runs of the same configuration with other seeds: their curves join the band

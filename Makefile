@@ -6,6 +6,7 @@
 # make bench   benchmarks: ratios of two implementations in one run
 # make lint    style only
 # make gpu-check  on a machine with a CUDA GPU and nvcc: build, GPU tests, sanitizers, benchmarks; no set-up, PYTHON needs torch only
+# make gpu-check-train  on a machine with a CUDA GPU and DeepSpeed: what updates of 0.5B, 3B and 7B cost; PYTHON needs the project's packages
 # make wheel   dist/megatron_sd-*.whl
 # Every target sets up .venv by itself; it is renewed when setup.py changes. Another interpreter: make PYTHON=python3.12 demo
 
@@ -24,7 +25,7 @@ VLLM      := .venv-vllm/ready
 VLLM_LOCK := tests/vllm/cpu_lock.txt
 VLLM_PIP   = .venv-vllm/bin/python -m pip --quiet --disable-pip-version-check install
 
-.PHONY: demo demo-vllm test trust test-vllm bench gpu-check lint wheel clean
+.PHONY: demo demo-vllm test trust test-vllm bench gpu-check gpu-check-train lint wheel clean
 
 demo: $(READY)
 	@$(BIN)/sd-search demo
@@ -45,6 +46,9 @@ bench: $(BENCH)
 
 gpu-check:
 	@$(PYTHON) kernels/bench/gpu_check.py
+
+gpu-check-train:
+	@$(PYTHON) kernels/bench/gpu_train.py
 
 test-vllm: $(VLLM)
 	@echo "== tests with vLLM"

@@ -171,7 +171,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["megatron_sd*", "data_prep*", "eval*", "launch*"]),
     package_data={
-        "launch": ["configs/*.yaml", "*.sbatch"],
+        "launch": ["configs/*.yaml", "*.sh", "slurm/*"],
         "data_prep": ["coldstart_model/*"],
         "eval": ["report_page/*.css", "results/*/*.yaml"],
     },

@@ -18,13 +18,23 @@ from megatron_sd.config_checks import check
 
 
 @dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Low-rank adapters: the model's own weights are frozen, W + alpha / rank * B A is trained, sampled from and saved."""
+
+    rank: int = 0  # 0: the whole model is trained
+    alpha: float = 32.0
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The policy: any local Hugging Face causal language model directory (Qwen2, Qwen3, Llama, ...)."""
 
     path: str  # directory with config.json, tokenizer and safetensors
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = False  # keep a layer's input only, and compute it once more for the backward
+    lora: LoraConfig = field(default_factory=LoraConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,6 +234,9 @@ class UpdateConfig:
     max_microbatch_tokens: int = 16384  # student and teacher positions, padding included
     head_chunk_rows: int = 1024  # hidden rows whose vocabulary logits exist at one time
     zero_stage: Literal[0, 1, 2, 3] = 3
+    offload_optimizer: Literal["none", "cpu", "nvme"] = "none"  # masters and moments in host memory, stepped there, or on NVMe
+    offload_parameters: Literal["none", "cpu"] = "none"  # shards of the weights in host memory between uses; stage 3
+    nvme_path: str | None = None  # a directory on a local disk of every node
 
 
 @dataclass(frozen=True, kw_only=True)

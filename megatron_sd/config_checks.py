@@ -23,6 +23,7 @@ _RANGES: dict[str, tuple[str, ...]] = {
         "optimizer.weight_decay",
         "optimizer.warmup_steps",
         "optimizer.max_grad_norm",
+        "model.lora.rank",
         "checkpoint.every",
         "safety.watchdog_s",
         "safety.max_idle_attempts",
@@ -73,6 +74,7 @@ _RANGES: dict[str, tuple[str, ...]] = {
         "rollout.vllm.kv_cache_gib",
         "rollout.vllm.start_timeout_s",
         "rollout.vllm.request_timeout_s",
+        "model.lora.alpha",
         "policy_loss.clip",
         "policy_loss.importance_cap",
         "distill.temperature",
@@ -126,6 +128,25 @@ def check(config: Config) -> None:
         raise ConfigError(
             f"update.zero_stage: found {config.update.zero_stage}, expected 3, where the gradient ratio can be measured; "
             "or set distill.measure_every to 0 with distill.alpha.mode fixed"
+        )
+    _check_offload(config)
+    if config.model.lora.rank and config.publish.source == "master":
+        raise ConfigError("publish.source: found master with model.lora.rank above 0, expected parameters: W has no master then")
+    if config.model.lora.rank and config.distill.teacher == "ema":
+        raise ConfigError("distill.teacher: found ema with model.lora.rank above 0, expected live or frozen: W does not move")
+
+
+def _check_offload(config: Config) -> None:
+    update = config.update
+    lowest = 3 if "nvme" in update.offload_optimizer or update.offload_parameters != "none" else 1
+    wanted = {"offload_optimizer": update.offload_optimizer, "offload_parameters": update.offload_parameters}
+    for name, place in wanted.items():
+        if place != "none" and update.zero_stage < lowest:
+            raise ConfigError(f"update.{name}: found {place} at zero_stage {update.zero_stage}, expected stage {lowest} or above")
+    if (update.offload_optimizer == "nvme") != (update.nvme_path is not None):
+        raise ConfigError(
+            f"update.nvme_path: found {update.nvme_path!r} with offload_optimizer {update.offload_optimizer}, expected a "
+            "directory on a local disk with nvme, and none without"
         )
 
 

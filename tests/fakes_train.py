@@ -21,6 +21,7 @@ from megatron_sd.config import (
     Config,
     DataConfig,
     DistillConfig,
+    LoraConfig,
     ModelConfig,
     OptimizerConfig,
     PolicyLossConfig,
@@ -61,9 +62,12 @@ def write_model(directory: Path, *, tied: bool = True, seed: int = 0, family: st
 
 def make_config(model_path: Path, *, kl_weight: float = 0.0, aggregation: str = "token", **parts) -> Config:
     """A float32 run; parts: model, distill, optimizer, update keyword dictionaries."""
+    model = {"dtype": "float32"} | parts.pop("model", {})
+    if isinstance(model.get("lora"), dict):
+        model["lora"] = LoraConfig(**model["lora"])
     return Config(
         run_dir=str(model_path.parent / "run"),
-        model=ModelConfig(path=str(model_path), **({"dtype": "float32"} | parts.pop("model", {}))),
+        model=ModelConfig(path=str(model_path), **model),
         data=DataConfig(train="none.jsonl"),
         retriever=RetrieverConfig(corpus="none"),
         policy_loss=PolicyLossConfig(kl_weight=kl_weight, aggregation=aggregation),

@@ -19,6 +19,7 @@ from megatron_sd.errors import ConfigError
 
 # What launchers tell a rank about itself; a process that is no rank must not inherit it.
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
+EXPECTED_SIZE = "MEGATRON_SD_WORLD_SIZE"  # set by `sd-search launch`: how many ranks were asked for
 COLLECTIVE_TIMEOUT = timedelta(hours=2)  # a rank may wait this long for the slowest rank's rollouts
 
 
@@ -69,12 +70,17 @@ def join_world(stop: StopRequest | None = None) -> World:
 
     Started by plain python, without these variables, the world is this process alone; no port is opened. NCCL on CUDA devices,
     gloo on CPUs. A second call returns the same world. stop: the requests that this process listens for. Raises ConfigError when
-    the environment is half set.
+    the environment is half set, or when there are not as many ranks as were asked for.
     """
     found = {name: os.environ.get(name) for name in ("RANK", "WORLD_SIZE")}
     if None in found.values() and set(found.values()) != {None}:
         raise ConfigError(f"environment has {found}, expected both or neither: start with deepspeed, torchrun or plain python")
     rank, size = int(found["RANK"] or 0), int(found["WORLD_SIZE"] or 1)
+    if found["RANK"] is not None and os.environ.get(EXPECTED_SIZE, str(size)) != str(size):
+        raise ConfigError(
+            f"WORLD_SIZE is {size}, expected {os.environ[EXPECTED_SIZE]}, which {EXPECTED_SIZE} asks for: a launcher without a "
+            "hostfile starts the ranks of one machine only; look at the attempt's hostfile"
+        )
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     os.environ["LOCAL_RANK"] = str(local_rank)  # DeepSpeed asks for it even in a world of one
     device = _choose_device(local_rank)

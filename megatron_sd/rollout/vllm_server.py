@@ -20,6 +20,7 @@ GRACE_S = 10.0
 
 def main(argv: Sequence[str]) -> int:
     """Serve until the parent closes our stdin, or goes away, or a signal ends us."""
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # the ranks' word to save and stop; SLURM gives it to every process of a step
     if "--end-with-stdin" in argv:
         argv = [argument for argument in argv if argument != "--end-with-stdin"]
         threading.Thread(target=_end_with_stdin, daemon=True).start()

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_sd.config import Config
+from megatron_sd.config import Config, UpdateConfig
 
 PERSISTENT_PARAMETER_ELEMENTS = 100_000  # smaller parameters (norms, biases) stay gathered between steps
 REDUCE_BUCKET_ELEMENTS = 50_000_000
+PREFETCH_ELEMENTS = 50_000_000  # gathered ahead of their use
 
 
 def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
@@ -21,7 +22,8 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
         "managed_gradient_accumulation": False,
         "gradient_clipping": config.optimizer.max_grad_norm if config.update.zero_stage else 0.0,  # else: ClippedAdamW
         "data_types": {"grad_accum_dtype": "fp32"},
-        "zero_optimization": _zero(config.update.zero_stage),
+        "zero_optimization": _zero(config.update.zero_stage) | _offload(config.update),
+        "zero_force_ds_cpu_optimizer": False,  # torch's AdamW steps in host memory, too: DeepSpeed's own needs a compiler
     }
 
 
@@ -33,6 +35,17 @@ def reference_config(config: Config, world_size: int) -> dict[str, Any]:
 def teacher_config(config: Config, world_size: int) -> dict[str, Any]:
     """What deepspeed.initialize gets for a teacher with weights of its own; none is kept gathered, since an average moves."""
     return {**_common(config, world_size), "zero_optimization": _zero(3) | {"stage3_param_persistence_threshold": 0}}
+
+
+def _offload(update: UpdateConfig) -> dict[str, Any]:
+    """Where the optimiser's state and, between uses, the weights' shards are."""
+    sections: dict[str, Any] = {}
+    if update.offload_optimizer != "none":
+        place = {"nvme_path": update.nvme_path} if update.offload_optimizer == "nvme" else {}
+        sections["offload_optimizer"] = {"device": update.offload_optimizer, "pin_memory": False, **place}
+    if update.offload_parameters != "none":
+        sections["offload_param"] = {"device": update.offload_parameters, "pin_memory": False}
+    return sections
 
 
 def _common(config: Config, world_size: int) -> dict[str, Any]:
@@ -48,6 +61,7 @@ def _common(config: Config, world_size: int) -> dict[str, Any]:
 
 def _zero(stage: int) -> dict[str, Any]:
     sharded = {
+        "stage3_prefetch_bucket_size": PREFETCH_ELEMENTS,
         "stage3_param_persistence_threshold": PERSISTENT_PARAMETER_ELEMENTS,
         "stage3_gather_16bit_weights_on_model_save": False,
         "memory_efficient_linear": False,  # would replace torch's linear everywhere for good: placement.zero3_linear

@@ -8,12 +8,14 @@ from typing import Any, TypeVar
 
 import deepspeed
 import torch
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.linear import zero3_linear_wrap
 from deepspeed.utils import set_z3_leaf_modules
 from torch import nn
 from transformers import PreTrainedModel
 
-from megatron_sd.errors import DataError
+from megatron_sd.config import UpdateConfig
+from megatron_sd.errors import ConfigError, DataError
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -33,6 +35,16 @@ def place(module: Module, model: PreTrainedModel, settings: Mapping[str, Any], d
     for buffer in module.buffers():
         buffer.data = buffer.data.to(device)
     return module
+
+
+def check_disk_offload(update: UpdateConfig) -> None:
+    """Raise ConfigError for offloading to a disk where DeepSpeed cannot compile its disk operation: it would end in a traceback,
+    minutes later."""
+    if update.offload_optimizer == "nvme" and not get_accelerator().create_op_builder("AsyncIOBuilder").is_compatible():
+        raise ConfigError(
+            "update.offload_optimizer: found nvme, and no libaio on this machine, expected its headers and library (libaio-dev, "
+            "libaio-devel) for DeepSpeed to compile its disk operation: install them, or take cpu"
+        )
 
 
 def gather_layers_whole(model: PreTrainedModel) -> None:

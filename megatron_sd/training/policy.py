@@ -25,9 +25,10 @@ from megatron_sd.ops.linear_jsd import HeadOptions
 from megatron_sd.records import Microbatch, Totals, UpdateResult
 from megatron_sd.training.clipped_adamw import ClippedAdamW
 from megatron_sd.training.deepspeed_config import deepspeed_config
+from megatron_sd.training.lora import is_adapter, with_adapters
 from megatron_sd.training.norm_gate import GATE
 from megatron_sd.training.pieces import TrainedState
-from megatron_sd.training.placement import place, zero3_linear
+from megatron_sd.training.placement import check_disk_offload, place, zero3_linear
 from megatron_sd.training.policy_module import DeviceMicrobatch, PolicyModule, load_causal_lm
 from megatron_sd.training.reference import ReferencePolicy
 from megatron_sd.training.teacher import TEACHERS, Teacher
@@ -66,8 +67,8 @@ class Policy:
         return self.engine.module.model
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Hugging Face names; a tied parameter comes once."""
-        return self.model.named_parameters()
+        """Hugging Face names; a tied parameter comes once. Adapters are no parameters of their own: a weight knows its own."""
+        return ((name, parameter) for name, parameter in self.model.named_parameters() if not is_adapter(name))
 
     def accumulate(self, microbatch: Microbatch, totals: Totals, weights: TermWeights) -> None:
         """Add the gradient of this microbatch's share of `weights.policy * L_GRPO + weights.distill * L_SD`.
@@ -131,11 +132,11 @@ class Policy:
                 f"update.zero_stage is {self._zero_stage}, and the gradient ratio can be measured at stage 3 only: "
                 "set update.zero_stage to 3, or distill.measure_every to 0 with distill.alpha.mode fixed"
             )
-        return [safe_get_local_grad(parameter) for parameter in self.model.parameters()]
+        return [safe_get_local_grad(parameter) for parameter in self.model.parameters() if parameter.requires_grad]
 
     def trained_state(self) -> TrainedState:
         """What a checkpoint holds of this rank: float32 weights and moments."""
-        return TrainedState(self.engine.optimizer, self.named_parameters(), self.world.rank, self.world.size)
+        return TrainedState(self.engine.optimizer, self.model.named_parameters(), self.world.rank, self.world.size)
 
     def write_state(self, directory: Path) -> list[Path]:
         """This rank's files of a checkpoint. Raises OSError naming one, or SafetensorError."""
@@ -205,10 +206,12 @@ def load_policy(config: Config, world: World) -> Policy:
     options = head_options(config)
     if config.update.zero_stage == 0 and config.model.dtype != "float32":
         raise ConfigError("update.zero_stage 0 keeps no float32 master weights: expected model.dtype float32, or a stage 1 to 3")
+    check_disk_offload(config.update)
     reference = ReferencePolicy.load(config, world, options) if config.policy_loss.kl_weight > 0.0 else None
     teacher = TEACHERS[config.distill.teacher if config.distill.block != "none" else "live"](config, world)
     settings = deepspeed_config(config, world.size)
-    module = PolicyModule(load_causal_lm(config.model), options, config.policy_loss)
+    model = with_adapters(load_causal_lm(config.model), config.model.lora, seed=config.seed)
+    module = PolicyModule(model, options, config.policy_loss)
     module = place(module, module.model, settings, world.device)
     engine, *_ = deepspeed.initialize(model=module, optimizer=_optimizer(module, config), config=settings)
     return Policy(engine, config, world, reference=reference, teacher=teacher)

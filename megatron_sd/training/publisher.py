@@ -8,6 +8,7 @@ from concurrent.futures import Future
 from typing import Protocol
 
 import deepspeed
+import torch
 from torch import Tensor, nn
 
 from megatron_sd.config import Config
@@ -20,6 +21,7 @@ from megatron_sd.resharding.plan import make_plan
 from megatron_sd.resharding.sender import ShardSender
 from megatron_sd.resharding.transport import MeetingPoint
 from megatron_sd.rollout.engine import WeightReceiver
+from megatron_sd.training.lora import FullAdapter, adapter_of, merged, with_their_adapters
 from megatron_sd.training.policy import Policy
 from megatron_sd.training.shards import LocalShards, full_numel, shard_layout
 
@@ -123,7 +125,10 @@ class ShardPublisher:
     def publish(self, policy: Policy, receiver: ShardedEngine, policy_version: int) -> None:
         """Raises ReshardError on every rank when a worker failed: all still hold what they had, and `publish` may be repeated
         once the worker is back."""
-        shards = LocalShards(policy.named_parameters(), self.plan.source, rank=self._rank, master=self._master)
+        adapters = full_adapters(policy.named_parameters())
+        shards = LocalShards(
+            policy.named_parameters(), self.plan.source, rank=self._rank, master=self._master, adapters=adapters
+        )
         receiver.begin_update()
         receiving = receiver.start_receiving(policy_version)
         receiving.add_done_callback(self._notice_failure)
@@ -155,13 +160,24 @@ def sharded_or_gathering(policy: Policy, config: Config, world: World, *, tp_siz
 
 
 def gathered_buckets(parameters: Iterable[tuple[str, nn.Parameter]], bucket_bytes: int) -> Iterator[list[tuple[str, Tensor]]]:
-    """Full parameters by name, a bucket at a time; the tensors are valid until the next bucket is asked for.
+    """Full parameters by name, adapters merged, a bucket at a time; the tensors are valid until the next bucket is asked for.
 
     Collective under ZeRO-3: every rank must draw every bucket.
     """
     for bucket in split_buckets(parameters, bucket_bytes):
-        with deepspeed.zero.GatheredParameters([parameter for _, parameter in bucket]):
-            yield [(name, parameter.detach()) for name, parameter in bucket]
+        with deepspeed.zero.GatheredParameters(with_their_adapters(parameter for _, parameter in bucket)):
+            yield [(name, merged(parameter)) for name, parameter in bucket]
+
+
+def full_adapters(parameters: Iterable[tuple[str, nn.Parameter]]) -> dict[str, FullAdapter]:
+    """By the weight's name: the adapters of the model, whole on every rank. Collective under ZeRO-3; they are small beside it."""
+    adapted = [(name, adapter) for name, parameter in parameters if (adapter := adapter_of(parameter)) is not None]
+    found: dict[str, FullAdapter] = {}
+    for name, adapter in adapted:
+        with deepspeed.zero.GatheredParameters([adapter.a, adapter.b]):
+            a, b = (part.detach().to(torch.float32, copy=True) for part in (adapter.a, adapter.b))
+            found[name] = FullAdapter(a=a, b=b, scale=adapter.scale)
+    return found
 
 
 def split_buckets(parameters: Iterable[tuple[str, nn.Parameter]], bucket_bytes: int) -> Iterator[NamedParameters]:

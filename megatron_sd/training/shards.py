@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from megatron_sd.errors import ReshardError
 from megatron_sd.resharding.layout import ShardLayout, TensorSpec
+from megatron_sd.training.lora import FullAdapter
 
 NamedParameters = Iterable[tuple[str, nn.Parameter]]
 
@@ -24,10 +25,20 @@ class LocalShards(Mapping[str, Tensor]):
     """This rank's part of every parameter by Hugging Face name: flat views of valid elements, where they are just now (DeepSpeed
     moves them when it offloads). ZeRO-3 pads the last ranks' parts with memory that nobody wrote; that is left out.
 
-    master: read the optimiser's float32 weights (ZeRO-3 only) instead of the parameters.
+    master: read the optimiser's float32 weights (ZeRO-3 only) instead of the parameters. adapters: whole, by the weight's name;
+    what they add to this rank's elements is added on the way.
     """
 
-    def __init__(self, parameters: NamedParameters, layout: ShardLayout, *, rank: int, master: bool = False):
+    def __init__(
+        self,
+        parameters: NamedParameters,
+        layout: ShardLayout,
+        *,
+        rank: int,
+        master: bool = False,
+        adapters: Mapping[str, FullAdapter] | None = None,
+    ):
+        self._adapters = adapters or {}
         self._parameters = dict(parameters)
         self._layout = layout
         self._rank = rank
@@ -36,6 +47,13 @@ class LocalShards(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         parameter = self._parameters[name]
         start, stop = self._layout.owned(full_numel(parameter), self._rank)
+        own = self._own(name, parameter, (start, stop))
+        if name not in self._adapters or start == stop:
+            return own
+        return (own.float() + self._adapters[name].elements(start, stop)).to(own.dtype)
+
+    def _own(self, name: str, parameter: nn.Parameter, owned: tuple[int, int]) -> Tensor:
+        start, stop = owned
         if not hasattr(parameter, "ds_tensor"):
             return parameter.detach().view(-1)[start:stop]
         shard = self._master_shard(name, parameter) if self._master else parameter.ds_tensor.detach()

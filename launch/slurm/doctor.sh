@@ -1,0 +1,10 @@
+#!/bin/bash
+# Are this job's nodes fit for the run? One task a node; fails when one is not, and names it. Rendered by `sd-search launch`.
+trap '' USR1
+cd @directory@ || exit
+@setup@
+[ -z "${ATTEMPT_ENV:-}" ] || source "$ATTEMPT_ENV"
+hosts=$(tr '\n' ',' < "$ATTEMPT_DIR/nodes.txt")
+number=$(awk -v host="${SLURMD_NODENAME:-${1:-localhost}}" '$1 == host { print NR - 1 }' "$ATTEMPT_DIR/nodes.txt")
+exec @python@ -m launch.doctor --run_dir="$ATTEMPT_DIR" --hosts="[${hosts%,}]" --number="$number" --endpoints=@endpoints@ \
+    --address="$FIRST_ADDR:$((MASTER_PORT + 100))" --gpus_per_node=@gpus_wanted@

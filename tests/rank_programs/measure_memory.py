@@ -1,0 +1,83 @@
+"""What an update really takes of a process's memory: grows of its resident set, from before the policy is loaded.
+
+    python -m tests.rank_programs.measure_memory MODEL OUTPUT NUM_SAMPLES LENGTH [--key=value ...]
+
+Linux only. Set MALLOC_MMAP_THRESHOLD_=65536, so that what is freed goes back at once.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from megatron_sd.algorithm.distill_loss import TermWeights
+from megatron_sd.algorithm.packing import pack
+from megatron_sd.config import load
+from megatron_sd.distributed.world import end_process, join_world
+from megatron_sd.records import TrainingSample
+from megatron_sd.training.policy import load_policy
+
+BLOCK_TOKENS = 64
+
+
+def resident_bytes(field: str) -> int:
+    """VmRSS (now) or VmHWM (the most since the last reset) of this process."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024
+
+
+def reset_peak() -> None:
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def samples(num: int, length: int, vocabulary: int) -> list[TrainingSample]:
+    """Half prompt, half completion, one in twenty of it query tokens; all distilled."""
+    rng = np.random.default_rng(0)
+    start = length // 2
+    mask = np.arange(length) >= start
+    return [
+        TrainingSample(
+            ids=rng.integers(vocabulary, size=length),
+            prompt_length=start,
+            loss_mask=mask,
+            rollout_logprobs=np.where(mask, -10.0, 0.0).astype(np.float32),
+            query_positions=np.arange(start + 2, start + 2 + max(length // 20, 1)),
+            advantage=1.0 - index % 3,
+            group=0,
+            group_has_spread=True,
+            teacher_prompt_ids=tuple(rng.integers(vocabulary, size=BLOCK_TOKENS + start).tolist()),
+        )
+        for index in range(num)
+    ]
+
+
+def main(argv: list[str]) -> None:
+    model, output, num, length, *options = argv
+    world = join_world()
+    required = {"run_dir": "none", "model.path": model, "data.train": "none", "retriever.corpus": "none"}
+    config = load([*(f"--{key}={value}" for key, value in required.items()), *options])
+    vocabulary = json.loads((Path(model) / "config.json").read_text())["vocab_size"]
+    gc.collect()
+    before = resident_bytes("VmRSS")
+    policy = load_policy(config, world)
+    found = {}
+    for _ in range(2):  # the first step allocates AdamW's moments
+        batches = pack(samples(int(num), int(length), vocabulary), max_tokens=1 << 20, world_size=world.size, aggregation="token")
+        reset_peak()
+        for microbatch in batches[world.rank]:
+            weights = TermWeights(policy=1.0, distill_spread=1.0, distill_no_spread=1.0)
+            policy.accumulate(microbatch, batches[world.rank].totals, weights)
+        found["update"] = resident_bytes("VmHWM") - before
+        reset_peak()
+        policy.step()
+        found["step"] = resident_bytes("VmHWM") - before
+    Path(f"{output}.{world.rank}").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
+    end_process(0)

@@ -13,7 +13,7 @@ from data_prep.index import IndexConfig, Labels, bm25_settings, build_index, wri
 from data_prep.table import Origin, PassageTable, SourcedPassage, write_table
 from data_prep.vector_index import VectorIndexConfig
 from data_prep.vectors import VectorShards
-from megatron_sd.algorithm.samples import to_samples
+from megatron_sd.algorithm.samples import query_tokens, to_samples
 from megatron_sd.config import ProtocolConfig, RewardConfig, SearchConfig
 from megatron_sd.errors import DataError
 from megatron_sd.records import Passage
@@ -131,7 +131,8 @@ def test_sixty_hostile_passages_reach_the_policy_as_plain_text(tmp_path):
         assert not [tag for tag in forbidden if tag in body], ATTACKS[number][:80]
         assert "\x00" not in text
         assert (rollout.answer, rollout.scores.reward) == (None, 0.0)
-    for sample, rollout in zip(to_samples(groups, [[1.0] * 60], [[None] * 60]), groups[0].rollouts, strict=True):
+    samples = to_samples(groups, [[1.0] * 60], [[()] * 60], scope=query_tokens)
+    for sample, rollout in zip(samples, groups[0].rollouts, strict=True):
         completions = sum(len(turn.completion_ids) for turn in rollout.turns)
         assert sample.loss_mask.sum() == completions  # observations are out of the loss
         start = len(rollout.prompt_ids) + len(rollout.turns[0].completion_ids)

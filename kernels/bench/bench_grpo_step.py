@@ -68,11 +68,11 @@ class OurStep:
         from megatron_sd.algorithm.advantage import group_advantages
         from megatron_sd.algorithm.distill_loss import TermWeights
         from megatron_sd.algorithm.packing import pack
-        from megatron_sd.algorithm.samples import to_samples
+        from megatron_sd.algorithm.samples import query_tokens, to_samples
 
         groups = self.roll_out(random_prompts(NUM_PROMPTS, PROMPT_TOKENS, seed=self.step))
-        nothing = [[None] * GROUP_SIZE for _ in groups]
-        samples = to_samples(groups, [group_advantages(group) for group in groups], nothing)
+        nothing = [[()] * GROUP_SIZE for _ in groups]
+        samples = to_samples(groups, [group_advantages(group) for group in groups], nothing, scope=query_tokens)
         (batch,) = pack(samples, max_tokens=self.config.update.max_microbatch_tokens, world_size=1, aggregation="token")
         for microbatch in batch:
             self.policy.accumulate(microbatch, batch.totals, TermWeights(policy=1.0, distill_spread=0.0, distill_no_spread=0.0))

@@ -27,7 +27,7 @@ from megatron_sd.distributed.collectives import gather_objects
 from megatron_sd.distributed.world import World
 from megatron_sd.errors import CheckpointError
 from megatron_sd.training import commit
-from megatron_sd.training.pieces import write_tensors
+from megatron_sd.training.pieces import listed, write_tensors
 from megatron_sd.training.policy import Policy
 from megatron_sd.training.publisher import gathered_buckets, split_buckets
 
@@ -38,7 +38,6 @@ FREE_TO_CHANGE = (
     *("retriever.corpus", "retriever.endpoints", "retriever.qdrant", "retriever.client."),  # what it is says corpus_version
     *("update.zero_stage", "rollout.bank"),
 )
-MAX_DIFFERENCES = 8  # named in one message
 
 logger = logging.getLogger(__name__)
 
@@ -136,10 +135,8 @@ class Checkpoints:
             if then.get(key) != now.get(key)
         ]
         if differences:
-            more = f"; and {len(differences) - MAX_DIFFERENCES} more" if len(differences) > MAX_DIFFERENCES else ""
             raise CheckpointError(
-                f"{directory} belongs to another run: {'; '.join(differences[:MAX_DIFFERENCES])}{more}; restore what differs, "
-                "or choose another run_dir"
+                f"{directory} belongs to another run: {listed(differences)}; restore what differs, or choose another run_dir"
             )
 
     def _prepare(self, staging: Path) -> None:

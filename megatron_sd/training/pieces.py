@@ -183,6 +183,12 @@ def _assembled(saved: Sequence[SavedPieces], piece: Piece, key: str) -> Tensor:
     return values
 
 
+def listed(differences: Sequence[str]) -> str:
+    """The first of them in one line, and how many more there are."""
+    more = f"; and {len(differences) - MAX_DIFFERENCES} more" if len(differences) > MAX_DIFFERENCES else ""
+    return "; ".join(differences[:MAX_DIFFERENCES]) + more
+
+
 def check_same_parameters(saved: Mapping[str, int], own: Mapping[str, int]) -> None:
     """Raise CheckpointError naming the parameters that only one side has, or whose numbers of elements differ."""
     differences = [
@@ -191,8 +197,7 @@ def check_same_parameters(saved: Mapping[str, int], own: Mapping[str, int]) -> N
         if saved.get(name) != own.get(name)
     ]
     if differences:
-        more = f"; and {len(differences) - MAX_DIFFERENCES} more" if len(differences) > MAX_DIFFERENCES else ""
         raise CheckpointError(
-            f"the checkpoint is another model's ({len(differences)} parameters differ): "
-            f"{'; '.join(differences[:MAX_DIFFERENCES])}{more}; restore model.path, or choose another run_dir"
+            f"the checkpoint is another model's ({len(differences)} parameters differ): {listed(differences)}; restore "
+            "model.path, or choose another run_dir"
         )

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from megatron_sd.config import Config
+from megatron_sd.config_checks import check_sequence_heads
 from megatron_sd.errors import ConfigError
 from megatron_sd.resharding.names import UnknownArchitectureError, worker_layouts
 
@@ -68,6 +69,8 @@ def check_layout(layout: LayoutConfig, config: Config, model: Mapping[str, Any])
     _check_gpus(layout, config)
     if config.rollout.engine == "vllm":
         _check_heads(config, model)
+    heads = model.get("num_attention_heads", 1)
+    check_sequence_heads(config.update, num_heads=heads, num_kv_heads=model.get("num_key_value_heads", heads))
     return _check_batch(layout, config, model)
 
 
@@ -144,6 +147,11 @@ def _check_batch(layout: LayoutConfig, config: Config, model: Mapping[str, Any])
         raise ConfigError(
             f"rollout.questions_per_step: found {rollout.questions_per_step} for {world_size} ranks, expected at least one "
             "question a rank: raise it, or take fewer nodes"
+        )
+    if world_size % config.update.ranks_per_batch:
+        raise ConfigError(
+            f"update.sequence_parallel_size: found {config.update.ranks_per_batch} for {world_size} ranks, expected a divisor of "
+            "their number"
         )
     positions = model.get("max_position_embeddings", rollout.max_rollout_tokens)
     if rollout.max_rollout_tokens > positions:

@@ -126,7 +126,9 @@ def adapter_elements(shape: ModelShape, config: Config) -> int:
 
 
 def _update(shape: ModelShape, config: Config, *, world_size: int, on_gpu: bool) -> list[Part]:
-    sizes, item, tokens = Sizes.of(shape), ITEM_BYTES[config.model.dtype], config.update.max_microbatch_tokens
+    sizes, item, sharers = Sizes.of(shape), ITEM_BYTES[config.model.dtype], config.update.ranks_per_batch
+    tokens = math.ceil(config.update.max_microbatch_tokens / sharers)
+    joined = 2 * item * tokens * sharers * shape.hidden if sharers > 1 else 0  # all slices' last hidden states, and a gradient
     layer = saved_bytes_per_token(shape, item)
     trains_head = config.model.lora.rank == 0
     is_kept = not config.model.gradient_checkpointing
@@ -139,6 +141,7 @@ def _update(shape: ModelShape, config: Config, *, world_size: int, on_gpu: bool)
     return [
         Part(name="gathered parameters", num_bytes=gathered, phases=(*busy, "reduce")),
         Part(name="activations", num_bytes=tokens * shape.num_layers * (layer if is_kept else item * shape.hidden), phases=busy),
+        Part(name="joined hidden states", num_bytes=joined, phases=busy),
         Part(name="head: gradient", num_bytes=head_gradient if trains_head else 0, phases=busy),
         Part(name="head: logits of a chunk", num_bytes=rows * shape.vocabulary * item, phases=("head",)),
         Part(name="head: float32 blocks", num_bytes=4 * BLOCK_COPIES * block, phases=("head",)),

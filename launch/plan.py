@@ -171,7 +171,8 @@ def _update_seconds(plan: StepPlan, layout: LayoutConfig, config: Config, model:
     passes = 3 + config.model.gradient_checkpointing + (config.policy_loss.kl_weight > 0.0)
     products = 2 * total * (passes * plan.rollout_tokens + plan.teacher_tokens)
     positions = plan.rollout_tokens + plan.teacher_tokens
-    num_microbatches = max(-(-positions // (config.update.max_microbatch_tokens * world_size)), 1)
+    num_batches = world_size // config.update.ranks_per_batch
+    num_microbatches = max(-(-positions // (config.update.max_microbatch_tokens * num_batches)), 1)
     num_gathers = 2 + (config.policy_loss.kl_weight > 0.0) + 2 * (plan.teacher_tokens > 0)
     gathered = num_microbatches * num_gathers * item * total * (1 - 1 / world_size)
     link = gpu.link_gb_s if layout.nodes == 1 else NETWORK_GB_S  # each node receives all that its ranks do not have

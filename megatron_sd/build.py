@@ -44,6 +44,7 @@ from megatron_sd.training.checkpoint import Checkpoints, run_identity
 from megatron_sd.training.gradient_ratio import AlphaController
 from megatron_sd.training.policy import Policy, load_policy
 from megatron_sd.training.publisher import GatherPublisher, Publisher, ShardPublisher, sharded_or_gathering
+from megatron_sd.training.sequence_parallel import sequence_group
 from megatron_sd.training.stability import Stability
 
 disable_progress_bar()  # of weight loading: one bar for every model and rank says nothing
@@ -115,6 +116,7 @@ def build_engine(
 
 def build_trainer(config: Config, world: World) -> Trainer:
     """The trainer of a run. Raises ConfigError or DataError before anything is trained."""
+    sequence_group(config.update, world)  # says so at once when the ranks do not divide into groups
     run_dir = Path(config.run_dir)
     if run_dir.exists() and not run_dir.is_dir():
         raise ConfigError(f"run_dir: found a file at {run_dir}, expected a directory of this run, or a new one")
@@ -218,14 +220,15 @@ def teacher_prompts(
 
 
 def _own_batch(config: Config, world: World, samples: Sequence[TrainingSample]) -> Batch:
-    """This rank's part of the step."""
+    """This rank's part of the step, which ranks that share microbatches have in common."""
+    sharers = config.update.ranks_per_batch
     batches = pack(
         samples,
         max_tokens=config.update.max_microbatch_tokens,
-        world_size=world.size,
+        world_size=world.size // sharers,
         aggregation=config.policy_loss.aggregation,
     )
-    return batches[world.rank]
+    return batches[world.rank // sharers]
 
 
 def _eval_questions(config: Config) -> tuple[Question, ...]:

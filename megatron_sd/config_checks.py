@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_sd.errors import ConfigError
 
 if TYPE_CHECKING:
-    from megatron_sd.config import Config
+    from megatron_sd.config import Config, UpdateConfig
 
 _RANGES: dict[str, tuple[str, ...]] = {
     "0 or more": (
@@ -56,6 +56,7 @@ _RANGES: dict[str, tuple[str, ...]] = {
         "distill.top_k",
         "update.max_microbatch_tokens",
         "update.head_chunk_rows",
+        "update.sequence_parallel_size",
         "checkpoint.keep",
         "safety.roll_back_after_refusals",
         "safety.stop_after_refusals",
@@ -130,6 +131,9 @@ def check(config: Config) -> None:
             "or set distill.measure_every to 0 with distill.alpha.mode fixed"
         )
     _check_offload(config)
+    if config.update.sequence_parallel_size > 1 and config.model.attention != "sdpa":
+        found = f"found {config.model.attention} with update.sequence_parallel_size above 1"
+        raise ConfigError(f"model.attention: {found}, expected sdpa")
     if config.model.lora.rank and config.publish.source == "master":
         raise ConfigError("publish.source: found master with model.lora.rank above 0, expected parameters: W has no master then")
     if config.model.lora.rank and config.distill.teacher == "ema":
@@ -147,6 +151,16 @@ def _check_offload(config: Config) -> None:
         raise ConfigError(
             f"update.nvme_path: found {update.nvme_path!r} with offload_optimizer {update.offload_optimizer}, expected a "
             "directory on a local disk with nvme, and none without"
+        )
+
+
+def check_sequence_heads(update: UpdateConfig, *, num_heads: int, num_kv_heads: int) -> None:
+    """Raise ConfigError for a model whose attention heads cannot be dealt to the ranks that share a sequence."""
+    size = update.sequence_parallel_size
+    if num_heads % size or (num_kv_heads % size and size % num_kv_heads):
+        raise ConfigError(
+            f"update.sequence_parallel_size: found {size} for a model of {num_heads} attention and {num_kv_heads} key-value "
+            "heads, expected a divisor of the first that divides the second or is a multiple of it"
         )
 
 

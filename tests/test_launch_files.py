@@ -102,6 +102,12 @@ def test_a_deepspeed_env_that_deepspeed_would_crash_on_is_refused_by_line(tmp_pa
         ({}, BESIDE, r"rollout.vllm.devices: found \[\], expected GPUs that no rank has, such as \[4, 5, 6, 7\]"),
         ({}, (*BESIDE, "--rollout.vllm.devices=[3, 4, 5, 6]"), r"devices: found \[3, 4, 5, 6\]"),
         ({"nodes": 4}, ("--rollout.questions_per_step=16",), "found 16 for 32 ranks, expected at least one question a rank"),
+        ({}, ("--update.sequence_parallel_size=8",), "update.sequence_parallel_size: found 8 for a model of 28 attention and"),
+        (
+            {"ranks_per_node": 6},
+            ("--update.sequence_parallel_size=4",),
+            "update.sequence_parallel_size: found 4 for 6 ranks, expected a divisor of their number",
+        ),
         ({}, ("--rollout.max_rollout_tokens=40000",), "found 40000, expected at most 32768"),
         ({"gpu": "h1000"}, (), "gpu: found 'h1000', expected one of .*did you mean h100"),
         ({"gpu": "rtx4090"}, (), "memory: found .* GiB a rank in phase .*, expected at most 19.6 of a rtx4090"),

@@ -6,6 +6,7 @@ Losses are sums over rows divided by global totals, so any packing gives the sam
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -232,6 +233,21 @@ def distilled_part(microbatch: Microbatch, weights: TermWeights) -> Microbatch:
         query_rows=np.arange(len(rows)),
         **by_row,
         **by_query,
+    )
+
+
+def row_share(microbatch: Microbatch, rank: int, size: int) -> Microbatch:
+    """The microbatch with every size-th of its rows, and the query rows among them: a rank's part where `size` ranks read the
+    same sequences. The sequences stay."""
+    m, rows = microbatch, np.arange(rank, len(microbatch.row_index), size)
+    own = m.query_rows % size == rank
+    by_row = ("row_index", "targets", "rollout_logprobs", "advantages", "row_weights")
+    by_query = ("teacher_rows", "query_weights", "query_in_spread")
+    return replace(
+        m,
+        query_rows=m.query_rows[own] // size,
+        **{name: getattr(m, name)[rows] for name in by_row},
+        **{name: getattr(m, name)[own] for name in by_query},
     )
 
 

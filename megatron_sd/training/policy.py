@@ -15,7 +15,7 @@ from deepspeed.utils import safe_get_local_grad
 from torch import Tensor, nn
 
 from megatron_sd.algorithm.distill_loss import TermWeights
-from megatron_sd.algorithm.packing import distilled_part
+from megatron_sd.algorithm.packing import distilled_part, row_share
 from megatron_sd.config import Config, OptimizerConfig
 from megatron_sd.distributed.collectives import sum_floats
 from megatron_sd.distributed.world import World
@@ -31,6 +31,7 @@ from megatron_sd.training.pieces import TrainedState
 from megatron_sd.training.placement import check_disk_offload, place, zero3_linear
 from megatron_sd.training.policy_module import DeviceMicrobatch, PolicyModule, load_causal_lm
 from megatron_sd.training.reference import ReferencePolicy
+from megatron_sd.training.sequence_parallel import sequence_group, split_sequences
 from megatron_sd.training.teacher import TEACHERS, Teacher
 from megatron_sd.training.update_metrics import SUM_NAMES, to_metrics
 
@@ -57,6 +58,7 @@ class Policy:
         self.version = 0  # optimiser steps taken
         self._optimizer_config: OptimizerConfig = config.optimizer
         self._zero_stage = config.update.zero_stage
+        self._sharers = sequence_group(config.update, world)
         self._reference = reference
         self._teacher = teacher
         self._forget_sums()
@@ -77,6 +79,7 @@ class Policy:
         """
         if weights.policy == 0.0:
             microbatch = distilled_part(microbatch, weights)
+        microbatch = row_share(microbatch, self._sharers.rank, self._sharers.size)
         on_device = DeviceMicrobatch.of(microbatch, self.world.device)
         reference_logprobs = None
         if self._reference is not None and weights.policy != 0.0:
@@ -210,7 +213,8 @@ def load_policy(config: Config, world: World) -> Policy:
     reference = ReferencePolicy.load(config, world, options) if config.policy_loss.kl_weight > 0.0 else None
     teacher = TEACHERS[config.distill.teacher if config.distill.block != "none" else "live"](config, world)
     settings = deepspeed_config(config, world.size)
-    model = with_adapters(load_causal_lm(config.model), config.model.lora, seed=config.seed)
+    model = split_sequences(load_causal_lm(config.model), config.update, world)
+    model = with_adapters(model, config.model.lora, seed=config.seed)
     module = PolicyModule(model, options, config.policy_loss)
     module = place(module, module.model, settings, world.device)
     engine, *_ = deepspeed.initialize(model=module, optimizer=_optimizer(module, config), config=settings)

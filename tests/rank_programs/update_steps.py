@@ -9,6 +9,7 @@ import json
 import resource
 import sys
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,23 +49,27 @@ def full_parameters(policy: Policy) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for bucket in buckets for name, tensor in bucket}
 
 
-def batch_of(order: Order, world: World, aggregation: str) -> Batch:
+def batch_of(order: Order, world: World, aggregation: str, *, sharers: int = 1) -> Batch:
     samples = make_samples(order.num_samples)
     samples = samples[::-1] if order.reverse else samples
     samples = samples if order.only is None else [samples[i] for i in order.only]
-    return pack(samples, max_tokens=order.max_tokens, world_size=world.size, aggregation=aggregation)[world.rank]
+    size, number = world.size // sharers, world.rank // sharers
+    return pack(samples, max_tokens=order.max_tokens, world_size=size, aggregation=aggregation)[number]
 
 
 def take_steps(order: Order, world: World) -> dict[str, Any]:
     """The order's outcome on this rank."""
     config = make_config(Path(order.model), **order.config)
     policy, alpha = load_policy(config, world), AlphaController(config.distill)
+    embeddings, tokens_read = policy.model.get_input_embeddings(), []
+    embeddings.register_forward_hook(lambda _module, arguments, _output: tokens_read.append(arguments[0].numel()))
     checkpoints = Checkpoints(Path(order.checkpoint), config, world, corpus_version="c") if order.checkpoint else None
     state = (checkpoints.load(policy) if checkpoints else None) or {"step": 0, "alpha": alpha.state()}
     alpha.load_state(state["alpha"])
+    own_batch = partial(batch_of, order, world, config.policy_loss.aggregation, sharers=config.update.ranks_per_batch)
     history, errors = [], []
     for step in range(state["step"], order.steps):
-        batch = batch_of(order, world, config.policy_loss.aggregation)
+        batch = own_batch()
         if order.poison.get(str(step)) == world.rank:
             batch.microbatches[0].rollout_logprobs[:] = float("nan")
         for weights in alpha.passes(step):
@@ -90,8 +95,9 @@ def take_steps(order: Order, world: World) -> dict[str, Any]:
         "history": history,
         "errors": errors,
         "version": policy.version,
-        "rows": [len(microbatch.row_index) for microbatch in batch_of(order, world, "token")],
-        "query_rows": [len(microbatch.query_rows) for microbatch in batch_of(order, world, "token")],
+        "rows": [len(microbatch.row_index) for microbatch in own_batch()],
+        "query_rows": [len(microbatch.query_rows) for microbatch in own_batch()],
+        "tokens_read": sum(tokens_read),  # by the student and by a live teacher
     }
 
 

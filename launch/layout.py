@@ -150,8 +150,8 @@ def _check_batch(layout: LayoutConfig, config: Config, model: Mapping[str, Any])
         )
     if world_size % config.update.ranks_per_batch:
         raise ConfigError(
-            f"update.sequence_parallel_size: found {config.update.ranks_per_batch} for {world_size} ranks, expected a divisor of "
-            "their number"
+            "update.sequence_parallel_size or tensor_parallel_size: found "
+            f"{config.update.ranks_per_batch} for {world_size} ranks, expected a divisor of their number"
         )
     positions = model.get("max_position_embeddings", rollout.max_rollout_tokens)
     if rollout.max_rollout_tokens > positions:

@@ -126,7 +126,7 @@ def adapter_elements(shape: ModelShape, config: Config) -> int:
 
 
 def _update(shape: ModelShape, config: Config, *, world_size: int, on_gpu: bool) -> list[Part]:
-    sizes, item, sharers = Sizes.of(shape), ITEM_BYTES[config.model.dtype], config.update.ranks_per_batch
+    sizes, item, sharers = Sizes.of(shape), ITEM_BYTES[config.model.dtype], config.update.sequence_parallel_size
     tokens = math.ceil(config.update.max_microbatch_tokens / sharers)
     joined = 2 * item * tokens * sharers * shape.hidden if sharers > 1 else 0  # all slices' last hidden states, and a gradient
     layer = saved_bytes_per_token(shape, item)

@@ -46,6 +46,7 @@ from megatron_sd.training.policy import Policy, load_policy
 from megatron_sd.training.publisher import GatherPublisher, Publisher, ShardPublisher, sharded_or_gathering
 from megatron_sd.training.sequence_parallel import sequence_group
 from megatron_sd.training.stability import Stability
+from megatron_sd.training.tensor_parallel import tensor_group
 
 disable_progress_bar()  # of weight loading: one bar for every model and rank says nothing
 
@@ -116,7 +117,8 @@ def build_engine(
 
 def build_trainer(config: Config, world: World) -> Trainer:
     """The trainer of a run. Raises ConfigError or DataError before anything is trained."""
-    sequence_group(config.update, world)  # says so at once when the ranks do not divide into groups
+    for group in (sequence_group, tensor_group):
+        group(config.update, world)  # raises at once when the ranks do not divide into groups
     run_dir = Path(config.run_dir)
     if run_dir.exists() and not run_dir.is_dir():
         raise ConfigError(f"run_dir: found a file at {run_dir}, expected a directory of this run, or a new one")
@@ -227,6 +229,7 @@ def _own_batch(config: Config, world: World, samples: Sequence[TrainingSample]) 
         max_tokens=config.update.max_microbatch_tokens,
         world_size=world.size // sharers,
         aggregation=config.policy_loss.aggregation,
+        one_row=config.update.pack_sequences,
     )
     return batches[world.rank // sharers]
 

@@ -237,12 +237,14 @@ class UpdateConfig:
     offload_optimizer: Literal["none", "cpu", "nvme"] = "none"  # masters and moments in host memory, stepped there, or on NVMe
     offload_parameters: Literal["none", "cpu"] = "none"  # shards of the weights in host memory between uses; stage 3
     nvme_path: str | None = None  # a directory on a local disk of every node
+    pack_sequences: bool = False  # a microbatch is one row without padding: for model.attention flash_attention_2
     sequence_parallel_size: int = 1  # neighbouring ranks that share each sequence of a microbatch (training/sequence_parallel.py)
+    tensor_parallel_size: int = 1  # neighbouring ranks that hold a part of each layer (training/tensor_parallel.py)
 
     @property
     def ranks_per_batch(self) -> int:
         """Neighbouring ranks that get the same microbatches."""
-        return self.sequence_parallel_size
+        return self.sequence_parallel_size * self.tensor_parallel_size
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -57,6 +57,7 @@ _RANGES: dict[str, tuple[str, ...]] = {
         "update.max_microbatch_tokens",
         "update.head_chunk_rows",
         "update.sequence_parallel_size",
+        "update.tensor_parallel_size",
         "checkpoint.keep",
         "safety.roll_back_after_refusals",
         "safety.stop_after_refusals",
@@ -131,6 +132,10 @@ def check(config: Config) -> None:
             "or set distill.measure_every to 0 with distill.alpha.mode fixed"
         )
     _check_offload(config)
+    if config.update.tensor_parallel_size > 1:
+        _check_tensor_parallel(config)
+    if config.update.pack_sequences and config.update.sequence_parallel_size > 1:
+        raise ConfigError("update.pack_sequences: found true with update.sequence_parallel_size above 1, expected one of the two")
     if config.update.sequence_parallel_size > 1 and config.model.attention != "sdpa":
         found = f"found {config.model.attention} with update.sequence_parallel_size above 1"
         raise ConfigError(f"model.attention: {found}, expected sdpa")
@@ -152,6 +157,27 @@ def _check_offload(config: Config) -> None:
             f"update.nvme_path: found {update.nvme_path!r} with offload_optimizer {update.offload_optimizer}, expected a "
             "directory on a local disk with nvme, and none without"
         )
+
+
+def _check_tensor_parallel(config: Config) -> None:
+    """What tensor-parallel training does not do yet, or cannot."""
+    update, distill = config.update, config.distill
+    shards = config.rollout.engine == "vllm" and config.rollout.vllm.publish == "shards"
+    wanted = {  # key: (found, fits, expected)
+        "update.sequence_parallel_size": (update.sequence_parallel_size, update.sequence_parallel_size == 1, "1"),
+        "update.zero_stage": (update.zero_stage, update.zero_stage > 0, "1 to 3"),
+        "update.offload_parameters": (update.offload_parameters, update.offload_parameters == "none", "none"),
+        "update.offload_optimizer": (update.offload_optimizer, update.offload_optimizer != "nvme", "none or cpu"),
+        "model.lora.rank": (config.model.lora.rank, config.model.lora.rank == 0, "0"),
+        "distill.teacher": (distill.teacher, distill.teacher == "live", "live"),
+        "distill.top_k": (distill.top_k, distill.top_k is None, "none, the full vocabulary"),
+        "distill.divergence": (distill.divergence, distill.divergence != "mse", "jsd, forward_kl or reverse_kl"),
+        "distill.target": (distill.target, distill.target != "shuffled_vocabulary", "teacher or uniform"),
+        "rollout.vllm.publish": (config.rollout.vllm.publish, not shards, "gather"),
+    }
+    for key, (found, fits, expected) in wanted.items():
+        if not fits:
+            raise ConfigError(f"{key}: found {found} with update.tensor_parallel_size above 1, expected {expected}")
 
 
 def check_sequence_heads(update: UpdateConfig, *, num_heads: int, num_kv_heads: int) -> None:

@@ -211,6 +211,7 @@ class Microbatch:
         hidden states.
     query_rows: [Q] increasing indices into the R rows, of the same tokens; query_weights: [Q] per-row weight (1 / tokens of the
         rollout's queries); query_in_spread: [Q] bool, the row's group has reward spread.
+    is_packed: sequences are read one after the other in one row, without their padding (algorithm/packed.py).
     An empty microbatch has B = 1, S = 1 and R = Q = 0: it still runs, so that collectives stay aligned across ranks. For the
     same reason a microbatch without query rows may carry a dummy teacher of one token (U = Sp = Bt = St = 1, Q = 0).
     """
@@ -231,6 +232,7 @@ class Microbatch:
     query_rows: np.ndarray
     query_weights: np.ndarray
     query_in_spread: np.ndarray
+    is_packed: bool = False
 
     @property
     def has_teacher(self) -> bool:
@@ -251,7 +253,9 @@ class Microbatch:
 
     @property
     def num_padding_tokens(self) -> int:
-        """Student and teacher positions that hold no token."""
+        """Student and teacher positions that hold no token and are read all the same."""
+        if self.is_packed:
+            return 0
         padded = (
             (self.input_ids, self.lengths),
             (self.teacher_prompts, self.teacher_prompt_lengths),

@@ -106,7 +106,7 @@ def test_a_deepspeed_env_that_deepspeed_would_crash_on_is_refused_by_line(tmp_pa
         (
             {"ranks_per_node": 6},
             ("--update.sequence_parallel_size=4",),
-            "update.sequence_parallel_size: found 4 for 6 ranks, expected a divisor of their number",
+            "update.sequence_parallel_size or tensor_parallel_size: found 4 for 6 ranks, expected a divisor",
         ),
         ({}, ("--rollout.max_rollout_tokens=40000",), "found 40000, expected at most 32768"),
         ({"gpu": "h1000"}, (), "gpu: found 'h1000', expected one of .*did you mean h100"),

@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 
 from megatron_sd.ops import linear_jsd as module
+from megatron_sd.ops.head_rows import TEACHER_LOGITS, HeadOptions, HeadRows
 from megatron_sd.ops.jsd_reference import divergence_rows
-from megatron_sd.ops.linear_jsd import TEACHER_LOGITS, HeadOptions, HeadRows, linear_jsd
+from megatron_sd.ops.linear_jsd import linear_jsd
 
 NUM_ROWS, NUM_QUERIES, WIDTH, VOCABULARY = 11, 5, 16, 53
 QUERY_ROWS = np.array([1, 2, 6, 7, 10])

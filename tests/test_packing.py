@@ -142,7 +142,7 @@ def test_deterministic():
     one, two = (pack(samples, max_tokens=80, world_size=2, aggregation="token") for _ in range(2))
     for a, b in zip(one, two):
         for m, n in zip(a, b):
-            assert all((getattr(m, f.name) == getattr(n, f.name)).all() for f in dataclasses.fields(m))
+            assert all(np.array_equal(getattr(m, f.name), getattr(n, f.name)) for f in dataclasses.fields(m))
 
 
 def test_a_sample_without_query_has_no_teacher_row():

@@ -1,11 +1,5 @@
 """Sequences that ranks share: four real ranks in groups of two and of four take the steps of one. One launch."""
 
-import json
-import os
-import socket
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
@@ -17,9 +11,9 @@ from megatron_sd.errors import ConfigError
 from megatron_sd.training.policy import load_policy
 from megatron_sd.training.sequence_parallel import mask_in_group_order
 from tests.fakes_train import make_config, make_samples, write_model
+from tests.launched import assert_same_steps, outcomes_on
 from tests.rank_programs.update_steps import Order, take_steps
 
-LIMIT_S = 900
 NUM_RANKS = 4
 # Name -> configuration of the steps, ranks that share a sequence, and what else is ordered. The models have two key-value heads.
 CASES = {
@@ -51,17 +45,7 @@ def outcomes(tmp_path_factory):
     orders = {name: order_of(directory, name) for name in CASES}
     saved = orders["pairs"] | {"checkpoint": str(directory / "ck")}
     orders |= {"first_half": saved | {"steps": 1}, "second_half": saved | {"steps": 2}}
-    work = [{**fields, "output": str(directory / name)} for name, fields in orders.items()]
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(NUM_RANKS), "--master_port", str(port)]
-    command = [*launcher, "--module", "tests.rank_programs.update_steps", json.dumps(work)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=LIMIT_S)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
-    found = {name: [torch.load(directory / f"{name}.{rank}") for rank in range(NUM_RANKS)] for name in orders}
-    return found | {"directory": directory}
+    return outcomes_on(NUM_RANKS, orders, directory) | {"directory": directory}
 
 
 @pytest.mark.ranks
@@ -71,12 +55,9 @@ def test_ranks_that_share_sequences_take_the_step_of_one(outcomes, name):
     first, *others = outcomes[name]
     alone = take_steps(Order(**order_of(outcomes["directory"], name, sharers=1)), join_world())
     assert first["errors"] == [] and first["version"] == 2
-    for one, split in zip(alone["history"], first["history"], strict=True):
-        assert split == pytest.approx(one, rel=4e-6, abs=2e-6)
-    for key, parameter in alone["parameters"].items():
-        # Adam's first steps have the gradient's sign: where it is rounding, so is the step's direction.
-        torch.testing.assert_close(first["parameters"][key], parameter, rtol=0, atol=5e-5)
-        assert all(torch.equal(first["parameters"][key], other["parameters"][key]) for other in others)
+    assert_same_steps(first, alone)
+    for key, parameter in first["parameters"].items():
+        assert all(torch.equal(parameter, other["parameters"][key]) for other in others)
 
 
 @pytest.mark.ranks

@@ -126,8 +126,10 @@ def test_killed_and_resumed_equals_straight_bit_for_bit(world, straight, tmp_pat
 
 @pytest.mark.slow
 @pytest.mark.ranks
-def test_two_ranks_equal_one(world, straight, tmp_path):
-    run(2, arguments(world, tmp_path))
+@pytest.mark.parametrize("sharing", [(), ("--update.sequence_parallel_size=2",), ("--update.tensor_parallel_size=2",)])
+def test_two_ranks_equal_one(world, straight, tmp_path, sharing):
+    """Each with its own microbatches, or both with the same, of which they share sequences or layers."""
+    run(2, arguments(world, tmp_path, *sharing))
     assert sampled_ids(tmp_path) == sampled_ids(straight), "the same questions, seeds and weights give the same rollouts"
     expected, found = parameters(straight), parameters(tmp_path)
     for name in expected:

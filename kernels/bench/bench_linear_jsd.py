@@ -28,7 +28,8 @@ from resident import extra_mib
 from torch import Tensor
 
 from megatron_sd.algorithm.policy_loss import policy_rows
-from megatron_sd.ops.linear_jsd import HeadOptions, HeadRows, RowValues, linear_jsd
+from megatron_sd.ops.head_rows import HeadOptions, HeadRows, RowValues
+from megatron_sd.ops.linear_jsd import linear_jsd
 
 
 class Shape(NamedTuple):

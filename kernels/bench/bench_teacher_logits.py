@@ -17,7 +17,8 @@ import torch
 from baseline import Comparison, report
 from torch import Tensor
 
-from megatron_sd.ops.linear_jsd import TEACHER_LOGITS, HeadOptions, HeadRows, linear_jsd
+from megatron_sd.ops.head_rows import TEACHER_LOGITS, HeadOptions, HeadRows
+from megatron_sd.ops.linear_jsd import linear_jsd
 
 NUM_ROWS, VOCABULARY, WIDTH, LOGIT_DEVIATION = 8, 151_936, 256, 3.5
 DISTANCES = (0.001, 0.008, 0.03, 0.1, 0.3)  # of the hidden states, relative

@@ -85,7 +85,8 @@ def unfused(policy) -> None:
     import torch
     from head_peers import whole_logits
 
-    from megatron_sd.ops.linear_jsd import RowValues, cut_rows
+    from megatron_sd.ops.head_rows import RowValues
+    from megatron_sd.ops.row_cuts import cut_rows
     from megatron_sd.training.policy_module import RowHead
 
     class WholeLogits(RowHead):

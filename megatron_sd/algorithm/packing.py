@@ -18,22 +18,25 @@ Bin = list[int]  # indices of the samples of one microbatch
 Packer = Callable[[Sequence[TrainingSample]], Batch]  # all samples of the step -> this rank's part
 
 
-def pack(samples: Sequence[TrainingSample], *, max_tokens: int, world_size: int, aggregation: str) -> list[Batch]:
+def pack(
+    samples: Sequence[TrainingSample], *, max_tokens: int, world_size: int, aggregation: str, one_row: bool = False
+) -> list[Batch]:
     """One batch per rank, from all samples of the step; deterministic.
 
     Samples are sorted by length and cut into the smallest number of microbatches that is a multiple of world_size and keeps
     each under max_tokens positions (student and teacher, padding included); the cut then makes the largest one as small as
     possible. A sample longer than max_tokens gets a microbatch of its own. Microbatches at the same place on different ranks
     have similar costs, because ranks wait for each other there.
-    aggregation: "token" (every completion token weighs 1) or "rollout" (1 / completion tokens of its rollout).
+    aggregation: "token" (every completion token weighs 1) or "rollout" (1 / completion tokens of its rollout). one_row: sequences
+    are read without padding, and positions are counted as they are then read (algorithm/packed.py).
     """
-    sizes = sizes_of(samples)
-    bins = plan_bins(sizes, max_tokens, world_size)
+    sizes, tally = sizes_of(samples), _OneRowTally if one_row else _Tally
+    bins = plan_bins(sizes, max_tokens, world_size, tally=tally)
     totals = count_totals(samples, aggregation)
     batches = []
-    for rank_bins in assign_bins(bins, [bin_cost(sizes, b) for b in bins], world_size):
+    for rank_bins in assign_bins(bins, [bin_cost(sizes, b, tally=tally) for b in bins], world_size):
         microbatches = [build_microbatch([samples[i] for i in b], aggregation) for b in rank_bins]
-        batches.append(Batch(microbatches=tuple(microbatches), totals=totals))
+        batches.append(Batch(microbatches=tuple(replace(m, is_packed=one_row) for m in microbatches), totals=totals))
     return align_teachers(batches)
 
 
@@ -94,35 +97,49 @@ class _Tally:
         )
 
 
-def bin_cost(sizes: Sequence[Size], indices: Bin) -> int:
-    """Positions of the microbatch: student and teacher, padding included."""
-    tally = _Tally()
-    return max((tally.add(sizes[i]) for i in indices), default=0)
+class _OneRowTally:
+    """The same without padding, where each of the teacher's continuations has its own copy of its prompt."""
+
+    def __init__(self):
+        self._tokens = 0
+
+    def add(self, size: Size) -> int:
+        """The cost with this sample in it."""
+        self._tokens += size.student + sum(continuation + prompt - 1 for continuation, prompt, _ in size.views)
+        return self._tokens
 
 
-def plan_bins(sizes: Sequence[Size], max_tokens: int, world_size: int) -> list[Bin]:
+def bin_cost(sizes: Sequence[Size], indices: Bin, *, tally: Callable[[], _Tally | _OneRowTally] = _Tally) -> int:
+    """Positions of the microbatch: student and teacher, padding included where there is some."""
+    counted = tally()
+    return max((counted.add(sizes[i]) for i in indices), default=0)
+
+
+def plan_bins(
+    sizes: Sequence[Size], max_tokens: int, world_size: int, *, tally: Callable[[], _Tally | _OneRowTally] = _Tally
+) -> list[Bin]:
     """Bins of sample indices; their number is a positive multiple of world_size (empty bins fill up)."""
     order = sorted(range(len(sizes)), key=lambda i: (-sizes[i].student, -sizes[i].continuations, i))
-    num_bins = max(len(_fill(sizes, order, max_tokens)), 1)
+    num_bins = max(len(_fill(sizes, order, max_tokens, tally)), 1)
     num_bins = -(-num_bins // world_size) * world_size
     low, high = 1, max_tokens
     while low < high:  # the smallest capacity that needs no more than num_bins
         middle = (low + high) // 2
-        low, high = (low, middle) if len(_fill(sizes, order, middle)) <= num_bins else (middle + 1, high)
-    bins = _fill(sizes, order, low)
+        low, high = (low, middle) if len(_fill(sizes, order, middle, tally)) <= num_bins else (middle + 1, high)
+    bins = _fill(sizes, order, low, tally)
     return bins + [[] for _ in range(num_bins - len(bins))]
 
 
-def _fill(sizes: Sequence[Size], order: Sequence[int], capacity: int) -> list[Bin]:
+def _fill(sizes: Sequence[Size], order: Sequence[int], capacity: int, tally: Callable[[], _Tally | _OneRowTally]) -> list[Bin]:
     """Cut the order into runs as long as the capacity allows; a sample above the capacity is a run of its own."""
     bins: list[Bin] = []
-    tally = _Tally()
+    counted = tally()
     for index in order:
-        if bins and tally.add(sizes[index]) <= capacity:
+        if bins and counted.add(sizes[index]) <= capacity:
             bins[-1].append(index)
             continue
-        tally = _Tally()
-        tally.add(sizes[index])
+        counted = tally()
+        counted.add(sizes[index])
         bins.append([index])
     return bins
 
@@ -213,7 +230,7 @@ def distilled_part(microbatch: Microbatch, weights: TermWeights) -> Microbatch:
     kept = np.where(m.query_in_spread, weights.distill_spread, weights.distill_no_spread) != 0.0
     rows = m.query_rows[kept]
     if len(rows) == 0:
-        empty = build_microbatch([], "token")
+        empty = replace(build_microbatch([], "token"), is_packed=m.is_packed)
         return empty.with_dummy_teacher() if m.has_teacher else empty
     input_ids, lengths, row_index, _ = _cut(m.input_ids, m.lengths, m.row_index[rows])
     teacher_ids, teacher_lengths, teacher_rows, used = _cut(m.teacher_ids, m.teacher_lengths, m.teacher_rows[kept])
@@ -231,6 +248,7 @@ def distilled_part(microbatch: Microbatch, weights: TermWeights) -> Microbatch:
         teacher_lengths=teacher_lengths,
         teacher_rows=teacher_rows,
         query_rows=np.arange(len(rows)),
+        is_packed=m.is_packed,
         **by_row,
         **by_query,
     )

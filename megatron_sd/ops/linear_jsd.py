@@ -11,77 +11,22 @@ How a loss in bfloat16 keeps its gradient where teacher and student are close: k
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_sd.ops.head_products import add_outer_product, head_logits
+from megatron_sd.ops.head_rows import HeadOptions, HeadRows, RowLoss, RowValues
 from megatron_sd.ops.jsd import jsd_rows
 from megatron_sd.ops.row_cuts import Cut, cut_rows
 from megatron_sd.ops.row_softmax import RowSoftmax, working_dtype
+from megatron_sd.ops.sharded_block import visit_sharded_block
 from megatron_sd.ops.targets import TARGETS
 
-TEACHER_LOGITS = ("delta", "float32_delta", "float32", "same_dtype")
 # Logits worked on at one time, in float32: on a CPU what stays in its caches, on a GPU what keeps it busy.
 BLOCK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 27}
-
-
-@dataclass(frozen=True, kw_only=True)
-class HeadOptions:
-    """sampling_temperature: of the rollouts; log-probabilities and entropies are of softmax(logits / it).
-
-    teacher_logits: "delta": the student's, plus the head's product with the difference of hidden states, each rounded to the
-    model's dtype; "float32_delta": the same with unrounded (float32) logits of the student; "float32": two unrounded products;
-    "same_dtype": two rounded ones, which is wrong in bfloat16 when both are close. chunk_rows: student rows per chunk; the
-    teacher's rows at their query positions come on top. target: what is made of the teacher's logits (ops/targets.py). The rest:
-    of the divergence (ops/jsd.py).
-    """
-
-    sampling_temperature: float
-    divergence: str
-    beta: float
-    temperature: float
-    top_k: int | None
-    tail_bucket: bool
-    teacher_logits: str
-    chunk_rows: int
-    target: str
-
-
-class HeadRows(NamedTuple):
-    """targets: [R] int64, the token each row predicts. query_rows: [Q] int64, increasing: the rows that the teacher's rows match.
-    host_query_rows: the same as a numpy array, so that cutting rows into chunks asks nothing of the device."""
-
-    targets: Tensor
-    query_rows: Tensor
-    host_query_rows: np.ndarray
-
-    def without_teacher(self) -> HeadRows:
-        """The same rows, none of them a query row."""
-        return HeadRows(self.targets, self.query_rows[:0], self.host_query_rows[:0])
-
-
-class RowValues(NamedTuple):
-    """loss: the scalar sum of the row losses, which alone has a gradient; 0 without a row loss. logprobs, entropies: [R]; at the
-    query rows: divergences [Q], teacher_entropies [Q], truncated_masses [Q]. All float32, nats.
-
-    In a row loss's argument, logprobs and divergences have a gradient and `loss` is nothing yet.
-    """
-
-    loss: Tensor
-    logprobs: Tensor
-    entropies: Tensor
-    divergences: Tensor
-    teacher_entropies: Tensor
-    truncated_masses: Tensor
-
-
-# (values of some rows, which rows, which query rows) -> their share of the loss, a scalar.
-RowLoss = Callable[[RowValues, slice, slice], Tensor]
 
 
 def linear_jsd(  # noqa: PLR0913 (the rows, the head, and what is asked of them)
@@ -99,6 +44,7 @@ def linear_jsd(  # noqa: PLR0913 (the rows, the head, and what is asked of them)
     hidden: [R, H] student states. teacher_hidden: [Q, H], taken without gradient. head: weight [V, H] and bias [V] or None, the
     student's and the teacher's, leaves or not (a head with LoRA is its merged weight). R or Q = 0: the loss stays connected.
     teacher_head: of a teacher with weights of its own, whose logits are then a product of their own.
+    With options.shard both heads are this rank's rows of it, as many on every rank, and all ranks call together.
     row_loss: called once for every block of rows, so it must be a sum over rows; None: values alone are wanted. The gradient is
     taken in the forward, of what requires one, so the backward needs neither weight nor logits and can run once.
     Raises ValueError for shapes that do not fit.
@@ -196,8 +142,9 @@ def _visit_chunk(
     parts = []
     for block in cut_rows(len(hidden), rows.host_query_rows[chunk.queries] - chunk.rows.start, block_rows):
         at = Cut(_shifted(block.rows, chunk.rows), _shifted(block.queries, chunk.queries))
+        visit = _visit_block if options.shard is None else visit_sharded_block
         parts.append(
-            _visit_block(
+            visit(
                 logits[block.rows],
                 teacher[block.queries],
                 rows.targets[at.rows],

@@ -31,16 +31,24 @@ from megatron_sd.ops.row_softmax import working_dtype
 @dataclass(frozen=True, kw_only=True)
 class VocabShard:
     """This rank's columns of the vocabulary: num_real from number `start` on; further columns of a matrix are padding and get no
-    gradient. num_real may be 0. gather: a tensor of each rank -> [ranks, ...] in rank order, the same on every rank."""
+    gradient. num_real may be 0. gather: a tensor of each rank -> [ranks, ...] in rank order, the same on every rank. width: what
+    own_rows pads to, the same number on every rank; needed there only."""
 
     start: int
     num_real: int
     gather: Callable[[Tensor], Tensor]
+    width: int | None = None
 
 
 def replicated(hidden: Tensor, shard: VocabShard) -> Tensor:
     """The same tensor, whose gradient is summed over ranks: put it before what every rank does a part of."""
     return _Replicated.apply(hidden, shard)
+
+
+def own_rows(weight: Tensor, shard: VocabShard) -> Tensor:
+    """[width] or [width, H]: this rank's part of a head [V] or [V, H] of which every rank has all, and rows of 0 after it. The
+    gradient is that of the whole head, on every rank."""
+    return _OwnRows.apply(weight, shard)
 
 
 def vocab_parallel_divergence(
@@ -78,6 +86,20 @@ class _Replicated(torch.autograd.Function):
     def backward(ctx, gradient: Tensor):
         parts = ctx.shard.gather(gradient.to(working_dtype(gradient.dtype)))
         return parts.sum(0).to(gradient.dtype), None
+
+
+class _OwnRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, weight: Tensor, shard: VocabShard) -> Tensor:
+        ctx.shard, ctx.size = shard, len(weight)
+        own = weight[shard.start : shard.start + shard.num_real]
+        missing = shard.width - len(own)
+        return torch.cat([own, own.new_zeros(missing, *own.shape[1:])]) if missing else own.view_as(own)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor):
+        return ctx.shard.gather(gradient).flatten(0, 1)[: ctx.size], None
 
 
 class _Divergence(torch.autograd.Function):

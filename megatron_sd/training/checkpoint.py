@@ -235,6 +235,8 @@ def run_identity(config: Config, corpus_version: str) -> dict[str, Any]:
 
 def _identity(config: Mapping[str, Any], corpus_version: str) -> dict[str, Any]:
     flat = {key: value for key, value in _flat(config).items() if not key.startswith(FREE_TO_CHANGE)}
+    if flat.get("update.tensor_parallel_size") == 1:  # as in checkpoints from before there was such a key
+        del flat["update.tensor_parallel_size"]
     return flat | {"corpus_version": corpus_version}
 
 

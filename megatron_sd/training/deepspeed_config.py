@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_sd.config import Config, UpdateConfig
+from megatron_sd.training.tensor_parallel import autotp_settings
 
 PERSISTENT_PARAMETER_ELEMENTS = 100_000  # smaller parameters (norms, biases) stay gathered between steps
 REDUCE_BUCKET_ELEMENTS = 50_000_000
@@ -23,6 +24,7 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
         "gradient_clipping": config.optimizer.max_grad_norm if config.update.zero_stage else 0.0,  # else: ClippedAdamW
         "data_types": {"grad_accum_dtype": "fp32"},
         "zero_optimization": _zero(config.update.zero_stage) | _offload(config.update),
+        **autotp_settings(config.update.tensor_parallel_size),
         "zero_force_ds_cpu_optimizer": False,  # torch's AdamW steps in host memory, too: DeepSpeed's own needs a compiler
     }
 

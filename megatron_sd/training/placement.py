@@ -27,6 +27,10 @@ def place(module: Module, model: PreTrainedModel, settings: Mapping[str, Any], d
     must be in host memory, in the dtype they shall have; deepspeed.zero.Init around their construction would also cast the
     rotary embedding's frequencies.
     """
+    if "tensor_parallel" in settings:  # each rank's part goes to the device, and ZeRO cuts that there
+        if settings["zero_optimization"]["stage"] == 3:
+            gather_layers_whole(model)
+        return module
     if settings["zero_optimization"]["stage"] < 3:
         return module.to(device)
     gather_layers_whole(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import sys
 import warnings
@@ -20,8 +21,8 @@ from megatron_sd.config import Config, OptimizerConfig
 from megatron_sd.distributed.collectives import sum_floats
 from megatron_sd.distributed.world import World
 from megatron_sd.errors import ConfigError, GradientSpikeError, NonFiniteError
+from megatron_sd.ops.head_rows import HeadOptions
 from megatron_sd.ops.jsd import check_options
-from megatron_sd.ops.linear_jsd import HeadOptions
 from megatron_sd.records import Microbatch, Totals, UpdateResult
 from megatron_sd.training.clipped_adamw import ClippedAdamW
 from megatron_sd.training.deepspeed_config import deepspeed_config
@@ -33,6 +34,7 @@ from megatron_sd.training.policy_module import DeviceMicrobatch, PolicyModule, l
 from megatron_sd.training.reference import ReferencePolicy
 from megatron_sd.training.sequence_parallel import sequence_group, split_sequences
 from megatron_sd.training.teacher import TEACHERS, Teacher
+from megatron_sd.training.tensor_parallel import check_model, counts_here, head_shard, mark_cuts, tensor_group
 from megatron_sd.training.update_metrics import SUM_NAMES, to_metrics
 
 # DeepSpeed 0.19 calls collectives that torch 2.13 renamed, on every microbatch.
@@ -59,6 +61,8 @@ class Policy:
         self._optimizer_config: OptimizerConfig = config.optimizer
         self._zero_stage = config.update.zero_stage
         self._sharers = sequence_group(config.update, world)
+        self._parts = tensor_group(config.update, world)
+        self._place = world.rank // self._parts.size, world.size // self._parts.size  # among those that ZeRO shards over
         self._reference = reference
         self._teacher = teacher
         self._forget_sums()
@@ -94,9 +98,9 @@ class Policy:
                 teacher=teacher,
             )
             # DeepSpeed averages gradients over ranks; ours are shares of one global sum.
-            self.engine.backward(loss * self.world.size, scale_wrt_gas=False)
+            self.engine.backward(loss * self._place[1], scale_wrt_gas=False)
         self._loss = self._loss + loss.detach()
-        self._sums = self._sums + sums
+        self._sums = self._sums + sums / self._parts.size  # ranks with parts of the same layers have the same sums
 
     def step(self, max_norm: float = math.inf) -> UpdateResult:
         """Take the optimiser step with what was accumulated.
@@ -135,11 +139,12 @@ class Policy:
                 f"update.zero_stage is {self._zero_stage}, and the gradient ratio can be measured at stage 3 only: "
                 "set update.zero_stage to 3, or distill.measure_every to 0 with distill.alpha.mode fixed"
             )
-        return [safe_get_local_grad(parameter) for parameter in self.model.parameters() if parameter.requires_grad]
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        return [safe_get_local_grad(parameter) for parameter in trained if counts_here(parameter, self._parts)]
 
     def trained_state(self) -> TrainedState:
         """What a checkpoint holds of this rank: float32 weights and moments."""
-        return TrainedState(self.engine.optimizer, self.model.named_parameters(), self.world.rank, self.world.size)
+        return TrainedState(self.engine.optimizer, self.model.named_parameters(), *self._place)
 
     def write_state(self, directory: Path) -> list[Path]:
         """This rank's files of a checkpoint. Raises OSError naming one, or SafetensorError."""
@@ -148,8 +153,10 @@ class Policy:
         return [path, *self._teacher.save(directory, self.world)]
 
     def read_state(self, directory: Path) -> None:
-        """What write_state left on all ranks, of any number; then call `spread`. Raises CheckpointError."""
-        self.trained_state().read(sorted(directory.glob("rank_*.safetensors")))
+        """What write_state left on all ranks, of any number of groups of tensor-parallel ranks; then call `spread`. Raises
+        CheckpointError."""
+        paths = sorted(directory.glob("rank_*.safetensors"))
+        self.trained_state().read(paths[self._parts.rank :: self._parts.size])
         self._teacher.load(directory, self.world)
 
     def forget_accumulated(self) -> None:
@@ -215,9 +222,13 @@ def load_policy(config: Config, world: World) -> Policy:
     settings = deepspeed_config(config, world.size)
     model = split_sequences(load_causal_lm(config.model), config.update, world)
     model = with_adapters(model, config.model.lora, seed=config.seed)
+    parts = tensor_group(config.update, world)
+    check_model(model, parts.size)
+    options = dataclasses.replace(options, shard=head_shard(parts, model.get_output_embeddings().weight.shape[0]))
     module = PolicyModule(model, options, config.policy_loss)
     module = place(module, module.model, settings, world.device)
     engine, *_ = deepspeed.initialize(model=module, optimizer=_optimizer(module, config), config=settings)
+    mark_cuts(engine, module.model, parts)
     return Policy(engine, config, world, reference=reference, teacher=teacher)
 
 

@@ -11,17 +11,34 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from megatron_sd.algorithm.distill_loss import TermWeights, query_row_weights
+from megatron_sd.algorithm.packed import student_row, teacher_row
 from megatron_sd.algorithm.policy_loss import PolicyRows, policy_rows
 from megatron_sd.config import ModelConfig, PolicyLossConfig
 from megatron_sd.errors import ConfigError, DataError
-from megatron_sd.ops.linear_jsd import HeadOptions, HeadRows, RowLoss, RowValues, linear_jsd
+from megatron_sd.ops.head_rows import HeadOptions, HeadRows, RowLoss, RowValues
+from megatron_sd.ops.linear_jsd import linear_jsd
+from megatron_sd.ops.vocab_parallel import own_rows, replicated
 from megatron_sd.records import Microbatch, Totals
 from megatron_sd.training.update_metrics import distill_sums, policy_sums
+
+
+class Runs(NamedTuple):
+    """Where sequences lie that follow one another in a row: PackedRow's positions, starts and longest."""
+
+    positions: Tensor
+    starts: Tensor
+    longest: int
+
+    def options(self) -> dict[str, Tensor | int]:
+        """What the backbone is told, in transformers' words; flash attention takes the last four, other kinds the positions."""
+        lengths = {"cu_seq_lens_q": self.starts, "cu_seq_lens_k": self.starts}
+        return {"position_ids": self.positions, **lengths, "max_length_q": self.longest, "max_length_k": self.longest}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,17 +60,27 @@ class DeviceMicrobatch:
     query_in_spread: Tensor
     head_rows: HeadRows
     has_teacher: bool
+    runs: Runs | None = None
+    teacher_runs: Runs | None = None
 
     @classmethod
     def of(cls, microbatch: Microbatch, device: torch.device) -> DeviceMicrobatch:
-        """Copy to the device."""
+        """Copy to the device. A packed microbatch becomes one row [1, T] of student and of teacher, with the rows in it."""
 
-        def on_device(name: str) -> Tensor:
-            return torch.from_numpy(getattr(microbatch, name)).to(device, non_blocking=True)
+        def on_device(array: np.ndarray) -> Tensor:
+            return torch.from_numpy(array).to(device, non_blocking=True)
 
-        names = [name for name in cls.__dataclass_fields__ if name not in ("head_rows", "has_teacher")]
-        tensors = {name: on_device(name) for name in names}
-        head_rows = HeadRows(on_device("targets"), tensors["query_rows"], microbatch.query_rows)
+        apart = ("head_rows", "has_teacher", "runs", "teacher_runs")
+        tensors = {name: on_device(getattr(microbatch, name)) for name in cls.__dataclass_fields__ if name not in apart}
+        head_rows = HeadRows(on_device(microbatch.targets), tensors["query_rows"], microbatch.query_rows)
+        if microbatch.is_packed:
+            row = student_row(microbatch)
+            tensors |= {"input_ids": on_device(row.ids), "row_index": on_device(row.rows)}
+            tensors["runs"] = Runs(on_device(row.positions), on_device(row.starts), row.longest)
+        if microbatch.is_packed and microbatch.has_teacher:
+            row = teacher_row(microbatch)
+            tensors |= {"teacher_ids": on_device(row.ids), "teacher_rows": on_device(row.rows)}
+            tensors["teacher_runs"] = Runs(on_device(row.positions), on_device(row.starts), row.longest)
         return cls(head_rows=head_rows, has_teacher=microbatch.has_teacher, **tensors)
 
 
@@ -78,8 +105,10 @@ class RowHead(nn.Module):
         self.options = options
 
     def forward(self, hidden: Tensor, teacher: TeacherRows, rows: HeadRows, row_loss: RowLoss | None) -> RowValues:
-        """ops.linear_jsd with this head's weight."""
-        own = self.weight, self.bias
+        """ops.linear_jsd with this head's weight, or with this rank's rows of it."""
+        own, shard = (self.weight, self.bias), self.options.shard
+        if shard is not None:
+            hidden, own = replicated(hidden, shard), tuple(None if part is None else own_rows(part, shard) for part in own)
         options = {"row_loss": row_loss, "options": self.options, "teacher_head": teacher.head}
         return linear_jsd(hidden, teacher.hidden, own, rows, **options)
 
@@ -176,19 +205,19 @@ def student_values(
     model: PreTrainedModel, microbatch: DeviceMicrobatch, teacher: TeacherRows | None, row_loss: RowLoss | None
 ) -> RowValues:
     """What the head says of the student's rows (and of the teacher's, where there is a teacher)."""
-    hidden = hidden_rows(model, microbatch.input_ids, microbatch.row_index)
+    hidden = hidden_rows(model, microbatch.input_ids, microbatch.row_index, microbatch.runs)
     head = model.get_output_embeddings()
     if teacher is None:
         return head(hidden, TeacherRows(hidden[:0].detach()), microbatch.head_rows.without_teacher(), row_loss)
     return head(hidden, teacher, microbatch.head_rows, row_loss)
 
 
-def hidden_rows(model: PreTrainedModel, ids: Tensor, rows: Tensor) -> Tensor:
-    """[len(rows), H] last hidden states at flat positions of right-padded ids [B, S].
+def hidden_rows(model: PreTrainedModel, ids: Tensor, rows: Tensor, runs: Runs | None = None) -> Tensor:
+    """[len(rows), H] last hidden states at flat positions of right-padded ids [B, S], or of one row [1, T] of runs.
 
     No padding mask: under causal attention nothing to the right of a token reaches it, and padding is never asked for.
     """
-    states = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    states = model.base_model(input_ids=ids, use_cache=False, **(runs.options() if runs else {})).last_hidden_state
     return states.flatten(0, 1).index_select(0, rows)
 
 
@@ -197,9 +226,11 @@ def teacher_hidden_rows(model: PreTrainedModel, microbatch: DeviceMicrobatch) ->
     """[Q, H] last hidden states of the teacher at its rows.
 
     Rollouts of a group share the teacher's prompt, hindsight block and all: it is read once, and every rollout continues from
-    its keys and values.
+    its keys and values. In a row of runs every rollout has the prompt before it.
     """
     backbone, m = model.base_model, microbatch
+    if m.teacher_runs is not None:
+        return hidden_rows(model, m.teacher_ids, m.teacher_rows, m.teacher_runs)
     was_training = backbone.training
     backbone.eval()  # gradient checkpointing would drop the cache
     cache = backbone(input_ids=m.teacher_prompts, use_cache=True).past_key_values

@@ -24,6 +24,7 @@ from megatron_sd.rollout.engine import WeightReceiver
 from megatron_sd.training.lora import FullAdapter, adapter_of, merged, with_their_adapters
 from megatron_sd.training.policy import Policy
 from megatron_sd.training.shards import LocalShards, full_numel, shard_layout
+from megatron_sd.training.tensor_parallel import joined
 
 log = logging.getLogger(__name__)
 
@@ -160,13 +161,13 @@ def sharded_or_gathering(policy: Policy, config: Config, world: World, *, tp_siz
 
 
 def gathered_buckets(parameters: Iterable[tuple[str, nn.Parameter]], bucket_bytes: int) -> Iterator[list[tuple[str, Tensor]]]:
-    """Full parameters by name, adapters merged, a bucket at a time; the tensors are valid until the next bucket is asked for.
+    """Full parameters by name, adapters merged and parts joined, a bucket at a time; valid until the next bucket is asked for.
 
-    Collective under ZeRO-3: every rank must draw every bucket.
+    Collective under ZeRO-3 and tensor parallelism: every rank must draw every bucket.
     """
     for bucket in split_buckets(parameters, bucket_bytes):
         with deepspeed.zero.GatheredParameters(with_their_adapters(parameter for _, parameter in bucket)):
-            yield [(name, merged(parameter)) for name, parameter in bucket]
+            yield [(name, joined(parameter, merged(parameter))) for name, parameter in bucket]
 
 
 def full_adapters(parameters: Iterable[tuple[str, nn.Parameter]]) -> dict[str, FullAdapter]:

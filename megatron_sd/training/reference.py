@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from megatron_sd.config import Config
 from megatron_sd.distributed.world import World
-from megatron_sd.ops.linear_jsd import HeadOptions
+from megatron_sd.ops.head_rows import HeadOptions
 from megatron_sd.training.deepspeed_config import reference_config
 from megatron_sd.training.placement import place
 from megatron_sd.training.policy_module import DeviceMicrobatch, load_causal_lm, student_values, with_row_head

@@ -49,12 +49,13 @@ def full_parameters(policy: Policy) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for bucket in buckets for name, tensor in bucket}
 
 
-def batch_of(order: Order, world: World, aggregation: str, *, sharers: int = 1) -> Batch:
+def batch_of(order: Order, world: World, aggregation: str, *, sharers: int = 1, one_row: bool = False) -> Batch:
     samples = make_samples(order.num_samples)
     samples = samples[::-1] if order.reverse else samples
     samples = samples if order.only is None else [samples[i] for i in order.only]
     size, number = world.size // sharers, world.rank // sharers
-    return pack(samples, max_tokens=order.max_tokens, world_size=size, aggregation=aggregation)[number]
+    options = {"max_tokens": order.max_tokens, "aggregation": aggregation, "one_row": one_row}
+    return pack(samples, world_size=size, **options)[number]
 
 
 def take_steps(order: Order, world: World) -> dict[str, Any]:
@@ -66,7 +67,8 @@ def take_steps(order: Order, world: World) -> dict[str, Any]:
     checkpoints = Checkpoints(Path(order.checkpoint), config, world, corpus_version="c") if order.checkpoint else None
     state = (checkpoints.load(policy) if checkpoints else None) or {"step": 0, "alpha": alpha.state()}
     alpha.load_state(state["alpha"])
-    own_batch = partial(batch_of, order, world, config.policy_loss.aggregation, sharers=config.update.ranks_per_batch)
+    sharing = {"sharers": config.update.ranks_per_batch, "one_row": config.update.pack_sequences}
+    own_batch = partial(batch_of, order, world, config.policy_loss.aggregation, **sharing)
     history, errors = [], []
     for step in range(state["step"], order.steps):
         batch = own_batch()

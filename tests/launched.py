@@ -1,0 +1,40 @@
+"""Starts rank_programs/update_steps.py on several real ranks by DeepSpeed's launcher."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from launch.local import free_port
+
+LIMIT_S = 900
+
+
+def outcomes_on(num_ranks: int, orders: Mapping[str, dict], directory: Path) -> dict[str, list[Any]]:
+    """By the order's name: what each rank made of it. All orders run in one launch."""
+    work = [{**fields, "output": str(directory / name)} for name, fields in orders.items()]
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(num_ranks)]
+    command = [*launcher, "--master_port", str(free_port()), "--module", "tests.rank_programs.update_steps", json.dumps(work)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=LIMIT_S)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    return {name: [torch.load(directory / f"{name}.{rank}") for rank in range(num_ranks)] for name in orders}
+
+
+def assert_same_steps(found: dict, expected: dict) -> None:
+    """Two steps: the first's figures equal to rounding, the second's and the parameters nearly so. Adam's first steps have the
+    gradient's sign: where that is rounding, as in very few elements, so is the direction of the step."""
+    for one, other, tolerance in zip(expected["history"], found["history"], (4e-6, 2e-5), strict=True):
+        assert other == pytest.approx(one, rel=tolerance, abs=tolerance)
+    assert found["parameters"].keys() == expected["parameters"].keys()
+    pairs = ((found["parameters"][name], tensor) for name, tensor in expected["parameters"].items())
+    apart = torch.cat([(one - other).abs().flatten() for one, other in pairs])
+    assert float(apart.max()) < 5e-4 and float((apart > 1e-5).float().mean()) < 1e-3

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from megatron_sd.config import Config
-from megatron_sd.config_checks import check_sequence_heads
+from megatron_sd.config_checks import check_layer_cuts, check_sequence_heads
 from megatron_sd.errors import ConfigError
 from megatron_sd.resharding.names import UnknownArchitectureError, worker_layouts
 
@@ -70,6 +70,7 @@ def check_layout(layout: LayoutConfig, config: Config, model: Mapping[str, Any])
     if config.rollout.engine == "vllm":
         _check_heads(config, model)
     heads = model.get("num_attention_heads", 1)
+    check_layer_cuts(config.update, model)
     check_sequence_heads(config.update, num_heads=heads, num_kv_heads=model.get("num_key_value_heads", heads))
     return _check_batch(layout, config, model)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from megatron_sd.errors import ConfigError
@@ -178,6 +178,14 @@ def _check_tensor_parallel(config: Config) -> None:
     for key, (found, fits, expected) in wanted.items():
         if not fits:
             raise ConfigError(f"{key}: found {found} with update.tensor_parallel_size above 1, expected {expected}")
+
+
+def check_layer_cuts(update: UpdateConfig, model: Mapping[str, Any]) -> None:
+    """Raise ConfigError for a model (its config.json) whose layers cannot be cut into equal parts for tensor-parallel ranks."""
+    size, names = update.tensor_parallel_size, ("num_attention_heads", "num_key_value_heads", "intermediate_size")
+    sizes = {name: model[name] for name in names if name in model}
+    if any(value % size for value in sizes.values()):
+        raise ConfigError(f"update.tensor_parallel_size: found {size} for a model of {sizes}, expected a divisor of each")
 
 
 def check_sequence_heads(update: UpdateConfig, *, num_heads: int, num_kv_heads: int) -> None:

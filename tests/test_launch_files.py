@@ -104,6 +104,11 @@ def test_a_deepspeed_env_that_deepspeed_would_crash_on_is_refused_by_line(tmp_pa
         ({"nodes": 4}, ("--rollout.questions_per_step=16",), "found 16 for 32 ranks, expected at least one question a rank"),
         ({}, ("--update.sequence_parallel_size=8",), "update.sequence_parallel_size: found 8 for a model of 28 attention and"),
         (
+            {},
+            ("--update.tensor_parallel_size=8", "--distill.measure_every=0"),
+            "update.tensor_parallel_size: found 8 for a model of .*'num_attention_heads': 28",
+        ),
+        (
             {"ranks_per_node": 6},
             ("--update.sequence_parallel_size=4",),
             "update.sequence_parallel_size or tensor_parallel_size: found 4 for 6 ranks, expected a divisor",

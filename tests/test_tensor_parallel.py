@@ -10,6 +10,7 @@ from megatron_sd.distributed.groups import RankGroup
 from megatron_sd.distributed.world import join_world
 from megatron_sd.errors import ConfigError
 from megatron_sd.ops.vocab_parallel import VocabShard, own_rows
+from megatron_sd.training.checkpoint import run_identity
 from megatron_sd.training.policy import load_policy
 from megatron_sd.training.tensor_parallel import check_model, head_shard
 from tests.fakes_train import VOCABULARY, make_config, write_model
@@ -30,6 +31,7 @@ CASES = {
     "host_memory": (PLAIN | {"update": {"offload_optimizer": "cpu"}}, {}),
     "forward_kl": ({"distill": {"measure_every": 0, "divergence": "forward_kl", "temperature": 0.7}}, {}),
     "small_chunks": (PLAIN | {"update": {"head_chunk_rows": 7}}, {}),
+    "one_row": (PLAIN | {"update": {"pack_sequences": True}}, {}),
     "clipped": (PLAIN | {"optimizer": {"max_grad_norm": 0.1}}, {}),
     "one_sample": (PLAIN, {"num_samples": 1}),
 }
@@ -125,10 +127,19 @@ def test_models_that_cannot_be_cut_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="update.tensor_parallel_size: found 2 for 1 ranks, expected a divisor of their number"):
         load_policy(make_config(path, update={"tensor_parallel_size": 2}), join_world())
     model = AutoModelForCausalLM.from_pretrained(path)
-    check_model(model, 2)
+    check_model(model, UpdateConfig(tensor_parallel_size=2))
     with pytest.raises(ConfigError, match="update.tensor_parallel_size: found 4 .*'num_key_value_heads': 2"):
-        check_model(model, 4)
+        check_model(model, UpdateConfig(tensor_parallel_size=4))
     model.base_model.layers[0].mlp.router = torch.nn.Linear(2, 2)
     with pytest.raises(ConfigError, match=r"found 2 for a model with layers \['router'\]"):
-        check_model(model, 2)
-    assert UpdateConfig(tensor_parallel_size=2).ranks_per_batch == 2
+        check_model(model, UpdateConfig(tensor_parallel_size=2))
+
+
+def test_a_run_resumes_with_the_same_parts_only(tmp_path):
+    """And a run that has none is the same run as before there was such a key."""
+    plain, split = (
+        run_identity(make_config(tmp_path, update={"tensor_parallel_size": size, "sequence_parallel_size": 4 // size}), "c")
+        for size in (1, 2)
+    )
+    assert split == plain | {"update.tensor_parallel_size": 2}
+    assert not {key for key in plain if "parallel" in key or "pack" in key}

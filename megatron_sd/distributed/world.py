@@ -50,7 +50,7 @@ class Pulse:
 
 @dataclass(frozen=True, kw_only=True)
 class World:
-    """This process among `size` data-parallel ranks, and the device it owns."""
+    """This process among `size` ranks, and the device it owns."""
 
     rank: int
     size: int

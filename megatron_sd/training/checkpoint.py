@@ -36,7 +36,7 @@ FORMAT = 2  # 1 held DeepSpeed's own files
 FREE_TO_CHANGE = (
     *("num_steps", "run_dir", "checkpoint.", "log.", "data.eval", "data.max_eval", "rollout.vllm.", "publish.", "safety."),
     *("retriever.corpus", "retriever.endpoints", "retriever.qdrant", "retriever.client."),  # what it is says corpus_version
-    *("update.zero_stage", "update.sequence_parallel_size", "rollout.bank"),
+    *("update.zero_stage", "update.sequence_parallel_size", "update.pack_sequences", "rollout.bank"),
 )
 
 logger = logging.getLogger(__name__)

@@ -223,7 +223,7 @@ def load_policy(config: Config, world: World) -> Policy:
     model = split_sequences(load_causal_lm(config.model), config.update, world)
     model = with_adapters(model, config.model.lora, seed=config.seed)
     parts = tensor_group(config.update, world)
-    check_model(model, parts.size)
+    check_model(model, config.update)
     options = dataclasses.replace(options, shard=head_shard(parts, model.get_output_embeddings().weight.shape[0]))
     module = PolicyModule(model, options, config.policy_loss)
     module = place(module, module.model, settings, world.device)

@@ -15,9 +15,10 @@ from typing import Any
 
 import deepspeed
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from megatron_sd.config import UpdateConfig
+from megatron_sd.config_checks import check_layer_cuts
 from megatron_sd.distributed.collectives import gather_tensors
 from megatron_sd.distributed.groups import RankGroup, neighbours
 from megatron_sd.distributed.world import World
@@ -67,17 +68,15 @@ def head_shard(group: RankGroup, vocabulary: int) -> VocabShard | None:
     return VocabShard(start=start, num_real=min(width, vocabulary - start), width=width, gather=gather)
 
 
-def check_model(model: PreTrainedModel, size: int) -> None:
+def check_model(model: PreTrainedModel, update: UpdateConfig) -> None:
     """Raise ConfigError for a model whose layers are not the known ones, or cannot be cut into so many equal parts."""
+    size = update.tensor_parallel_size
     if size == 1:
         return
     layers = {name.rpartition(".")[2] for name, child in model.base_model.named_modules() if isinstance(child, nn.Linear)}
     if unknown := sorted(layers - {*BY_OUTPUTS, *BY_INPUTS}):
         raise ConfigError(f"{KEY}: found {size} for a model with layers {unknown}, expected {[*BY_OUTPUTS, *BY_INPUTS]} alone")
-    config: PretrainedConfig = model.config
-    sizes = {name: getattr(config, name) for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size")}
-    if any(value % size for value in sizes.values()):
-        raise ConfigError(f"{KEY}: found {size} for a model of {sizes}, expected a divisor of each")
+    check_layer_cuts(update, model.config.to_dict())
 
 
 def mark_cuts(engine: deepspeed.DeepSpeedEngine, model: PreTrainedModel, group: RankGroup) -> None:

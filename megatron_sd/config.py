@@ -122,10 +122,11 @@ class ProtocolConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class VllmConfig:
-    """vLLM servers as the rollout engine. `placement`: process (started and ended by the run, on the ranks' own nodes) or server
-    (already running, on nodes of their own: `sd-search vllm serve` starts one as a run needs it)."""
+    """vLLM as the rollout engine. `placement`: process (servers started and ended by the run, on the ranks' own nodes), server
+    (already running, on nodes of their own: `sd-search vllm serve` starts one as a run needs it) or colocated (in the ranks'
+    processes and on their GPUs; tensor_parallel_size neighbouring ranks are one engine, which sleeps while they train)."""
 
-    placement: Literal["process", "server"] = "process"
+    placement: Literal["process", "server", "colocated"] = "process"
     urls: tuple[str, ...] = ()  # of running servers, such as http://node7:8000
     num_replicas: int = 1  # servers that a node of the run starts
     tensor_parallel_size: int = 1

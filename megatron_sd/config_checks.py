@@ -129,6 +129,11 @@ def check(config: Config) -> None:
             f"update.zero_stage: found {config.update.zero_stage}, expected 3, where the gradient ratio can be measured; "
             "or set distill.measure_every to 0 with distill.alpha.mode fixed"
         )
+    if config.rollout.max_lag and config.rollout.engine == "vllm" and config.rollout.vllm.placement == "colocated":
+        raise ConfigError(
+            f"rollout.max_lag: found {config.rollout.max_lag} with rollout.vllm.placement colocated, expected 0, since such "
+            "ranks sample and train in turns; or placement process or server"
+        )
     _check_offload(config)
     if config.model.lora.rank and config.publish.source == "master":
         raise ConfigError("publish.source: found master with model.lora.rank above 0, expected parameters: W has no master then")

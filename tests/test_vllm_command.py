@@ -10,7 +10,7 @@ import torch
 from launch.serve import server_command
 from megatron_sd.config import ModelConfig, RolloutConfig, VllmConfig, load
 from megatron_sd.distributed.world import World, lone_world
-from megatron_sd.errors import ConfigError, DataError
+from megatron_sd.errors import ConfigError, DataError, RolloutError
 from megatron_sd.rollout.lockstep import Lockstep, News
 from megatron_sd.rollout.vllm_command import ModelShape, check_server, server_arguments, server_environment
 from megatron_sd.rollout.vllm_placement import connect_vllm
@@ -107,6 +107,14 @@ def test_addresses_belong_to_running_servers(tmp_path, placement, urls):
     model = ModelConfig(path=str(tmp_path))
     with pytest.raises(ConfigError, match=rf"rollout\.vllm\.urls: found .* placement '{placement}'"):
         connect_vllm(model, limits(placement=placement, urls=urls), codec(), lone_world(), log_dir=tmp_path)
+
+
+def test_servers_that_are_not_there_are_waited_for_and_then_named(tmp_path, caplog):
+    write_shape(tmp_path)
+    rollout = limits(placement="server", urls=("http://127.0.0.1:9",), start_timeout_s=1.5)
+    with pytest.raises(RolloutError, match=r"127.0.0.1:9 broke .*, nor within 1.5 s \(rollout.vllm.start_timeout_s\): is"):
+        connect_vllm(ModelConfig(path=str(tmp_path)), rollout, codec(), lone_world(), log_dir=tmp_path)
+    assert caplog.text.count("waiting for the vLLM server at http://127.0.0.1:9") == 1
 
 
 def write_shape(directory) -> None:

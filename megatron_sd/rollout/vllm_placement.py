@@ -30,8 +30,8 @@ def connect_vllm(
     """This rank's engine: over the run's servers, or in this process. Collective; servers of its own are started by the first
     rank of each node, and their output is written to log_dir.
 
-    Raises ConfigError when vLLM is not installed, for engines that cannot work or are not there, or serve another model, and
-    RolloutError for one that ends early, on every rank.
+    Raises ConfigError when vLLM is not installed, and for engines that cannot work or serve another model, and RolloutError for
+    one that ends early or is not there in time, on every rank.
     """
     own = rollout.vllm
     shape = ModelShape.read(model.path)

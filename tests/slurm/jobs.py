@@ -26,8 +26,8 @@ class Job:
         self.run_dir, self._environment = run_dir, environment | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
         config = load([*arguments, f"--run_dir={run_dir}"])
         own = {"nodes": 2, "gpus_per_node": 0, "ranks_per_node": 1, "time": "30", "grace_s": 60, "doctor": False} | layout
-        master_port, retriever_port = free_ports(2)
-        places = LayoutConfig(cluster="slurm", master_port=master_port, retriever_port=retriever_port, **own)
+        ports = dict(zip(("master_port", "retriever_port", "vllm_port"), free_ports(3)))
+        places = LayoutConfig(cluster="slurm", **ports, **own)
         launch_dir = run_dir / "launch"
         write_launch(places, config, launch_dir)
         for name, text in render_files(places, config, launch_dir, module=module).items():

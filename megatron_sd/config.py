@@ -252,6 +252,7 @@ class PublishConfig:
     bucket_mib: float = 64
     checksums: bool = False  # compare what lies in the workers with what was sent, by parameter; each publish packs twice
     timeout_s: float = 120  # without an answer for so long a worker counts as lost
+    attempts: int = 2  # of one hand-over; servers of the run's own that ended are started again before each
     host: str = "127.0.0.1"  # of the node of rank 0, as the other nodes see it
 
 

@@ -50,6 +50,7 @@ _RANGES: dict[str, tuple[str, ...]] = {
         "rollout.max_rollout_tokens",
         "rollout.max_concurrent_sequences",
         "rollout.vllm.num_replicas",
+        "publish.attempts",
         "rollout.vllm.tensor_parallel_size",
         "rollout.vllm.block_tokens",
         "rollout.vllm.threads_per_worker",

@@ -184,7 +184,7 @@ def test_the_base_model_alone_is_what_a_model_without_targets_would_be(model):
 def test_an_optimizer_on_a_disk_takes_the_same_steps(tmp_path):
     """DeepSpeed compiles its disk operation at the first start: five CPU minutes, for which a test run has no time."""
     if "SD_SEARCH_DISK_OFFLOAD" not in os.environ:
-        pytest.skip("SD_SEARCH_DISK_OFFLOAD is not set: DeepSpeed would compile its disk operation (libaio-dev, five CPU minutes)")
+        pytest.skip("SD_SEARCH_DISK_OFFLOAD is not set: DeepSpeed would compile for it (libaio-dev, five CPU minutes)")
     large = write_model(tmp_path / "model", hidden_size=256, intermediate_size=1024, num_hidden_layers=4, vocab_size=4000)
     disk, seen, is_over = tmp_path / "disk", set(), threading.Event()
     disk.mkdir()

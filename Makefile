@@ -22,6 +22,7 @@ PIP     = $(BIN)/python -m pip --quiet --disable-pip-version-check install
 
 # vLLM's environment: exact versions, since vLLM pins torch and transformers tightly.
 VLLM      := .venv-vllm/ready
+VLLM_PACKAGES := .venv-vllm/packages
 VLLM_LOCK := tests/vllm/cpu_lock.txt
 VLLM_PIP   = .venv-vllm/bin/python -m pip --quiet --disable-pip-version-check install
 
@@ -77,12 +78,16 @@ $(BENCH): $(READY)
 	@$(PIP) --editable ".[bench]"
 	@touch $@
 
-$(VLLM): setup.py $(VLLM_LOCK)
+# Apart from the project itself, so that continuous integration can install these while other tests run.
+$(VLLM_PACKAGES): $(VLLM_LOCK)
 	@echo "== set-up 1/3: virtual environment in .venv-vllm"
 	@$(PYTHON) -m venv .venv-vllm
 	@echo "== set-up 2/3: torch, then vLLM and everything else at locked versions"
 	@$(VLLM_PIP) "$(TORCH)"
 	@$(VLLM_PIP) --no-deps -r $(VLLM_LOCK)
+	@touch $@
+
+$(VLLM): setup.py $(VLLM_PACKAGES)
 	@echo "== set-up 3/3: megatron-sd"
 	@MEGATRON_SD_CUDA=0 $(VLLM_PIP) --no-deps --no-build-isolation --editable .
 	@touch $@

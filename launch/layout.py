@@ -116,9 +116,14 @@ def _check_gpus(layout: LayoutConfig, config: Config) -> None:
             f"rollout.vllm.tensor_parallel_size: found {size} on nodes of {layout.gpus_per_node} GPUs, expected a divisor: a "
             "server does not leave its node"
         )
+    num_ranks = ranks_per_node(layout, config)
+    if config.rollout.engine == "vllm" and config.rollout.vllm.placement == "colocated" and num_ranks % size:
+        raise ConfigError(
+            f"rollout.vllm.tensor_parallel_size: found {size} with placement colocated on nodes of {num_ranks} ranks, expected a "
+            "divisor: that many ranks of one node share an engine"
+        )
     if layout.gpus_per_node == 0:
         return
-    num_ranks = ranks_per_node(layout, config)
     if num_ranks + beside > layout.gpus_per_node:
         raise ConfigError(
             f"ranks_per_node: found {num_ranks} ranks and {beside} GPUs for vLLM on nodes of {layout.gpus_per_node} GPUs, "

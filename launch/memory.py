@@ -20,6 +20,7 @@ from megatron_sd.training.deepspeed_config import PREFETCH_ELEMENTS, REDUCE_BUCK
 Phase = Literal["rollout", "head", "backward", "reduce", "step"]  # the moments of a step that can be the worst
 Place = Literal["device", "host"]
 PHASES: tuple[Phase, ...] = ("rollout", "head", "backward", "reduce", "step")
+GIB = 2**30
 SUB_GROUP_ELEMENTS = 10**9  # ZeRO-3 steps over at most so many elements at a time
 STEP_COPIES = 3  # float32, of the elements being stepped over: the gradient and two temporaries of AdamW
 REDUCE_COPIES = 5  # of the embedding: the gradients of head and embedding, their sum, and what the reduction packs and gets
@@ -155,14 +156,23 @@ def _update(shape: ModelShape, config: Config, *, world_size: int, on_gpu: bool)
 
 
 def _rollout(shape: ModelShape, config: Config, world_size: int) -> list[Part]:
-    """Of the embedded engine; vLLM's memory is its own (launch/plan.py)."""
-    if config.rollout.engine != "torch":
+    """Of the embedded engine, or of vLLM in the rank, which sleeps while the rank trains; the memory of vLLM's servers is their
+    own (launch/plan.py)."""
+    item, rollout, total = ITEM_BYTES[config.model.dtype], config.rollout, Sizes.of(shape).total
+    own = rollout.vllm
+    if rollout.engine == "vllm" and own.placement != "colocated":
         return []
-    item, rollout = ITEM_BYTES[config.model.dtype], config.rollout
+    if rollout.engine == "vllm":
+        weights = item * total / own.tensor_parallel_size
+        return [
+            Part(name="vLLM", num_bytes=weights, phases=("rollout",)),
+            Part(name="vLLM: keys and values", num_bytes=(own.kv_cache_gib or 0.0) * GIB, phases=("rollout",)),
+            Part(name="vLLM, asleep", num_bytes=weights, where="host"),
+        ]
     num_rollouts = math.ceil(rollout.questions_per_step * rollout.group_size / world_size)
     rows = min(rollout.max_concurrent_sequences, num_rollouts)
     cache = rows * rollout.max_rollout_tokens * kv_bytes_per_token(shape, item)
     return [
-        Part(name="embedded engine", num_bytes=item * Sizes.of(shape).total),
+        Part(name="embedded engine", num_bytes=item * total),
         Part(name="embedded engine: keys and values", num_bytes=cache, phases=("rollout",)),
     ]

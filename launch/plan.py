@@ -15,7 +15,7 @@ from typing import Any
 
 from launch.gpus import Gpu, find_gpu
 from launch.layout import LayoutConfig, gpus_of_vllm, ranks_per_node, servers_per_node
-from launch.memory import Part, Sizes, kv_bytes_per_token, peak, rank_memory
+from launch.memory import GIB, Part, Sizes, kv_bytes_per_token, peak, rank_memory
 from launch.models import model_config
 from launch.options import split_options
 from megatron_sd.command_line import parse
@@ -26,7 +26,6 @@ from megatron_sd.resharding.layout import ShardLayout
 from megatron_sd.resharding.names import UnknownArchitectureError, model_shape, whole_parameters, worker_layouts
 from megatron_sd.resharding.plan import ITEM_BYTES, make_plan
 
-GIB = 2**30
 RESERVED_GIB = 4.0  # CUDA's context, NCCL's buffers, and what the allocator cannot use
 # Tokens of a rollout's parts, beside observations of rollout.max_observation_tokens.
 PROMPT_TOKENS, TURN_TOKENS, ANSWER_TOKENS = 200, 90, 60
@@ -189,6 +188,8 @@ def _publish(layout: LayoutConfig, config: Config, model: Mapping[str, Any]) -> 
     if config.rollout.engine == "torch":
         return world_size, 1, float(ITEM_BYTES[dtype] * Sizes.of(model_shape(model)).total * world_size)
     beside = layout.nodes * own.num_replicas if gpus_of_vllm(config) else 0
+    if own.placement == "colocated":
+        beside = world_size // own.tensor_parallel_size
     num_servers = beside or layout.rollout_nodes * servers_per_node(layout, config) or max(len(own.urls), 1)
     source = ShardLayout(parameters=whole_parameters(model, dtype=dtype), world_size=world_size)
     workers = worker_layouts(model, tp_size=own.tensor_parallel_size, dtype=dtype)

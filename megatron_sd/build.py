@@ -31,6 +31,7 @@ from megatron_sd.rollout.bank import RolloutBank
 from megatron_sd.rollout.rollouter import Rollouter
 from megatron_sd.rollout.sampling_order import InStep, OneAhead, SamplingOrder
 from megatron_sd.rollout.torch_engine import TorchEngine, load_model
+from megatron_sd.rollout.vllm_colocated import ColocatedEngine
 from megatron_sd.rollout.vllm_engine import VllmEngine
 from megatron_sd.rollout.vllm_placement import connect_vllm
 from megatron_sd.search.environment import Environment
@@ -51,11 +52,14 @@ from megatron_sd.training.tensor_parallel import tensor_group
 disable_progress_bar()  # of weight loading: one bar for every model and rank says nothing
 
 
+Engine = TorchEngine | VllmEngine | ColocatedEngine
+
+
 @dataclass(frozen=True, kw_only=True)
 class RolloutSide:
     """Everything that samples rollouts; training and evaluation share it."""
 
-    engine: TorchEngine | VllmEngine
+    engine: Engine
     environment: Environment
     retriever: Retriever
     rollouter: Rollouter
@@ -101,7 +105,9 @@ def _torch_engine(model: ModelConfig, rollout: RolloutConfig, codec: TextCodec, 
     return engine
 
 
-def _vllm_engine(model: ModelConfig, rollout: RolloutConfig, codec: TextCodec, world: World, output: Path) -> VllmEngine:
+def _vllm_engine(
+    model: ModelConfig, rollout: RolloutConfig, codec: TextCodec, world: World, output: Path
+) -> VllmEngine | ColocatedEngine:
     return connect_vllm(model, rollout, codec, world, log_dir=output / "vllm")
 
 
@@ -110,7 +116,7 @@ ENGINES = {"torch": _torch_engine, "vllm": _vllm_engine}
 
 def build_engine(
     model: ModelConfig, rollout: RolloutConfig, codec: TextCodec, world: World, *, output: Path
-) -> TorchEngine | VllmEngine:
+) -> Engine:
     """The engine that rollout.engine names; collective. Raises ConfigError for one that cannot be had as configured."""
     return ENGINES[rollout.engine](model, rollout, codec, world, output)
 
@@ -197,7 +203,7 @@ def _sampling_order(config: Config, world: World, questions: QuestionStream, sid
     return OneAhead(sample, num_steps=config.num_steps) if config.rollout.max_lag else InStep(sample)
 
 
-def choose_publisher(policy: Policy, config: Config, world: World, engine: TorchEngine | VllmEngine) -> Publisher:
+def choose_publisher(policy: Policy, config: Config, world: World, engine: Engine) -> Publisher:
     """Shards straight into vLLM's workers; whole parameters into the embedded engine, below ZeRO stage 3, or when asked for."""
     own, stage = config.rollout.vllm, config.update.zero_stage
     if isinstance(engine, TorchEngine) or own.publish == "gather" or stage != 3:

@@ -122,10 +122,11 @@ class ProtocolConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class VllmConfig:
-    """vLLM servers as the rollout engine. `placement`: process (started and ended by the run, on the ranks' own nodes) or server
-    (already running, on nodes of their own: `sd-search vllm serve` starts one as a run needs it)."""
+    """vLLM as the rollout engine. `placement`: process (servers started and ended by the run, on the ranks' own nodes), server
+    (already running, on nodes of their own: `sd-search vllm serve` starts one as a run needs it) or colocated (in the ranks'
+    processes and on their GPUs; tensor_parallel_size neighbouring ranks are one engine, which sleeps while they train)."""
 
-    placement: Literal["process", "server"] = "process"
+    placement: Literal["process", "server", "colocated"] = "process"
     urls: tuple[str, ...] = ()  # of running servers, such as http://node7:8000
     num_replicas: int = 1  # servers that a node of the run starts
     tensor_parallel_size: int = 1
@@ -259,6 +260,7 @@ class PublishConfig:
     bucket_mib: float = 64
     checksums: bool = False  # compare what lies in the workers with what was sent, by parameter; each publish packs twice
     timeout_s: float = 120  # without an answer for so long a worker counts as lost
+    attempts: int = 2  # of one hand-over; servers of the run's own that ended are started again before each
     host: str = "127.0.0.1"  # of the node of rank 0, as the other nodes see it
 
 

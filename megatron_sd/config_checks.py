@@ -50,6 +50,7 @@ _RANGES: dict[str, tuple[str, ...]] = {
         "rollout.max_rollout_tokens",
         "rollout.max_concurrent_sequences",
         "rollout.vllm.num_replicas",
+        "publish.attempts",
         "rollout.vllm.tensor_parallel_size",
         "rollout.vllm.block_tokens",
         "rollout.vllm.threads_per_worker",
@@ -131,6 +132,11 @@ def check(config: Config) -> None:
             f"update.zero_stage: found {config.update.zero_stage}, expected 3, where the gradient ratio can be measured; "
             "or set distill.measure_every to 0 with distill.alpha.mode fixed"
         )
+    if config.rollout.max_lag and config.rollout.engine == "vllm" and config.rollout.vllm.placement == "colocated":
+        raise ConfigError(
+            f"rollout.max_lag: found {config.rollout.max_lag} with rollout.vllm.placement colocated, expected 0, since such "
+            "ranks sample and train in turns; or placement process or server"
+        )
     _check_offload(config)
     if config.update.tensor_parallel_size > 1:
         _check_tensor_parallel(config)
@@ -162,7 +168,7 @@ def _check_offload(config: Config) -> None:
 def _check_tensor_parallel(config: Config) -> None:
     """What tensor-parallel training does not do yet, or cannot."""
     update, distill = config.update, config.distill
-    shards = config.rollout.engine == "vllm" and config.rollout.vllm.publish == "shards"
+    on_vllm, vllm = config.rollout.engine == "vllm", config.rollout.vllm
     wanted = {  # key: (found, fits, expected)
         "update.sequence_parallel_size": (update.sequence_parallel_size, update.sequence_parallel_size == 1, "1"),
         "update.zero_stage": (update.zero_stage, update.zero_stage > 0, "1 to 3"),
@@ -173,7 +179,8 @@ def _check_tensor_parallel(config: Config) -> None:
         "distill.top_k": (distill.top_k, distill.top_k is None, "none, the full vocabulary"),
         "distill.divergence": (distill.divergence, distill.divergence != "mse", "jsd, forward_kl or reverse_kl"),
         "distill.target": (distill.target, distill.target != "shuffled_vocabulary", "teacher or uniform"),
-        "rollout.vllm.publish": (config.rollout.vllm.publish, not shards, "gather"),
+        "rollout.vllm.publish": (vllm.publish, not on_vllm or vllm.publish == "gather", "gather"),
+        "rollout.vllm.placement": (vllm.placement, not on_vllm or vllm.placement != "colocated", "process or server"),
     }
     for key, (found, fits, expected) in wanted.items():
         if not fits:

@@ -152,6 +152,7 @@ class ScriptedEngine:
         self.policy_version = 7
         self.requests: list[GenerationRequest] = []
         self.released: list[str] = []
+        self.moods: list[str] = []
         self._scripts = {name: iter(script) for name, script in scripts.items()}
 
     async def generate(self, request: GenerationRequest) -> Completion:
@@ -161,6 +162,12 @@ class ScriptedEngine:
         ids = codec().encode(text)[: request.max_new_tokens]
         whole = any(codec().decode(ids).endswith(stop) for stop in request.stop)
         return Completion(ids=ids, logprobs=(-0.5,) * len(ids), finish="stop" if whole else "length", policy_version=7)
+
+    def wake(self) -> None:
+        self.moods.append("wakes")
+
+    def sleep(self) -> None:
+        self.moods.append("sleeps")
 
     def release(self, session: str) -> None:
         self.released.append(session)

@@ -26,6 +26,12 @@ from megatron_sd.errors import ConfigError, MegatronSdError
 RECIPES = ("paper-3b", "paper-7b", "14b", "72b-64gpu", "smoke-1gpu", "smoke-cpu")
 REQUIRED = ("--run_dir=runs/x", "--model.path=models/Qwen2.5-7B", "--data.train=q.jsonl", "--retriever.corpus=c")
 SERVERS = ("--rollout.engine=vllm", "--rollout.vllm.placement=server")
+COLOCATED = (
+    "--rollout.engine=vllm",
+    "--rollout.vllm.placement=colocated",
+    "--rollout.vllm.tensor_parallel_size=2",
+    "--rollout.vllm.kv_cache_gib=20",
+)
 BESIDE = ("--rollout.engine=vllm", "--rollout.vllm.num_replicas=2", "--rollout.vllm.tensor_parallel_size=2")
 
 
@@ -99,6 +105,7 @@ def test_a_deepspeed_env_that_deepspeed_would_crash_on_is_refused_by_line(tmp_pa
             "rollout.vllm.tensor_parallel_size.*28 attention heads",
         ),
         ({"ranks_per_node": 6}, BESIDE, "found 6 ranks and 4 GPUs for vLLM on nodes of 8 GPUs"),
+        ({"ranks_per_node": 3}, COLOCATED, "found 2 with placement colocated on nodes of 3 ranks, expected a divisor"),
         ({}, BESIDE, r"rollout.vllm.devices: found \[\], expected GPUs that no rank has, such as \[4, 5, 6, 7\]"),
         ({}, (*BESIDE, "--rollout.vllm.devices=[3, 4, 5, 6]"), r"devices: found \[3, 4, 5, 6\]"),
         ({"nodes": 4}, ("--rollout.questions_per_step=16",), "found 16 for 32 ranks, expected at least one question a rank"),

@@ -141,6 +141,16 @@ def test_the_plan_of_a_large_model(capsys):
     assert "DOES NOT FIT" in capsys.readouterr().out
 
 
+def test_ranks_that_are_the_engine_have_it_while_they_sample():
+    """Half of the weights of 7.6 G parameters in bfloat16 and 20 GiB of keys and values, and the weights in host memory."""
+    options = ["--rollout.engine=vllm", "--rollout.vllm.placement=colocated", "--rollout.vllm.tensor_parallel_size=2"]
+    options += ["--rollout.vllm.kv_cache_gib=20"]
+    model = model_shape(model_config("qwen2.5-7b"))
+    parts = [p for p in rank_memory(model, run_config("qwen2.5-7b", options), world_size=8) if p.name.startswith("vLLM")]
+    assert [(part.where, part.phases) for part in parts] == [("device", ("rollout",))] * 2 + [("host", ())]
+    assert [part.num_bytes / 2**30 for part in parts] == pytest.approx([7.1, 20.0, 7.1], abs=0.05)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -102,6 +102,27 @@ def test_a_worker_that_dies_leaves_the_others_as_they_were(tmp_path, group, wire
     assert_published(policy, publisher, group)
 
 
+def test_a_version_that_a_dying_worker_failed_is_handed_over_once_it_is_back(tmp_path, group, monkeypatch, caplog):
+    """As an engine does that starts its servers again when an update begins."""
+    policy, publisher = begin(write_model(tmp_path / "model", tied=False), group, wire="shared_memory", attempts=2)
+    publisher.publish(policy, group, 0)
+    take_step(policy)
+    begin_update, was_killed = group.begin_update, []
+
+    def revive() -> None:
+        if was_killed:
+            group.restart(1, publisher)
+        was_killed.append(True)
+        begin_update()
+
+    monkeypatch.setattr(group, "begin_update", revive)
+    group.workers[1].call("die_when_staged")
+    publisher.publish(policy, group, 1)
+    assert group.log[-4:] == ["begin", "cancel", "begin", "finish 1"]
+    assert "version 1 was not handed over, trying again: worker 1 (replica 0" in caplog.text
+    assert_published(policy, publisher, group)
+
+
 def test_a_worker_that_was_replaced_between_two_publishes_is_met_again(tmp_path, group):
     policy, publisher = begin(write_model(tmp_path / "model"), group)
     publisher.publish(policy, group, 0)

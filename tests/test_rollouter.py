@@ -105,6 +105,7 @@ def test_an_unexpected_error_ends_the_run_as_it_is():
     with pytest.raises(ZeroDivisionError, match="a bug"):
         run(rollouter)
     assert len(engine.released) == 2
+    assert engine.moods == ["wakes", "sleeps"]
 
 
 def test_a_slow_search_blocks_nobody():

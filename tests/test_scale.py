@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,11 @@ def outcomes(model, tmp_path_factory):
     orders = {name: order_of(model, config) for name, config in FEATURES.items()}
     for half, steps in (("first_half", 1), ("second_half", 2)):
         orders[half] = orders["adapters"] | {"steps": steps, "checkpoint": str(directory / "checkpoints")}
+    return on_two_ranks(orders, directory)
+
+
+def on_two_ranks(orders: dict[str, dict], directory: Path) -> dict[str, tuple[dict, dict]]:
+    """Name -> the outcome on rank 0 and on rank 1."""
     work = [{**order, "output": str(directory / name)} for name, order in orders.items()]
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -171,6 +177,31 @@ def test_the_base_model_alone_is_what_a_model_without_targets_would_be(model):
 
     with pytest.raises(ConfigError, match=r"model.lora.targets: found \['qproj'\], expected names of the model's linear layers"):
         with_adapters(AutoModelForCausalLM.from_pretrained(model), LoraConfig(rank=2, targets=("qproj",)), seed=0)
+
+
+@pytest.mark.ranks
+@pytest.mark.slow
+def test_an_optimizer_on_a_disk_takes_the_same_steps(tmp_path):
+    """DeepSpeed compiles its disk operation at the first start: five CPU minutes, for which a test run has no time."""
+    if "SD_SEARCH_DISK_OFFLOAD" not in os.environ:
+        pytest.skip("SD_SEARCH_DISK_OFFLOAD is not set: DeepSpeed would compile for it (libaio-dev, five CPU minutes)")
+    large = write_model(tmp_path / "model", hidden_size=256, intermediate_size=1024, num_hidden_layers=4, vocab_size=4000)
+    disk, seen, is_over = tmp_path / "disk", set(), threading.Event()
+    disk.mkdir()
+
+    def watch() -> None:  # DeepSpeed swaps a megabyte or more, and removes its files when it ends
+        while not is_over.wait(0.1):
+            seen.update(path.parent.name for path in disk.rglob("exp_avg_sq-*.swp"))
+
+    watching = threading.Thread(target=watch)
+    watching.start()
+    offloaded = {"update": {"offload_optimizer": "nvme", "nvme_path": str(disk)}}
+    orders = {name: order_of(large, config) for name, config in (("plain", {}), ("offloaded", offloaded))}
+    outcomes = on_two_ranks(orders, tmp_path)
+    is_over.set()
+    watching.join()
+    assert seen == {"rank0", "rank1"}
+    assert_close(outcomes["offloaded"][0], outcomes["plain"][0], parameters=3e-5, figures=1e-5)  # two steps of 1e-3
 
 
 def test_offloading_to_a_disk_without_the_disk_operation_is_refused(model, tmp_path, monkeypatch):

@@ -114,6 +114,10 @@ def test_the_vocabulary_is_dealt_out_and_padded():
         (["--distill.divergence=mse"], "distill.divergence: found mse"),
         (["--distill.target=shuffled_vocabulary"], "distill.target: found shuffled_vocabulary"),
         (["--rollout.engine=vllm"], "rollout.vllm.publish: found shards .* expected gather"),
+        (
+            ["--rollout.engine=vllm", "--rollout.vllm.publish=gather", "--rollout.vllm.placement=colocated"],
+            "rollout.vllm.placement: found colocated .* expected process or server",
+        ),
     ],
 )
 def test_what_tensor_parallelism_cannot_do_is_refused(arguments, message):

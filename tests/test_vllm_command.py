@@ -5,11 +5,13 @@ import importlib.util
 import json
 
 import pytest
+import torch
 
 from launch.serve import server_command
-from megatron_sd.config import ModelConfig, RolloutConfig, VllmConfig
-from megatron_sd.distributed.world import lone_world
-from megatron_sd.errors import ConfigError, DataError
+from megatron_sd.config import ModelConfig, RolloutConfig, VllmConfig, load
+from megatron_sd.distributed.world import World, lone_world
+from megatron_sd.errors import ConfigError, DataError, RolloutError
+from megatron_sd.rollout.lockstep import Lockstep, News
 from megatron_sd.rollout.vllm_command import ModelShape, check_server, server_arguments, server_environment
 from megatron_sd.rollout.vllm_placement import connect_vllm
 from megatron_sd.rollout.vllm_process import cause_of, require_vllm
@@ -57,6 +59,29 @@ def test_devices_are_shared_out_among_replicas():
         check_server(SHAPE, MODEL, limits(num_replicas=2, tensor_parallel_size=2, devices=(4, 5, 6)), on_cpu=False)
 
 
+@pytest.mark.parametrize("own", [{"devices": (0,)}, {"num_replicas": 2}, {"kv_cache_gib": None}])
+def test_ranks_that_are_the_engine_have_no_devices_replicas_or_unknown_memory(own):
+    check_server(SHAPE, MODEL, limits(placement="colocated"), on_cpu=False)
+    with pytest.raises(ConfigError, match=r"rollout.vllm.placement: found colocated with .*expected no devices and 1 replica"):
+        check_server(SHAPE, MODEL, limits(placement="colocated", **own), on_cpu=False)
+
+
+def test_ranks_that_are_one_engine_come_out_even():
+    world = World(rank=0, size=3, local_rank=0, device=torch.device("cpu"))
+    with pytest.raises(ConfigError, match="found 2 with placement colocated on 3 ranks, expected a divisor"):
+        Lockstep(world, 2, timeout_s=1.0)
+    alone = Lockstep(world, 1, timeout_s=1.0)
+    assert (alone.number, alone.num_groups) == (0, 3)
+    assert alone.exchange(News(requests=(("k", 1),))) == ([News(requests=(("k", 1),))], False)
+    assert alone.exchange(News(leaves=True)) == ([News(leaves=True)], True)
+
+
+def test_a_rank_cannot_train_while_it_samples():
+    config = {"model.path": "m", "data.train": "q", "retriever.corpus": "c", "rollout.engine": "vllm", "rollout.max_lag": "1"}
+    with pytest.raises(ConfigError, match="rollout.max_lag: found 1 with rollout.vllm.placement colocated, expected 0"):
+        load([f"--{key}={value}" for key, value in config.items()] + ["--rollout.vllm.placement=colocated"])
+
+
 def test_the_server_samples_from_what_it_reports():
     arguments = server_arguments(MODEL, limits(), host="127.0.0.1", port=1, on_cpu=True)
     for pair in (("--logprobs-mode", "processed_logprobs"), ("--generation-config", "vllm"), ("--max-model-len", "1024")):
@@ -76,12 +101,20 @@ def test_model_shapes(tmp_path):
         ModelShape.read(str(tmp_path))
 
 
-@pytest.mark.parametrize(("placement", "urls"), [("process", ("http://a:1",)), ("server", ())])
+@pytest.mark.parametrize(("placement", "urls"), [("process", ("http://a:1",)), ("server", ()), ("colocated", ("http://a:1",))])
 def test_addresses_belong_to_running_servers(tmp_path, placement, urls):
     write_shape(tmp_path)
     model = ModelConfig(path=str(tmp_path))
     with pytest.raises(ConfigError, match=rf"rollout\.vllm\.urls: found .* placement '{placement}'"):
         connect_vllm(model, limits(placement=placement, urls=urls), codec(), lone_world(), log_dir=tmp_path)
+
+
+def test_servers_that_are_not_there_are_waited_for_and_then_named(tmp_path, caplog):
+    write_shape(tmp_path)
+    rollout = limits(placement="server", urls=("http://127.0.0.1:9",), start_timeout_s=1.5)
+    with pytest.raises(RolloutError, match=r"127.0.0.1:9 broke .*, nor within 1.5 s \(rollout.vllm.start_timeout_s\): is"):
+        connect_vllm(ModelConfig(path=str(tmp_path)), rollout, codec(), lone_world(), log_dir=tmp_path)
+    assert caplog.text.count("waiting for the vLLM server at http://127.0.0.1:9") == 1
 
 
 def write_shape(directory) -> None:

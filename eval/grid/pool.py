@@ -15,6 +15,7 @@ from eval.grid.worker import ANSWER
 from megatron_sd.distributed.world import environment_of_others
 
 DONE = "done"
+RUNS_PER_PROCESS = 40  # a process keeps some 35 MB of every DeepSpeed engine that it made
 COMMAND = (sys.executable, "-m", "eval.grid.worker")
 
 
@@ -27,7 +28,7 @@ class Order:
 
 
 class Worker:
-    """A worker process, started when the first order comes and again after it died."""
+    """A worker process, started when the first order comes, and again after it died or ran RUNS_PER_PROCESS orders."""
 
     def __init__(self, command: Sequence[str], device: int | None, log: Path):
         self._command = command
@@ -35,6 +36,7 @@ class Worker:
         self._log = log
         self._process: subprocess.Popen[str] | None = None
         self._is_ended = False
+        self._num_runs = 0  # of this process
 
     def run(self, order: Order) -> str:
         """Hand in an order and wait: DONE, or what went wrong."""
@@ -65,7 +67,10 @@ class Worker:
             self._process.kill()
 
     def _running(self) -> subprocess.Popen[str]:
+        if self._num_runs == RUNS_PER_PROCESS:
+            self.close()
         if self._process is None or self._process.poll() is not None:
+            self._num_runs = 0
             with self._log.open("a", encoding="utf-8") as log:
                 self._process = subprocess.Popen(
                     self._command,
@@ -75,6 +80,7 @@ class Worker:
                     text=True,
                     env=self._environment,
                 )
+        self._num_runs += 1
         return self._process
 
 

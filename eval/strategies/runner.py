@@ -9,6 +9,7 @@ from typing import Protocol
 from eval.strategies.attempt import Attempt, OutOfTokensError, Solve, Tools
 from megatron_sd.errors import RetrievalError, RolloutError
 from megatron_sd.records import Question, Rollout, RolloutGroup, StopReason
+from megatron_sd.rollout.engine import awake
 from megatron_sd.rollout.sampling import rollout_seed
 
 
@@ -48,7 +49,8 @@ class PromptedStrategy:
             for place, question in enumerate(questions)
             for index in range(num_samples)
         ]
-        rollouts = asyncio.run(self._run_all(attempts))
+        with awake(self._tools.engine):
+            rollouts = asyncio.run(self._run_all(attempts))
         return [
             RolloutGroup(question=question, rollouts=tuple(rollouts[place * num_samples : (place + 1) * num_samples]))
             for place, question in enumerate(questions)

@@ -12,13 +12,14 @@ begin_attempt() {
     echo "attempt $ATTEMPT_DIR: $MEGATRON_SD_WORLD_SIZE ranks on $TRAINER_HOSTS, meeting at $MASTER_ADDR:$MASTER_PORT"
 }
 
-# on_nodes a,b COMMAND...: one task on each node. --wait: when the first node has ended, the others get this long; killing them at
+# on_nodes a,b COMMAND...: one task on each node; --ntasks, or the job's SLURM_NTASKS would start more on fewer nodes. --wait: when the first node has ended, the others get this long; killing them at
 # once could end a rank that is still saving, and would replace its exit code. For the background only: it becomes srun.
 on_nodes() {
-    local hosts=$1
+    local hosts=$1 num_nodes
+    num_nodes=$(tr ',' '\n' <<< "$hosts" | wc -l)
     shift
     trap '' USR1 # until srun has its own handler
-    exec srun --nodes="$(tr ',' '\n' <<< "$hosts" | wc -l)" --nodelist="$hosts" --ntasks-per-node=1 --overlap \
+    exec srun --nodes="$num_nodes" --ntasks="$num_nodes" --nodelist="$hosts" --ntasks-per-node=1 --overlap \
         --kill-on-bad-exit=0 --wait=90 "$@"
 }
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -41,9 +42,20 @@ class Completion:
 
 
 class InferenceEngine(Protocol):
-    """Asynchronous generation; many `generate` calls are in flight at once and are batched by the engine."""
+    """Asynchronous generation; many `generate` calls are in flight at once and are batched by the engine.
+
+    Rollouts are sampled between `wake` and `sleep`, which every rank calls, however little it has to sample (see `awake`).
+    """
 
     policy_version: int
+
+    def wake(self) -> None:
+        """Rollouts are about to be sampled."""
+        ...
+
+    def sleep(self) -> None:
+        """This rank's rollouts are over; returns when those of ranks that sample with it are, too."""
+        ...
 
     async def generate(self, request: GenerationRequest) -> Completion:
         """Sample one completion. Raises RolloutError when nothing can be returned."""
@@ -56,6 +68,16 @@ class InferenceEngine(Protocol):
     def close(self) -> None:
         """End whatever runs for the engine; it is not used again."""
         ...
+
+
+@contextmanager
+def awake(engine: InferenceEngine) -> Iterator[None]:
+    """Around the rollouts of a batch."""
+    engine.wake()
+    try:
+        yield
+    finally:
+        engine.sleep()
 
 
 class WeightReceiver(Protocol):

@@ -13,7 +13,7 @@ from megatron_sd.errors import RetrievalError, RolloutError
 from megatron_sd.records import Hit, Question, Rollout, RolloutGroup, StopReason, TokenIds, Turn
 from megatron_sd.retrieval.retriever import Retriever
 from megatron_sd.rollout.bank import BankedStep
-from megatron_sd.rollout.engine import Completion, GenerationRequest, InferenceEngine
+from megatron_sd.rollout.engine import Completion, GenerationRequest, InferenceEngine, awake
 from megatron_sd.rollout.sampling import rollout_seed
 from megatron_sd.search.environment import Environment, Verdict
 
@@ -83,7 +83,8 @@ class Rollouter:
         ]
         if bank:
             bank.ask_for([(attempt.question_id, attempt.index) for group in attempts for attempt in group])
-        outcomes = iter(asyncio.run(self._run_all([attempt for group in attempts for attempt in group], bank)))
+        with awake(self._engine):
+            outcomes = iter(asyncio.run(self._run_all([attempt for group in attempts for attempt in group], bank)))
         results = [[next(outcomes) for _ in group] for group in attempts]
         self._refuse_many_failures([outcome for group in results for outcome in group])
         return [

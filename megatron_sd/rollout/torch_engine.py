@@ -108,6 +108,12 @@ class TorchEngine:
                 f"{self._vocabulary_size}: the tokenizer does not belong to the model"
             )
 
+    def wake(self) -> None:
+        """It never sleeps: its keys and values are given back with each session."""
+
+    def sleep(self) -> None:
+        """See `wake`."""
+
     def release(self, session: str) -> None:
         """Give the session's row back; a completion of it that is still in flight is cancelled."""
         job = self._jobs.pop(session, None)

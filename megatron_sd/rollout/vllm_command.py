@@ -1,4 +1,4 @@
-"""How a vLLM server of ours is started: arguments and environment, pure. What cannot work is refused before anything starts."""
+"""How vLLM is started, as a server or in a rank's process: options and environment, pure. What cannot work is refused before."""
 
 from __future__ import annotations
 
@@ -62,6 +62,12 @@ def check_server(shape: ModelShape, model: ModelConfig, rollout: RolloutConfig, 
             f"rollout.vllm.tensor_parallel_size: found {size}, expected a divisor of the {shape.num_heads} attention heads of "
             f"{model.path} that divides its {shape.num_kv_heads} key-value heads or is a multiple of them"
         )
+    if own.placement == "colocated" and (own.devices or own.num_replicas != 1 or own.kv_cache_gib is None):
+        raise ConfigError(
+            f"rollout.vllm.placement: found colocated with devices {list(own.devices)}, num_replicas {own.num_replicas} and "
+            f"kv_cache_gib {own.kv_cache_gib}, expected no devices and 1 replica, since ranks share their own GPUs, and a "
+            "number of GiB, since the trainer needs the rest"
+        )
     if own.devices and len(own.devices) != own.num_replicas * size:
         raise ConfigError(
             f"rollout.vllm.devices: found {len(own.devices)} GPUs, expected num_replicas x tensor_parallel_size = "
@@ -82,58 +88,77 @@ def check_server(shape: ModelShape, model: ModelConfig, rollout: RolloutConfig, 
         )
 
 
-def server_arguments(model: ModelConfig, rollout: RolloutConfig, *, host: str, port: int, on_cpu: bool) -> list[str]:
-    """Command line of `megatron_sd.rollout.vllm_server` for this policy.
+def engine_options(model: ModelConfig, rollout: RolloutConfig, *, on_cpu: bool) -> dict[str, Any]:
+    """vLLM's EngineArgs for this policy, wherever it runs.
 
     The log-probabilities are those of the distribution that is sampled from, and the model's own generation settings (top-p,
     repetition penalties) are not applied: GRPO's ratio needs both.
     """
     own = rollout.vllm
-    given = {
-        "--model": model.path,
-        "--dtype": model.dtype,
-        "--host": host,
-        "--port": str(port),
-        "--max-model-len": str(rollout.max_rollout_tokens),
-        "--max-num-seqs": str(rollout.max_concurrent_sequences),
-        "--tensor-parallel-size": str(own.tensor_parallel_size),
-        "--logprobs-mode": "processed_logprobs",
-        "--generation-config": "vllm",
-        "--worker-extension-cls": "megatron_sd.rollout.vllm_worker.WeightTaker",
-        "--weight-transfer-config": json.dumps({"backend": BACKEND}),
+    options: dict[str, Any] = {
+        "model": model.path,
+        "dtype": model.dtype,
+        "max_model_len": rollout.max_rollout_tokens,
+        "max_num_seqs": rollout.max_concurrent_sequences,
+        "tensor_parallel_size": own.tensor_parallel_size,
+        "logprobs_mode": "processed_logprobs",
+        "generation_config": "vllm",
+        "worker_extension_cls": "megatron_sd.rollout.vllm_worker.WeightTaker",
+        "weight_transfer_config": {"backend": BACKEND},
+        "enable_prefix_caching": True,
+        "disable_log_stats": True,
     }
     if own.kv_cache_gib is not None:
-        given["--kv-cache-memory-bytes"] = str(int(own.kv_cache_gib * 2**30))
+        options["kv_cache_memory_bytes"] = int(own.kv_cache_gib * 2**30)
     else:
-        given["--gpu-memory-utilization"] = str(own.gpu_memory_share)
+        options["gpu_memory_utilization"] = own.gpu_memory_share
     if own.block_tokens is not None:
-        given["--block-size"] = str(own.block_tokens)
-    flags = ["--enable-prefix-caching", "--enable-scale-out", "--enable-prompt-tokens-details"]
-    flags += ["--disable-log-stats", "--disable-uvicorn-access-log"]
+        options["block_size"] = own.block_tokens
     if on_cpu:
         # A seeded prompt that is prefilled in chunks takes a draw back, which vLLM 0.32 cannot do with a CPU's generator.
-        flags += ["--enforce-eager", "--no-enable-chunked-prefill"]
-        given["--max-num-batched-tokens"] = str(max(CPU_BATCH_TOKENS, rollout.max_rollout_tokens))
-        given["--distributed-executor-backend"] = "uni" if own.tensor_parallel_size == 1 else "mp"
-    return [text for pair in given.items() for text in pair] + flags
+        options |= {"enforce_eager": True, "enable_chunked_prefill": False}
+        options["max_num_batched_tokens"] = max(CPU_BATCH_TOKENS, rollout.max_rollout_tokens)
+    return options
+
+
+def server_arguments(model: ModelConfig, rollout: RolloutConfig, *, host: str, port: int, on_cpu: bool) -> list[str]:
+    """Command line of `megatron_sd.rollout.vllm_server` for this policy."""
+    options = engine_options(model, rollout, on_cpu=on_cpu) | {
+        "host": host,
+        "port": port,
+        "enable_scale_out": True,
+        "enable_prompt_tokens_details": True,
+        "disable_uvicorn_access_log": True,
+    }
+    if on_cpu:
+        options["distributed_executor_backend"] = "uni" if rollout.vllm.tensor_parallel_size == 1 else "mp"
+    return [text for name, value in options.items() for text in _argument(name.replace("_", "-"), value)]
+
+
+def _argument(name: str, value: Any) -> list[str]:
+    if isinstance(value, bool):
+        return [f"--{name}" if value else f"--no-{name}"]
+    return [f"--{name}", json.dumps(value) if isinstance(value, dict) else str(value)]
 
 
 def server_environment(inherited: Mapping[str, str], rollout: RolloutConfig, *, replica: int, on_cpu: bool) -> dict[str, str]:
     """Of a server process, from that of this one: with vLLM's routes for reinforcement learning, without network look-ups."""
     own, size = rollout.vllm, rollout.vllm.tensor_parallel_size
-    environment = {**inherited, "VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+    environment = {**inherited, **engine_environment(on_cpu=on_cpu), "VLLM_SERVER_DEV_MODE": "1"}
     if own.devices:
         mine = own.devices[replica * size : (replica + 1) * size]
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, mine))
     if on_cpu:
-        environment |= {
-            "OMP_NUM_THREADS": str(own.threads_per_worker),
-            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-            "TORCH_COMPILE_DISABLE": "1",
-        }
+        environment["OMP_NUM_THREADS"] = str(own.threads_per_worker)
         if size == 1:  # or vLLM gives a single worker a process of its own, too
             environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     return environment
+
+
+def engine_environment(*, on_cpu: bool) -> dict[str, str]:
+    """Variables that vLLM reads, wherever it runs."""
+    environment = {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+    return environment | ({"VLLM_CPU_OMP_THREADS_BIND": "nobind", "TORCH_COMPILE_DISABLE": "1"} if on_cpu else {})
 
 
 def describe(shape: ModelShape, model: ModelConfig) -> dict[str, Any]:

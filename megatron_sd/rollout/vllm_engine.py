@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -19,23 +20,15 @@ from megatron_sd.errors import ConfigError, RolloutError
 from megatron_sd.records import TokenIds
 from megatron_sd.rollout.engine import Completion, GenerationRequest
 from megatron_sd.rollout.loop_thread import LoopThread
-from megatron_sd.rollout.stop_strings import StopTable
 from megatron_sd.rollout.vllm_buckets import BucketServer
 from megatron_sd.rollout.vllm_process import ServerProcess
-from megatron_sd.rollout.vllm_replica import LOWEST_LOGPROB, UNTRAINED, Replica, ReplicaLost, finish_of
+from megatron_sd.rollout.vllm_replica import UNTRAINED, Replica
+from megatron_sd.rollout.vllm_request import Answer, Dialogue, ReplicaLost, ServedPolicy
 from megatron_sd.search.tokens import TextCodec
 
 _log = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True, kw_only=True)
-class ServedPolicy:
-    """What the servers must serve. description: vllm_command.describe. eos_ids: end a completion. max_length: of a rollout."""
-
-    description: dict[str, Any]
-    eos_ids: frozenset[int]
-    vocabulary_size: int
-    max_length: int
+POLL_S = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +53,8 @@ class VllmEngine:
 
     Servers of ours that ended, or hang, are started again before a publish. On a rank that does not publish, an update only
     changes the version it expects. meeting_point: where the workers find the trainer's shards; set before the first sharded
-    publish. Connecting raises ConfigError when a server is not there, or serves another model or shorter sequences.
+    publish. Connecting waits for servers that are still loading; it raises RolloutError for one that is not there within
+    start_timeout_s, ConfigError for one that serves another model or shorter sequences.
     """
 
     def __init__(
@@ -70,9 +64,7 @@ class VllmEngine:
         self.meeting_point = ""
         self.max_length = policy.max_length
         self.num_replicas = servers.num_replicas
-        self._policy = policy
-        self._eos_ids = tuple(sorted(policy.eos_ids))
-        self._stops = StopTable(codec, policy.vocabulary_size)
+        self._dialogue = Dialogue(codec, policy)
         self._replicas = [Replica(url, timeout_s=request_timeout_s) for url in servers.urls]
         self._processes = {process.url: process for process in servers.processes}
         self._publishes = servers.publishes
@@ -90,6 +82,7 @@ class VllmEngine:
         self._connect()
 
     def _connect(self) -> None:
+        self._thread.run(self._on_all(self._replicas, self._wait_for))
         try:
             lengths = self._thread.run(self._on_all(self._replicas, self._meet))
         except RolloutError as error:
@@ -101,9 +94,27 @@ class VllmEngine:
                     f"{self.max_length}; serve it with --max-model-len {self.max_length}"
                 )
 
+    async def _wait_for(self, replica: Replica) -> None:
+        deadline = time.monotonic() + self._start_timeout_s
+        is_told = False
+        while True:
+            try:
+                await replica.get("/health")
+                return
+            except ReplicaLost as error:
+                if time.monotonic() > deadline:
+                    raise RolloutError(
+                        f"{error}, nor within {self._start_timeout_s:g} s (rollout.vllm.start_timeout_s): is it started, and is "
+                        "the address right?"
+                    ) from error
+                if not is_told:
+                    _log.warning("waiting for the vLLM server at %s: %s", replica.url, error)
+                is_told = True
+                await asyncio.sleep(POLL_S)
+
     async def _meet(self, replica: Replica) -> int:
         if self._publishes:
-            await replica.introduce(self._policy.description)
+            await replica.introduce(self._dialogue.policy.description)
         return await replica.learn()
 
     async def _on_all(self, replicas: Sequence[Replica], action: Callable[[Replica], Awaitable[Any]]) -> list[Any]:
@@ -123,6 +134,12 @@ class VllmEngine:
             if self._in_flight.get(request.session) is answer:  # not one that began after this one was released
                 del self._in_flight[request.session]
 
+    def wake(self) -> None:
+        """Servers never sleep: their GPUs are their own."""
+
+    def sleep(self) -> None:
+        """See `wake`."""
+
     def release(self, session: str) -> None:
         """The rollout is over; a completion of it that is still in flight is aborted, in the server too."""
         answer = self._in_flight.pop(session, None)
@@ -131,21 +148,11 @@ class VllmEngine:
         self._home_of.pop(session, None)
 
     def _check(self, request: GenerationRequest) -> None:
-        session, ids, limit = request.session, request.prompt_ids, self.max_length
         if self._updating:
-            raise RolloutError(f"session {session!r} asked for tokens during a weight update, or after a failed one: publish")
-        if session in self._in_flight:
-            raise RolloutError(f"session {session!r} asked for two completions at once, expected one: await the first")
-        if not 0 < len(ids) < limit or not 1 <= request.max_new_tokens <= limit - len(ids):
-            raise RolloutError(
-                f"session {session!r} sent {len(ids)} prompt tokens and asked for {request.max_new_tokens}, expected 1 to "
-                f"{limit - 1}, and together at most {limit}, the engine's limit: rollout.max_rollout_tokens"
-            )
-        if not 0 <= min(ids) <= max(ids) < self._policy.vocabulary_size:
-            raise RolloutError(
-                f"session {session!r} sent token ids from {min(ids)} to {max(ids)}, expected ids below the model's vocabulary of "
-                f"{self._policy.vocabulary_size}: the tokenizer does not belong to the model"
-            )
+            raise RolloutError(f"session {request.session!r} asked for tokens during or after a failed weight update: publish")
+        if request.session in self._in_flight:
+            raise RolloutError(f"session {request.session!r} asked for two completions at once, expected one: await the first")
+        self._dialogue.check(request)
 
     async def _ask(self, request: GenerationRequest) -> Completion:
         """From the replica that holds the rollout's keys and values; when it fails, from the others in turn."""
@@ -157,7 +164,7 @@ class VllmEngine:
             if replica.failure is not None:
                 continue
             try:
-                choice = await replica.generate(request, self._eos_ids)
+                choice = await replica.generate(request.prompt_ids, self._dialogue.sampling(request))
                 return self._completion(request, replica, choice)
             except ReplicaLost as error:
                 replica.failure = str(error)
@@ -180,22 +187,18 @@ class VllmEngine:
         return home
 
     def _completion(self, request: GenerationRequest, replica: Replica, choice: dict[str, Any]) -> Completion:
-        ids: TokenIds = tuple(choice["token_ids"] or ())
-        if not ids:
+        if not choice["token_ids"]:
             raise ReplicaLost(f"{replica.url} returned no token ({choice['finish_reason']!r}), expected one or more")
         versions = {span["version"] for span in choice["weight_versions"] or ()}
         if versions != {self._label}:
             raise ReplicaLost(f"{replica.url} sampled from weights {sorted(versions)}, not {self._label!r}: was it restarted?")
-        logprobs = tuple(entry["logprob"] for entry in choice["logprobs"]["content"])
-        if min(logprobs) <= LOWEST_LOGPROB:
-            raise RolloutError(
-                f"session {request.session!r}: a log-probability from {replica.url} is not finite at policy version "
-                f"{self.policy_version}, expected finite numbers; check the weights it was given"
-            )
-        length = self._stops.first_completed(self._stops.number(request.stop), ids)
-        finish = "stop" if length is not None else finish_of(choice, ids, self._policy.eos_ids)
-        length = length or len(ids)
-        return Completion(ids=ids[:length], logprobs=logprobs[:length], finish=finish, policy_version=self.policy_version)
+        answer = Answer(
+            ids=tuple(choice["token_ids"]),
+            logprobs=tuple(entry["logprob"] for entry in choice["logprobs"]["content"]),
+            finish_reason=choice["finish_reason"],
+            stop_reason=choice["stop_reason"],
+        )
+        return self._dialogue.completion(request, answer, self.policy_version)
 
     # ---- weights ----
 

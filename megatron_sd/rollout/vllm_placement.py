@@ -1,4 +1,4 @@
-"""Where the vLLM servers of a run are: started beside the ranks of a node, or running elsewhere; and an engine over them."""
+"""Where the vLLM of a run is: in servers started beside the ranks of a node, or running elsewhere, or in the ranks themselves."""
 
 from __future__ import annotations
 
@@ -12,30 +12,43 @@ from transformers import AutoConfig, GenerationConfig
 from megatron_sd.config import ModelConfig, RolloutConfig
 from megatron_sd.distributed.collectives import together
 from megatron_sd.distributed.world import World, environment_of_others
-from megatron_sd.errors import ConfigError
+from megatron_sd.errors import ConfigError, RolloutError
+from megatron_sd.rollout.lockstep import Lockstep
+from megatron_sd.rollout.vllm_colocated import ColocatedEngine, start_llm
 from megatron_sd.rollout.vllm_command import ModelShape, check_server, describe, server_arguments, server_environment
-from megatron_sd.rollout.vllm_engine import ServedPolicy, Servers, VllmEngine
+from megatron_sd.rollout.vllm_engine import Servers, VllmEngine
 from megatron_sd.rollout.vllm_process import ServerProcess, require_vllm
+from megatron_sd.rollout.vllm_request import ServedPolicy
 from megatron_sd.search.tokens import TextCodec
 
 LOCAL = "127.0.0.1"
 
 
-def connect_vllm(model: ModelConfig, rollout: RolloutConfig, codec: TextCodec, world: World, *, log_dir: Path) -> VllmEngine:
-    """This rank's engine over the run's servers. Collective; servers of its own are started by the first rank of each node, and
-    their output is written to log_dir.
+def connect_vllm(
+    model: ModelConfig, rollout: RolloutConfig, codec: TextCodec, world: World, *, log_dir: Path
+) -> VllmEngine | ColocatedEngine:
+    """This rank's engine: over the run's servers, or in this process. Collective; servers of its own are started by the first
+    rank of each node, and their output is written to log_dir.
 
-    Raises ConfigError when vLLM is not installed, for servers that cannot work or are not there, or serve another model, and
-    RolloutError for a server that ends early, on every rank.
+    Raises ConfigError when vLLM is not installed, and for engines that cannot work or serve another model, and RolloutError for
+    one that ends early or is not there in time, on every rank.
     """
     own = rollout.vllm
     shape = ModelShape.read(model.path)
-    starts_servers = own.placement == "process"
-    if starts_servers == bool(own.urls):
+    if (own.placement == "server") != bool(own.urls):
         raise ConfigError(
             f"rollout.vllm.urls: found {list(own.urls)} with placement {own.placement!r}, expected addresses with placement "
-            "server, and none with placement process"
+            "server, and none with another"
         )
+    policy = ServedPolicy(
+        description=describe(shape, model),
+        eos_ids=eos_ids(model.path, codec),
+        vocabulary_size=shape.vocabulary_size,
+        max_length=rollout.max_rollout_tokens,
+    )
+    if own.placement == "colocated":
+        return _colocate(shape, model, rollout, codec, policy, world)
+    starts_servers = own.placement == "process"
     processes: list[ServerProcess] = []
     publishes = world.local_rank == 0 if starts_servers else world.is_first
     if starts_servers and publishes:
@@ -51,15 +64,29 @@ def connect_vllm(model: ModelConfig, rollout: RolloutConfig, codec: TextCodec, w
         first_replica=first,
         num_replicas=sum(map(len, urls_by_rank)) if starts_servers else len(urls),
     )
-    policy = ServedPolicy(
-        description=describe(shape, model),
-        eos_ids=eos_ids(model.path, codec),
-        vocabulary_size=shape.vocabulary_size,
-        max_length=rollout.max_rollout_tokens,
-    )
     timeouts = {"start_timeout_s": own.start_timeout_s, "request_timeout_s": own.request_timeout_s}
     engines: list[VllmEngine] = []
     together(world, lambda: engines.append(VllmEngine(servers, codec, policy, **timeouts)))
+    return engines[0]
+
+
+def _colocate(
+    shape: ModelShape, model: ModelConfig, rollout: RolloutConfig, codec: TextCodec, policy: ServedPolicy, world: World
+) -> ColocatedEngine:
+    """vLLM in this rank's process. What one rank alone runs into (memory, say) leaves the others waiting in vLLM's start."""
+    require_vllm()
+    check_server(shape, model, rollout, on_cpu=world.device.type == "cpu")
+    lockstep = Lockstep(world, rollout.vllm.tensor_parallel_size, timeout_s=rollout.vllm.request_timeout_s)
+    engines: list[ColocatedEngine] = []
+
+    def start() -> None:
+        try:
+            llm = start_llm(model, rollout, world)
+            engines.append(ColocatedEngine(llm, lockstep, codec, policy, world, timeout_s=rollout.vllm.request_timeout_s))
+        except Exception as error:  # whatever vLLM raises
+            raise RolloutError(f"vLLM did not start in this rank: {type(error).__name__}: {error}") from error
+
+    together(world, start)
     return engines[0]
 
 

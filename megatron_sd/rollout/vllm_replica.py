@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import httpx
 
 from megatron_sd.errors import RolloutError
 from megatron_sd.records import TokenIds
-from megatron_sd.rollout.engine import GenerationRequest
-from megatron_sd.rollout.sampling import splitmix64_of
+from megatron_sd.rollout.vllm_request import ReplicaLost
 
 logging.getLogger("httpx").setLevel(logging.WARNING)  # it tells of every request
 
@@ -20,11 +19,6 @@ UPDATING = "updating"
 GENERATE = "/inference/v1/generate"  # token ids in, token ids out
 CONNECT_TIMEOUT_S = 20.0
 KEEPALIVE_S = 2.0  # vLLM closes idle connections after 5
-LOWEST_LOGPROB = -9999.0  # what vLLM sends for NaN and -inf
-
-
-class ReplicaLost(RolloutError):  # noqa: N818, it names a state
-    """A server gave no answer, or one that says nothing more is to be expected of it. Another one may be asked."""
 
 
 class Replica:
@@ -77,19 +71,9 @@ class Replica:
         (model, *_) = (await self.get("/v1/models"))["data"]
         return model["max_model_len"]
 
-    async def generate(self, request: GenerationRequest, eos_ids: tuple[int, ...]) -> Mapping[str, Any]:
+    async def generate(self, prompt_ids: TokenIds, sampling: Mapping[str, Any]) -> Mapping[str, Any]:
         """vLLM's choice for one request: token_ids, logprobs, finish_reason, stop_reason, weight_versions."""
-        sampling = {
-            "temperature": request.temperature,
-            "seed": turn_seed(request),
-            "max_tokens": request.max_new_tokens,
-            "stop": list(request.stop),
-            "stop_token_ids": list(eos_ids),
-            "logprobs": 0,  # of the sampled token alone
-            "include_stop_str_in_output": True,
-            "skip_special_tokens": False,  # their text counts for stop strings
-        }
-        body = {"token_ids": request.prompt_ids, "sampling_params": sampling}
+        body = {"token_ids": prompt_ids, "sampling_params": sampling}
         answer = await self._answer(GENERATE, self._sampling.post(GENERATE, json=body))
         return answer["choices"][0]
 
@@ -134,20 +118,6 @@ class Replica:
         self.version = version
         await self._sampling.aclose()
         self._sampling = self._client(num_kept=256)  # whatever happened before, no connection of then is used again
-
-
-def turn_seed(request: GenerationRequest) -> int:
-    """The seed of one turn, in [0, 2**63): a hash of the rollout's seed and the turn's place; turns must not repeat noise."""
-    return splitmix64_of(request.seed, len(request.prompt_ids)) >> 1
-
-
-def finish_of(choice: Mapping[str, Any], ids: TokenIds, eos_ids: frozenset[int]) -> Literal["eos", "length"]:
-    """Why a completion without a stop string ended. Raises ReplicaLost when the server aborted it."""
-    if choice["finish_reason"] == "length":
-        return "length"
-    if ids and ids[-1] in eos_ids:
-        return "eos"
-    raise ReplicaLost(f"a completion ended with {choice['finish_reason']!r} ({choice['stop_reason']!r}), expected stop or length")
 
 
 def _message(answer: httpx.Response) -> str:

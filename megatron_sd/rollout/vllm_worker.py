@@ -1,13 +1,14 @@
 """What runs inside every vLLM worker: our weight-transfer backend, registered in vLLM's own factory when vLLM loads WeightTaker.
 
-An update arrives in one of two ways: buckets of whole parameters, fetched over HTTP and loaded by vLLM's own model code (any
-architecture vLLM knows); or this worker's own shards, by resharding's receiver, straight into its parameters.
+An update arrives in one of two ways: whole parameters, in buckets fetched over HTTP or as tensors of the trainer in this process,
+loaded by vLLM's own model code (any architecture vLLM knows); or this worker's own shards, by resharding's receiver, straight
+into its parameters.
 """
 
 from __future__ import annotations
 
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,10 +32,11 @@ class PolicyInfo(WeightTransferInitInfo):
 
 @dataclass
 class UpdateInfo(WeightTransferUpdateInfo):
-    """One of: a bucket (vllm_buckets.describe_bucket); shards (address, replica, policy_version, timeout_s); abandon, which ends
-    an update that nobody will finish."""
+    """One of: a bucket (vllm_buckets.describe_bucket); tensors, by Hugging Face name; shards (address, replica, policy_version,
+    timeout_s); abandon, which ends an update that nobody will finish."""
 
     bucket: dict[str, Any] | None = None
+    tensors: Iterable[tuple[str, torch.Tensor]] | None = None
     shards: dict[str, Any] | None = None
     abandon: bool = False
 
@@ -74,6 +76,8 @@ class PolicyWeights(WeightTransferEngine[PolicyInfo, UpdateInfo]):
             raise RolloutError("the update was abandoned")
         if update_info.bucket is not None:
             self._taken |= self.model.load_weights(fetch_bucket(update_info.bucket)) or set()
+        if update_info.tensors is not None:
+            self._taken |= self.model.load_weights(update_info.tensors) or set()
         if update_info.shards is not None:
             self._receive_shards(update_info.shards)
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from megatron_sd.config import Config
 from megatron_sd.distributed.collectives import broadcast_object, together
 from megatron_sd.distributed.world import World
-from megatron_sd.errors import RolloutError
+from megatron_sd.errors import ReshardError, RolloutError
 from megatron_sd.resharding.layout import check_parameters
 from megatron_sd.resharding.names import UnknownArchitectureError, whole_parameters, worker_layouts
 from megatron_sd.resharding.plan import make_plan
@@ -121,11 +121,22 @@ class ShardPublisher:
         self.address = broadcast_object(world, meeting and meeting.address)
         meeting = meeting or MeetingPoint.join(self.address, timeout_s=timeout_s)
         self._timeout_s = timeout_s
+        self._attempts = config.publish.attempts
         self._sender = ShardSender(meeting, self.plan, config.publish, rank=world.rank, device=world.device)
 
     def publish(self, policy: Policy, receiver: ShardedEngine, policy_version: int) -> None:
-        """Raises ReshardError on every rank when a worker failed: all still hold what they had, and `publish` may be repeated
-        once the worker is back."""
+        """Raises ReshardError on every rank when a worker failed in every attempt: all still hold what they had, and `publish`
+        may be repeated once the worker is back."""
+        for attempt in range(1, self._attempts + 1):
+            try:
+                self._hand_over(policy, receiver, policy_version)
+                return
+            except ReshardError as error:  # the same one on every rank
+                if attempt == self._attempts:
+                    raise
+                log.warning("version %d was not handed over, trying again: %s", policy_version, error)
+
+    def _hand_over(self, policy: Policy, receiver: ShardedEngine, policy_version: int) -> None:
         adapters = full_adapters(policy.named_parameters())
         shards = LocalShards(
             policy.named_parameters(), self.plan.source, rank=self._rank, master=self._master, adapters=adapters

@@ -45,7 +45,7 @@ class Scene:
 def make_publisher(scene: Scene, world: World) -> tuple[Policy, ShardPublisher]:
     """The policy of the scene and its publisher."""
     config = make_config(Path(scene.model), model={"dtype": scene.dtype}, update={"zero_stage": scene.zero_stage})
-    config = dataclasses.replace(config, publish=dataclasses.replace(config.publish, **scene.publish))
+    config = dataclasses.replace(config, publish=dataclasses.replace(config.publish, **({"attempts": 1} | scene.publish)))
     policy = load_policy(config, world)
     return policy, ShardPublisher(policy, config, world, tp_size=scene.tp_size, num_replicas=scene.num_replicas)
 

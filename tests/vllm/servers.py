@@ -15,9 +15,10 @@ from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM, Qwen3Co
 from megatron_sd.config import ModelConfig, RolloutConfig, VllmConfig
 from megatron_sd.rollout.engine import Completion, GenerationRequest
 from megatron_sd.rollout.vllm_command import ModelShape, describe, server_arguments, server_environment
-from megatron_sd.rollout.vllm_engine import ServedPolicy, Servers, VllmEngine
+from megatron_sd.rollout.vllm_engine import Servers, VllmEngine
 from megatron_sd.rollout.vllm_placement import eos_ids, free_port
 from megatron_sd.rollout.vllm_process import ServerProcess
+from megatron_sd.rollout.vllm_request import ServedPolicy
 from megatron_sd.search.tokens import TextCodec, load_codec
 from tests.fakes_rollout import byte_level_tokenizer
 

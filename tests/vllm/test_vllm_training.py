@@ -1,4 +1,4 @@
-"""A whole run through the real door, with vLLM as the engine: two ranks, servers of their own, rollouts one step ahead."""
+"""A whole run through the real door, with vLLM: servers of its own, rollouts one step ahead, two ranks that are one engine."""
 
 import os
 import subprocess
@@ -14,8 +14,8 @@ from megatron_sd.observability.metrics_log import read_metrics
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("max_lag", [0, 1])
-def test_a_run_on_vllm(max_lag, tmp_path):
+@pytest.mark.parametrize(("placement", "num_ranks", "max_lag"), [("process", 2, 0), ("process", 1, 1), ("colocated", 2, 0)])
+def test_a_run_on_vllm(placement, num_ranks, max_lag, tmp_path):
     world = tmp_path / "world"
     make_world(WorldConfig(output=str(world), num_train_questions=40, num_eval_questions=10))
     arguments = [
@@ -31,10 +31,11 @@ def test_a_run_on_vllm(max_lag, tmp_path):
         "--distill.measure_every=2",
         "--rollout.engine=vllm",
         "--rollout.vllm.kv_cache_gib=0.25",
+        f"--rollout.vllm.placement={placement}",
+        f"--rollout.vllm.tensor_parallel_size={2 if placement == 'colocated' else 1}",
         f"--rollout.max_lag={max_lag}",
         f"--policy_loss.importance_cap={2.0 if max_lag else 'null'}",
     ]
-    num_ranks = 2 - max_lag
     finished = subprocess.run(
         command_line(num_ranks, free_port(), arguments),
         env=os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},

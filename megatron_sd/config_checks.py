@@ -168,7 +168,7 @@ def _check_offload(config: Config) -> None:
 def _check_tensor_parallel(config: Config) -> None:
     """What tensor-parallel training does not do yet, or cannot."""
     update, distill = config.update, config.distill
-    on_vllm, vllm = config.rollout.engine == "vllm", config.rollout.vllm
+    on_vllm, served = config.rollout.engine == "vllm", config.rollout.vllm
     wanted = {  # key: (found, fits, expected)
         "update.sequence_parallel_size": (update.sequence_parallel_size, update.sequence_parallel_size == 1, "1"),
         "update.zero_stage": (update.zero_stage, update.zero_stage > 0, "1 to 3"),
@@ -179,8 +179,8 @@ def _check_tensor_parallel(config: Config) -> None:
         "distill.top_k": (distill.top_k, distill.top_k is None, "none, the full vocabulary"),
         "distill.divergence": (distill.divergence, distill.divergence != "mse", "jsd, forward_kl or reverse_kl"),
         "distill.target": (distill.target, distill.target != "shuffled_vocabulary", "teacher or uniform"),
-        "rollout.vllm.publish": (vllm.publish, not on_vllm or vllm.publish == "gather", "gather"),
-        "rollout.vllm.placement": (vllm.placement, not on_vllm or vllm.placement != "colocated", "process or server"),
+        "rollout.vllm.publish": (served.publish, not on_vllm or served.publish == "gather", "gather"),
+        "rollout.vllm.placement": (served.placement, not on_vllm or served.placement != "colocated", "process or server"),
     }
     for key, (found, fits, expected) in wanted.items():
         if not fits:

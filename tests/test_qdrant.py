@@ -9,7 +9,8 @@ import pytest
 from qdrant_client import QdrantClient, models
 
 from data_prep.encode import EncodeConfig, encode_passages
-from data_prep.table import Origin, PassageTable, SourcedPassage, write_table
+from data_prep.sourced import SourcedPassage
+from data_prep.table import Origin, PassageTable, write_table
 from data_prep.upload import UploadConfig, upload_passages
 from data_prep.vector_index import exact_search
 from data_prep.vectors import VectorShards

@@ -20,6 +20,10 @@ def open_retriever(config: RetrieverConfig) -> Retriever:
         from megatron_sd.retrieval.qdrant import QdrantRetriever, connect  # the extra [qdrant]
 
         return QdrantRetriever(config.qdrant, connect(config.qdrant))
+    if config.opensearch is not None:
+        from megatron_sd.retrieval import opensearch  # the extra [opensearch]
+
+        return opensearch.OpenSearchRetriever(config.opensearch, opensearch.connect(config.opensearch))
     from megatron_sd.retrieval.client import HttpRetriever
     from megatron_sd.retrieval.shards import ShardedRetriever
 

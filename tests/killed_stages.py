@@ -23,7 +23,7 @@ class Start:
     """kill_before: the how manieth change of CHANGES it does not live to make; None: it is not killed. log: gets a byte for each
     row that is decoded or cut, and then a line break and the number of changes it made."""
 
-    stage: str  # import, chunk or index
+    stage: str  # import, chunk, encode or index
     config: Any
     log: Path
     kill_before: int | None = None
@@ -39,7 +39,7 @@ def launch(start: Start) -> BaseProcess:
 
 
 def run(start: Start) -> tuple[int, int, int]:
-    """Exit code, rows that were read, changes that were made (0 when it was killed)."""
+    """Exit code, rows that were read (of encode: shards that were encoded), changes that were made (0 when it was killed)."""
     start.log.write_bytes(b"")
     process = launch(start)
     process.join()
@@ -82,6 +82,12 @@ def _run_small(start: Start) -> None:
         from data_prep.index import build_index
 
         build_index(start.config)
+    elif start.stage == "encode":
+        from data_prep import encode
+
+        write = encode._write_shard
+        encode._write_shard = lambda path, vectors: (write(path, vectors), os.write(log, b"."))
+        encode.encode_passages(start.config)
     else:
         {"import": questions.import_file, "chunk": chunk.chunk_passages}[start.stage](start.config)
     os.write(log, f"\n{changes[0]}".encode())

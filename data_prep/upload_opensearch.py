@@ -50,7 +50,9 @@ def upload_passages(config: UploadConfig, target: OpenSearchConfig, client: Open
                 log.info("%s: %s passages", place(target), f"{number:,}")
         ask(target, lambda: client.indices.refresh(index=target.index))
         return ask(target, lambda: client.count(index=target.index)["count"])
-    except (RetrievalError, OpenSearchException) as error:
+    except RetrievalError as error:
+        raise DataError(f"upload failed: {error}") from error
+    except OpenSearchException as error:
         raise DataError(f"{place(target)} refused the upload: {type(error).__name__}: {str(error)[:500]}") from error
 
 

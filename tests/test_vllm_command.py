@@ -77,7 +77,8 @@ def test_ranks_that_are_one_engine_come_out_even():
 
 
 def test_a_rank_cannot_train_while_it_samples():
-    config = {"model.path": "m", "data.train": "q", "retriever.corpus": "c", "rollout.engine": "vllm", "rollout.max_lag": "1"}
+    config = {"run_dir": "r", "model.path": "m", "data.train": "q", "retriever.corpus": "c"}
+    config |= {"rollout.engine": "vllm", "rollout.max_lag": "1"}
     with pytest.raises(ConfigError, match="rollout.max_lag: found 1 with rollout.vllm.placement colocated, expected 0"):
         load([f"--{key}={value}" for key, value in config.items()] + ["--rollout.vllm.placement=colocated"])
 

@@ -55,6 +55,7 @@ EXTRAS = {
     "retriever-gpu-cu12": ["faiss-gpu>=1.15,<2"],
     "retriever-gpu-cu13": ["faiss-gpu-cuvs>=1.15,<2"],
     "qdrant": ["qdrant-client>=1.15"],
+    "opensearch": ["opensearch-py>=3.1,<4"],
     "bench": ["trl>=1.16,<1.17"],
     "dev": [
         "pytest>=8",
@@ -62,6 +63,7 @@ EXTRAS = {
         "ruff>=0.12",
         "setuptools>=77",
         "qdrant-client>=1.15",
+        "opensearch-py>=3.1,<4",
         "scipy>=1.13",
         "statsmodels>=0.14.4",
     ],

@@ -7,12 +7,16 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from data_prep.table import Origin, PassageTable, SourcedPassage, write_table
+from data_prep.runs import ROWS_PER_RUN, Runs, Taken
+from data_prep.sourced import SourcedPassage, from_batch
+from data_prep.table import Origin, PassageTable, write_resumable
 from megatron_sd.errors import ConfigError, DataError
+from megatron_sd.retrieval.manifest import file_entry
 
 Span = tuple[int, int]
+_TOKENIZER_FILES = ("*.json", "*.txt", "*.model")
 # A sentence ends at . ! ? or their full-width forms, with closing quotes or brackets, before white space and no small letter.
 _SENTENCE_END = re.compile(r"[.!?。！？][\"'”’)\]]*\s+(?![a-z])")
 
@@ -27,10 +31,11 @@ class ChunkConfig:
     size: int = 100  # units of a chunk
     stride: int | None = None  # units from one start to the next; None: size, so that chunks do not overlap
     tokenizer: str | None = None  # for tokens: a local Hugging Face directory with a fast tokenizer
+    rows_per_run: int = ROWS_PER_RUN  # chunks that are sorted in memory: what a kill can lose
 
 
 def chunk_passages(config: ChunkConfig) -> str:
-    """Write the chunks and return the version of their directory.
+    """Write the chunks and return the version of their directory. Killed and started again it goes on where it was.
 
     A passage that fits one chunk keeps its id; the chunks of a longer one are ID#0000, ID#0001, ... Raises ConfigError for sizes
     that cannot be, DataError for a damaged input.
@@ -40,10 +45,23 @@ def chunk_passages(config: ChunkConfig) -> str:
         raise ConfigError(f"stride: found {stride}, expected 1 to size {config.size}, or text would be lost between chunks")
     spans = token_spans(config.tokenizer) if config.unit == "tokens" else SPANS[config.unit]
     table = PassageTable(Path(config.passages))
-    chunks = (chunk for passage in table for chunk in cut(passage, spans(passage.text), size=config.size, stride=stride))
+
+    def rest(runs: Runs) -> Iterator[Taken]:
+        passages = (passage for batch in table.batches(runs.num_read) for passage in from_batch(batch))
+        return (Taken(passages=tuple(cut(own, spans(own.text), size=config.size, stride=stride))) for own in passages)
+
     settings = {"unit": config.unit, "size": config.size, "stride": stride}
     origin = Origin(settings={"chunks": settings}, made_from={"passages": table.version})
-    return write_table(Path(config.output), chunks, origin)
+    begun_from = {"passages": table.version, "chunks": settings, "tokenizer": _tokenizer_entries(config)}
+    return write_resumable(Path(config.output), rest, origin, begun_from=begun_from, rows_per_run=config.rows_per_run)
+
+
+def _tokenizer_entries(config: ChunkConfig) -> dict[str, Any]:
+    """Size and checksum of the files that decide where tokens begin and end."""
+    if config.unit != "tokens" or config.tokenizer is None:
+        return {}
+    paths = sorted(path for pattern in _TOKENIZER_FILES for path in Path(config.tokenizer).glob(pattern))
+    return {path.name: dataclasses.asdict(file_entry(path)) for path in paths}
 
 
 def cut(passage: SourcedPassage, spans: Sequence[Span], *, size: int, stride: int) -> Iterator[SourcedPassage]:

@@ -9,15 +9,19 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_prep.jsonl import Line, Reject, Row, RowError, check_rejects, id_field, string_field, write_rejects
+from data_prep.jsonl import Line, Reject, Row, RowError, check_rejects, id_field, read_lines, string_field, write_rejects
 from data_prep.rows import parse_rows
-from data_prep.table import Origin, PassageTable, SourcedPassage, is_table, write_table
+from data_prep.runs import Runs, Taken
+from data_prep.sourced import SourcedPassage
+from data_prep.table import Origin, PassageTable, is_table, write_resumable
+from megatron_sd.errors import DataError
 from megatron_sd.records import Passage
+from megatron_sd.retrieval.manifest import file_entries, file_entry, read_manifest
 from megatron_sd.retrieval.passages import split_contents
 
 log = logging.getLogger(__name__)
@@ -77,33 +81,57 @@ class Tally:
     rejects: list[Reject] = dataclasses.field(default_factory=list)
 
 
-def sourced_passages(path: Path, rules: PassageRules, tally: Tally, max_reject_share: float) -> Iterator[SourcedPassage]:
-    """The passages of a file or folder, broken rows counted. Raises DataError at the end when too many were broken."""
-    for line, result in parse_rows(path, functools.partial(parse_sourced, rules=rules)):
+def import_passages(
+    path: Path, output: Path, *, rejects: Path, rules: PassageRules, max_reject_share: float, rows_per_run: int
+) -> tuple[int, int]:
+    """Write a passages directory; broken rows go to the `rejects` file. Passages kept, and rows rejected.
+
+    Killed and started again it goes on where it was. Raises DataError, and then leaves no directory.
+    """
+
+    def rest(runs: Runs) -> Iterator[Taken]:
+        tally = Tally(num_kept=runs.num_rows, rejects=runs.rejects)
+        try:
+            yield from _take(path, rules, tally, num_done=runs.num_read, places=runs.places())
+        finally:  # before the last run is finished, after which the source is not read again
+            write_rejects(rejects, tally.rejects)
+        check_rejects(path, tally.rejects, tally.num_kept + len(tally.rejects), max_reject_share)
+
+    begun_from = None  # a pipe can be read only once
+    if not path.is_fifo():
+        limits = {"max_reject_share": max_reject_share}
+        begun_from = {"import": dataclasses.asdict(rules) | limits, "input": _input_entries(path)}
+    write_resumable(output, rest, Origin(), begun_from=begun_from, rows_per_run=rows_per_run)
+    manifest, _ = read_manifest(output, "passages")
+    return manifest.num_passages, sum(1 for _ in read_lines(rejects)) if rejects.exists() else 0
+
+
+def _input_entries(path: Path) -> dict[str, Any]:
+    """Size and checksum of a file, or of every file of a folder. Raises DataError when one cannot be read."""
+    try:
+        entries = file_entries(path) if path.is_dir() else {path.name: file_entry(path)}
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error}; expected a file or a folder") from error
+    return {name: dataclasses.asdict(entry) for name, entry in entries.items()}
+
+
+def _take(path: Path, rules: PassageRules, tally: Tally, *, num_done: int, places: dict[str, str]) -> Iterator[Taken]:
+    """What each row of a file or folder becomes, after `num_done` rows with the ids `places`; the tally counts on."""
+    parse = functools.partial(parse_sourced, rules=rules)
+    for line, result in parse_rows(path, parse, num_done=num_done, places=places):
         if isinstance(result, RowError):
             tally.rejects.append(line.reject(str(result)))
+            yield Taken(reject=tally.rejects[-1])
         else:
             tally.num_kept += 1
-            yield result
-    check_rejects(path, tally.rejects, tally.num_kept + len(tally.rejects), max_reject_share)
-
-
-def import_passages(path: Path, output: Path, *, rejects: Path, rules: PassageRules, max_reject_share: float) -> Tally:
-    """Write a passages directory; broken rows go to the `rejects` file. Raises DataError, and then leaves no directory."""
-    tally = Tally()
-    try:
-        write_table(output, sourced_passages(path, rules, tally, max_reject_share), Origin())
-    finally:
-        write_rejects(rejects, tally.rejects)
-    return tally
+            yield Taken(passages=(result,), place=line.place)
 
 
 def read_passages(path: Path, *, rejects: Path, max_reject_share: float) -> list[Passage]:
     """The passages of a file; broken rows go to the `rejects` file. Raises DataError when too many are broken."""
     tally = Tally()
-    rules = PassageRules(source="", license="", max_text_bytes=1 << 30)
     try:
-        passages: list[Passage] = list(sourced_passages(path, rules, tally, max_reject_share))
+        passages = list(_passages(path, tally, max_reject_share))
     finally:
         write_rejects(rejects, tally.rejects)
     if tally.rejects:
@@ -111,10 +139,13 @@ def read_passages(path: Path, *, rejects: Path, max_reject_share: float) -> list
     return passages
 
 
-def any_passages(path: Path) -> Iterator[Passage]:
+def any_passages(path: Path) -> Iterable[Passage]:
     """The passages of a passages directory or of any accepted file. Raises DataError, at the end for broken rows."""
-    if is_table(path):
-        yield from PassageTable(path)
-        return
+    return PassageTable(path) if is_table(path) else _passages(path, Tally(), max_reject_share=0.0)
+
+
+def _passages(path: Path, tally: Tally, max_reject_share: float) -> Iterator[Passage]:
     rules = PassageRules(source="", license="", max_text_bytes=1 << 30)
-    yield from sourced_passages(path, rules, Tally(), max_reject_share=0.0)
+    for own in _take(path, rules, tally, num_done=0, places={}):
+        yield from own.passages
+    check_rejects(path, tally.rejects, tally.num_kept + len(tally.rejects), max_reject_share)

@@ -7,15 +7,12 @@ encoder/*           a copy of the encoder, which goes with its vectors to the in
 from __future__ import annotations
 
 import dataclasses
-import fcntl
-import json
 import logging
 import multiprocessing
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -24,15 +21,16 @@ from typing import Literal
 import numpy as np
 import torch
 
-from data_prep.table import PassageTable, SourcedPassage, from_batch
+from data_prep.partial import PLAN_NAME, Plan, begin, check_absent, locked, partial_of
+from data_prep.sourced import SourcedPassage, from_batch
+from data_prep.table import PassageTable
 from megatron_sd.errors import ConfigError, DataError
 from megatron_sd.retrieval.encoder import Encoder, EncoderSettings, choose_device
-from megatron_sd.retrieval.manifest import Manifest, file_entries, write_durably, write_manifest
+from megatron_sd.retrieval.manifest import Manifest, file_entries, file_entry, write_manifest
 from megatron_sd.retrieval.passages import join_contents
 
 log = logging.getLogger(__name__)
 
-PLAN_NAME = "plan.json"
 _ENCODER_FILES = ("*.json", "*.txt", "*.model", "*.safetensors")  # what loading needs; no pickles, no code
 
 
@@ -71,60 +69,40 @@ def encode_passages(config: EncodeConfig) -> str:
     Raises DataError for a damaged input, an output that exists, or one begun from something else.
     """
     output = Path(config.output)
-    if output.exists():
-        raise DataError(f"{output} exists: remove it or choose another output; it is never changed in place")
+    check_absent(output)
     try:
         config.passage_format.format(title="", text="", contents="")
     except (KeyError, IndexError, ValueError) as error:
         expected = "expected text with fields {title} {text} {contents}"
         raise ConfigError(f"passage_format: found {config.passage_format!r} ({error}), {expected}") from error
     table = PassageTable(Path(config.passages))
-    partial = output.with_name(output.name + ".partial")
-    with _locked(partial):
+    partial = partial_of(output)
+    with locked(partial):
         _begin(partial, config, table)
         step = len(config.devices)
         _run([_Task(config=config, directory=partial, device=d, start=n, step=step) for n, d in enumerate(config.devices)])
         vectors_version = _seal(partial, config, table)
-    partial.rename(output)
+        partial.rename(output)
     log.info("%s: %d vectors, version %s", output, len(table), vectors_version[:16])
     return vectors_version
 
 
-@contextmanager
-def _locked(partial: Path) -> Iterator[None]:
-    """Two programs must not write one directory."""
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    path = partial.with_name(partial.name + ".lock")
-    with open(path, "w") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise DataError(f"{partial} is being written by another process: wait for it, or choose another output") from error
-        yield
-        path.unlink()
-
-
 def _begin(partial: Path, config: EncodeConfig, table: PassageTable) -> None:
-    """Lay down encoder and plan, or check that what lies there was begun from the same."""
+    """Lay down plan and encoder, or check that what lies there was begun from the same."""
     encoder = Path(config.encoder)
     if not (encoder / "config.json").is_file():
         raise DataError(f"{encoder} is no encoder directory: found no config.json; expected a local Hugging Face model")
-    partial.mkdir(exist_ok=True)
-    copied = partial / "encoder"
-    copied.mkdir(exist_ok=True)
-    for path in sorted(path for pattern in _ENCODER_FILES for path in encoder.glob(pattern)):
-        shutil.copyfile(path, copied / path.name)
-    plan = {
+    paths = sorted(path for pattern in _ENCODER_FILES for path in encoder.glob(pattern))
+    begun_from = {
         "passages": table.version,
-        "encoder": {name: dataclasses.asdict(entry) for name, entry in file_entries(copied).items()},
+        "encoder": {path.name: dataclasses.asdict(file_entry(path)) for path in paths},
         "settings": dataclasses.asdict(encoder_settings(config)),
         "rows_per_shard": config.rows_per_shard,
     }
-    content = json.dumps(plan, indent=1, sort_keys=True).encode()
-    path = partial / PLAN_NAME
-    if path.exists() and path.read_bytes() != content:
-        raise DataError(f"{partial} was begun with other passages, another encoder or other settings: remove it, or use those")
-    write_durably(path, content)
+    begin(partial, Plan(begun_from=begun_from, finished=("vectors-*.npy",)))
+    (partial / "encoder").mkdir(exist_ok=True)
+    for path in paths:
+        shutil.copyfile(path, partial / "encoder" / path.name)
 
 
 def encoder_settings(config: EncodeConfig) -> EncoderSettings:
@@ -190,8 +168,8 @@ def _write_shard(path: Path, vectors: np.ndarray) -> None:
 
 
 def _seal(partial: Path, config: EncodeConfig, table: PassageTable) -> str:
-    """Remove what is no longer needed and write the manifest."""
-    for path in (partial / PLAN_NAME, *partial.glob(".vectors-*")):
+    """Write the manifest, and remove what is no longer needed; the plan last, without which no shard would be believed."""
+    for path in partial.glob(".vectors-*"):
         path.unlink()
     first = np.load(partial / "vectors-00000.npy", mmap_mode="r", allow_pickle=False)
     manifest = Manifest(
@@ -205,6 +183,8 @@ def _seal(partial: Path, config: EncodeConfig, table: PassageTable) -> str:
         },
         made_from={"passages": table.version},
         versions={name: version(name) for name in ("numpy", "torch", "transformers")},
-        files=file_entries(partial),
+        files={name: entry for name, entry in file_entries(partial).items() if name.startswith(("vectors-", "encoder/"))},
     )
-    return write_manifest(partial, manifest)
+    vectors_version = write_manifest(partial, manifest)
+    (partial / PLAN_NAME).unlink()
+    return vectors_version

@@ -14,16 +14,21 @@ import faiss
 import pyarrow as pa
 
 from data_prep.corpus import read_passages
-from data_prep.table import PassageTable, is_table, new_directory, to_batches
-from data_prep.vector_index import VectorIndexConfig, write_vector_index
+from data_prep.partial import Plan, new_directory, whole_file, whole_part
+from data_prep.sourced import to_batches
+from data_prep.table import PassageTable, is_table
+from data_prep.vector_index import VectorIndexConfig, vector_index_settings, write_vector_index
 from data_prep.vectors import VectorShards
 from megatron_sd.errors import ConfigError, DataError
 from megatron_sd.records import Passage
-from megatron_sd.retrieval.bm25 import Bm25Settings, write_bm25
+from megatron_sd.retrieval.bm25 import BM25_DIRECTORY, Bm25Settings, write_bm25
+from megatron_sd.retrieval.faiss_index import DENSE_DIRECTORY
 from megatron_sd.retrieval.manifest import Manifest, file_entries, write_manifest
 from megatron_sd.retrieval.passages import PASSAGES_NAME, PassageStore, write_batches
 
 log = logging.getLogger(__name__)
+
+_FINISHED = (PASSAGES_NAME, BM25_DIRECTORY, DENSE_DIRECTORY)  # the parts of a corpus
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,16 +135,25 @@ def write_corpus(output: Path, passages: Iterable[Passage], settings: Bm25Settin
 
 
 def _write(output: Path, batches: Iterable[pa.RecordBatch], labels: Labels, parts: Parts) -> str:
+    """Each of the three parts appears when it is whole. A build from a passages directory goes on after those that are."""
+    used = {name: version(name) for name in ("bm25s", "numpy", "pyarrow", "PyStemmer")} | {"faiss": faiss.__version__}
     settings: dict[str, object] = {}
-    with new_directory(output) as partial:
-        write_batches(partial / PASSAGES_NAME, batches)
+    with new_directory(output, _plan(labels, parts, used)) as partial:
+        if not (partial / PASSAGES_NAME).exists():
+            with whole_file(partial / PASSAGES_NAME) as path:
+                write_batches(path, batches)
         store = PassageStore(partial / PASSAGES_NAME)
         if parts.bm25 is not None:
-            num_terms = write_bm25(partial, (f"{passage.title} {passage.text}" for passage in store), parts.bm25)
             settings["bm25"] = dataclasses.asdict(parts.bm25)
-            log.info("BM25: %d terms", num_terms)
+            if not (partial / BM25_DIRECTORY).exists():
+                with whole_part(partial, BM25_DIRECTORY) as building:
+                    num_terms = write_bm25(building, (f"{passage.title} {passage.text}" for passage in store), parts.bm25)
+                log.info("BM25: %d terms", num_terms)
         if parts.vectors is not None:
-            settings["dense"] = write_vector_index(partial, parts.vectors, parts.vector_index)
+            settings["dense"] = vector_index_settings(parts.vectors, parts.vector_index)
+            if not (partial / DENSE_DIRECTORY).exists():
+                with whole_part(partial, DENSE_DIRECTORY) as building:
+                    write_vector_index(building, parts.vectors, parts.vector_index)
         manifest = Manifest(
             kind="corpus",
             num_passages=len(store),
@@ -147,9 +161,18 @@ def _write(output: Path, batches: Iterable[pa.RecordBatch], labels: Labels, part
             sources=labels.sources,
             settings=settings,
             made_from=labels.made_from,
-            versions={name: version(name) for name in ("bm25s", "numpy", "pyarrow", "PyStemmer")} | {"faiss": faiss.__version__},
-            files=file_entries(partial),
+            versions=used,
+            files={name: entry for name, entry in file_entries(partial).items() if name.startswith(_FINISHED)},
         )
         corpus_version = write_manifest(partial, manifest)
     log.info("%s: %d passages, corpus version %s", output, len(store), corpus_version[:16])
     return corpus_version
+
+
+def _plan(labels: Labels, parts: Parts, used: dict[str, str]) -> Plan | None:
+    """None for passages that fit in memory: they are read again."""
+    if "passages" not in labels.made_from:
+        return None
+    bm25 = None if parts.bm25 is None else dataclasses.asdict(parts.bm25)
+    dense = None if parts.vectors is None else dataclasses.asdict(parts.vector_index)
+    return Plan(begun_from=labels.made_from | {"bm25": bm25, "vector_index": dense, "versions": used}, finished=_FINISHED)

@@ -45,6 +45,11 @@ class Line:
     number: int
     content: bytes
 
+    @property
+    def place(self) -> str:
+        """FILE:LINE."""
+        return f"{self.file}:{self.number}"
+
     def reject(self, reason: str) -> Reject:
         """Leave it out, or a part of it, for this reason."""
         return Reject(file=self.file, line=self.number, reason=reason, content=self.content.decode(errors="replace"))

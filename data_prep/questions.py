@@ -25,6 +25,7 @@ from data_prep.corpus import PassageRules, any_passages, import_passages
 from data_prep.formats import to_own
 from data_prep.jsonl import Line, Reject, Row, RowError, check_rejects, id_field, string_field, write_rejects, write_rows
 from data_prep.rows import parse_rows
+from data_prep.runs import ROWS_PER_RUN
 from megatron_sd.records import Question
 from megatron_sd.search.reward import empty_answers
 
@@ -46,6 +47,7 @@ class ImportConfig:
     passages: str | None = None  # for questions whose hops have titles: find the ids by title in these passages
     max_text_bytes: int = 1_000_000  # longer passages are rejected
     max_reject_share: float = 0.01  # more broken rows than this are an error, and nothing but the rejects file is written
+    rows_per_run: int = ROWS_PER_RUN  # rows of passages that are sorted in memory: what a kill can lose
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,19 +118,20 @@ def import_file(config: ImportConfig) -> ImportReport:
     """Convert one file or folder. Raises DataError when it cannot be read or too many of its rows are broken."""
     source, output = Path(config.input), Path(config.output)
     rejects_path = output.with_name(output.name.removesuffix(".jsonl") + ".rejects.jsonl")
+    num_notes = 0
     if config.kind == "passages":
         rules = PassageRules(source=config.source, license=config.license, max_text_bytes=config.max_text_bytes)
-        tally = import_passages(source, output, rejects=rejects_path, rules=rules, max_reject_share=config.max_reject_share)
-        num_kept, rejects, notes = tally.num_kept, tally.rejects, []
+        limits = {"max_reject_share": config.max_reject_share, "rows_per_run": config.rows_per_run}
+        num_kept, num_rejected = import_passages(source, output, rejects=rejects_path, rules=rules, **limits)
     else:
         questions, rejects, notes = _read_questions(source, config)
         write_rejects(rejects_path, sorted(rejects + notes, key=lambda reject: (reject.file, reject.line)))
-        num_kept = len(questions)
-        check_rejects(source, rejects, num_kept + len(rejects), config.max_reject_share)
+        num_kept, num_rejected, num_notes = len(questions), len(rejects), len(notes)
+        check_rejects(source, rejects, num_kept + num_rejected, config.max_reject_share)
         write_question_rows(output, questions)
-    written = str(rejects_path) if rejects or notes else None
-    log.info("%s: %d %s kept, %d rejected, %d notes", source, num_kept, config.kind, len(rejects), len(notes))
-    return ImportReport(num_kept=num_kept, num_rejected=len(rejects), num_notes=len(notes), rejects=written)
+    written = str(rejects_path) if num_rejected or num_notes else None
+    log.info("%s: %d %s kept, %d rejected, %d notes", source, num_kept, config.kind, num_rejected, num_notes)
+    return ImportReport(num_kept=num_kept, num_rejected=num_rejected, num_notes=num_notes, rejects=written)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,42 +1,34 @@
 """Passages between the stages: numbered Parquet shards (zstd) with a manifest, rows in id order, however many there are.
 
-Every row carries its source and its licence. Rows may come in any order: they are sorted in pieces that fit in memory, spilled,
+Every row carries its source and its licence. Rows may come in any order: they are sorted in pieces that fit in memory (runs.py)
 and merged.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import heapq
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import islice
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from megatron_sd.errors import DataError
-from megatron_sd.records import Passage
-from megatron_sd.retrieval.manifest import Manifest, file_entries, open_manifest, write_manifest
+from data_prep.partial import Plan, new_directory, whole_file
+from data_prep.runs import ROWS_PER_RUN, Runs, Taken
+from data_prep.sourced import SourcedPassage, from_batch, to_batches
+from megatron_sd.errors import ConfigError, DataError
+from megatron_sd.retrieval.manifest import MANIFEST_NAME, Manifest, file_entry, open_manifest, read_manifest, write_manifest
 from megatron_sd.retrieval.passages import ROWS_PER_BATCH, SCHEMA
 
 ROWS_PER_SHARD = 64 * ROWS_PER_BATCH  # 262,144 rows: about 80 MB of Wikipedia
-_ROWS_PER_SPILL = 32 * ROWS_PER_BATCH  # about 130 MB in memory
-_SPILL_READ_ROWS = 512
+_RUNS = "runs"
 
-
-@dataclass(frozen=True, kw_only=True)
-class SourcedPassage(Passage):
-    """A passage and where it comes from."""
-
-    source: str = ""
-    license: str = ""
+Source = Callable[[Runs], Iterator[Taken]]  # the rows that come after those of the finished runs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,76 +42,67 @@ class Origin:
 def write_table(output: Path, passages: Iterable[SourcedPassage], origin: Origin) -> str:
     """Write a passages directory and return its version. The same rows in any order give the same bytes.
 
-    A directory named `output` is always complete. Raises DataError when it exists, when there is no row, or for a repeated id.
+    A directory named `output` is always complete, and nothing else stays. Raises DataError when it exists, when there is no row,
+    or for a repeated id.
     """
     with new_directory(output) as partial:
-        spill = partial / "spill"
-        num_passages = 0
-        sources: set[str] = set()
-        licenses: set[str] = set()
-        rows = sort_passages(passages, spill)
-        for number, shard in enumerate(_groups(_unique(rows), ROWS_PER_SHARD)):
-            table = pa.Table.from_batches(to_batches(shard), schema=SCHEMA)
-            path = partial / f"passages-{number:05d}.parquet"
-            pq.write_table(table, path, compression="zstd", row_group_size=ROWS_PER_BATCH)
-            num_passages += len(shard)
-            sources.update(passage.source for passage in shard)
-            licenses.update(passage.license for passage in shard)
-        if num_passages == 0:
-            raise DataError(f"no passage to write to {output}: expected at least one")
-        shutil.rmtree(spill, ignore_errors=True)
+        return _fill(partial, lambda _: (Taken(passages=(passage,)) for passage in passages), origin, ROWS_PER_RUN)
+
+
+def write_resumable(
+    output: Path, source: Source, origin: Origin, *, begun_from: Mapping[str, Any] | None, rows_per_run: int
+) -> str:
+    """`write_table` from a source that can go on in its middle: killed and started again it gives the same bytes.
+
+    begun_from: everything that shapes the rows, as JSON values; None: start anew whatever lies there. rows_per_run: source rows,
+    or passages they become, that a kill can lose. Raises DataError as `write_table`, also for a directory that was begun from
+    something else, and ConfigError.
+    """
+    if rows_per_run < 1:
+        raise ConfigError(f"rows_per_run: found {rows_per_run}, expected at least 1")
+    finished = (f"{_RUNS}/*.json", MANIFEST_NAME)
+    versions = {"versions": {"pyarrow": version("pyarrow")}}
+    plan = None if begun_from is None else Plan(begun_from=versions | dict(begun_from), finished=finished)
+    with new_directory(output, plan) as partial:
+        return _fill(partial, source, origin, rows_per_run)
+
+
+def _fill(partial: Path, source: Source, origin: Origin, rows_per_run: int) -> str:
+    """From wherever the last start was killed: runs, then shards, then the manifest; the runs go last."""
+    if not (partial / MANIFEST_NAME).exists():
+        runs = Runs(partial / _RUNS)
+        runs.extend(source(runs), rows_per_run)
+        if runs.num_rows == 0:
+            raise DataError(f"no passage to write to {partial}: expected at least one")
         manifest = Manifest(
             kind="passages",
-            num_passages=num_passages,
-            licenses=tuple(sorted(licenses - {""})),
-            sources=tuple(sorted(sources - {""})),
+            num_passages=runs.num_rows,
+            licenses=runs.labels("licenses"),
+            sources=runs.labels("sources"),
             settings=origin.settings,
             made_from=origin.made_from,
             versions={"pyarrow": version("pyarrow")},
-            files=file_entries(partial),
+            files={path.name: file_entry(path) for path in _write_shards(partial, runs)},
         )
-        return write_manifest(partial, manifest)
+        write_manifest(partial, manifest)
+    if (partial / _RUNS).exists():
+        shutil.rmtree(partial / _RUNS)
+    return read_manifest(partial, "passages")[1]
 
 
-@contextlib.contextmanager
-def new_directory(output: Path) -> Iterator[Path]:
-    """A directory to fill that gets the name `output` only when the block ends well; else nothing of it stays.
-
-    Raises DataError when `output` exists.
-    """
-    if output.exists():
-        raise DataError(f"{output} exists: remove it or choose another output; it is never changed in place")
-    partial = output.with_name(output.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    partial.rename(output)
-
-
-def sort_passages(passages: Iterable[SourcedPassage], spill: Path) -> Iterator[SourcedPassage]:
-    """The passages in id order. More than fit in memory go through files in the directory `spill`."""
-    remaining = iter(passages)
-    files: list[Path] = []
-    while rows := sorted(islice(remaining, _ROWS_PER_SPILL), key=attrgetter("id")):
-        if not files and len(rows) < _ROWS_PER_SPILL:
-            yield from rows
-            return
-        spill.mkdir(parents=True, exist_ok=True)
-        files.append(spill / f"{len(files):05d}.arrow")
-        with pa.OSFile(str(files[-1]), "wb") as sink, pa.ipc.new_stream(sink, SCHEMA) as writer:
-            for batch in to_batches(rows, _SPILL_READ_ROWS):
-                writer.write_batch(batch)
-    yield from heapq.merge(*map(_read_spill, files), key=attrgetter("id"))
-
-
-def _read_spill(path: Path) -> Iterator[SourcedPassage]:
-    with pa.memory_map(str(path)) as source, pa.ipc.open_stream(source) as reader:
-        for batch in reader:
-            yield from from_batch(batch)
+def _write_shards(partial: Path, runs: Runs) -> list[Path]:
+    """The shards that are not there yet; all shards. Raises DataError for a repeated id."""
+    shards = sorted(partial.glob("passages-*.parquet"))
+    last_id = pq.read_table(shards[-1], columns=["id"]).column("id")[-1].as_py() if shards else None
+    rows = _unique(runs.merged(last_id))
+    if shards:
+        next(rows)  # the last one that is written: it must not come twice
+    for shard in _groups(rows, ROWS_PER_SHARD):
+        table = pa.Table.from_batches(to_batches(shard), schema=SCHEMA)
+        shards.append(partial / f"passages-{len(shards):05d}.parquet")
+        with whole_file(shards[-1]) as path:
+            pq.write_table(table, path, compression="zstd", row_group_size=ROWS_PER_BATCH)
+    return shards
 
 
 def _unique(passages: Iterable[SourcedPassage]) -> Iterator[SourcedPassage]:
@@ -135,20 +118,6 @@ def _groups(passages: Iterable[SourcedPassage], size: int) -> Iterator[list[Sour
     remaining = iter(passages)
     while rows := list(islice(remaining, size)):
         yield rows
-
-
-def to_batches(passages: Iterable[Passage], size: int = ROWS_PER_BATCH) -> Iterator[pa.RecordBatch]:
-    """Batches of `size` rows, the last one shorter; passages without source or licence get empty ones."""
-    remaining = iter(passages)
-    while rows := list(islice(remaining, size)):
-        columns = [[getattr(passage, name, "") for passage in rows] for name in SCHEMA.names]
-        yield pa.record_batch(columns, schema=SCHEMA)
-
-
-def from_batch(batch: pa.RecordBatch) -> Iterator[SourcedPassage]:
-    """The rows of a batch."""
-    for values in zip(*(batch.column(name).to_pylist() for name in SCHEMA.names)):
-        yield SourcedPassage(**dict(zip(SCHEMA.names, values)))
 
 
 class PassageTable:

@@ -1,60 +1,52 @@
-"""Fill a Qdrant collection with passages and their vectors."""
+"""`sd-search data upload`: passages, and vectors where there are any, to a Qdrant collection or an OpenSearch index."""
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
-
-import httpx
-from qdrant_client import QdrantClient, models
-from qdrant_client.http.exceptions import ApiException
 
 from data_prep.table import PassageTable
 from data_prep.vectors import VectorShards
-from megatron_sd.config import QdrantConfig
-from megatron_sd.errors import DataError
-
-log = logging.getLogger(__name__)
+from megatron_sd.config import OpenSearchConfig, QdrantConfig
+from megatron_sd.errors import ConfigError, DataError
+from megatron_sd.retrieval.choice import require_extra
 
 
 @dataclass(frozen=True, kw_only=True)
 class UploadConfig:
-    """`sd-search data upload`: which passages, and where to."""
+    """Which passages, and where to: one of the two."""
 
     passages: str
-    qdrant: QdrantConfig
+    qdrant: QdrantConfig | None = None
+    opensearch: OpenSearchConfig | None = None  # its `vectors`, where set, are uploaded as well
     batch_size: int = 256
 
 
-def upload_passages(config: UploadConfig, client: QdrantClient) -> int:
-    """Create the collection, fill it, and return the number of points; row i becomes point i, so a second run continues safely.
+def upload(config: UploadConfig) -> str:
+    """Fill what is configured and say with how many passages. Needs the extra of the server.
 
-    Raises DataError when the vectors are not of these passages, or the server refuses.
+    Raises ConfigError unless one server is configured, DataError as its upload does.
     """
-    table = PassageTable(Path(config.passages))
-    vectors = VectorShards(Path(config.qdrant.vectors))
+    if (config.qdrant is None) == (config.opensearch is None):
+        found = "neither" if config.qdrant is None else "both"
+        raise ConfigError(f"qdrant, opensearch: found {found}, expected one: --qdrant.url ... or --opensearch.url ...")
+    require_extra(*(("qdrant_client", "qdrant") if config.qdrant is not None else ("opensearchpy", "opensearch")))
+    if config.qdrant is not None:
+        from data_prep.upload_qdrant import upload_passages
+        from megatron_sd.retrieval.qdrant import connect
+
+        num_points = upload_passages(config, config.qdrant, connect(config.qdrant))
+        return f"{num_points} passages -> {config.qdrant.collection} at {config.qdrant.url}"
+    from data_prep import upload_opensearch
+    from megatron_sd.retrieval import opensearch
+
+    num_passages = upload_opensearch.upload_passages(config, config.opensearch, opensearch.connect(config.opensearch))
+    return f"{num_passages} passages -> {config.opensearch.index} at {config.opensearch.url}"
+
+
+def matching_vectors(directory: str, table: PassageTable, passages: str) -> VectorShards:
+    """The vectors of these passages. Raises DataError when they are of others."""
+    vectors = VectorShards(Path(directory))
     if vectors.manifest.made_from["passages"] != table.version:
-        raise DataError(f"{config.qdrant.vectors} holds vectors of other passages than {config.passages}: encode these")
-    name = config.qdrant.collection
-    try:
-        if not client.collection_exists(name):
-            params = models.VectorParams(size=vectors.dim, distance=models.Distance.DOT)
-            client.create_collection(name, vectors_config=params)
-        passages = iter(table)
-        start = 0
-        for block in vectors.blocks(config.batch_size):
-            points = [
-                models.PointStruct(
-                    id=start + place,
-                    vector=block[place].tolist(),
-                    payload={"passage_id": p.id, "title": p.title, "text": p.text, "vectors_version": vectors.version},
-                )
-                for place, p in enumerate(islice(passages, len(block)))
-            ]
-            client.upsert(name, points)
-            start += len(points)
-        return client.count(name).count
-    except (ApiException, httpx.HTTPError, ValueError) as error:
-        raise DataError(f"Qdrant at {config.qdrant.url} refused the upload: {type(error).__name__}: {error}") from error
+        raise DataError(f"{directory} holds vectors of other passages than {passages}: encode these")
+    return vectors

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import faiss
 import numpy as np
@@ -39,8 +40,8 @@ class VectorIndexConfig:
     seed: int = 0
 
 
-def write_vector_index(directory: Path, vectors: VectorShards, config: VectorIndexConfig) -> dict[str, object]:
-    """Write dense/index.faiss and dense/encoder below `directory`; the settings for the manifest.
+def write_vector_index(directory: Path, vectors: VectorShards, config: VectorIndexConfig) -> dict[str, Any]:
+    """Write dense/index.faiss and dense/encoder below `directory`; the settings for the manifest (`vector_index_settings`).
 
     HNSW's graph depends on the timing of FAISS's threads; the other kinds give the same bytes again.
     """
@@ -54,14 +55,21 @@ def write_vector_index(directory: Path, vectors: VectorShards, config: VectorInd
     for block in vectors.blocks(_BLOCK_ROWS):
         index.add(block)
         log.info("%s: %d of %d vectors", factory, index.ntotal, len(vectors))
-    effort = 64 if config.effort is None else config.effort
-    set_effort(index, config.kind, effort)
+    settings = vector_index_settings(vectors, config)
+    set_effort(index, config.kind, settings["index"]["effort"])
     path = directory / INDEX_NAME
     path.parent.mkdir()
     faiss.write_index(index, str(path))
     shutil.copytree(vectors.directory / "encoder", directory / ENCODER_DIRECTORY)
-    settings = {"kind": config.kind, "factory": factory, "effort": effort, "dim": vectors.dim}
-    return {"encoder": vectors.manifest.settings["encoder"], "index": settings}
+    return settings
+
+
+def vector_index_settings(vectors: VectorShards, config: VectorIndexConfig) -> dict[str, Any]:
+    """What the manifest says of an index: its encoder, its kind and how hard it looks."""
+    effort = 64 if config.effort is None else config.effort
+    factory = factory_string(config, len(vectors), vectors.dim)
+    index = {"kind": config.kind, "factory": factory, "effort": effort, "dim": vectors.dim}
+    return {"encoder": vectors.manifest.settings["encoder"], "index": index}
 
 
 def factory_string(config: VectorIndexConfig, num_vectors: int, dim: int) -> str:

@@ -55,7 +55,7 @@ COMMANDS: dict[str, Command] = {
     "data verify": _command("launch.data:verify", "check every file of a prepared directory against its manifest"),
     "data info": _command("launch.data:info", "verify a prepared directory and print its manifest"),
     "data plan": _command("launch.data:plan", "memory, disk, build time and speed of each index for a corpus of some size"),
-    "data upload": _command("launch.data:upload", "fill a Qdrant collection with passages and their vectors"),
+    "data upload": _command("launch.data:upload", "fill Qdrant or OpenSearch with passages and their vectors"),
     "data recall": _command("launch.data:recall", "supporting-passage recall of a corpus on a questions file"),
     "retriever serve": _command("launch.retriever:main", "serve a corpus directory over HTTP (Search-R1's /retrieve)"),
 }

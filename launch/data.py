@@ -77,8 +77,7 @@ def plan(argv: Sequence[str]) -> None:
 
 def upload(argv: Sequence[str]) -> None:
     """`sd-search data upload`."""
-    from data_prep.upload import UploadConfig, upload_passages
-    from megatron_sd.retrieval.qdrant import connect
+    from data_prep.upload import UploadConfig
+    from data_prep.upload import upload as fill
 
-    config = parse(UploadConfig, argv, "sd-search data upload")
-    print(f"{upload_passages(config, connect(config.qdrant))} passages -> {config.qdrant.collection} at {config.qdrant.url}")
+    print(fill(parse(UploadConfig, argv, "sd-search data upload")))

@@ -92,13 +92,31 @@ class QdrantConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class OpenSearchConfig:
+    """An OpenSearch index that `sd-search data upload` filled, searched by BM25 (bm25) or by vectors (knn)."""
+
+    url: str
+    index: str
+    vectors: str | None = None  # for knn: the vectors directory it was filled from, whose encoder reads the queries
+    method: Literal["bm25", "knn"] = "bm25"
+    k1: float = 1.5  # of BM25, for upload
+    b: float = 0.75
+    deadline_s: float = 60.0
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # of the query encoder
+    login_file: str | None = None  # a file with USER:PASSWORD
+    ca_file: str | None = None  # certificates to believe an https server by; None: the public ones
+
+
+@dataclass(frozen=True, kw_only=True)
 class RetrieverConfig:
-    """Where passages come from: a corpus directory (`sd-search data index`) in this process, running servers, or Qdrant."""
+    """Where passages come from: a corpus directory (`sd-search data index`) in this process, running servers, Qdrant or
+    OpenSearch."""
 
     corpus: str | None = None
     endpoints: tuple[str, ...] = ()  # http://host:port of servers of one corpus, which share the load
     sharded: bool = False  # the endpoints serve different parts of one corpus; each search asks all of them
     qdrant: QdrantConfig | None = None
+    opensearch: OpenSearchConfig | None = None
     top_k: int = 3
     search: SearchConfig = field(default_factory=SearchConfig)
     client: ClientConfig = field(default_factory=ClientConfig)

@@ -105,10 +105,11 @@ def check_ranges(config: Any) -> None:
     configuration's keys."""
     retriever = _value(config, "retriever")
     if retriever is not None:
-        found = [name for name in ("corpus", "endpoints", "qdrant") if getattr(retriever, name)]
+        found = [name for name in ("corpus", "endpoints", "qdrant", "opensearch") if getattr(retriever, name)]
         if len(found) != 1:
-            expected = "expected one: a corpus directory, its servers, or a Qdrant collection"
-            raise ConfigError(f"retriever.corpus, .endpoints, .qdrant: found {' and '.join(found) or 'none'}, {expected}")
+            expected = "expected one: a corpus directory, its servers, a Qdrant collection, or an OpenSearch index"
+            names = "retriever.corpus, .endpoints, .qdrant, .opensearch"
+            raise ConfigError(f"{names}: found {' and '.join(found) or 'none'}, {expected}")
     for expected, keys in _RANGES.items():
         in_range = _IN_RANGE[expected.split()[0]]
         for key in keys:

@@ -10,7 +10,8 @@ import pytest
 
 from data_prep.encode import EncodeConfig, encode_passages
 from data_prep.index import IndexConfig, Labels, bm25_settings, build_index, write_corpus
-from data_prep.table import Origin, PassageTable, SourcedPassage, write_table
+from data_prep.sourced import SourcedPassage
+from data_prep.table import Origin, PassageTable, write_table
 from data_prep.vector_index import VectorIndexConfig
 from data_prep.vectors import VectorShards
 from megatron_sd.algorithm.samples import query_tokens, to_samples

@@ -10,7 +10,8 @@ from data_prep.corpus import parse_passage
 from data_prep.jsonl import RowError, read_lines
 from data_prep.questions import ImportConfig, ImportReport, import_file, parse_question
 from data_prep.rows import parse_rows
-from data_prep.table import PassageTable, SourcedPassage
+from data_prep.sourced import SourcedPassage
+from data_prep.table import PassageTable
 from megatron_sd.errors import DataError
 from megatron_sd.records import Passage, Question
 from megatron_sd.search.questions import load_questions

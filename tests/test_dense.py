@@ -11,7 +11,8 @@ import torch
 from data_prep.encode import EncodeConfig, encode_passages
 from data_prep.index import IndexConfig, build_index
 from data_prep.plan import PlanConfig, estimates, render_plan
-from data_prep.table import Origin, SourcedPassage, write_table
+from data_prep.sourced import SourcedPassage
+from data_prep.table import Origin, write_table
 from data_prep.vector_index import VectorIndexConfig, exact_search, factory_string, num_codes, num_lists, recall
 from data_prep.vectors import VectorShards
 from megatron_sd.config import RetrieverConfig, SearchConfig

@@ -15,10 +15,12 @@ import pytest
 import torch
 from transformers import AutoModel, AutoTokenizer
 
+from data_prep import encode as encode_module
 from data_prep.chunk import ChunkConfig, chunk_passages
 from data_prep.encode import EncodeConfig, encode_passages, encoder_settings
 from data_prep.index import IndexConfig, build_index
-from data_prep.table import Origin, PassageTable, SourcedPassage, write_table
+from data_prep.sourced import SourcedPassage
+from data_prep.table import Origin, PassageTable, write_table
 from data_prep.vectors import VectorShards
 from megatron_sd.errors import ConfigError, DataError
 from megatron_sd.retrieval.encoder import Encoder, choose_device
@@ -133,18 +135,33 @@ def test_killed_again_and_again_the_bytes_are_the_same(passages, encoder_path, t
     assert not partial.exists()
 
 
-def test_what_was_begun_from_something_else_is_refused(passages, encoder_path, tmp_path):
-    partial = tmp_path / "vectors.partial"
+def test_what_was_begun_from_something_else_is_refused(passages, encoder_path, tmp_path, monkeypatch):
+    """Also when the kill came while the vectors were being sealed."""
     begun = _config(passages, encoder_path, tmp_path / "vectors")
-    encode_passages(begun)
-    shutil.move(tmp_path / "vectors", partial)
-    (partial / "plan.json").write_text("{}")
-    with pytest.raises(DataError, match="was begun with other passages, another encoder or other settings"):
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(encode_module, "write_manifest", _interrupt)
         encode_passages(begun)
+    other = shutil.copytree(encoder_path, tmp_path / "other")
+    (other / "config.json").write_text((other / "config.json").read_text() + " ")
+    for changes, message in [
+        ({"pooling": "cls"}, r"settings\.pooling was 'mean' and is 'cls'; use what it was begun from"),
+        ({"encoder": str(other)}, r"encoder\.config\.json\.num_bytes was \d+ and is \d+, encoder\.config\.json\.xxh3_128 was"),
+        ({"rows_per_shard": 11}, "rows_per_shard was 10 and is 11"),
+    ]:
+        with pytest.raises(DataError, match=message):
+            encode_passages(dataclasses.replace(begun, **changes))
+    with monkeypatch.context() as patched:
+        patched.setattr(Encoder, "encode", _interrupt)  # no shard is encoded again
+        version = encode_passages(begun)
+    assert version == encode_passages(dataclasses.replace(begun, output=str(tmp_path / "again")))
     with pytest.raises(ConfigError, match=r"passage_format: found '\{body\}'"):
         encode_passages(dataclasses.replace(begun, passage_format="{body}", output=str(tmp_path / "x")))
     with pytest.raises(DataError, match="no encoder directory"):
         encode_passages(dataclasses.replace(begun, encoder=str(tmp_path), output=str(tmp_path / "x")))
+
+
+def _interrupt(*_arguments):
+    raise KeyboardInterrupt
 
 
 class Canary:

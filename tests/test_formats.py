@@ -6,6 +6,7 @@ import json
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import zstandard
 
 from data_prep.jsonl import RowError
 from data_prep.questions import ImportConfig, import_file
@@ -168,3 +169,34 @@ def test_folders_of_texts_and_of_parquet_become_passages(tmp_path):
         output = tmp_path / f"{folder.name}.passages"
         import_file(ImportConfig(kind="passages", input=str(folder), output=str(output)))
         assert [(passage.id, passage.title, passage.text) for passage in PassageTable(output)] == expected
+
+
+@pytest.mark.parametrize("name", ["q.jsonl", "q.jsonl.zst", "q.json", "q.csv", "q.parquet", "parts", "texts"])
+@pytest.mark.parametrize("num_done", [0, 1, 4, 5, 12, 13, 40])
+def test_rows_that_are_done_are_passed_over(name, num_done, tmp_path):
+    rows = [{"id": f"{n}", "text": f"kalo {n}"} for n in range(13)]
+    lines = "".join(json.dumps(row) + "\n\n" for row in rows).encode()
+    path = tmp_path / name
+    if name in ("parts", "texts"):
+        path.mkdir()
+        for number, row in enumerate(rows):
+            if name == "texts":
+                (path / f"{number:02d}.txt").write_text(row["text"])
+            elif number % 5 == 0:
+                pq.write_table(pa.Table.from_pylist(rows[number : number + 5]), path / f"{number:02d}.parquet", row_group_size=2)
+    elif name == "q.parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=4)
+    else:
+        content = {".jsonl": lines, ".zst": zstandard.compress(lines), ".json": json.dumps(rows).encode()}
+        content[".csv"] = "\n".join(["id,text", *(f"{row['id']},{row['text']}" for row in rows)]).encode()
+        path.write_bytes(content[path.suffix])
+    every = list(read_rows(path))
+    assert [row["text"] for _, row in every] == [row["text"] for row in rows]
+    assert list(read_rows(path, num_done)) == every[num_done:]
+
+
+def test_a_text_that_is_done_is_not_read(tmp_path):
+    for number in range(3):
+        (tmp_path / f"{number}.txt").write_text("kalo")
+    (tmp_path / "0.txt").write_bytes(b"\xff")
+    assert [row["id"] for _, row in read_rows(tmp_path, 1)] == ["1.txt", "2.txt"]

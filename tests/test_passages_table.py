@@ -4,10 +4,13 @@ import random
 
 import pytest
 
+from data_prep import runs as runs_module
 from data_prep import table as table_module
 from data_prep.chunk import ChunkConfig, chunk_passages, cut, sentence_spans, word_spans
 from data_prep.index import IndexConfig, build_index
-from data_prep.table import Origin, PassageTable, SourcedPassage, from_batch, sort_passages, write_table
+from data_prep.runs import Runs, Taken
+from data_prep.sourced import SourcedPassage, from_batch
+from data_prep.table import Origin, PassageTable, write_table
 from megatron_sd.config import SearchConfig
 from megatron_sd.errors import ConfigError, DataError
 from megatron_sd.retrieval.corpus import CorpusRetriever
@@ -25,8 +28,8 @@ def small_pieces(monkeypatch):
     """Shards and spills of a few rows, so that every path is walked."""
     monkeypatch.setattr(table_module, "ROWS_PER_BATCH", 8)
     monkeypatch.setattr(table_module, "ROWS_PER_SHARD", 32)
-    monkeypatch.setattr(table_module, "_ROWS_PER_SPILL", 16)
-    monkeypatch.setattr(table_module, "_SPILL_READ_ROWS", 3)
+    monkeypatch.setattr(table_module, "ROWS_PER_RUN", 16)
+    monkeypatch.setattr(runs_module, "_READ_ROWS", 3)
 
 
 @pytest.mark.parametrize("size", [1, 15, 16, 17, 100])
@@ -42,9 +45,15 @@ def test_any_order_gives_the_same_sorted_directory(tmp_path, small_pieces, size)
         assert [row for batch in table.batches(start, stop) for row in from_batch(batch)] == expected[start:stop]
 
 
-def test_sorting_leaves_memory_for_disk(tmp_path, small_pieces):
-    assert list(sort_passages(_passages(50), tmp_path / "spill")) == sorted(_passages(50), key=lambda passage: passage.id)
-    assert len(list((tmp_path / "spill").iterdir())) == 4
+@pytest.mark.parametrize("start", [None, "0", "17", "170", "9", "99"])
+def test_runs_merge_from_any_id_on(tmp_path, small_pieces, start):
+    runs = Runs(tmp_path / "runs")
+    runs.extend((Taken(passages=(row,), place=f"f:{n}") for n, row in enumerate(_passages(50))), 16)
+    in_order = sorted(_passages(50), key=lambda passage: passage.id)
+    assert list(runs.merged(start)) == [row for row in in_order if start is None or row.id >= start]
+    assert len(list((tmp_path / "runs").glob("*.arrow"))) == 4
+    assert runs.places() == {row.id: f"f:{n}" for n, row in enumerate(_passages(50))}
+    assert (runs.num_read, runs.num_rows, runs.labels("licenses")) == (50, 50, ("MIT",))
 
 
 def test_a_failure_leaves_nothing(tmp_path, small_pieces):

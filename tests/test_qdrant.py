@@ -9,8 +9,10 @@ import pytest
 from qdrant_client import QdrantClient, models
 
 from data_prep.encode import EncodeConfig, encode_passages
-from data_prep.table import Origin, PassageTable, SourcedPassage, write_table
-from data_prep.upload import UploadConfig, upload_passages
+from data_prep.sourced import SourcedPassage
+from data_prep.table import Origin, PassageTable, write_table
+from data_prep.upload import UploadConfig
+from data_prep.upload_qdrant import upload_passages
 from data_prep.vector_index import exact_search
 from data_prep.vectors import VectorShards
 from megatron_sd.config import QdrantConfig, RetrieverConfig
@@ -39,7 +41,7 @@ def config(tmp_path_factory):
 @pytest.fixture
 def client(config):
     client = QdrantClient(":memory:")
-    assert upload_passages(config, client) == 40
+    assert upload_passages(config, config.qdrant, client) == 40
     return client
 
 
@@ -56,7 +58,7 @@ def test_what_is_uploaded_is_found_as_exact_search_finds_it(config, client):
         assert [hit.score for hit in hits] == pytest.approx((vectors[rows] @ query).tolist(), abs=1e-3)
         by_id = {passage.id: passage for passage in passages}
         assert all(hit.passage.text == by_id[hit.passage.id].text for hit in hits)
-    assert upload_passages(config, client) == 40  # again: the same points
+    assert upload_passages(config, config.qdrant, client) == 40  # again: the same points
 
 
 def test_another_schema_another_version_and_no_collection_are_clear(config, client):
@@ -72,13 +74,13 @@ def test_another_schema_another_version_and_no_collection_are_clear(config, clie
         retriever.find(QUERIES, 1)
     client.create_collection("wiki", vectors_config=models.VectorParams(size=3, distance=models.Distance.DOT))
     with pytest.raises(DataError, match="refused the upload"):
-        upload_passages(config, client)
+        upload_passages(config, config.qdrant, client)
 
 
 def test_vectors_of_other_passages_are_not_uploaded(config, tmp_path):
     write_table(tmp_path / "passages", [SourcedPassage(id="1", title="", text="x")], Origin())
     with pytest.raises(DataError, match="holds vectors of other passages"):
-        upload_passages(dataclasses.replace(config, passages=str(tmp_path / "passages")), QdrantClient(":memory:"))
+        upload_passages(dataclasses.replace(config, passages=str(tmp_path / "passages")), config.qdrant, QdrantClient(":memory:"))
 
 
 def test_passages_come_from_one_place(config):
@@ -88,5 +90,5 @@ def test_passages_come_from_one_place(config):
 
     check_ranges(Holder(RetrieverConfig(qdrant=config.qdrant)))
     for options, found in [({}, "none"), ({"corpus": "c", "qdrant": config.qdrant}, "corpus and qdrant")]:
-        with pytest.raises(ConfigError, match=f"retriever.corpus, .endpoints, .qdrant: found {found}"):
+        with pytest.raises(ConfigError, match=f"retriever.corpus, .endpoints, .qdrant, .opensearch: found {found}"):
             check_ranges(Holder(RetrieverConfig(**options)))

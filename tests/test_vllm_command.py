@@ -9,9 +9,9 @@ import torch
 
 from launch.serve import server_command
 from megatron_sd.config import ModelConfig, RolloutConfig, VllmConfig, load
+from megatron_sd.distributed.lockstep import Lockstep, News
 from megatron_sd.distributed.world import World, lone_world
 from megatron_sd.errors import ConfigError, DataError, RolloutError
-from megatron_sd.rollout.lockstep import Lockstep, News
 from megatron_sd.rollout.vllm_command import ModelShape, check_server, server_arguments, server_environment
 from megatron_sd.rollout.vllm_placement import connect_vllm
 from megatron_sd.rollout.vllm_process import cause_of, require_vllm
@@ -77,7 +77,8 @@ def test_ranks_that_are_one_engine_come_out_even():
 
 
 def test_a_rank_cannot_train_while_it_samples():
-    config = {"model.path": "m", "data.train": "q", "retriever.corpus": "c", "rollout.engine": "vllm", "rollout.max_lag": "1"}
+    config = {"run_dir": "r", "model.path": "m", "data.train": "q", "retriever.corpus": "c"}
+    config |= {"rollout.engine": "vllm", "rollout.max_lag": "1"}
     with pytest.raises(ConfigError, match="rollout.max_lag: found 1 with rollout.vllm.placement colocated, expected 0"):
         load([f"--{key}={value}" for key, value in config.items()] + ["--rollout.vllm.placement=colocated"])
 
@@ -119,6 +120,7 @@ def test_servers_that_are_not_there_are_waited_for_and_then_named(tmp_path, capl
 
 def write_shape(directory) -> None:
     known = {"architectures": ["Qwen2ForCausalLM"], "vocab_size": 448, "num_hidden_layers": 1, "hidden_size": 64}
+    known["model_type"] = "qwen2"
     (directory / "config.json").write_text(json.dumps(known | {"num_attention_heads": 2}))
 
 

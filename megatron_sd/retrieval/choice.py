@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 from megatron_sd.config import RetrieverConfig
 from megatron_sd.errors import ConfigError
 from megatron_sd.retrieval.corpus import CorpusRetriever
@@ -11,15 +13,21 @@ from megatron_sd.retrieval.retriever import Retriever
 def open_retriever(config: RetrieverConfig) -> Retriever:
     """A corpus directory in this process, or a client of its servers.
 
-    Raises DataError for a damaged corpus, ConfigError for a top_k above its passages or endpoints of different corpora,
-    RetrievalError when a server cannot be reached.
+    Raises DataError for a damaged corpus, ConfigError for a top_k above its passages, endpoints of different corpora or a client
+    that is not installed, RetrievalError when a server cannot be reached.
     """
     if config.corpus is not None:
         return _local(config, config.corpus)
     if config.qdrant is not None:
-        from megatron_sd.retrieval.qdrant import QdrantRetriever, connect  # the extra [qdrant]
+        require_extra("qdrant_client", "qdrant")
+        from megatron_sd.retrieval.qdrant import QdrantRetriever, connect
 
         return QdrantRetriever(config.qdrant, connect(config.qdrant))
+    if config.opensearch is not None:
+        require_extra("opensearchpy", "opensearch")
+        from megatron_sd.retrieval import opensearch
+
+        return opensearch.OpenSearchRetriever(config.opensearch, opensearch.connect(config.opensearch))
     from megatron_sd.retrieval.client import HttpRetriever
     from megatron_sd.retrieval.shards import ShardedRetriever
 
@@ -34,3 +42,12 @@ def _local(config: RetrieverConfig, corpus: str) -> CorpusRetriever:
     if config.top_k > num_passages:
         raise ConfigError(f"retriever.top_k: found {config.top_k}, expected at most {num_passages}, the passages of {corpus}")
     return retriever
+
+
+def require_extra(module: str, extra: str) -> None:
+    """Raise ConfigError when the module of an extra is not installed."""
+    if importlib.util.find_spec(module) is None:
+        raise ConfigError(
+            f"{extra}: its client {module} is not installed here, expected it from `pip install 'megatron-sd[{extra}]'` "
+            f"(`pip install .[{extra}]` in a checkout)"
+        )

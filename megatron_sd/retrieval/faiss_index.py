@@ -9,8 +9,9 @@ import numpy as np
 
 from megatron_sd.retrieval.fusion import Ranking
 
-INDEX_NAME = "dense/index.faiss"
-ENCODER_DIRECTORY = "dense/encoder"
+DENSE_DIRECTORY = "dense"
+INDEX_NAME = f"{DENSE_DIRECTORY}/index.faiss"
+ENCODER_DIRECTORY = f"{DENSE_DIRECTORY}/encoder"
 EFFORTS = {"hnsw": "efSearch", "hnsw_sq8": "efSearch", "ivf_pq": "nprobe"}  # the search parameter of an index kind
 FaissKind = Literal["flat", "fp16", "sq8", "hnsw", "hnsw_sq8", "ivf_pq"]
 

@@ -21,10 +21,10 @@ import numpy as np
 import torch
 
 from megatron_sd.config import ModelConfig, RolloutConfig
+from megatron_sd.distributed.lockstep import Lockstep, News
 from megatron_sd.distributed.world import World
 from megatron_sd.errors import RolloutError
 from megatron_sd.rollout.engine import Completion, GenerationRequest
-from megatron_sd.rollout.lockstep import Lockstep, News
 from megatron_sd.rollout.vllm_command import engine_environment, engine_options
 from megatron_sd.rollout.vllm_request import Answer, Dialogue, ServedPolicy
 from megatron_sd.search.tokens import TextCodec

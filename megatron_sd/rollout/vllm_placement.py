@@ -11,9 +11,9 @@ from transformers import AutoConfig, GenerationConfig
 
 from megatron_sd.config import ModelConfig, RolloutConfig
 from megatron_sd.distributed.collectives import together
+from megatron_sd.distributed.lockstep import Lockstep
 from megatron_sd.distributed.world import World, environment_of_others
 from megatron_sd.errors import ConfigError, RolloutError
-from megatron_sd.rollout.lockstep import Lockstep
 from megatron_sd.rollout.vllm_colocated import ColocatedEngine, start_llm
 from megatron_sd.rollout.vllm_command import ModelShape, check_server, describe, server_arguments, server_environment
 from megatron_sd.rollout.vllm_engine import Servers, VllmEngine

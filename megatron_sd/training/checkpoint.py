@@ -35,7 +35,8 @@ MODEL_FILE_BYTES = 2 << 30
 FORMAT = 2  # 1 held DeepSpeed's own files
 FREE_TO_CHANGE = (
     *("num_steps", "run_dir", "checkpoint.", "log.", "data.eval", "data.max_eval", "rollout.vllm.", "publish.", "safety."),
-    *("retriever.corpus", "retriever.endpoints", "retriever.qdrant", "retriever.client."),  # what it is says corpus_version
+    *("retriever.corpus", "retriever.endpoints", "retriever.client."),  # what it is says corpus_version
+    *("retriever.qdrant", "retriever.opensearch"),
     *("update.zero_stage", "update.sequence_parallel_size", "update.pack_sequences", "rollout.bank"),
 )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -101,6 +101,16 @@ def lone_world(device: torch.device | None = None) -> World:
 def environment_of_others() -> dict[str, str]:
     """This process's environment for one that is no rank of the run."""
     return {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
+
+
+def is_launched() -> bool:
+    """Whether a launcher made this process a rank, be it the only one."""
+    return "RANK" in os.environ
+
+
+def set_environment(variables: Mapping[str, str], *, replace: bool = True) -> None:
+    """Variables that a library of this process will read. replace: also those that are set already."""
+    os.environ.update({name: value for name, value in variables.items() if replace or name not in os.environ})
 
 
 def leave_world() -> None:

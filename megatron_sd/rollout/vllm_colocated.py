@@ -8,24 +8,18 @@ layers; that works as long as all of them schedule alike. So the ranks tell each
 from __future__ import annotations
 
 import asyncio
-import os
-import random
-import sys
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
-from megatron_sd.config import ModelConfig, RolloutConfig
 from megatron_sd.distributed.lockstep import Lockstep, News
 from megatron_sd.distributed.world import World
 from megatron_sd.errors import RolloutError
 from megatron_sd.rollout.engine import Completion, GenerationRequest
-from megatron_sd.rollout.vllm_command import engine_environment, engine_options
+from megatron_sd.rollout.vllm_inprocess import EngineMemory, Outbox
 from megatron_sd.rollout.vllm_request import Answer, Dialogue, ServedPolicy
 from megatron_sd.search.tokens import TextCodec
 
@@ -33,7 +27,6 @@ if TYPE_CHECKING:
     from vllm.v1.engine.llm_engine import LLMEngine
 
 POLL_S = 0.005  # how long a rank without work waits before it looks again at its peers
-SLEEP_LEVEL = 1  # keeps the weights, in host memory: an evaluation and the next step may sample from one version
 
 
 class ColocatedEngine:
@@ -54,8 +47,8 @@ class ColocatedEngine:
         self._dialogue = Dialogue(codec, policy)
         self._world = world
         self._timeout_s = timeout_s
-        self._memory = _Memory(llm, can_sleep=world.device.type == "cuda")
-        self._outbox = _Outbox()
+        self._memory = EngineMemory(llm, can_sleep=world.device.type == "cuda")
+        self._outbox = Outbox()
         self._asked: dict[str, tuple[GenerationRequest, Future[Completion]]] = {}  # by key, of this rank
         self._key_of: dict[str, str] = {}  # by session
         self._num_asked = 0
@@ -89,7 +82,7 @@ class ColocatedEngine:
         with self._world.pulse.waiting():
             self._serving.join()
         self._serving = None
-        self._outbox = _Outbox()
+        self._outbox = Outbox()
         self._memory.release()
 
     async def generate(self, request: GenerationRequest) -> Completion:
@@ -233,68 +226,6 @@ class ColocatedEngine:
             return
 
 
-class _Outbox:
-    """What the rollouts' thread has for the serving thread."""
-
-    def __init__(self) -> None:
-        self._changed = threading.Condition()
-        self._requests: list[tuple[str, Any]] = []
-        self._aborted: list[str] = []
-        self._leaves = False
-
-    def ask(self, key: str, what: Any) -> None:
-        """Put a request."""
-        with self._changed:
-            self._requests.append((key, what))
-            self._changed.notify()
-
-    def abort(self, key: str) -> None:
-        """Take one back, also one that was not sent yet."""
-        with self._changed:
-            self._aborted.append(key)
-            self._changed.notify()
-
-    def leave(self) -> None:
-        """Nothing more will come."""
-        with self._changed:
-            self._leaves = True
-            self._changed.notify()
-
-    def take(self, patience_s: float) -> News:
-        """All that has come; waits up to patience_s for something."""
-        with self._changed:
-            if patience_s:
-                self._changed.wait_for(lambda: self._requests or self._aborted, patience_s)
-            aborted = set(self._aborted)
-            requests = tuple(request for request in self._requests if request[0] not in aborted)
-            news = News(requests=requests, aborted=tuple(self._aborted), leaves=self._leaves)
-            self._requests, self._aborted = [], []
-            return news
-
-
-class _Memory:
-    """The GPU memory of the engine, by vLLM's tags; without sleep mode it is always there."""
-
-    def __init__(self, llm: LLMEngine, *, can_sleep: bool):
-        self._llm = llm
-        self._can_sleep = can_sleep
-        self._missing: set[str] = set()
-
-    def take(self, *tags: str) -> None:
-        """Have these back."""
-        wanted = sorted(self._missing.intersection(tags))
-        if wanted:
-            self._llm.wake_up(wanted)
-            self._missing.difference_update(wanted)
-
-    def release(self) -> None:
-        """Give everything to the trainer."""
-        if self._can_sleep:
-            self.take("weights", "kv_cache")  # vLLM keeps what it finds
-            self._llm.sleep(SLEEP_LEVEL)
-            self._missing = {"weights", "kv_cache"}
-
-
 def _answer_of(choice: Any) -> Answer:
     ids = tuple(choice.token_ids)
     logprobs = tuple(entry[token].logprob for entry, token in zip(choice.logprobs or (), ids))
@@ -308,60 +239,3 @@ def _settle(answer: Future[Completion], outcome: Completion | BaseException) -> 
             answer.set_exception(outcome)
         else:
             answer.set_result(outcome)
-
-
-def start_llm(model: ModelConfig, rollout: RolloutConfig, world: World) -> LLMEngine:
-    """vLLM in this process; every rank of the world calls it. The trainer's random numbers are left as they are.
-
-    Raises whatever vLLM raises."""
-    on_cpu = world.device.type == "cpu"
-    os.environ |= engine_environment(on_cpu=on_cpu) | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # in a run's own output; set it to see more
-    options = engine_options(model, rollout, on_cpu=on_cpu) | {
-        "distributed_executor_backend": "external_launcher" if "RANK" in os.environ else "uni",
-        "enable_sleep_mode": not on_cpu,
-        "async_scheduling": False,
-        "use_tqdm_on_load": False,
-    }
-    with _own_random_numbers(), _out_of_sight("llvmlite.binding.ffi"):
-        from vllm import EngineArgs
-        from vllm.v1.engine.llm_engine import LLMEngine
-
-        from megatron_sd.rollout.vllm_server import check_head_dim
-
-        check_head_dim(model.path)
-        if on_cpu:
-            _meet_over_gloo()
-        return LLMEngine.from_engine_args(EngineArgs(**options))
-
-
-def _meet_over_gloo() -> None:
-    """On CPUs vLLM's workers meet in shared memory whose name, under an external launcher, is the same in every run: another run
-    would be in the way, and so would one that was killed. Where ranks do not agree on a name, vLLM takes torch's collectives."""
-    from vllm.distributed.device_communicators import cpu_communicator
-
-    cpu_communicator._CPUSHMDistributed.make_group_name = staticmethod(lambda communicator: f"rank {communicator.rank}")
-
-
-@contextmanager
-def _own_random_numbers() -> Iterator[None]:
-    """vLLM seeds every generator of the process when it starts."""
-    state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002, it is vLLM's
-    try:
-        with torch.random.fork_rng():
-            yield
-    finally:
-        random.setstate(state)
-        np.random.set_state(numpy_state)  # noqa: NPY002
-
-
-@contextmanager
-def _out_of_sight(name: str) -> Iterator[None]:
-    """On CPUs vLLM 0.32 looks into every object of every module when it starts, and stumbles over llvmlite's library (numba's,
-    which searching needs), since that answers to any name."""
-    module = sys.modules.pop(name, None)
-    try:
-        yield
-    finally:
-        if module is not None:
-            sys.modules[name] = module

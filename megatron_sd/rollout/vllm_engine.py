@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -27,8 +26,6 @@ from megatron_sd.rollout.vllm_request import Answer, Dialogue, ReplicaLost, Serv
 from megatron_sd.search.tokens import TextCodec
 
 _log = logging.getLogger(__name__)
-
-POLL_S = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +79,7 @@ class VllmEngine:
         self._connect()
 
     def _connect(self) -> None:
-        self._thread.run(self._on_all(self._replicas, self._wait_for))
+        self._thread.run(self._on_all(self._replicas, lambda replica: replica.wait_until_there(self._start_timeout_s)))
         try:
             lengths = self._thread.run(self._on_all(self._replicas, self._meet))
         except RolloutError as error:
@@ -93,24 +90,6 @@ class VllmEngine:
                     f"rollout.vllm: {replica.url} serves sequences of {length} tokens, expected rollout.max_rollout_tokens "
                     f"{self.max_length}; serve it with --max-model-len {self.max_length}"
                 )
-
-    async def _wait_for(self, replica: Replica) -> None:
-        deadline = time.monotonic() + self._start_timeout_s
-        is_told = False
-        while True:
-            try:
-                await replica.get("/health")
-                return
-            except ReplicaLost as error:
-                if time.monotonic() > deadline:
-                    raise RolloutError(
-                        f"{error}, nor within {self._start_timeout_s:g} s (rollout.vllm.start_timeout_s): is it started, and is "
-                        "the address right?"
-                    ) from error
-                if not is_told:
-                    _log.warning("waiting for the vLLM server at %s: %s", replica.url, error)
-                is_told = True
-                await asyncio.sleep(POLL_S)
 
     async def _meet(self, replica: Replica) -> int:
         if self._publishes:

@@ -14,9 +14,10 @@ from megatron_sd.distributed.collectives import together
 from megatron_sd.distributed.lockstep import Lockstep
 from megatron_sd.distributed.world import World, environment_of_others
 from megatron_sd.errors import ConfigError, RolloutError
-from megatron_sd.rollout.vllm_colocated import ColocatedEngine, start_llm
+from megatron_sd.rollout.vllm_colocated import ColocatedEngine
 from megatron_sd.rollout.vllm_command import ModelShape, check_server, describe, server_arguments, server_environment
 from megatron_sd.rollout.vllm_engine import Servers, VllmEngine
+from megatron_sd.rollout.vllm_inprocess import start_llm
 from megatron_sd.rollout.vllm_process import ServerProcess, require_vllm
 from megatron_sd.rollout.vllm_request import ServedPolicy
 from megatron_sd.search.tokens import TextCodec

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Mapping
 from typing import Any
 
@@ -14,6 +16,9 @@ from megatron_sd.rollout.vllm_request import ReplicaLost
 
 logging.getLogger("httpx").setLevel(logging.WARNING)  # it tells of every request
 
+_log = logging.getLogger(__name__)
+
+POLL_S = 1.0
 UNTRAINED = "default"  # vLLM's name for the weights it was started with
 UPDATING = "updating"
 GENERATE = "/inference/v1/generate"  # token ids in, token ids out
@@ -64,6 +69,24 @@ class Replica:
         await self._control.aclose()
 
     # ---- what it serves ----
+
+    async def wait_until_there(self, timeout_s: float) -> None:
+        """A server elsewhere may still be loading. Raises RolloutError when it does not answer in time."""
+        deadline, is_told = time.monotonic() + timeout_s, False
+        while True:
+            try:
+                await self.get("/health")
+                return
+            except ReplicaLost as error:
+                if time.monotonic() > deadline:
+                    raise RolloutError(
+                        f"{error}, nor within {timeout_s:g} s (rollout.vllm.start_timeout_s): is it started, and is the address "
+                        "right?"
+                    ) from error
+                if not is_told:
+                    _log.warning("waiting for the vLLM server at %s: %s", self.url, error)
+                is_told = True
+                await asyncio.sleep(POLL_S)
 
     async def learn(self) -> int:
         """Note the version it serves; returns the tokens a sequence may have."""

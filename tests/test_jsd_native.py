@@ -48,7 +48,8 @@ def relative_error(found, exact):
 @pytest.mark.parametrize("distance", [0.01, 0.1, 1.0, 10.0])
 @pytest.mark.parametrize(("vocabulary", "temperature", "beta"), [(4999, 1.0, 0.5), (151, 0.7, 0.1), (1024, 1.5, 0.9)])
 def test_error_is_at_most_twice_the_references(divergence, dtype, distance, vocabulary, temperature, beta):
-    student, teacher = pair(6, vocabulary, distance=distance, dtype=dtype)
+    """Over many rows: in a few, where a value is the rest of two normalisers' rounding, either may be the luckier."""
+    student, teacher = pair(100, vocabulary, distance=distance, dtype=dtype)
     options = {"divergence": divergence, "temperature": temperature, "beta": beta}
     exact, exact_gradient = value_and_gradient(student.double(), teacher.double(), impl="torch", **options)
     torch_value, torch_gradient = value_and_gradient(student, teacher, impl="torch", **options)

@@ -31,7 +31,7 @@ class Progress:
 
     def show(self, step: int, metrics: Mapping[str, float]) -> None:
         """Move to `step` and show its main figures."""
-        figures = [f"{label} {metrics[name]:.3f}" for name, label in _SHOWN.items() if name in metrics]
+        figures = [f"{label} {metrics[name]:z.3f}" for name, label in _SHOWN.items() if name in metrics]
         if "time/step_s" in metrics:
             figures.append(f"{metrics['time/step_s']:.2f} s")
         if self._bar is None:

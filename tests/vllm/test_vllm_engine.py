@@ -150,7 +150,7 @@ def test_an_update_without_all_parameters_leaves_the_engine_closed_until_the_nex
     engine.load_bucket([item for item in weights.items() if "layers.1.mlp" not in item[0]])
     with pytest.raises(RolloutError, match=r"no vLLM server took the weights.*lacks 2 parameters.*layers\.1\.mlp"):
         engine.finish_update(99)
-    with pytest.raises(RolloutError, match="after a failed one"):
+    with pytest.raises(RolloutError, match="after a failed weight update"):
         serve(engine, ask())
     one_served.publish(weights)
     requests = some_requests()

@@ -95,6 +95,10 @@ class ColocatedEngine:
         self._outbox.ask(key, (request.prompt_ids, self._dialogue.sampling(request)))
         try:
             return await asyncio.wrap_future(answer)
+        except asyncio.CancelledError:  # whoever waited is gone; the engine must not go on for nobody
+            if self._key_of.get(request.session) == key:
+                self.release(request.session)
+            raise
         finally:
             if self._key_of.get(request.session) == key:
                 del self._key_of[request.session]

@@ -63,6 +63,7 @@ def main(output: str, model: str, tp_size: str, publish: str) -> None:
     found["failed"] = failed_update(engine)
     with awake(engine):
         found["aborted"] = aborted(engine) if world.is_first else "other"
+        found["left"] = left_by_a_cancelled_task(engine) if world.is_first else 0
         found["after"] = gap(trained, requests, serve(engine, *requests))
     everybody = gather_objects(world, found)
     if world.is_first:
@@ -103,6 +104,21 @@ def aborted(engine) -> str:
             await asked
             return "answered"
         return "cancelled"
+
+    return asyncio.run(run())
+
+
+def left_by_a_cancelled_task(engine) -> int:
+    """Requests that the engine still works at for a rollout whose task was cancelled, as a stop request does."""
+
+    async def run() -> int:
+        asked = asyncio.ensure_future(engine.generate(ask("stopped", prompt(20), max_new_tokens=300)))
+        await asyncio.sleep(0.02)
+        asked.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await asked
+        engine.release("stopped")
+        return len(engine._asked)
 
     return asyncio.run(run())
 

@@ -46,4 +46,5 @@ def test_ranks_sample_from_what_they_trained(num_ranks, tp_size, family, tied, p
         assert rank["failed"] == "ReshardError"
         assert rank["after"] < 1e-4
     assert ranks[0]["aborted"] == "cancelled"
+    assert ranks[0]["left"] == 0
     assert len({tuple(rank["greedy"]) for rank in ranks}) == 1

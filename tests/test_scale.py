@@ -1,10 +1,6 @@
 """What lets a model be larger, on two real ranks: offloading, checkpointing activations, bfloat16, adapters. One launch."""
 
-import json
 import os
-import socket
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
@@ -20,9 +16,9 @@ from megatron_sd.training.policy import load_policy
 from megatron_sd.training.publisher import full_adapters, gathered_buckets
 from megatron_sd.training.shards import LocalShards, shard_layout
 from tests.fakes_train import make_config, write_model
+from tests.launched import outcomes_on
 from tests.rank_programs.update_steps import Order, take_steps
 
-LIMIT_S = 600
 LORA = {"rank": 4, "alpha": 8.0}
 REQUIRED = ("--run_dir=r", "--model.path=m", "--data.train=q", "--retriever.corpus=c")
 # Name -> what differs from plain ZeRO-3 in float32.
@@ -54,21 +50,7 @@ def outcomes(model, tmp_path_factory):
     orders = {name: order_of(model, config) for name, config in FEATURES.items()}
     for half, steps in (("first_half", 1), ("second_half", 2)):
         orders[half] = orders["adapters"] | {"steps": steps, "checkpoint": str(directory / "checkpoints")}
-    return on_two_ranks(orders, directory)
-
-
-def on_two_ranks(orders: dict[str, dict], directory: Path) -> dict[str, tuple[dict, dict]]:
-    """Name -> the outcome on rank 0 and on rank 1."""
-    work = [{**order, "output": str(directory / name)} for name, order in orders.items()]
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", str(port)]
-    command = [*launcher, "--module", "tests.rank_programs.update_steps", json.dumps(work)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=LIMIT_S)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
-    return {name: tuple(torch.load(directory / f"{name}.{rank}") for rank in range(2)) for name in orders}
+    return outcomes_on(2, orders, directory)
 
 
 def assert_close(found: dict, expected: dict, *, parameters: float, figures: float = 4e-6) -> None:
@@ -197,7 +179,7 @@ def test_an_optimizer_on_a_disk_takes_the_same_steps(tmp_path):
     watching.start()
     offloaded = {"update": {"offload_optimizer": "nvme", "nvme_path": str(disk)}}
     orders = {name: order_of(large, config) for name, config in (("plain", {}), ("offloaded", offloaded))}
-    outcomes = on_two_ranks(orders, tmp_path)
+    outcomes = outcomes_on(2, orders, tmp_path)
     is_over.set()
     watching.join()
     assert seen == {"rank0", "rank1"}

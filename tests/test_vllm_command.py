@@ -68,7 +68,7 @@ def test_ranks_that_are_the_engine_have_no_devices_replicas_or_unknown_memory(ow
 
 def test_ranks_that_are_one_engine_come_out_even():
     world = World(rank=0, size=3, local_rank=0, device=torch.device("cpu"))
-    with pytest.raises(ConfigError, match="found 2 with placement colocated on 3 ranks, expected a divisor"):
+    with pytest.raises(ConfigError, match="rollout.vllm.tensor_parallel_size: found 2 for 3 ranks, expected a divisor"):
         Lockstep(world, 2, timeout_s=1.0)
     alone = Lockstep(world, 1, timeout_s=1.0)
     assert (alone.number, alone.num_groups) == (0, 3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -24,14 +25,17 @@ class RankGroup:
     processes: dist.ProcessGroup | None
 
 
-def neighbours(world: World, size: int, key: str) -> RankGroup:
+def neighbours(
+    world: World, size: int, key: str, *, backend: str | None = None, timeout: timedelta | None = None
+) -> RankGroup:
     """The group of this rank when ranks [0, size), [size, 2 size), ... share their work. Collective at the first call for a size.
 
-    key: the configuration key that asks for it. Raises ConfigError when the ranks do not divide into such groups.
+    key: the configuration key that asks for it. backend, timeout: where they are not the world's own. Raises ConfigError when the
+    ranks do not divide into such groups.
     """
     if world.size % size:
         raise ConfigError(f"{key}: found {size} for {world.size} ranks, expected a divisor of their number")
-    processes = None if size == 1 else _groups(world.size, size)[world.rank // size]
+    processes = None if size == 1 else _groups(world.size, size, backend, timeout)[world.rank // size]
     return RankGroup(rank=world.rank % size, size=size, processes=processes)
 
 
@@ -42,8 +46,9 @@ def joined_slices(own: Tensor, group: RankGroup) -> Tensor:
 
 
 @functools.lru_cache(maxsize=8)
-def _groups(world_size: int, size: int) -> list[dist.ProcessGroup]:
-    return [dist.new_group(list(range(start, start + size))) for start in range(0, world_size, size)]
+def _groups(world_size: int, size: int, backend: str | None, timeout: timedelta | None) -> list[dist.ProcessGroup]:
+    starts = range(0, world_size, size)
+    return [dist.new_group(list(range(start, start + size)), backend=backend, timeout=timeout) for start in starts]
 
 
 class _JoinedSlices(torch.autograd.Function):

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_sd.distributed.groups import neighbours
 from megatron_sd.distributed.world import World
-from megatron_sd.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,34 +29,22 @@ class Lockstep:
     """
 
     def __init__(self, world: World, size: int, *, timeout_s: float):
-        if world.size % size:
-            raise ConfigError(
-                f"rollout.vllm.tensor_parallel_size: found {size} with placement colocated on {world.size} ranks, expected a "
-                "divisor of their number: that many ranks share an engine"
-            )
+        key, timeout = "rollout.vllm.tensor_parallel_size", timedelta(seconds=timeout_s)
+        self._group = neighbours(world, size, key, backend="gloo", timeout=timeout)
         self.number, self.num_groups = world.rank // size, world.size // size
-        self._size = size
-        self._group = None
-        if size > 1:
-            timeout = timedelta(seconds=timeout_s)
-            groups = [
-                dist.new_group(list(range(first, first + size)), timeout=timeout, backend="gloo")
-                for first in range(0, world.size, size)
-            ]
-            self._group = groups[self.number]
 
     def exchange(self, news: News) -> tuple[list[News], bool]:
         """The news of all ranks of the group, in rank order, and whether all of them leave.
 
         Most steps bring none: they cost one sum over two numbers.
         """
-        if self._group is None:
+        if self._group.processes is None:
             return [news], news.leaves
         counts = torch.tensor([len(news.requests) + len(news.aborted), int(news.leaves)])
-        dist.all_reduce(counts, group=self._group)
+        dist.all_reduce(counts, group=self._group.processes)
         num_news, num_leaving = counts.tolist()
         parts = [news]
         if num_news:
-            parts = [None] * self._size
-            dist.all_gather_object(parts, news, group=self._group)
-        return parts, num_leaving == self._size
+            parts = [None] * self._group.size
+            dist.all_gather_object(parts, news, group=self._group.processes)
+        return parts, num_leaving == self._group.size

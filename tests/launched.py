@@ -1,4 +1,4 @@
-"""Starts rank_programs/update_steps.py on several real ranks by DeepSpeed's launcher."""
+"""Starts programs of rank_programs/ on several real ranks by DeepSpeed's launcher."""
 
 from __future__ import annotations
 
@@ -16,6 +16,14 @@ import torch
 from launch.local import free_port
 
 LIMIT_S = 900
+
+
+def rank_command(program: str, num_ranks: int, *arguments: str) -> list[str]:
+    """A program of rank_programs/ on so many ranks; one needs no launcher."""
+    if num_ranks == 1:
+        return [sys.executable, "-m", program, *arguments]
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(num_ranks)]
+    return [*launcher, "--master_port", str(free_port()), "--no_local_rank", "--module", program, *arguments]
 
 
 def outcomes_on(num_ranks: int, orders: Mapping[str, dict], directory: Path) -> dict[str, list[Any]]:

@@ -3,11 +3,10 @@
 import json
 import os
 import subprocess
-import sys
 
 import pytest
 
-from launch.local import free_port
+from tests.launched import rank_command
 from tests.vllm.servers import write_policy
 
 PROGRAM = "tests.rank_programs.publish_to_colocated"
@@ -23,9 +22,7 @@ SCENES = [  # ranks, tensor-parallel size, family, tied, publish
 @pytest.mark.parametrize(("num_ranks", "tp_size", "family", "tied", "publish"), SCENES)
 def test_ranks_sample_from_what_they_trained(num_ranks, tp_size, family, tied, publish, tmp_path):
     model = write_policy(tmp_path / "policy", family, tied=tied)
-    own = [PROGRAM, str(tmp_path / "found.json"), str(model), str(tp_size), publish]
-    launcher = ["deepspeed.launcher.runner", "--num_gpus", str(num_ranks), "--master_port", str(free_port()), "--no_local_rank"]
-    run = [sys.executable, "-m", *(own if num_ranks == 1 else [*launcher, "--module", *own])]
+    run = rank_command(PROGRAM, num_ranks, str(tmp_path / "found.json"), str(model), str(tp_size), publish)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     finished = subprocess.run(run, env=environment, capture_output=True, text=True, timeout=600, check=False)
     assert finished.returncode == 0, finished.stdout[-3000:] + finished.stderr[-3000:]

@@ -3,21 +3,13 @@
 import json
 import os
 import subprocess
-import sys
 
 import pytest
 
-from launch.local import free_port
+from tests.launched import rank_command
 from tests.vllm.servers import KINDS
 
 PROGRAM = "tests.rank_programs.publish_to_vllm"
-
-
-def command(num_ranks: int, *arguments: str) -> list[str]:
-    if num_ranks == 1:
-        return [sys.executable, "-m", PROGRAM, *arguments]
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(num_ranks)]
-    return [*launcher, "--master_port", str(free_port()), "--no_local_rank", "--module", PROGRAM, *arguments]
 
 
 @pytest.mark.ranks
@@ -30,7 +22,7 @@ def test_log_probabilities_after_publishing_equal_the_trained_policys(every_kind
         if publish == "shards" or kind == KINDS[num_ranks]
     ]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    run = command(num_ranks, str(tmp_path / "found.json"), json.dumps(scenes))
+    run = rank_command(PROGRAM, num_ranks, str(tmp_path / "found.json"), json.dumps(scenes))
     finished = subprocess.run(run, env=environment, capture_output=True, text=True, timeout=600, check=False)
     assert finished.returncode == 0, finished.stdout[-3000:] + finished.stderr[-3000:]
     found = json.loads((tmp_path / "found.json").read_text())

@@ -95,7 +95,8 @@ def build_rollout_side(
 
 
 def _torch_engine(model: ModelConfig, rollout: RolloutConfig, codec: TextCodec, world: World, output: Path) -> TorchEngine:
-    weights = load_model(model.path, dtype=getattr(torch, model.dtype), device=world.device)
+    attention = "eager" if model.attention == "eager" else "sdpa"
+    weights = load_model(model.path, dtype=getattr(torch, model.dtype), device=world.device, attention=attention)
     engine = TorchEngine(weights, codec, max_rows=rollout.max_concurrent_sequences)
     if rollout.max_rollout_tokens > engine.max_length:
         raise ConfigError(

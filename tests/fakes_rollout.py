@@ -11,6 +11,10 @@ import numpy as np
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import (
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    FalconConfig,
+    FalconForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
@@ -84,10 +88,27 @@ SHAPE = {
     "num_attention_heads": 4,
     "max_position_embeddings": 512,
 }
+
+
+def _but(options: dict, *names: str) -> dict:
+    return {name: value for name, value in options.items() if name not in names}
+
+
 KINDS: dict[str, Callable[[], PreTrainedModel]] = {
     "qwen2-tied": lambda: Qwen2ForCausalLM(Qwen2Config(**SHAPE, num_key_value_heads=2, tie_word_embeddings=True)),
     "qwen2-untied": lambda: Qwen2ForCausalLM(Qwen2Config(**SHAPE, num_key_value_heads=4, tie_word_embeddings=False)),
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SHAPE, num_key_value_heads=2, head_dim=16, tie_word_embeddings=True)),
+    # one key-value head for all, and no attention interface; keys and values of different widths
+    "falcon": lambda: FalconForCausalLM(
+        FalconConfig(**_but(SHAPE, "intermediate_size", "max_position_embeddings"), multi_query=True, alibi=False, bos_token_id=0)
+    ),
+    "deepseek-v3": lambda: DeepseekV3ForCausalLM(
+        DeepseekV3Config(
+            **SHAPE, num_key_value_heads=4, q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=16, qk_rope_head_dim=8,
+            v_head_dim=12, n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1, moe_intermediate_size=32,
+            n_shared_experts=1, first_k_dense_replace=1,
+        )
+    ),
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE, num_key_value_heads=1, tie_word_embeddings=False)),
 }
 

@@ -26,6 +26,7 @@ FLOORS = {
     "megatron_sd.retrieval": 1,
     "megatron_sd.ops": 0,
     "megatron_sd.observability": 0,
+    "megatron_sd.pretrained": 0,
     "megatron_sd.records": 0,
     "megatron_sd.config": 0,
     "megatron_sd.config_checks": 0,

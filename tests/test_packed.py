@@ -16,10 +16,11 @@ from megatron_sd.algorithm.packing import build_microbatch, distilled_part, pack
 from megatron_sd.config import load
 from megatron_sd.distributed.world import join_world
 from megatron_sd.errors import ConfigError
-from megatron_sd.training.policy_module import DeviceMicrobatch, hidden_rows, load_causal_lm, teacher_hidden_rows
+from megatron_sd.training.policy_module import DeviceMicrobatch, hidden_rows, load_for_training, teacher_hidden_rows
 from tests.fakes_train import make_config, make_samples, write_model
-from tests.launched import assert_same_steps, outcomes_on
+from tests.launched import assert_same_figures, outcomes_on
 from tests.rank_programs.update_steps import Order, take_steps
+from tests.same_steps import assert_same_steps
 
 CPU = torch.device("cpu")
 PLAIN = {"distill": {"measure_every": 0}}
@@ -80,7 +81,7 @@ def test_packed_sequences_have_the_hidden_states_of_padded_ones(model_path, atte
     """By the mask that transformers makes of positions, and by the starts that flash attention gets."""
     config = make_config(model_path)
     padded, packed = (DeviceMicrobatch.of(dataclasses.replace(a_microbatch(), is_packed=p), CPU) for p in (False, True))
-    model = load_causal_lm(config.model)
+    model = load_for_training(config.model)
     expected = hidden_rows(model, padded.input_ids, padded.row_index), teacher_hidden_rows(model, padded)
     model.set_attn_implementation(attention)
     found = hidden_rows(model, packed.input_ids, packed.row_index, packed.runs), teacher_hidden_rows(model, packed)
@@ -92,7 +93,7 @@ def test_packed_sequences_have_the_hidden_states_of_padded_ones(model_path, atte
 def test_a_token_changes_nothing_in_other_sequences(model_path):
     """No contamination: bit for bit, before and after the sequence that changes."""
     m = a_microbatch()
-    model = load_causal_lm(make_config(model_path).model).eval()
+    model = load_for_training(make_config(model_path).model).eval()
     changed = m.input_ids.copy()
     changed[3, 0] = (changed[3, 0] + 1) % 97
     rows = []
@@ -138,7 +139,8 @@ def test_packed_steps_are_the_steps_of_padded_ones(outcomes, model_path, name):
     first, second = outcomes[name]
     alone = take_steps(Order(**order_of(model_path, name, packed=False)), join_world())
     assert first["errors"] == [] and first["version"] == 2
-    assert_same_steps(first, alone)
+    assert_same_figures(first, alone)
+    assert_same_steps(outcomes[name], [alone])
     assert all(torch.equal(tensor, second["parameters"][key]) for key, tensor in first["parameters"].items())
 
 

@@ -13,10 +13,11 @@ from megatron_sd.errors import ConfigError, DataError
 from megatron_sd.training.clipped_adamw import ClippedAdamW
 from megatron_sd.training.deepspeed_config import deepspeed_config
 from megatron_sd.training.policy import head_options, load_policy
-from megatron_sd.training.policy_module import DeviceMicrobatch, PolicyModule, load_causal_lm
+from megatron_sd.training.policy_module import DeviceMicrobatch, PolicyModule, load_for_training
 from tests.fakes_train import make_config, make_samples, write_model
 from tests.rank_programs import update_steps
 from tests.rank_programs.update_steps import Order, batch_of, full_parameters, take_steps
+from tests.same_steps import assert_same_moments, assert_same_movement, assert_same_steps, joined
 
 ONE_MICROBATCH = 100_000
 
@@ -35,13 +36,12 @@ def outcome(world, model_path, **fields):
     return take_steps(Order(model=str(model_path), **fields), world)
 
 
-def assert_same(found, expected, *, parameters=2e-5):
+def assert_same(found, expected):
     for one, other in zip(found["history"], expected["history"], strict=True):
         assert one.keys() == other.keys()
         for name in one:
             assert one[name] == pytest.approx(other[name], rel=2e-5, abs=2e-6), name
-    for name, parameter in expected["parameters"].items():
-        torch.testing.assert_close(found["parameters"][name], parameter, rtol=0, atol=parameters)
+    assert_same_steps([found], [expected])
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def test_a_step_is_adamw_on_the_clipped_gradient(world, tmp_path, family, gradie
         world, model_path, max_tokens=ONE_MICROBATCH, config={"model": {"gradient_checkpointing": gradient_checkpointing}}
     )
     config = make_config(model_path)
-    module = PolicyModule(load_causal_lm(config.model), head_options(config), config.policy_loss)
+    module = PolicyModule(load_for_training(config.model), head_options(config), config.policy_loss)
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0)
     batch = batch_of(Order(model="", max_tokens=ONE_MICROBATCH), world, "token")
     for step in range(2):
@@ -69,8 +69,10 @@ def test_a_step_is_adamw_on_the_clipped_gradient(world, tmp_path, family, gradie
         norm = torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
         assert expected["history"][step]["grad_norm"] == pytest.approx(norm.item(), rel=2e-6)
         optimizer.step()
-    for name, parameter in module.model.named_parameters():
-        torch.testing.assert_close(expected["parameters"][name], parameter.detach(), rtol=0, atol=1e-5)
+    found = {name: parameter.detach() for name, parameter in module.model.named_parameters()}
+    assert_same_movement(found, expected["parameters"], expected["start"])
+    moments = {name: optimizer.state[parameter]["exp_avg"] for name, parameter in module.model.named_parameters()}
+    assert_same_moments(moments, joined([expected["moments"]]))
 
 
 def test_accumulation_and_order_change_nothing(world, model_path, expected):
@@ -114,8 +116,7 @@ def test_block_none_is_grpo_bit_for_bit(world, model_path, monkeypatch):
     plain = outcome(world, model_path, steps=3, config={"distill": {"block": "none"}})
     for other in (plain, empty_blocks):
         assert all(torch.equal(other["parameters"][name], plain["parameters"][name]) for name in plain["parameters"])
-    for name, parameter in grpo["parameters"].items():  # packed for a teacher that never runs: equal up to rounding
-        torch.testing.assert_close(parameter, plain["parameters"][name], rtol=0, atol=2e-5)
+    assert_same_steps([grpo], [plain])  # packed for a teacher that never runs: equal up to rounding
 
 
 def test_warm_up_of_the_learning_rate_and_version(world, model_path):
@@ -137,7 +138,9 @@ def test_non_finite_is_refused_and_forgotten(world, model_path, stage):
     assert found["version"] == 2
     assert len(found["errors"]) == 1
     assert "NonFiniteError: the loss of rank 0 is not finite at step 1: no rank took the optimiser step" in found["errors"][0]
-    assert_same(found, outcome(world, model_path, steps=2, config=config), parameters=0)
+    expected = outcome(world, model_path, steps=2, config=config)
+    assert_same(found, expected)
+    assert all(torch.equal(found["parameters"][name], parameter) for name, parameter in expected["parameters"].items())
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])

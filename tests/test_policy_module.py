@@ -18,7 +18,7 @@ from megatron_sd.training.policy_module import (
     PolicyModule,
     TeacherRows,
     hidden_rows,
-    load_causal_lm,
+    load_for_training,
     student_values,
     teacher_hidden_rows,
 )
@@ -38,7 +38,7 @@ def model_path(tmp_path_factory):
 
 def build(model_path, **changes):
     config = make_config(model_path, **changes)
-    return PolicyModule(load_causal_lm(config.model), head_options(config), config.policy_loss)
+    return PolicyModule(load_for_training(config.model), head_options(config), config.policy_loss)
 
 
 def run(module, samples, weights, *, chunk_rows=1024, max_tokens=10_000, reference=None):
@@ -274,7 +274,7 @@ def test_dropout_is_off_and_the_output_does_not_vary(model_path):
 def test_gradient_checkpointing_changes_nothing(model_path):
     config = make_config(model_path)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, gradient_checkpointing=True))
-    module = PolicyModule(load_causal_lm(config.model), head_options(config), config.policy_loss)
+    module = PolicyModule(load_for_training(config.model), head_options(config), config.policy_loss)
     samples = make_samples(8)
     loss, _, gradients = run(module, samples, BOTH)
     expected, _, expected_gradients = run(build(model_path), samples, BOTH)
@@ -285,16 +285,16 @@ def test_gradient_checkpointing_changes_nothing(model_path):
 
 def test_models_that_cannot_be_used(tmp_path, model_path):
     with pytest.raises(DataError, match="holds no config.json"):
-        load_causal_lm(make_config(tmp_path).model)
+        load_for_training(make_config(tmp_path).model)
     for path in model_path.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     described = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(described | {"final_logit_softcapping": 30.0}))
     with pytest.raises(DataError, match="final_logit_softcapping=30.0"):
-        load_causal_lm(make_config(tmp_path).model)
+        load_for_training(make_config(tmp_path).model)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("flash_attn") is not None, reason="flash-attn is installed here")
 def test_an_attention_that_is_not_installed_is_named(model_path):
     with pytest.raises(ConfigError, match="model.attention: found 'flash_attention_2', which this machine lacks"):
-        load_causal_lm(make_config(model_path, model={"attention": "flash_attention_2"}).model)
+        load_for_training(make_config(model_path, model={"attention": "flash_attention_2"}).model)

@@ -2,6 +2,7 @@
 
 import os
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from megatron_sd.training.shards import LocalShards, shard_layout
 from tests.fakes_train import make_config, write_model
 from tests.launched import outcomes_on
 from tests.rank_programs.update_steps import Order, take_steps
+from tests.same_steps import assert_same_steps
 
 LORA = {"rank": 4, "alpha": 8.0}
 REQUIRED = ("--run_dir=r", "--model.path=m", "--data.train=q", "--retriever.corpus=c")
@@ -53,11 +55,11 @@ def outcomes(model, tmp_path_factory):
     return outcomes_on(2, orders, directory)
 
 
-def assert_close(found: dict, expected: dict, *, parameters: float, figures: float = 4e-6) -> None:
-    for one, other in zip(found["history"], expected["history"], strict=True):
+def assert_close(found: Sequence[dict], expected: Sequence[dict], *, figures: float = 4e-6) -> None:
+    """The outcomes of all ranks."""
+    for one, other in zip(found[0]["history"], expected[0]["history"], strict=True):
         assert one == pytest.approx(other, rel=figures, abs=figures)
-    for name, parameter in expected["parameters"].items():
-        torch.testing.assert_close(found["parameters"][name], parameter, rtol=0, atol=parameters)
+    assert_same_steps(found, expected)
 
 
 @pytest.mark.ranks
@@ -71,7 +73,7 @@ def test_both_ranks_end_with_the_same_parameters(outcomes, name):
 @pytest.mark.ranks
 @pytest.mark.parametrize("name", ["optimizer_in_host_memory", "all_in_host_memory", "checkpointing"])
 def test_where_state_lies_changes_no_step(outcomes, name):
-    assert_close(outcomes[name][0], outcomes["plain"][0], parameters=2e-6)
+    assert_close(outcomes[name], outcomes["plain"])
 
 
 @pytest.mark.ranks
@@ -86,7 +88,7 @@ def test_bfloat16_takes_nearly_the_step_of_float32(outcomes):
 @pytest.mark.ranks
 def test_adapters_take_the_same_steps_at_any_stage_and_with_checkpointing(outcomes):
     for name in ("adapters_checkpointing", "adapters_stage_2"):
-        assert_close(outcomes[name][0], outcomes["adapters"][0], parameters=1e-6, figures=2e-5)
+        assert_close(outcomes[name], outcomes["adapters"], figures=2e-5)
 
 
 @pytest.mark.ranks
@@ -101,7 +103,7 @@ def test_adapters_resume_bit_for_bit(outcomes):
 @pytest.mark.ranks
 def test_two_ranks_of_adapters_take_the_step_of_one(outcomes, model):
     alone = take_steps(Order(**order_of(model, FEATURES["adapters"])), join_world())
-    assert_close(outcomes["adapters"][0], alone, parameters=1e-5)
+    assert_close(outcomes["adapters"], [alone])
 
 
 @pytest.mark.ranks
@@ -183,7 +185,7 @@ def test_an_optimizer_on_a_disk_takes_the_same_steps(tmp_path):
     is_over.set()
     watching.join()
     assert seen == {"rank0", "rank1"}
-    assert_close(outcomes["offloaded"][0], outcomes["plain"][0], parameters=3e-5, figures=1e-5)  # two steps of 1e-3
+    assert_close(outcomes["offloaded"], outcomes["plain"], figures=1e-5)
 
 
 def test_offloading_to_a_disk_without_the_disk_operation_is_refused(model, tmp_path, monkeypatch):

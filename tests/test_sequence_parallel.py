@@ -11,8 +11,9 @@ from megatron_sd.errors import ConfigError
 from megatron_sd.training.policy import load_policy
 from megatron_sd.training.sequence_parallel import mask_in_group_order
 from tests.fakes_train import make_config, make_samples, write_model
-from tests.launched import assert_same_steps, outcomes_on
+from tests.launched import assert_same_figures, outcomes_on
 from tests.rank_programs.update_steps import Order, take_steps
+from tests.same_steps import assert_same_steps
 
 NUM_RANKS = 4
 # Name -> configuration of the steps, ranks that share a sequence, and what else is ordered. The models have two key-value heads.
@@ -55,7 +56,8 @@ def test_ranks_that_share_sequences_take_the_step_of_one(outcomes, name):
     first, *others = outcomes[name]
     alone = take_steps(Order(**order_of(outcomes["directory"], name, sharers=1)), join_world())
     assert first["errors"] == [] and first["version"] == 2
-    assert_same_steps(first, alone)
+    assert_same_figures(first, alone)
+    assert_same_steps(outcomes[name], [alone])
     for key, parameter in first["parameters"].items():
         assert all(torch.equal(parameter, other["parameters"][key]) for other in others)
 

@@ -14,8 +14,9 @@ from megatron_sd.training.checkpoint import run_identity
 from megatron_sd.training.policy import load_policy
 from megatron_sd.training.tensor_parallel import check_model, head_shard
 from tests.fakes_train import VOCABULARY, make_config, write_model
-from tests.launched import assert_same_steps, outcomes_on
+from tests.launched import assert_same_figures, outcomes_on
 from tests.rank_programs.update_steps import Order, take_steps
+from tests.same_steps import assert_same_movement
 
 NUM_RANKS = 4
 PLAIN = {"distill": {"measure_every": 0}}
@@ -65,7 +66,8 @@ def test_ranks_that_share_layers_take_the_step_of_one(outcomes, name):
     first, *others = outcomes[name]
     alone = take_steps(Order(**order_of(outcomes["directory"], name, parts=1)), join_world())
     assert first["errors"] == [] and first["version"] == 2
-    assert_same_steps(first, alone)
+    assert_same_figures(first, alone)
+    assert_same_movement(first["parameters"], alone["parameters"], alone["start"])
     for key, parameter in first["parameters"].items():
         assert all(torch.equal(parameter, other["parameters"][key]) for other in others)
 

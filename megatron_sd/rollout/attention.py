@@ -8,12 +8,12 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
-from megatron_sd.rollout.kv_cache import RowCache
+from megatron_sd.rollout.kv_cache import RowCache, StateProbe
 
 ATTENTION = "sd_search_rows"
 
 
-def row_attention(module, query, key, value, attention_mask, *, row_cache: RowCache | None = None, **options):
+def row_attention(module, query, key, value, attention_mask, *, row_cache: RowCache | StateProbe | None = None, **options):
     """Scaled-dot-product attention over a RowCache; without one, and in prefill, it is transformers' own sdpa.
 
     A model that does not hand `row_cache` on fails on its first shared prompt, because the mask is then wider than the keys.
@@ -21,6 +21,9 @@ def row_attention(module, query, key, value, attention_mask, *, row_cache: RowCa
     With one query position, the query heads that share a key-value head are that head's query positions:
     [m, heads, 1, d] is viewed as [m, key-value heads, heads / key-value heads, d].
     """
+    if isinstance(row_cache, StateProbe):
+        row_cache.attended[module.layer_idx] = key.shape, value.shape
+        row_cache = None
     if row_cache is None or query.shape[2] != 1 or options.get("position_bias") is not None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     batch, heads, _, size = query.shape

@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from megatron_sd.errors import ConfigError
 from megatron_sd.records import TokenIds
 from megatron_sd.rollout.attention import ATTENTION
-from megatron_sd.rollout.kv_cache import Pass, RowCache, RowStore
+from megatron_sd.rollout.kv_cache import Pass, RowCache, RowStore, state_shape
 from megatron_sd.rollout.lanes import Lanes
 from megatron_sd.rollout.sampling import sample, uniform_noise
 
@@ -53,11 +53,13 @@ class RowDecoder:
         self.max_length = _max_length(model.config)
         self.max_rows = max_rows
         self._model = model.eval().requires_grad_(False)
-        self._can_share = model.config._attn_implementation in ("sdpa", ATTENTION)
-        if self._can_share:
+        is_ours = model._supports_attention_backend and model.config._attn_implementation in ("sdpa", ATTENTION)
+        if is_ours:
             model.set_attn_implementation(ATTENTION)
+        shape = state_shape(model, through="row_cache" if is_ours else None)
+        self._can_share = shape.is_attended
         stores = [
-            RowStore(model.config, max_rows=max_rows, max_length=self.max_length, dtype=model.dtype, device=model.device)
+            RowStore(shape, max_rows=max_rows, max_length=self.max_length, dtype=model.dtype, device=model.device)
             for _ in ("rows", "prompts")
         ]
         self._cache = RowCache(*stores, device=model.device)
@@ -66,6 +68,12 @@ class RowDecoder:
     def reset(self) -> None:
         """No row holds anything; the cache's memory stays."""
         self.lanes = Lanes(self.max_rows)
+
+    def give_back(self) -> None:
+        """No row holds anything, nor does the cache hold memory."""
+        self.reset()
+        for store in (self._cache.rows, self._cache.prompts):
+            store.give_back()
 
     @torch.inference_mode()
     def prefill(self, feeds: Sequence[Feed]) -> list[Sampled]:

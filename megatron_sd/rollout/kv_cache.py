@@ -7,48 +7,110 @@ from functools import cached_property
 
 import numpy as np
 import torch
-from transformers import PreTrainedConfig
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
+
+from megatron_sd.errors import ConfigError
 
 _BLOCK = 64  # positions by which rows grow
 _GROWTH = 1.5  # and at least by this factor, so that copies are amortised
 
 
+@dataclass(frozen=True, kw_only=True)
+class StateShape:
+    """What a model keeps of a token. num_heads: key-value heads, of every layer. widths: of a head's keys of layer 0, its values
+    of layer 0, and so on. is_attended: attention reads it as it is kept (not so where a layer keeps a compressed form)."""
+
+    num_heads: int
+    widths: tuple[int, ...]
+    is_attended: bool
+
+
+class StateProbe(Cache):
+    """Notes, by layer, the shapes of keys and values that a model hands to its cache (kept) and to its attention (attended)."""
+
+    def __init__(self) -> None:
+        super().__init__(layers=[])
+        self.kept: dict[int, tuple[torch.Size, torch.Size]] = {}
+        self.attended: dict[int, tuple[torch.Size, torch.Size]] = {}
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *_: object) -> tuple:
+        """As the model calls it."""
+        self.kept[layer_idx] = key_states.shape, value_states.shape
+        return key_states, value_states
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """As the model calls it."""
+        return 0
+
+
+@torch.inference_mode()
+def state_shape(model: PreTrainedModel, *, through: str | None = None) -> StateShape:
+    """From one token's pass, since families differ and configurations do not say how. through: the option under which
+    attention gets the cache, where it does. Raises ConfigError for a model that keeps something else."""
+    probe, token = StateProbe(), torch.zeros(1, 1, dtype=torch.long, device=model.device)
+    handed_on = {through: probe} if through else {}
+    model(input_ids=token, position_ids=token, past_key_values=probe, use_cache=True, **handed_on)
+    shapes = [shape for layer in sorted(probe.kept) for shape in probe.kept[layer]]
+    num_layers, num_heads = model.config.get_text_config().num_hidden_layers, {shape[1] for shape in shapes}
+    if sorted(probe.kept) != list(range(num_layers)) or len(num_heads) != 1:
+        raise ConfigError(
+            f"rollout.engine: found torch with a {model.config.model_type} model of {num_layers} layers, of which "
+            f"{len(probe.kept)} keep keys and values, of {sorted(num_heads)} heads; expected all, of one number: choose vllm"
+        )
+    widths = tuple(shape[3] for shape in shapes)
+    return StateShape(num_heads=num_heads.pop(), widths=widths, is_attended=probe.attended == probe.kept)
+
+
 class RowStore:
-    """Per layer a pair of tensors [rows, key-value heads, capacity, head_dim], zero-filled.
+    """Per layer a pair of tensors [rows, key-value heads, capacity, width of a head], zero-filled: keys of layer 0, values of
+    layer 0, and so on. Widths may differ from tensor to tensor.
 
     Rows and capacity grow on demand, up to max_rows and max_length.
     """
 
-    def __init__(self, config: PreTrainedConfig, *, max_rows: int, max_length: int, dtype: torch.dtype, device: torch.device):
-        text = config.get_text_config()
-        self.num_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-        self.head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    def __init__(self, shape: StateShape, *, max_rows: int, max_length: int, dtype: torch.dtype, device: torch.device):
+        self._shape = shape
         self._max_rows, self._max_length = max_rows, max_length
         self._dtype, self._device = dtype, device
-        self.tensors = [self._zeros(0, 0) for _ in range(2 * text.num_hidden_layers)]  # keys of layer 0, values of layer 0, ...
         self.num_rows, self.capacity = 0, 0
+        self.give_back()
 
-    def _zeros(self, num_rows: int, capacity: int) -> torch.Tensor:
-        return torch.zeros(num_rows, self.num_heads, capacity, self.head_dim, dtype=self._dtype, device=self._device)
+    def give_back(self) -> None:
+        """Hold no row, and no memory; what is reserved next is as large as what was held, so that it need not grow again."""
+        self._held_before = self.num_rows, self.capacity
+        self.num_rows, self.capacity = 0, 0
+        self.tensors = [self._zeros(width, 0, 0) for width in self._shape.widths]
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of all tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    def _zeros(self, width: int, num_rows: int, capacity: int) -> torch.Tensor:
+        return torch.zeros(num_rows, self._shape.num_heads, capacity, width, dtype=self._dtype, device=self._device)
 
     def reserve(self, num_rows: int, length: int) -> None:
         """Make room for `num_rows` rows of `length` positions, keeping what is there."""
         if num_rows <= self.num_rows and length <= self.capacity:
             return
         old_rows, old_capacity = self.num_rows, self.capacity
+        if not old_rows:
+            num_rows, length = max(num_rows, self._held_before[0]), max(length, self._held_before[1])
         if num_rows > old_rows:
             self.num_rows = min(max(num_rows, int(_GROWTH * old_rows)), self._max_rows)
         if length > old_capacity:
             blocks = -(-max(length, int(_GROWTH * old_capacity)) // _BLOCK)
             self.capacity = min(blocks * _BLOCK, self._max_length)
-        for n, old in enumerate(self.tensors):
-            self.tensors[n] = self._zeros(self.num_rows, self.capacity)
+        for n, width in enumerate(self._shape.widths):
+            old = self.tensors[n]
+            self.tensors[n] = self._zeros(width, self.num_rows, self.capacity)
             self.tensors[n][:old_rows, :, :old_capacity] = old
 
     def index(self, rows: np.ndarray, places: np.ndarray) -> np.ndarray:
-        """[m, heads, T] flat indices, in units of head_dim, of places [m, T] in rows [m]."""
-        heads = rows[:, None, None] * self.num_heads + np.arange(self.num_heads)[None, :, None]
+        """[m, heads, T] flat indices, in units of a head's width, of places [m, T] in rows [m]."""
+        num_heads = self._shape.num_heads
+        heads = rows[:, None, None] * num_heads + np.arange(num_heads)[None, :, None]
         return heads * self.capacity + places[:, None, :]
 
     def copy_rows(self, sources: np.ndarray, targets: np.ndarray, length: int) -> None:
@@ -140,9 +202,10 @@ class RowCache(Cache):
         return tuple(self._write_read(2 * layer_idx + n, states) for n, states in enumerate((key_states, value_states)))
 
     def _write_read(self, number: int, states: torch.Tensor) -> torch.Tensor:
-        tensor, head_dim = self._store.tensors[number], self._store.head_dim
-        flat = states.reshape(-1, head_dim)
-        tensor.view(-1, head_dim).index_copy_(0, self._index, flat if self._source is None else flat[self._source])
+        tensor = self._store.tensors[number]
+        width = tensor.shape[3]
+        flat = states.reshape(-1, width)
+        tensor.view(-1, width).index_copy_(0, self._index, flat if self._source is None else flat[self._source])
         own = tensor[self._rows, :, : self._width] if isinstance(self._rows, slice) else tensor[:, :, : self._width][self._rows]
         if not self._shared_width or self.decode_plan is not None:
             return own

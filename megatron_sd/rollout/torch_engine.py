@@ -14,9 +14,10 @@ from typing import Literal
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
-from megatron_sd.errors import DataError, RolloutError
+from megatron_sd.errors import RolloutError
+from megatron_sd.pretrained.loading import load_causal_lm
 from megatron_sd.records import TokenIds
 from megatron_sd.rollout.decoder import Feed, RowDecoder, Sampled
 from megatron_sd.rollout.engine import Completion, GenerationRequest
@@ -109,10 +110,13 @@ class TorchEngine:
             )
 
     def wake(self) -> None:
-        """It never sleeps: its keys and values are given back with each session."""
+        """Nothing to do: memory is taken when the first request comes."""
 
     def sleep(self) -> None:
-        """See `wake`."""
+        """Give back the memory of keys and values, unless completions are in flight."""
+        if not self._jobs:
+            self._forget()
+            self._decoder.give_back()
 
     def release(self, session: str) -> None:
         """Give the session's row back; a completion of it that is still in flight is cancelled."""
@@ -284,10 +288,7 @@ def _eos_ids(model: PreTrainedModel, codec: TextCodec) -> frozenset[int]:
     return codec.eos_ids | (frozenset(own) if isinstance(own, list) else frozenset(() if own is None else (own,)))
 
 
-def load_model(path: str, *, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """A causal language model from a local directory, for an engine to own. Raises DataError when there is none."""
-    try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa", local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise DataError(f"no causal language model in {path!r} ({error}); expected config.json and safetensors") from error
-    return model.to(device)
+def load_model(path: str, *, dtype: torch.dtype, device: torch.device, attention: str = "sdpa") -> PreTrainedModel:
+    """A causal language model from a local directory, for an engine to own. Raises DataError when there is none that is whole,
+    ConfigError for an attention that its family lacks."""
+    return load_causal_lm(path, dtype=dtype, attention=attention).to(device)

@@ -8,22 +8,22 @@ graph: whether it runs changes no bit of the student's.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from megatron_sd.algorithm.distill_loss import TermWeights, query_row_weights
 from megatron_sd.algorithm.packed import student_row, teacher_row
 from megatron_sd.algorithm.policy_loss import PolicyRows, policy_rows
 from megatron_sd.config import ModelConfig, PolicyLossConfig
-from megatron_sd.errors import ConfigError, DataError
+from megatron_sd.errors import DataError
 from megatron_sd.ops.head_rows import HeadOptions, HeadRows, RowLoss, RowValues
 from megatron_sd.ops.linear_jsd import linear_jsd
 from megatron_sd.ops.vocab_parallel import own_rows, replicated
+from megatron_sd.pretrained.loading import load_causal_lm, load_config
 from megatron_sd.records import Microbatch, Totals
 from megatron_sd.training.update_metrics import distill_sums, policy_sums
 
@@ -249,27 +249,17 @@ def teacher_hidden_rows(model: PreTrainedModel, microbatch: DeviceMicrobatch) ->
     return states.flatten(0, 1).index_select(0, m.teacher_rows)
 
 
-def load_causal_lm(config: ModelConfig) -> PreTrainedModel:
+def load_for_training(config: ModelConfig) -> PreTrainedModel:
     """The model of a local directory, ready for training: dropout off, no cache. Raises DataError when it cannot be used,
     ConfigError when its attention cannot."""
-    path = Path(config.path)
-    if not (path / "config.json").is_file():
-        raise DataError(f"model.path {config.path} holds no config.json, expected a Hugging Face model directory")
-    model_config = AutoConfig.from_pretrained(path)
+    model_config = load_config(config.path)
     _check_head(model_config, config.path)
     for name in vars(model_config):
         if "dropout" in name or name.endswith("_pdrop"):
             setattr(model_config, name, 0.0)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            path, config=model_config, dtype=getattr(torch, config.dtype), attn_implementation=config.attention
-        )
-    except ImportError as error:
-        raise ConfigError(
-            f"model.attention: found {config.attention!r}, which this machine lacks ({error}); expected sdpa, or the extra "
-            "megatron-sd[flash-attn] installed"
-        ) from error
-    model.train()
+    model = load_causal_lm(
+        config.path, dtype=getattr(torch, config.dtype), attention=config.attention, config=model_config
+    ).train()
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model

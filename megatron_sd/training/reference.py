@@ -12,7 +12,7 @@ from megatron_sd.distributed.world import World
 from megatron_sd.ops.head_rows import HeadOptions
 from megatron_sd.training.deepspeed_config import reference_config
 from megatron_sd.training.placement import place
-from megatron_sd.training.policy_module import DeviceMicrobatch, load_causal_lm, student_values, with_row_head
+from megatron_sd.training.policy_module import DeviceMicrobatch, load_for_training, student_values, with_row_head
 from megatron_sd.training.sequence_parallel import split_sequences
 
 
@@ -37,7 +37,7 @@ class ReferencePolicy:
     @classmethod
     def load(cls, config: Config, world: World, options: HeadOptions) -> ReferencePolicy:
         """From config.model.path: a resumed run must still find the start policy there."""
-        module = ReferenceModule(split_sequences(load_causal_lm(config.model), config.update, world), options).eval()
+        module = ReferenceModule(split_sequences(load_for_training(config.model), config.update, world), options).eval()
         if config.update.zero_stage < 3:
             return cls(module.to(world.device))
         settings = reference_config(config, world.size)

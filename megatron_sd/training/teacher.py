@@ -22,7 +22,7 @@ from megatron_sd.distributed.world import World
 from megatron_sd.errors import CheckpointError
 from megatron_sd.training.deepspeed_config import teacher_config
 from megatron_sd.training.placement import place
-from megatron_sd.training.policy_module import DeviceMicrobatch, TeacherRows, load_causal_lm, teacher_hidden_rows
+from megatron_sd.training.policy_module import DeviceMicrobatch, TeacherRows, load_for_training, teacher_hidden_rows
 from megatron_sd.training.sequence_parallel import split_sequences
 
 NamedParameters = Iterable[tuple[str, nn.Parameter]]
@@ -73,7 +73,7 @@ class FrozenTeacher:
     """The start policy, of config.model.path: a resumed run must still find it there."""
 
     def __init__(self, config: Config, world: World):
-        self._model = split_sequences(load_causal_lm(config.model), config.update, world).requires_grad_(False)
+        self._model = split_sequences(load_for_training(config.model), config.update, world).requires_grad_(False)
         self._module: nn.Module = TeacherModule(self._model).eval()
         self._is_sharded = config.update.zero_stage == 3
         if self._is_sharded:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import resource
 import sys
+import tempfile
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -24,6 +25,7 @@ from megatron_sd.training.gradient_ratio import AlphaController
 from megatron_sd.training.policy import Policy, load_policy
 from megatron_sd.training.publisher import gathered_buckets
 from tests.fakes_train import make_config, make_samples
+from tests.same_steps import moments_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +51,14 @@ def full_parameters(policy: Policy) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for bucket in buckets for name, tensor in bucket}
 
 
+def own_moments(policy: Policy) -> dict[str, tuple[int, torch.Tensor]]:
+    """This rank's elements of AdamW's first moments: where they begin in the flat parameter, and they."""
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "rank_00000.safetensors"
+        policy.trained_state().write(path)
+        return moments_of(path)
+
+
 def batch_of(order: Order, world: World, aggregation: str, *, sharers: int = 1, one_row: bool = False) -> Batch:
     samples = make_samples(order.num_samples)
     samples = samples[::-1] if order.reverse else samples
@@ -69,7 +79,7 @@ def take_steps(order: Order, world: World) -> dict[str, Any]:
     alpha.load_state(state["alpha"])
     sharing = {"sharers": config.update.ranks_per_batch, "one_row": config.update.pack_sequences}
     own_batch = partial(batch_of, order, world, config.policy_loss.aggregation, **sharing)
-    history, errors = [], []
+    history, errors, start = [], [], full_parameters(policy)
     for step in range(state["step"], order.steps):
         batch = own_batch()
         if order.poison.get(str(step)) == world.rank:
@@ -94,6 +104,8 @@ def take_steps(order: Order, world: World) -> dict[str, Any]:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     return {
         "parameters": full_parameters(policy),
+        "start": start,
+        "moments": own_moments(policy),
         "history": history,
         "errors": errors,
         "version": policy.version,

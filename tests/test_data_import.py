@@ -95,7 +95,9 @@ def test_every_passage_format():
     assert parse_passage({"id": "1", "contents": "Bare title\ntext"}).title == "Bare title"
 
 
-@pytest.mark.parametrize("row", [{"id": "1"}, {"id": "1", "text": ""}, {"id": "1", "contents": '"only title"'}, {"text": "x"}])
+@pytest.mark.parametrize(
+    "row", [{"id": "1"}, {"id": "1", "text": ""}, {"id": "1", "contents": " "}, {"id": 1.5, "text": "x"}, {"text": "x"}]
+)
 def test_broken_passage_rows(row):
     with pytest.raises(RowError):
         parse_passage(row)

@@ -1,7 +1,7 @@
 """Passages from public files: into a passages directory, or straight into an index when they fit in memory.
 
-Accepted rows: our own {"id", "title", "text"} (a missing title is empty; of further fields `source` and `license` are kept) and
-Search-R1's and FlashRAG's {"id", "contents"}, whose contents are the title in double quotes, a line break, and the text.
+Accepted rows: our own {"id", "title", "text"} (a missing title is empty; of further fields `source` and `license` are kept), and
+the forms of passage_rows.py.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_prep.jsonl import Line, Reject, Row, RowError, check_rejects, id_field, read_lines, string_field, write_rejects
+from data_prep.jsonl import Line, Reject, Row, RowError, check_rejects, read_lines, write_rejects
+from data_prep.passage_rows import parse_passage
 from data_prep.rows import parse_rows
 from data_prep.runs import Runs, Taken
 from data_prep.sourced import SourcedPassage
@@ -22,7 +23,6 @@ from data_prep.table import Origin, PassageTable, is_table, write_resumable
 from megatron_sd.errors import DataError
 from megatron_sd.records import Passage
 from megatron_sd.retrieval.manifest import file_entries, file_entry, read_manifest
-from megatron_sd.retrieval.passages import split_contents
 
 log = logging.getLogger(__name__)
 
@@ -34,23 +34,6 @@ class PassageRules:
     source: str
     license: str
     max_text_bytes: int
-
-
-def parse_passage(row: Row) -> Passage:
-    """One row of either format. Raises RowError."""
-    if "contents" in row:
-        title, text = split_contents(string_field(row, "contents"))
-        if not text.strip():
-            raise RowError("field 'contents' has no text after its first line, expected '\"title\"\\ntext'")
-    else:
-        title, text = row.get("title") or "", string_field(row, "text")
-    if not isinstance(title, str):
-        raise RowError(f"field 'title' is {title!r}, expected a string")
-    passage = Passage(id=id_field(row), title=" ".join(title.splitlines()), text=text)
-    for name, value in vars(passage).items():
-        if "\0" in value:
-            raise RowError(f"field {name!r} holds a NUL character, expected text")
-    return passage
 
 
 def parse_sourced(row: Row, line: Line, *, rules: PassageRules) -> SourcedPassage:
@@ -139,9 +122,9 @@ def read_passages(path: Path, *, rejects: Path, max_reject_share: float) -> list
     return passages
 
 
-def any_passages(path: Path) -> Iterable[Passage]:
-    """The passages of a passages directory or of any accepted file. Raises DataError, at the end for broken rows."""
-    return PassageTable(path) if is_table(path) else _passages(path, Tally(), max_reject_share=0.0)
+def any_passages(path: Path, max_reject_share: float = 0.0) -> Iterable[Passage]:
+    """The passages of a passages directory or of any accepted file. Raises DataError, at the end for too many broken rows."""
+    return PassageTable(path) if is_table(path) else _passages(path, Tally(), max_reject_share)
 
 
 def _passages(path: Path, tally: Tally, max_reject_share: float) -> Iterator[Passage]:

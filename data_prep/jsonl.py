@@ -1,9 +1,11 @@
-"""Reading and writing JSON lines, plain, .gz or .zst, without ever dropping a line in silence."""
+"""Reading and writing JSON lines, plain or compressed, without ever dropping a line in silence."""
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import json
+import lzma
 import os
 import zlib
 from collections.abc import Iterable, Iterator
@@ -17,7 +19,9 @@ from megatron_sd.errors import DataError
 
 Row = dict[str, Any]
 Record = TypeVar("Record")
+COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
 _BLOCK_BYTES = 1 << 20
+_MARK = b"\xef\xbb\xbf"  # a byte order mark, which Excel writes
 
 
 class RowError(ValueError):
@@ -57,9 +61,14 @@ class Line:
 
 def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """(line number from 1, line) of the non-blank lines. Raises DataError when the file is missing, truncated or corrupt."""
-    for number, line in enumerate(_split_lines(read_blocks(path)), start=1):
+    for number, line in enumerate(read_raw_lines(path), start=1):
         if line.strip():
             yield number, line
+
+
+def read_raw_lines(path: Path) -> Iterator[bytes]:
+    """All lines, without their line breaks. Raises DataError when the file is missing, truncated or corrupt."""
+    return _split_lines(read_blocks(path))
 
 
 def read_text(path: Path) -> str:
@@ -71,18 +80,32 @@ def read_text(path: Path) -> str:
 
 
 def read_blocks(path: Path) -> Iterator[bytes]:
-    """The content of a file, plain, .gz or .zst, in blocks. Raises DataError when it is missing, truncated or corrupt."""
+    """The content of a file, plain or compressed, in blocks, without a byte order mark.
+
+    Raises DataError when it is missing, truncated or corrupt.
+    """
     try:
         with open(path, "rb") as handle:
-            yield from _blocks(path, handle)
-    except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
-        raise DataError(f"cannot read {path}: {error}; expected a file, plain, .gz or .zst") from error
+            yield from _without_mark(_blocks(path, handle))
+    except (OSError, EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError) as error:
+        raise DataError(f"cannot read {path}: {error}; expected a file, plain, .gz, .zst, .bz2 or .xz") from error
+
+
+def _without_mark(blocks: Iterator[bytes]) -> Iterator[bytes]:
+    start = b""
+    for block in blocks:  # a first block may be shorter than the mark
+        start += block
+        if len(start) >= len(_MARK):
+            break
+    yield start.removeprefix(_MARK)
+    yield from blocks
 
 
 def _blocks(path: Path, handle: BinaryIO) -> Iterator[bytes]:
     if path.suffix == ".zst":
         return _zstd_blocks(handle)
-    source = gzip.GzipFile(fileobj=handle) if path.suffix == ".gz" else handle
+    opened = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}.get(path.suffix)
+    source = opened(handle) if opened else handle
     return iter(lambda: source.read(_BLOCK_BYTES), b"")
 
 
@@ -161,9 +184,11 @@ def string_field(row: Row, name: str) -> str:
     return value
 
 
-def id_field(row: Row) -> str:
-    """The `id`, a non-empty string or an integer. Raises RowError."""
-    value = row.get("id")
+def id_field(row: Row, name: str = "id") -> str:
+    """The id, a non-empty string or a whole number (7.0, as pandas writes it, is 7). Raises RowError."""
+    value = row.get(name)
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
-    return string_field(row, "id")
+    return string_field(row, name)

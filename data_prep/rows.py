@@ -1,32 +1,38 @@
-"""Rows of public files: JSON lines, JSON arrays, Parquet, CSV, TSV, or a folder of text, each row with its place."""
+"""Rows of public files: JSON lines, JSON arrays, Parquet, CSV, TSV, or a folder of them or of texts, each row with its place."""
 
 from __future__ import annotations
 
 import contextlib
-import csv
-import io
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from itertools import islice
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_prep.jsonl import Line, Row, RowError, check_row, decode_row, read_lines, read_text
+from data_prep.json_rows import are_json_lines, json_rows
+from data_prep.jsonl import COMPRESSED, Line, Row, RowError, check_row, decode_row, read_blocks, read_lines
+from data_prep.separated import read_separated
 from megatron_sd.errors import DataError
 
 Record = TypeVar("Record")
 Reader = Callable[[Path, int], Iterator[tuple[Line, Row | RowError]]]  # of a file, less so many rows from its start
 _TEXT_SUFFIXES = (".txt", ".md")
-_WRAPPERS = ("Data", "data", "questions")  # keys under which a JSON file may hold its list of rows
 
 
 def parse_rows(
-    path: Path, parse: Callable[[Row, Line], Record], *, num_done: int = 0, places: dict[str, str] | None = None
+    path: Path,
+    parse: Callable[[Row, Line], Record],
+    *,
+    num_done: int = 0,
+    places: dict[Any, str] | None = None,
+    key: Callable[[Record], Hashable] = attrgetter("id"),
 ) -> Iterator[tuple[Line, Record | RowError]]:
-    """Every row with its record, or with what is wrong with it. A repeated record id is an error.
+    """Every row with its record, or with what is wrong with it. A repeated key is an error; it is
+    the record's id, or what `key` makes of it.
 
     The first `num_done` rows are passed over; places: of the ids among them. Memory: about 150 bytes a row, for the ids that were
     met.
@@ -40,52 +46,83 @@ def parse_rows(
         except RowError as error:
             yield line, error
             continue
-        if record.id in places:
-            yield line, RowError(f"id {record.id!r} repeats that of {places[record.id]}")
+        if (own := key(record)) in places:
+            yield line, RowError(f"id {record.id!r} repeats that of {places[own]}")
             continue
-        places[record.id] = line.place
+        places[own] = line.place
         yield line, record
 
 
 def read_rows(path: Path, num_done: int = 0) -> Iterator[tuple[Line, Row | RowError]]:
-    """Every row of a file or folder, or what is wrong with it. The format follows from the name; .gz and .zst are read through.
+    """Every row of a file or folder, or what is wrong with it. The format follows from the name, or from
+    the first byte where the name says nothing; .gz, .zst, .bz2 and .xz are read through.
 
     num_done: rows from the start that are passed over without a look into them. JSON lines are not decoded, of Parquet the row
-    groups and of a folder the files are not read; JSON, CSV and TSV are read whole all the same.
+    groups and of a folder of texts the files are not read.
 
     Raises DataError when a file is missing, damaged or of no known format.
     """
     if path.is_dir():
         yield from _folder(path, num_done)
         return
-    suffix = next((s for s in reversed(path.suffixes) if s not in (".gz", ".zst")), "")
+    suffix = _suffix(path)
+    if suffix == "":
+        suffix = ".parquet" if _start(path).startswith(b"PAR1") else ".json" if _start(path).lstrip()[:1] in (b"{", b"[") else ""
     if suffix not in READERS:
         known = ", ".join(READERS)
-        raise DataError(f"{path}: found a file of type {suffix!r}, expected one of {known} (also .gz, .zst), or a folder")
+        raise DataError(
+            f"{path}: found a file of type {suffix!r}, expected one of {known} (also {', '.join(COMPRESSED)}), a file without "
+            "suffix that begins as JSON or Parquet, or a folder"
+        )
     yield from READERS[suffix](path, num_done)
 
 
+def _suffix(path: Path) -> str:
+    return next((suffix for suffix in reversed(path.suffixes) if suffix not in COMPRESSED), "")
+
+
+def _start(path: Path) -> bytes:
+    return next(read_blocks(path), b"")
+
+
 def _folder(path: Path, num_done: int) -> Iterator[tuple[Line, Row | RowError]]:
-    """A folder of Parquet files, or of texts: one row each, with the relative path as id and the name as title."""
-    files = sorted(file for file in path.rglob("*") if file.is_file())
-    tables = [file for file in files if file.suffix == ".parquet"]
+    """A folder of one kind of file: of rows, in order of name; or of texts: one row each, the relative path its id."""
+    files = sorted(file for file in path.rglob("*") if file.is_file() and not file.name.startswith((".", "_")))
+    tables = [file for file in files if _suffix(file) in READERS]
     texts = [file for file in files if file.suffix in _TEXT_SUFFIXES]
-    if bool(tables) == bool(texts):
-        found = "both" if tables else "neither"
-        raise DataError(f"{path}: found {found}, expected a folder of .parquet files or of {' and '.join(_TEXT_SUFFIXES)} files")
-    for file in tables:
-        with _reading(file):
-            num_rows = pq.read_metadata(file).num_rows
-        if num_done < num_rows:
-            yield from _parquet(file, num_done)
-        num_done = max(0, num_done - num_rows)
+    if not tables and not texts:  # WikiExtractor's wiki_00
+        tables = [file for file in files if _suffix(file) == ""]
+    kinds = sorted({_suffix(file) for file in tables} | ({"texts"} if texts else set()))
+    if len(kinds) != 1:
+        found = " and ".join(kinds) or "neither"
+        known = f".parquet files or of {' and '.join(_TEXT_SUFFIXES)} files, or of another kind alone ({', '.join(READERS)})"
+        raise DataError(f"{path}: found {found}, expected a folder of {known}")
+    yield from _tables(path, tables, num_done)
     for file in texts[num_done:]:
         name = file.relative_to(path).as_posix()
         line = Line(file=name, number=1, content=b"")
         try:
-            yield line, {"id": name, "title": file.stem.replace("_", " "), "text": file.read_text(encoding="utf-8")}
+            yield line, {"id": name, "title": file.stem.replace("_", " "), "text": file.read_text(encoding="utf-8-sig")}
         except UnicodeDecodeError as error:
             yield line, RowError(f"not valid UTF-8 ({error})")
+
+
+def _tables(path: Path, files: list[Path], num_done: int) -> Iterator[tuple[Line, Row | RowError]]:
+    """The rows of several files; Parquet files that are done are not read, of others the rows are counted."""
+    for file in files:
+        if file.suffix == ".parquet":
+            with _reading(file):
+                num_rows = pq.read_metadata(file).num_rows
+            if num_done < num_rows:
+                yield from _parquet(file, num_done)
+            num_done = max(0, num_done - num_rows)
+            continue
+        name = file.relative_to(path).as_posix()
+        for line, row in read_rows(file):
+            if num_done:
+                num_done -= 1
+                continue
+            yield Line(file=name, number=line.number, content=line.content), row
 
 
 def _jsonl(path: Path, num_done: int) -> Iterator[tuple[Line, Row | RowError]]:
@@ -94,16 +131,11 @@ def _jsonl(path: Path, num_done: int) -> Iterator[tuple[Line, Row | RowError]]:
 
 
 def _json(path: Path, num_done: int) -> Iterator[tuple[Line, Row | RowError]]:
-    """A list of objects, or an object that holds one under a usual name; `line` is then the place in the list, from 1."""
-    try:
-        rows = json.loads(read_text(path))
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is no JSON ({error}); expected a list of objects") from error
-    if isinstance(rows, dict):
-        rows = next((rows[key] for key in _WRAPPERS if isinstance(rows.get(key), list)), None)
-    if not isinstance(rows, list):
-        raise DataError(f"{path} holds no list of rows; expected a JSON list, or one under {' or '.join(_WRAPPERS)}")
-    yield from _objects(path, rows[num_done:], num_done + 1)
+    """A list of objects, or an object that holds one under a usual name, `line` is then the place in it from 1; or JSON lines."""
+    if are_json_lines(path):
+        yield from _jsonl(path, num_done)
+    else:
+        yield from _objects(path, islice(json_rows(path), num_done, None), num_done + 1)
 
 
 def _parquet(path: Path, num_done: int) -> Iterator[tuple[Line, Row | RowError]]:
@@ -126,21 +158,6 @@ def _reading(path: Path) -> Iterator[None]:
         raise DataError(f"cannot read {path}: {error}; expected a Parquet file") from error
 
 
-def _separated(separator: str) -> Reader:
-    def read(path: Path, num_done: int) -> Iterator[tuple[Line, Row | RowError]]:
-        csv.field_size_limit(1 << 24)
-        reader = csv.DictReader(io.StringIO(read_text(path), newline=""), delimiter=separator, strict=True)
-        try:
-            for row in islice(reader, num_done, None):
-                line = Line(file=path.name, number=reader.line_num, content=json.dumps(row, default=str).encode())
-                is_whole = None not in row and None not in row.values()
-                yield line, row if is_whole else RowError(f"expected {len(reader.fieldnames)} fields, as line 1 has")
-        except csv.Error as error:
-            raise DataError(f"{path}:{reader.line_num}: {error}; expected fields separated by {separator!r}") from error
-
-    return read
-
-
 def _objects(path: Path, rows: Iterable[Any], start: int) -> Iterator[tuple[Line, Row | RowError]]:
     for number, row in enumerate(rows, start=start):
         content = json.dumps(row, ensure_ascii=False, default=str).encode(errors="replace")
@@ -158,6 +175,6 @@ READERS = {
     ".jsonl": _jsonl,
     ".json": _json,
     ".parquet": _parquet,
-    ".csv": _separated(","),
-    ".tsv": _separated("\t"),
+    ".csv": read_separated,
+    ".tsv": read_separated,
 }

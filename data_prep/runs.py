@@ -159,7 +159,7 @@ def _read_record(path: Path) -> _Run:
 
 
 def _batches(path: Path) -> Iterator[pa.RecordBatch]:
-    with pa.memory_map(str(path)) as source, pa.ipc.open_stream(source) as reader:
+    with pa.OSFile(str(path)) as source, pa.ipc.open_stream(source) as reader:
         yield from reader
 
 

@@ -74,7 +74,7 @@ def render(figures: Sequence[RetrievalFigures]) -> str:
 def main(config: RetrievalConfig) -> list[RetrievalFigures]:
     """Measure, print the table, return the figures. Raises DataError for missing or broken input."""
     check_ranges(config)
-    questions = load_questions(config.questions, config.split)
+    questions = load_questions(config.questions, config.split, needs_answers=False)
     retriever = open_retriever(config.retriever)
     figures = asyncio.run(measure(retriever, questions, config.retriever.top_k))
     print(f"corpus version {retriever.corpus_version}, top {config.retriever.top_k}\n\n{render(figures)}")

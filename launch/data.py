@@ -18,8 +18,9 @@ def import_(argv: Sequence[str]) -> None:
     config = parse(ImportConfig, argv, "sd-search data import")
     report = import_file(config)
     print(f"{report.num_kept} {config.kind} -> {config.output}")
-    if report.num_rejected or report.num_notes:
-        print(f"{report.num_rejected} rejected, {report.num_notes} lost an empty gold answer: see {report.rejects}")
+    counted = [f"{report.num_rejected} rejected", *(f"{number} {what}" for what, number in report.noted.items())]
+    if report.num_rejected or report.noted:
+        print(", ".join(counted) + (f": see {report.rejects}" if report.rejects else ""))
 
 
 def chunk(argv: Sequence[str]) -> None:

@@ -14,10 +14,13 @@ from megatron_sd.records import Question
 from megatron_sd.search.reward import empty_answers
 
 
-def load_questions(path: str | Path, split: str | None = None, limit: int | None = None) -> tuple[Question, ...]:
+def load_questions(
+    path: str | Path, split: str | None = None, limit: int | None = None, needs_answers: bool = True
+) -> tuple[Question, ...]:
     """Read a questions file (`sd-search data import` writes it): one JSON object a line with the fields of `Question`.
 
-    split: keep records of this split only; limit: keep the first so many. Raises DataError naming file and line for a broken
+    split: keep records of this split only; limit: keep the first so many; needs_answers: False where only
+    passages are looked for, which questions of BEIR name without an answer. Raises DataError naming file and line for a broken
     record, and for a file that holds no matching question.
     """
     path = Path(path)
@@ -27,7 +30,7 @@ def load_questions(path: str | Path, split: str | None = None, limit: int | None
     first_lines: dict[str, int] = {}
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
-            question = _parse(line, f"{path}:{number}")
+            question = _parse(line, f"{path}:{number}", needs_answers)
             if first_lines.setdefault(question.id, number) != number:
                 raise DataError(f"{path}:{number}: id {question.id!r} repeats that of line {first_lines[question.id]}")
             if split is None or question.split == split:
@@ -39,7 +42,7 @@ def load_questions(path: str | Path, split: str | None = None, limit: int | None
     return tuple(questions)
 
 
-def _parse(line: bytes, place: str) -> Question:
+def _parse(line: bytes, place: str, needs_answers: bool) -> Question:
     try:
         record = json.loads(line)
         if not isinstance(record["golden_answers"], list) or not all(isinstance(gold, str) for gold in record["golden_answers"]):
@@ -58,7 +61,7 @@ def _parse(line: bytes, place: str) -> Question:
             f"{place}: not a question record ({type(error).__name__}: {error}); expected a JSON object with id, text and "
             "golden_answers; convert other formats with `sd-search data import`"
         ) from error
-    if not isinstance(question.text, str) or not question.text.strip() or not question.golden_answers:
+    if not isinstance(question.text, str) or not question.text.strip() or (needs_answers and not question.golden_answers):
         raise DataError(f"{place}: question {question.id} has an empty text or no golden answers")
     empty = empty_answers(question.golden_answers)
     if empty:

@@ -13,10 +13,13 @@ import string
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from megatron_sd.config import RewardConfig
 from megatron_sd.records import Rollout, RolloutGroup, Scores, StopReason
-from megatron_sd.search.protocol import Protocol
+
+if TYPE_CHECKING:  # the protocol needs tokenizers, and those who only compare answers need none
+    from megatron_sd.search.protocol import Protocol
 
 Normalizer = Callable[[str], str]
 

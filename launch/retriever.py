@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_sd.config import SearchConfig, parse
+from megatron_sd.config_checks import check_ranges
 from megatron_sd.retrieval.client import read_token
 from megatron_sd.retrieval.corpus import CorpusRetriever
 from megatron_sd.retrieval.server import serve
@@ -25,18 +26,20 @@ class ServeConfig:
     search: SearchConfig = field(default_factory=SearchConfig)
     default_top_k: int = 3
     max_top_k: int = 100
-    max_queries: int = 4096  # of one request
-    max_query_bytes: int = 4096
-    max_body_mib: int = 8
-    max_queued_queries: int = 16384  # more are answered 503, and the client comes again
+    max_queries: int = 16384  # of one request: a loop that asks once a turn for a whole batch
+    max_query_bytes: int = 4096  # longer queries are cut
+    max_body_mib: int = 64
+    max_queued_queries: int = 65536  # more are answered 503, and the client comes again
     max_batch_queries: int = 64
     max_connections: int = 4096
     idle_timeout_s: int = 60
+    strict: bool = False  # refuse blank and long queries, an empty list, a topk out of range; else they are answered
 
 
 def main(argv: Sequence[str]) -> None:
     """The command line. Raises ConfigError or DataError; ends at SIGINT or SIGTERM."""
     config = parse(ServeConfig, argv, "sd-search retriever serve")
+    check_ranges(config)
     service = RetrievalService(
         lambda progress: CorpusRetriever(config.corpus, config.search, progress), service_settings(config), _say
     )
@@ -58,6 +61,7 @@ def service_settings(config: ServeConfig) -> ServiceSettings:
         max_batch_queries=config.max_batch_queries,
         max_connections=config.max_connections,
         idle_timeout_s=config.idle_timeout_s,
+        is_strict=config.strict,
     )
 
 

@@ -169,6 +169,7 @@ class RolloutConfig:
     max_search_turns: int = 4  # one last turn follows, in which a search is not served
     max_turn_tokens: int = 500
     max_observation_tokens: int = 512
+    max_query_bytes: int = 4096  # a longer query is cut, with the corpus in process as with servers
     max_rollout_tokens: int = 4096  # prompt, completions and observations
     max_failed_share: float = 0.2  # the run stops when more of a rank's rollouts of a step failed for infrastructure reasons
     # Finished rollouts of an unfinished step wait in run_dir/bank for the run's next start. whole: used only when a rank's part

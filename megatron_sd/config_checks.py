@@ -39,6 +39,10 @@ _RANGES: dict[str, tuple[str, ...]] = {
         "retriever.search.effort",
         "retriever.search.fusion_depth",
         "retriever.search.fusion_constant",
+        "search.effort",  # of `sd-search retriever serve`, as the next
+        "search.fusion_depth",
+        "search.fusion_constant",
+        "vector_index.effort",  # of `sd-search data index`
         "retriever.client.max_request_queries",
         "retriever.client.max_connections",
         "retriever.client.breaker_failures",
@@ -47,6 +51,7 @@ _RANGES: dict[str, tuple[str, ...]] = {
         "rollout.group_size",
         "rollout.max_turn_tokens",
         "rollout.max_observation_tokens",
+        "rollout.max_query_bytes",
         "rollout.max_rollout_tokens",
         "rollout.max_concurrent_sequences",
         "rollout.vllm.num_replicas",

@@ -103,7 +103,9 @@ class FakeServer:
     """Answers POST /retrieve with `behave(queries, top_k, number of the request)`, and GET /info, unless `version` is empty:
     then it knows no more than Search-R1's server."""
 
-    def __init__(self, behave: Callable[[list[str], int, int], FakeReply], version: str = "v1") -> None:
+    def __init__(
+        self, behave: Callable[[list[str], int, int], FakeReply], version: str = "v1", limits: dict[str, int] | None = None
+    ) -> None:
         self.behave = behave
         self.version = version
         self.requests: list[list[str]] = []
@@ -116,7 +118,7 @@ class FakeServer:
                 pass
 
             def do_GET(self) -> None:
-                known = FakeReply(body=json.dumps({"corpus_version": fake.version}).encode())
+                known = FakeReply(body=json.dumps({"corpus_version": fake.version} | (limits or {})).encode())
                 self._send(known if fake.version else FakeReply(status=404))
 
             def do_POST(self) -> None:

@@ -38,6 +38,7 @@ FLOORS = {
 SHARED_WITHIN_FLOOR = {
     "megatron_sd.rollout.engine": "holds Protocols only",
     "megatron_sd.retrieval.retriever": "holds a Protocol only",
+    "megatron_sd.retrieval.queries": "one rule for who asks, who sends and who answers",
     "megatron_sd.resharding": "training and rollout are its two ends; it imports neither",
     "megatron_sd.distributed": "ranks and collectives serve every machine of floor 2",
     "megatron_sd.records": "the vocabulary",

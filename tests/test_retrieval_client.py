@@ -201,6 +201,24 @@ def test_a_server_that_knows_search_r1s_exchange_only():
             assert search(retriever, "a", "b") == [["a"], ["b"]]
 
 
+def test_an_address_may_name_the_route():
+    with FakeServer(lambda queries, top_k, _: honest(queries, top_k)) as server:
+        assert search(HttpRetriever([server.url + "/retrieve"], quick_client()), "a") == [["a"]]
+
+
+def test_what_a_server_takes_is_what_it_is_asked():
+    """By its /info: longer queries are cut, and no more passages are asked for than it has."""
+    asked = []
+
+    def note(queries, top_k, _number):
+        asked.append((queries, top_k))
+        return honest(queries, top_k)
+
+    with FakeServer(note, limits={"max_query_bytes": 5, "max_top_k": 2}) as server, client_of(server) as retriever:
+        search(retriever, "glass maker", top_k=9)
+    assert asked == [(["glass"], 2)]
+
+
 def test_shards_are_merged_by_score_then_id():
     def shard(*documents):
         hits = [{"document": {"id": id_, "contents": f'"t"\n{id_}'}, "score": score} for id_, score in documents]

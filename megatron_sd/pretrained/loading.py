@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,9 @@ def load_causal_lm(
     """
     config = load_config(path, key) if config is None else config
     try:
-        return load_whole(AutoModelForCausalLM, path, key=key, config=config, dtype=dtype, attn_implementation=attention)
+        return load_whole(
+            AutoModelForCausalLM, path, {"config": config, "dtype": dtype, "attn_implementation": attention}, key=key
+        )
     except ImportError as error:
         raise ConfigError(
             f"model.attention: found {attention!r}, which this machine lacks ({_first_line(error)}); expected sdpa"
@@ -80,7 +82,9 @@ def _attention_error(config: PretrainedConfig, attention: str) -> MegatronSdErro
     )
 
 
-def load_whole(kind: Any, path: str | Path, *, key: str, unused: Sequence[str] = (), **options: Any) -> PreTrainedModel:
+def load_whole(
+    kind: Any, path: str | Path, options: Mapping[str, Any], *, key: str, unused: Sequence[str] = ()
+) -> PreTrainedModel:
     """`kind.from_pretrained(path, **options)` with every tensor of the model from the files, and every tensor of the files in
     the model, but for those of MAY_BE_MISSING, MAY_BE_LEFT_OUT and the patterns `unused`. Raises DataError for any other."""
     stored = stored_tensors(Path(path), key)

@@ -15,6 +15,7 @@ import time
 from collections import OrderedDict, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import httpx
 
@@ -22,6 +23,7 @@ from megatron_sd.config import ClientConfig
 from megatron_sd.errors import ConfigError, DataError, RetrievalError
 from megatron_sd.records import Hit
 from megatron_sd.retrieval.endpoints import BreakerSettings, Endpoint, choose
+from megatron_sd.retrieval.queries import fit_query
 from megatron_sd.retrieval.wire import QUERIES_HEADER, VERSION_HEADER, SearchOrder, parse_reply, queries_digest, render_order
 
 logging.getLogger("httpx").setLevel(logging.WARNING)  # it tells of every request
@@ -48,8 +50,9 @@ class HttpRetriever:
         breaker = BreakerSettings(max_failures=client.breaker_failures, open_s=client.breaker_open_s)
         self._client = client
         self._headers = _headers(client.token_file)
-        self._endpoints = [Endpoint(url.rstrip("/"), breaker, time.monotonic) for url in endpoints]
-        self.corpus_version = _common_version(self._endpoints, client, self._headers)
+        urls = [url.rstrip("/").removesuffix("/retrieve") for url in endpoints]
+        self._endpoints = [Endpoint(url, breaker, time.monotonic) for url in urls]
+        self.corpus_version, self._max_query_bytes, self._max_top_k = _learn(self._endpoints, client, self._headers)
         self._turn = 0
         self._cache: OrderedDict[tuple[str, str, int], Hits] = OrderedDict()
         self._asked: dict[tuple[str, str, int], asyncio.Future[Hits]] = {}
@@ -62,8 +65,11 @@ class HttpRetriever:
         self._http = httpx.AsyncClient(limits=limits, headers=self._headers, trust_env=False, timeout=client.try_timeout_s)
 
     async def search(self, queries: Sequence[str], top_k: int) -> list[Hits]:
-        """The best `top_k` passages of each query, best first. Raises RetrievalError."""
-        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(self._search(queries, top_k), self._loop))
+        """The best `top_k` passages of each query, best first: all there are where the endpoints have fewer. A query longer than
+        they take is cut. Raises RetrievalError."""
+        fitting = [fit_query(query, self._max_query_bytes) for query in queries]
+        search = self._search(fitting, min(top_k, self._max_top_k))
+        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(search, self._loop))
 
     def close(self) -> None:
         """End the thread and its connections."""
@@ -201,27 +207,29 @@ def read_token(path: str) -> str:
     return token
 
 
-def _common_version(endpoints: Sequence[Endpoint], client: ClientConfig, headers: dict[str, str]) -> str:
-    """The corpus version all endpoints serve."""
+def _learn(endpoints: Sequence[Endpoint], client: ClientConfig, headers: dict[str, str]) -> tuple[str, int, int]:
+    """The corpus version all endpoints serve, and the longest query (bytes) and most passages that all of them take."""
     with httpx.Client(headers=headers, trust_env=False, timeout=client.try_timeout_s) as http:
-        versions = {endpoint.url: _version(http, endpoint.url, client) for endpoint in endpoints}
-    if len(set(versions.values())) != 1:
-        served = ", ".join(f"{url} {version[:16]}" for url, version in versions.items())
+        infos = {endpoint.url: _info(http, endpoint.url, client) for endpoint in endpoints}
+    if len({info["corpus_version"] for info in infos.values()}) != 1:
+        served = ", ".join(f"{url} {str(info['corpus_version'])[:16]}" for url, info in infos.items())
         raise ConfigError(
             f"retriever.endpoints: found different corpora ({served}), expected one; or set retriever.sharded, "
             "if these are its shards"
         )
-    return next(iter(versions.values()))
+    longest, most = (min(int(info.get(key, 1 << 30)) for info in infos.values()) for key in ("max_query_bytes", "max_top_k"))
+    return str(next(iter(infos.values()))["corpus_version"]), longest, most
 
 
-def _version(http: httpx.Client, url: str, client: ClientConfig) -> str:
+def _info(http: httpx.Client, url: str, client: ClientConfig) -> dict[str, Any]:
     """Ask `/info` until the server is ready."""
     deadline = time.monotonic() + client.ready_s
     while True:
         try:
             reply = http.get(f"{url}/info")
             if reply.status_code == httpx.codes.OK:
-                return str(reply.json()["corpus_version"])
+                info = reply.json()
+                return info | {"corpus_version": info["corpus_version"]}
             cause = f"status {reply.status_code}: {reply.text[:200]}"
             if reply.status_code in _NOT_RETRIED:
                 break
@@ -231,7 +239,7 @@ def _version(http: httpx.Client, url: str, client: ClientConfig) -> str:
             break
         time.sleep(client.first_pause_s)
     if client.corpus_version is not None and cause.startswith("status 404"):
-        return client.corpus_version
+        return {"corpus_version": client.corpus_version}
     raise RetrievalError(
         f"{url}/info gave no corpus version within {client.ready_s:g} s ({cause}); start `sd-search retriever serve` there, or, "
         "for another server with Search-R1's /retrieve, name its corpus in retriever.client.corpus_version"

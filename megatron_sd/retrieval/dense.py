@@ -32,12 +32,19 @@ class DenseIndex:
             raise DataError(f"{directory}: its vectors have {index.d} dimensions, its encoder {self.encoder.dim}: build again")
         if index.ntotal != manifest.num_passages:
             raise DataError(f"{directory}: found {index.ntotal} vectors of {manifest.num_passages} passages: build it again")
-        set_effort(index, settings["index"]["kind"], search.effort or settings["index"]["effort"])
+        self._kind, self._effort = settings["index"]["kind"], search.effort or settings["index"]["effort"]
         self._index = on_gpus(index) if device.type == "cuda" else index
+        self._set_for = 0  # the most hits that the effort is set for
+
+    def _set_effort(self, top_k: int) -> None:
+        if top_k > self._set_for:
+            set_effort(self._index, self._kind, self._effort, top_k)
+            self._set_for = top_k
 
     def rank(self, queries: Sequence[str], top_k: int) -> list[Ranking]:
         """The best rows of each query by inner product, best first, ties by row."""
         if not queries:
             return []
+        self._set_effort(top_k)
         scores, rows = self._index.search(self.encoder.encode_queries(queries), min(top_k, self._index.ntotal))
         return [sorted_ranking(*own) for own in zip(rows, scores, strict=True)]

@@ -24,8 +24,10 @@ def sorted_ranking(rows: np.ndarray, scores: np.ndarray) -> Ranking:
     return Ranking(rows=rows[order].tolist(), scores=scores[order].tolist())
 
 
-def set_effort(index: faiss.Index, kind: FaissKind, effort: int | None) -> None:
-    """Set how many candidates an approximate index looks at."""
+def set_effort(index: faiss.Index, kind: FaissKind, effort: int | None, top_k: int = 1) -> None:
+    """Set how many candidates an approximate index looks at; of a graph at least `top_k`, below which it finds fewer."""
+    if effort is not None and EFFORTS.get(kind) == "efSearch":
+        effort = max(effort, top_k)
     if effort is not None and kind in EFFORTS:
         faiss.ParameterSpace().set_index_parameter(index, EFFORTS[kind], effort)
 

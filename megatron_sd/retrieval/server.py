@@ -35,7 +35,7 @@ class Routes:
     def __init__(self, service: RetrievalService) -> None:
         token = service.settings.token
         self._service = service
-        self._authorization = None if token is None else f"Bearer {token}".encode()
+        self._token = None if token is None else token.encode()
 
     async def retrieve(self, request: Request) -> Response:
         """POST /retrieve."""
@@ -80,9 +80,12 @@ class Routes:
         return Response(self._service.metrics.render(gauges), media_type="text/plain; version=0.0.4")
 
     def _check_token(self, request: Request) -> None:
-        given = request.headers.get("authorization", "").encode()
-        if self._authorization is not None and not hmac.compare_digest(given, self._authorization):
-            raise RequestError(401, "the header 'Authorization: Bearer TOKEN' is missing or wrong")
+        """By header, or in the address for clients that can set nothing else."""
+        scheme, _, value = request.headers.get("authorization", "").partition(" ")
+        given = value if scheme == "Bearer" else request.query_params.get("token", "")
+        if self._token is not None and not hmac.compare_digest(given.encode(), self._token):
+            message = "the header 'Authorization: Bearer TOKEN', or ?token=TOKEN in the address, is missing or wrong"
+            raise RequestError(401, message)
 
 
 def build_app(service: RetrievalService, stop: Callable[[], None]) -> FastAPI:

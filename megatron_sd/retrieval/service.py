@@ -8,7 +8,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from megatron_sd.errors import ConfigError
+from megatron_sd.records import Hit
 from megatron_sd.retrieval.corpus import CorpusRetriever
+from megatron_sd.retrieval.queries import fit_query
 from megatron_sd.retrieval.search_queue import QueueFullError, SearchQueue
 from megatron_sd.retrieval.service_metrics import ServiceMetrics
 from megatron_sd.retrieval.wire import (
@@ -40,6 +42,7 @@ class ServiceSettings:
     max_batch_queries: int
     max_connections: int
     idle_timeout_s: int
+    is_strict: bool = False
 
 
 class RetrievalService:
@@ -114,6 +117,7 @@ class RetrievalService:
             max_query_bytes=settings.max_query_bytes,
             max_top_k=min(settings.max_top_k, self._ready().manifest.num_passages),
             default_top_k=settings.default_top_k,
+            is_strict=settings.is_strict,
         )
 
     def _ready(self) -> CorpusRetriever:
@@ -122,10 +126,18 @@ class RetrievalService:
         return self.corpus
 
     async def answer(self, order: SearchOrder) -> tuple[bytes, dict[str, str]]:
-        """The reply's body and headers. Raises RequestError when the queue is full or there is no corpus yet."""
+        """The reply's body and headers: an empty list for a blank query, a long query cut. Raises RequestError when the queue is
+        full or there is no corpus yet."""
         corpus = self._ready()
+        asked = [fit_query(query, self.settings.max_query_bytes) for query in order.queries]
+        places = [place for place, query in enumerate(asked) if query.strip()]
+        self.metrics.count_queries(
+            num_cut=sum(len(cut) < len(query) for cut, query in zip(asked, order.queries)), num_blank=len(asked) - len(places)
+        )
+        found: list[tuple[Hit, ...]] = [()] * len(asked)
         try:
-            found = await self.queue.submit(order.queries, order.top_k)
+            for place, hits in zip(places, await self.queue.submit([asked[place] for place in places], order.top_k)):
+                found[place] = hits
         except QueueFullError as error:
             limit = self.settings.max_queued_queries
             raise RequestError(503, f"the queue of {limit} queries is full; ask again a little later") from error

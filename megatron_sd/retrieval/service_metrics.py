@@ -14,7 +14,7 @@ class ServiceMetrics:
 
     def __init__(self) -> None:
         self._requests: Counter[int] = Counter()
-        self._num_queries = 0
+        self._num_queries = self._num_cut = self._num_blank = 0
         self._buckets = [0] * (len(_BUCKETS_S) + 1)
         self._total_s = 0.0
 
@@ -25,11 +25,18 @@ class ServiceMetrics:
         self._buckets[bisect_left(_BUCKETS_S, seconds)] += 1
         self._total_s += seconds
 
+    def count_queries(self, *, num_cut: int, num_blank: int) -> None:
+        """Of one request: queries that were longer than they may be, and that had nothing in them."""
+        self._num_cut += num_cut
+        self._num_blank += num_blank
+
     def render(self, gauges: dict[str, float]) -> str:
         """The text; `gauges` are further values of this moment."""
         lines = [f"# TYPE {_PREFIX}_requests_total counter"]
         lines += [f'{_PREFIX}_requests_total{{status="{status}"}} {n}' for status, n in sorted(self._requests.items())]
-        lines += [f"# TYPE {_PREFIX}_queries_total counter", f"{_PREFIX}_queries_total {self._num_queries}"]
+        counts = {"queries": self._num_queries, "queries_cut": self._num_cut, "queries_blank": self._num_blank}
+        for name, count in counts.items():
+            lines += [f"# TYPE {_PREFIX}_{name}_total counter", f"{_PREFIX}_{name}_total {count}"]
         lines.append(f"# TYPE {_PREFIX}_request_seconds histogram")
         total = 0
         for bound, count in zip((*_BUCKETS_S, "+Inf"), self._buckets, strict=True):

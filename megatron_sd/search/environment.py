@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from megatron_sd.config import RolloutConfig
 from megatron_sd.errors import ConfigError
 from megatron_sd.records import Hit, StopReason, TokenIds
+from megatron_sd.retrieval.queries import fit_query
 from megatron_sd.search.protocol import Protocol, fill, parse_action
 from megatron_sd.search.reward import completion_is_well_formed
 from megatron_sd.search.sanitize import Sanitizer
@@ -96,7 +97,7 @@ class Environment:
         if action.answer is not None:
             return Verdict(answer=action.answer.strip(), stop=StopReason.ANSWERED)
         is_last = turn >= self.limits.max_search_turns
-        query = "" if action.query is None else self.sanitizer.clean_query(action.query)
+        query = "" if action.query is None else fit_query(self.sanitizer.clean_query(action.query), self.limits.max_query_bytes)
         if query and not is_last:
             return Verdict(query=query, query_span=action.query_span)
         if truncated:

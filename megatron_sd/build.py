@@ -41,8 +41,9 @@ from megatron_sd.search.reward import score
 from megatron_sd.search.tokens import TextCodec, load_codec
 from megatron_sd.trainer import Schedule, Trainer
 from megatron_sd.training.attempts import ATTEMPTS_NAME, Attempts
-from megatron_sd.training.checkpoint import Checkpoints, run_identity
+from megatron_sd.training.checkpoint import Checkpoints
 from megatron_sd.training.gradient_ratio import AlphaController
+from megatron_sd.training.identity import contents_of, run_identity
 from megatron_sd.training.policy import Policy, load_policy
 from megatron_sd.training.publisher import GatherPublisher, Publisher, ShardPublisher, sharded_or_gathering
 from megatron_sd.training.sequence_parallel import sequence_group
@@ -188,7 +189,7 @@ def build_watchdog(config: Config, world: World) -> Watchdog:
 
 
 def _sampling_order(config: Config, world: World, questions: QuestionStream, side: RolloutSide) -> SamplingOrder:
-    identity = json.dumps(run_identity(config, side.retriever.corpus_version), sort_keys=True)
+    identity = json.dumps(run_identity(config, side.retriever.corpus_version) | contents_of(config), sort_keys=True)
     digest = hashlib.sha256(identity.encode()).hexdigest()
     mode = config.rollout.bank
     only_whole = mode == "whole" or (mode == "auto" and isinstance(side.engine, TorchEngine))

@@ -290,6 +290,7 @@ class CheckpointConfig:
     every: int = 50
     keep: int = 2
     resume: bool = True  # continue from the newest checkpoint of run_dir that verifies
+    allow_changes: bool = False  # go on with another plan (learning rate, batch, limits, weights of the loss), and record it
 
 
 @dataclass(frozen=True, kw_only=True)

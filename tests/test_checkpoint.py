@@ -133,7 +133,7 @@ def test_another_run_is_refused(world, model_path, policy, tmp_path):
     with pytest.raises(CheckpointError, match="belongs to another run: seed was 0 and is now 5; restore"):
         keeper(tmp_path, model_path, world, seed=5).load(policy)
     changed = dataclasses.replace(make_config(model_path).rollout, group_size=9)
-    with pytest.raises(CheckpointError, match="run: rollout.group_size was 5 and is now 9; seed was 0 and is now 5; restore"):
+    with pytest.raises(CheckpointError, match="run: seed was 0 and is now 5; rollout.group_size was 5 and is now 9; restore"):
         keeper(tmp_path, model_path, world, seed=5, rollout=changed).load(policy)
     with pytest.raises(CheckpointError, match="corpus_version was 'c' and is now 'd'"):
         Checkpoints(tmp_path, make_config(model_path), world, corpus_version="d").load(policy)

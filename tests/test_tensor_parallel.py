@@ -10,7 +10,7 @@ from megatron_sd.distributed.groups import RankGroup
 from megatron_sd.distributed.world import join_world
 from megatron_sd.errors import ConfigError
 from megatron_sd.ops.vocab_parallel import VocabShard, own_rows
-from megatron_sd.training.checkpoint import run_identity
+from megatron_sd.training.identity import run_identity
 from megatron_sd.training.policy import load_policy
 from megatron_sd.training.tensor_parallel import check_model, head_shard
 from tests.fakes_train import VOCABULARY, make_config, write_model

@@ -13,6 +13,7 @@ its checksum has been verified.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import logging
 import shutil
@@ -27,18 +28,13 @@ from megatron_sd.distributed.collectives import gather_objects
 from megatron_sd.distributed.world import World
 from megatron_sd.errors import CheckpointError
 from megatron_sd.training import commit
-from megatron_sd.training.pieces import listed, write_tensors
+from megatron_sd.training.identity import contents_of, differences, why_refused
+from megatron_sd.training.pieces import write_tensors
 from megatron_sd.training.policy import Policy
 from megatron_sd.training.publisher import gathered_buckets, split_buckets
 
 MODEL_FILE_BYTES = 2 << 30
 FORMAT = 2  # 1 held DeepSpeed's own files
-FREE_TO_CHANGE = (
-    *("num_steps", "run_dir", "checkpoint.", "log.", "data.eval", "data.max_eval", "rollout.vllm.", "publish.", "safety."),
-    *("retriever.corpus", "retriever.endpoints", "retriever.client."),  # what it is says corpus_version
-    *("retriever.qdrant", "retriever.opensearch"),
-    *("update.zero_stage", "update.sequence_parallel_size", "update.pack_sequences", "rollout.bank"),
-)
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +47,7 @@ class Checkpoints:
         self._config = config
         self._world = world
         self._corpus_version = corpus_version
+        self._changes: list[Mapping[str, Any]] = []  # of the plan, since the run began
 
     def save(self, policy: Policy, *, step: int, state: Mapping[str, Any]) -> None:
         """Commit a checkpoint of `step`, then prune to checkpoint.keep; a step already committed is left alone.
@@ -128,17 +125,19 @@ class Checkpoints:
             raise CheckpointError(
                 f"{directory} has format {saved.get('format', 1)}, expected {FORMAT}: begin a new run from its model/ directory"
             )
-        then = _identity(saved["config"], saved["corpus_version"])
-        now = run_identity(self._config, self._corpus_version)
-        differences = [
-            f"{key} was {then.get(key)!r} and is now {now.get(key)!r}"
-            for key in sorted(then.keys() | now.keys())
-            if then.get(key) != now.get(key)
-        ]
-        if differences:
-            raise CheckpointError(
-                f"{directory} belongs to another run: {listed(differences)}; restore what differs, or choose another run_dir"
-            )
+        contents = self._read_together(lambda: self._contents, only_first=True)[0]
+        found = differences(saved, self._config, self._corpus_version, contents)
+        reason = why_refused(found, allow_changes=self._config.checkpoint.allow_changes)
+        if reason is not None:
+            raise CheckpointError(f"{directory} {reason}")
+        self._changes = [*saved.get("changes", []), *map(dataclasses.asdict, found.plan)]
+        for change in found.plan if self._world.is_first else ():
+            logger.warning("from step %d on %s", change.step, change)
+
+    @functools.cached_property
+    def _contents(self) -> Mapping[str, str]:
+        """What the run began from, looked at once."""
+        return contents_of(self._config)
 
     def _prepare(self, staging: Path) -> None:
         self._root.mkdir(parents=True, exist_ok=True)
@@ -177,6 +176,8 @@ class Checkpoints:
             "state": state,
             "world_size": self._world.size,
             "corpus_version": self._corpus_version,
+            "contents": self._contents,
+            "changes": self._changes,
             "config": dataclasses.asdict(self._config),
         }
         (staging / "state.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
@@ -227,23 +228,3 @@ def copy_model_description(source: Path, target: Path) -> None:
     for path in sorted(source.iterdir()):
         if path.suffix in (".json", ".txt", ".model", ".jinja") and not path.name.endswith(".index.json"):
             shutil.copyfile(path, target / path.name)
-
-
-def run_identity(config: Config, corpus_version: str) -> dict[str, Any]:
-    """What a run that goes on must have in common with the one that was left: by dotted key, as JSON values."""
-    return _identity(json.loads(json.dumps(dataclasses.asdict(config))), corpus_version)
-
-
-def _identity(config: Mapping[str, Any], corpus_version: str) -> dict[str, Any]:
-    flat = {key: value for key, value in _flat(config).items() if not key.startswith(FREE_TO_CHANGE)}
-    if flat.get("update.tensor_parallel_size") == 1:  # as in checkpoints from before there was such a key
-        del flat["update.tensor_parallel_size"]
-    return flat | {"corpus_version": corpus_version}
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}"""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat

@@ -3,23 +3,35 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import ctypes
 import os
+import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from types import FrameType
 
-from megatron_sd.config import load
+import psutil
+
+from launch.host_memory import Planned, plan_on_cpus
+from megatron_sd.config import Config, load
 from megatron_sd.distributed.control import STOPPED_EXIT_CODE
 from megatron_sd.errors import ConfigError, MegatronSdError
+from megatron_sd.machine import has_gpu
+
+_KILLED_CODES = frozenset({-9, 137, 247})  # by SIGKILL: as python, a shell and DeepSpeed's launcher say it
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+_PARENT_DIED = 1  # PR_SET_PDEATHSIG of prctl(2)
 
 
 def main(argv: Sequence[str]) -> None:
     """`sd-search train`: check the configuration here, then start the ranks. Raises what the ranks' failure means."""
     num_ranks, rest = split_num_ranks(argv)
-    load(rest)  # a typo ends here, once, before any process starts
-    start_ranks(num_ranks, rest)
+    config = load(rest)  # a typo ends here, once, before any process starts
+    planned = check_memory(config, num_ranks)
+    start_ranks(num_ranks, rest, planned)
 
 
 def split_num_ranks(argv: Sequence[str]) -> tuple[int, list[str]]:
@@ -33,25 +45,107 @@ def split_num_ranks(argv: Sequence[str]) -> tuple[int, list[str]]:
     return int(found), rest
 
 
-def start_ranks(num_ranks: int, argv: Sequence[str]) -> None:
+def check_memory(config: Config, num_ranks: int) -> Planned | None:
+    """What the planner expects of the ranks together in this machine's memory; None on GPUs, and for models it does not know.
+
+    By safety.check_memory: a run that does not fit is refused (ConfigError), or warned of on stderr.
+    """
+    if config.safety.check_memory == "off" or has_gpu():
+        return None
+    planned = plan_on_cpus(config, num_ranks, available=psutil.virtual_memory().available)
+    if planned is not None and not planned.fits:
+        message = f"safety.check_memory: {planned}"
+        if config.safety.check_memory == "refuse":
+            raise ConfigError(f"{message}; or set it to warn")
+        print(f"sd-search: warning: {message}", file=sys.stderr, flush=True)
+    return planned
+
+
+def start_ranks(num_ranks: int, argv: Sequence[str], planned: Planned | None = None) -> None:
     """Run `megatron_sd.train` on `num_ranks` ranks of this machine and wait. Raises MegatronSdError when a rank fails, and
     SystemExit(85) when the run has saved and stopped as it was asked to.
 
-    The cores are shared out among the ranks, unless OMP_NUM_THREADS is set already.
+    The cores are shared out among the ranks, unless OMP_NUM_THREADS is set already. Signals are handed on to the ranks, which
+    save and stop; they also do when this process is gone.
     """
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // num_ranks))
     choose_accelerator()
     environment = os.environ | {"OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
-    finished = subprocess.run(command_line(num_ranks, free_port(), argv), env=environment, check=False)
-    if finished.returncode == STOPPED_EXIT_CODE:
+    command = command_line(num_ranks, free_port(), argv)
+    parent = os.getpid()
+    options = {"env": environment, "start_new_session": True, "preexec_fn": lambda: end_with(parent)}
+    with subprocess.Popen(command, **options) as process, _handing_on(process.pid):
+        code = process.wait()
+    if code == STOPPED_EXIT_CODE:
         raise SystemExit(STOPPED_EXIT_CODE)
-    if finished.returncode != 0:
-        raise MegatronSdError(f"training ended with exit code {finished.returncode}; the ranks' own message stands above")
+    if code in _KILLED_CODES:
+        raise MegatronSdError(killed_message(num_ranks, planned))
+    if code != 0:
+        raise MegatronSdError(f"training ended with exit code {code}; the ranks' own message stands above")
+
+
+def killed_message(num_ranks: int, planned: Planned | None) -> str:
+    """What is known when a rank was ended by SIGKILL: it could not say anything itself."""
+    expected = f" The planner expects this: {planned}." if planned is not None else ""
+    return (
+        f"a rank of {num_ranks} was ended by the system (SIGKILL) without a word, most likely because memory ran out: `dmesg` "
+        f"says so.{expected} What was saved stays; the same command goes on with less memory by model.lora.rank, "
+        "model.gradient_checkpointing, a smaller update.max_microbatch_tokens or rollout.max_concurrent_sequences"
+    )
+
+
+def end_with(parent: int) -> None:
+    """Ask the system for SIGTERM when the process that started this one is gone, however it ended (Linux)."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None, use_errno=True).prctl(_PARENT_DIED, signal.SIGTERM)
+    if os.getppid() != parent:  # it has gone already
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+@contextlib.contextmanager
+def _handing_on(pid: int) -> Iterator[None]:
+    """Signals of this process become requests to the ranks to save and stop; a second SIGINT or SIGTERM ends them at once."""
+    heard: list[int] = []
+
+    def hand_on(number: int, _frame: FrameType | None) -> None:
+        again = number != signal.SIGUSR1 and number in heard
+        heard.append(number)
+        if again:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(pid, signal.SIGKILL)
+            return
+        name = signal.Signals(number).name
+        print(f"sd-search: {name}: the ranks save and stop; {name} again ends them at once", file=sys.stderr, flush=True)
+        for rank in ranks_under(pid):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                rank.send_signal(signal.SIGUSR1)
+
+    before = {number: signal.signal(number, hand_on) for number in _SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def ranks_under(pid: int) -> list[psutil.Process]:
+    """The processes at or below `pid` that train; DeepSpeed's launchers above them end when they have ended."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        top = psutil.Process(pid)
+        return [process for process in (top, *top.children(recursive=True)) if _is_rank(process)]
+    return []
+
+
+def _is_rank(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
+        words = process.cmdline()
+        return "megatron_sd.train" in words and not any(word.startswith("deepspeed.launcher") for word in words)
+    return False
 
 
 def choose_accelerator() -> None:
     """Tell DeepSpeed, before it is imported anywhere, when this machine has no GPU; or it warns that it had to guess."""
-    if not Path("/dev/nvidiactl").exists():
+    if not has_gpu():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 

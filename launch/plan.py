@@ -38,6 +38,7 @@ BLANKS = {
     "--data.train": "none",
     "--retriever.corpus": "none",
     "--model.gradient_checkpointing": "true",
+    "--model.dtype": "bfloat16",
     "--rollout.engine": "vllm",
     "--rollout.vllm.placement": "server",
     "--rollout.vllm.urls": '["http://elsewhere:8000"]',

@@ -47,7 +47,9 @@ def read_launch_options(argv: Sequence[str]) -> tuple[LayoutConfig, Config]:
     """The layout's options (and `--layout FILE.yaml`), and with what is left the training configuration. `--recipe NAME` stands
     for both files of launch/configs."""
     own, rest = split_options(expand_recipe(argv), LayoutConfig, {"layout": "config"})
-    return parse(LayoutConfig, own, "sd-search launch"), load(rest)
+    layout = parse(LayoutConfig, own, "sd-search launch")
+    there = ["--model.dtype=bfloat16"] if layout.gpus_per_node else []  # auto would speak of this machine, not of the nodes
+    return layout, load([*there, *rest])
 
 
 def expand_recipe(argv: Sequence[str]) -> list[str]:

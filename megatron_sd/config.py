@@ -15,6 +15,7 @@ import yaml
 
 from megatron_sd.command_line import parse
 from megatron_sd.config_checks import check
+from megatron_sd.machine import preferred_dtype
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,10 +32,14 @@ class ModelConfig:
     """The policy: any local Hugging Face causal language model directory (Qwen2, Qwen3, Llama, ...)."""
 
     path: str  # directory with config.json, tokenizer and safetensors
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: what this machine computes fast (machine.py)
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     gradient_checkpointing: bool = False  # keep a layer's input only, and compute it once more for the backward
     lora: LoraConfig = field(default_factory=LoraConfig)
+
+    def __post_init__(self) -> None:
+        if self.dtype == "auto":
+            object.__setattr__(self, "dtype", preferred_dtype())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -297,6 +302,7 @@ class CheckpointConfig:
 class SafetyConfig:
     """What keeps a run going, or ends it, when something goes wrong (docs/trust.md)."""
 
+    check_memory: Literal["warn", "refuse", "off"] = "warn"  # before `sd-search train` starts, when the planner sees no fit
     watchdog_s: float = 1800.0  # a rank that does not move for so long ends all ranks, with every rank's stacks; 0: never
     stop_after_s: float | None = None  # of this start: save and end with exit code 85, as run_dir/control/STOP or SIGUSR1 asks
     max_idle_attempts: int = 3  # starts in a row that committed no new checkpoint, before the next one is refused; 0: any number

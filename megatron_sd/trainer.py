@@ -80,6 +80,8 @@ class Trainer:
         self.checkpoints.refuse_when_resume_is_off()
         self.resume()
         self.attempts.begin(self.step)
+        if self.step >= self.schedule.num_steps and self.world.is_first:
+            logger.info("step %d of %d is reached: nothing is left to do; more by num_steps", self.step, self.schedule.num_steps)
         while self.step < self.schedule.num_steps or self.evaluation_is_due:
             try:
                 agree_to_stop(self.world)

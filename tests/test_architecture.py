@@ -32,6 +32,7 @@ FLOORS = {
     "megatron_sd.config_checks": 0,
     "megatron_sd.command_line": 0,
     "megatron_sd.errors": 0,
+    "megatron_sd.machine": 0,
     "megatron_sd": 0,
 }
 # What packages of the same floor may import from each other, and why.
@@ -46,6 +47,7 @@ SHARED_WITHIN_FLOOR = {
     "megatron_sd.config_checks": "the vocabulary",
     "megatron_sd.command_line": "how the vocabulary's records are read",
     "megatron_sd.errors": "the vocabulary",
+    "megatron_sd.machine": "a default of the vocabulary depends on it",
 }
 # Where a framework, or a thing of the interpreter, may be touched: path prefixes.
 HOMES = {

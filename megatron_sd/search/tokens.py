@@ -18,6 +18,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from megatron_sd.errors import ConfigError, DataError
 from megatron_sd.records import TokenIds
 
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _CONTENT_MARK = "@@megatron-sd-content@@"  # stands for the user's message while a chat template is taken apart
 
@@ -143,6 +144,8 @@ def load_codec(path: str, *, chat_template: bool) -> TextCodec:
     """The codec of a local model directory. Raises DataError when there is no tokenizer."""
     if not Path(path).is_dir():
         raise DataError(f"model.path: found no directory at {path}, expected a local Hugging Face model directory")
+    if not any((Path(path) / name).is_file() for name in _TOKENIZER_FILES):
+        raise DataError(f"no tokenizer in {path}, expected {' or '.join(_TOKENIZER_FILES)}: copy the files of the model's own")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError) as error:

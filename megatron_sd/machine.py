@@ -1,0 +1,41 @@
+"""What this machine computes with, told by files alone: configuration is read before any framework is loaded."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+_BFLOAT16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})  # x86's in "flags", Arm's in "Features"
+
+
+def has_gpu() -> bool:
+    """Whether this machine has an NVIDIA driver."""
+    return Path("/dev/nvidiactl").exists()
+
+
+@functools.cache
+def preferred_dtype() -> str:
+    """What model.dtype auto stands for: bfloat16 on a GPU and on processors with instructions for it, else float32, since
+    emulated bfloat16 is many times slower. Said once."""
+    flags = processor_flags(Path("/proc/cpuinfo"))
+    if has_gpu():
+        found, why = "bfloat16", "there is a GPU"
+    elif flags & _BFLOAT16_FLAGS:
+        found, why = "bfloat16", "the processor has instructions for it"
+    else:
+        found, why = "float32", "no GPU, and this processor would have to emulate bfloat16"
+    logger.info("model.dtype auto is %s: %s", found, why)
+    return found
+
+
+def processor_flags(cpuinfo: Path) -> frozenset[str]:
+    """What /proc/cpuinfo lists for the first processor; nothing where there is no such file."""
+    if not cpuinfo.is_file():
+        return frozenset()
+    for line in cpuinfo.read_text(errors="replace").splitlines():
+        name, _, words = line.partition(":")
+        if name.strip() in ("flags", "Features"):
+            return frozenset(words.split())
+    return frozenset()

@@ -1,0 +1,120 @@
+"""Training on this machine: what is said before it starts and when it ends, and that nothing outlives it."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from importlib.resources import files
+from pathlib import Path
+
+import psutil
+import pytest
+
+from launch import local
+from launch.host_memory import plan_on_cpus
+from launch.local import check_memory, killed_message, ranks_under
+from launch.memory import GIB
+from megatron_sd.config import ModelConfig, load
+from megatron_sd.errors import ConfigError, MegatronSdError
+from megatron_sd.machine import processor_flags
+
+START_POLICY = Path(str(files("data_prep"))) / "coldstart_model"
+
+
+def configured(*overrides):
+    required = ["--run_dir=r", "--model.path=qwen2.5-0.5b", "--data.train=q", "--retriever.corpus=c", "--model.dtype=float32"]
+    return load([*required, *overrides])
+
+
+def test_memory_of_all_ranks_is_planned_before_a_run_on_processors():
+    """0.5 G parameters in float32 with the defaults: more than 24 GiB, and what would fit is named."""
+    planned = plan_on_cpus(configured(), 1, available=23 * GIB)
+    assert planned.needed > 40 * GIB and not planned.fits
+    assert "it would fit with" in str(planned) and "model.lora.rank 16" in planned.remedies[-1]
+    assert plan_on_cpus(configured(), 1, available=1e15).fits
+    small = configured("--model.gradient_checkpointing=true", "--update.max_microbatch_tokens=2048", "--model.lora.rank=16")
+    one, two = (plan_on_cpus(small, ranks, available=1e15).needed for ranks in (1, 2))
+    assert one < two < 2 * one, "ranks share what ZeRO-3 shards, and each has an engine"
+
+
+def test_a_run_that_does_not_fit_is_refused_or_warned_of(monkeypatch, capsys):
+    monkeypatch.setattr(local, "has_gpu", lambda: False)
+    monkeypatch.setattr(local.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 8 * GIB}))
+    message = r"safety.check_memory: .* GiB planned for 1 rank .*8.0 GiB available .*; or set it to warn"
+    with pytest.raises(ConfigError, match=message):
+        check_memory(configured("--safety.check_memory=refuse"), 1)
+    assert not check_memory(configured(), 1).fits
+    assert "warning: safety.check_memory" in capsys.readouterr().err
+    assert check_memory(configured("--safety.check_memory=off"), 1) is None
+
+
+def test_a_rank_that_the_system_ended_is_explained(monkeypatch):
+    kill_itself = [sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"]
+    monkeypatch.setattr(local, "command_line", lambda *_: kill_itself)
+    planned = plan_on_cpus(configured(), 1, available=8 * GIB)
+    with pytest.raises(MegatronSdError, match=r"ended by the system \(SIGKILL\).*memory ran out.*GiB planned for 1 rank"):
+        local.start_ranks(1, [], planned)
+    assert "The planner" not in killed_message(2, None)
+
+
+WAITING_RANK = "import time, sys; print('up', flush=True); time.sleep(60)"
+PARENT = """
+import sys
+from launch import local
+local.command_line = lambda *_: [sys.executable, "-c", {rank!r}, "megatron_sd.train"]
+try:
+    local.start_ranks(1, [])
+except SystemExit as error:
+    sys.exit(error.code)
+"""
+STOPS = "import signal, sys; signal.signal(signal.SIGUSR1, lambda *_: sys.exit(85));" + WAITING_RANK
+
+
+def parent_of(rank):
+    process = subprocess.Popen([sys.executable, "-c", PARENT.format(rank=rank)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "up\n"
+    return process
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_is_handed_on_to_the_ranks_which_save_and_stop(number):
+    process = parent_of(STOPS)
+    process.send_signal(number)
+    assert process.wait(60) == 85
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_no_rank_outlives_the_one_who_started_it(number):
+    process = parent_of(WAITING_RANK)
+    (rank,) = ranks_under(process.pid)[-1:]
+    process.send_signal(number)
+    process.wait(60)
+    assert _ends(rank)
+
+
+def _ends(process):
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        if not process.is_running() or process.status() == psutil.STATUS_ZOMBIE:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_auto_takes_bfloat16_only_where_it_is_not_emulated(tmp_path):
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text("processor\t: 0\nflags\t\t: fpu avx2 avx512_bf16\n")
+    assert processor_flags(cpuinfo) == {"fpu", "avx2", "avx512_bf16"} and processor_flags(tmp_path / "none") == frozenset()
+    assert ModelConfig(path="m").dtype in ("float32", "bfloat16")
+    assert ModelConfig(path="m", dtype="bfloat16").dtype == "bfloat16"
+
+
+def test_a_model_without_a_tokenizer_is_named(tmp_path):
+    from megatron_sd.errors import DataError
+    from megatron_sd.search.tokens import load_codec
+
+    (tmp_path / "config.json").write_text((START_POLICY / "config.json").read_text())
+    with pytest.raises(DataError, match=f"no tokenizer in {tmp_path}, expected tokenizer.json"):
+        load_codec(str(tmp_path), chat_template=False)
+    assert os.listdir(tmp_path) == ["config.json"]

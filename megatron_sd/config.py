@@ -150,13 +150,20 @@ class VllmConfig:
     tensor_parallel_size: int = 1
     devices: tuple[int, ...] = ()  # GPUs of the node's servers, tensor_parallel_size for each; empty: those that vLLM sees
     kv_cache_gib: float | None = None  # of each worker; None: what gpu_memory_share leaves beside the weights
-    gpu_memory_share: float = 0.85
+    gpu_memory_share: float = 0.85  # of a server's GPU: weights, keys and values, and the copy that a publish of shards stages
     block_tokens: int | None = None  # tokens of a block of the KV cache, the unit of reuse; None: vLLM's choice (16; on CPUs 128)
     threads_per_worker: int = 1  # on CPUs
-    publish: Literal["shards", "gather"] = "shards"  # gather: whole tensors through vLLM's loader, as for families without layout
+    # How weights reach the workers. gather: whole tensors through vLLM's loader, as for families without a shard layout; auto:
+    # shards for servers, gather for colocated, where a rank and a worker share a GPU.
+    publish: Literal["auto", "shards", "gather"] = "auto"
     publish_host: str | None = None  # name under which servers elsewhere reach this node; None: its host name
     start_timeout_s: float = 900.0
     request_timeout_s: float = 600.0  # for one completion, or for one bucket of an update
+
+    @property
+    def publishes_shards(self) -> bool:
+        """Whether workers get their shards, which they stage, instead of whole tensors."""
+        return self.publish == "shards" or (self.publish == "auto" and self.placement != "colocated")
 
 
 @dataclass(frozen=True, kw_only=True)

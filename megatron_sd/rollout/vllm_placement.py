@@ -15,9 +15,17 @@ from megatron_sd.distributed.lockstep import Lockstep
 from megatron_sd.distributed.world import World, environment_of_others
 from megatron_sd.errors import ConfigError, RolloutError
 from megatron_sd.rollout.vllm_colocated import ColocatedEngine
-from megatron_sd.rollout.vllm_command import ModelShape, check_server, describe, server_arguments, server_environment
+from megatron_sd.rollout.vllm_command import (
+    ModelShape,
+    check_server,
+    describe,
+    read_description,
+    server_arguments,
+    server_environment,
+)
 from megatron_sd.rollout.vllm_engine import Servers, VllmEngine
 from megatron_sd.rollout.vllm_inprocess import start_llm
+from megatron_sd.rollout.vllm_memory import memory_share, worker_memory
 from megatron_sd.rollout.vllm_process import ServerProcess, require_vllm
 from megatron_sd.rollout.vllm_request import ServedPolicy
 from megatron_sd.search.tokens import TextCodec
@@ -99,11 +107,12 @@ def _start(
     on_cpu = not torch.cuda.is_available()
     check_server(shape, model, rollout, on_cpu=on_cpu)
     inherited = environment_of_others()
+    share = None if on_cpu else share_of_card(model, rollout)
     for replica in range(rollout.vllm.num_replicas):
         port = free_port()
         processes.append(
             ServerProcess(
-                server_arguments(model, rollout, host=LOCAL, port=port, on_cpu=on_cpu),
+                server_arguments(model, rollout, host=LOCAL, port=port, on_cpu=on_cpu, share=share),
                 server_environment(inherited, rollout, replica=replica, on_cpu=on_cpu),
                 url=f"http://{LOCAL}:{port}",
                 log=log_dir / f"vllm_{replica}.log",
@@ -112,6 +121,16 @@ def _start(
     for process in processes:
         process.wait_until_ready(rollout.vllm.start_timeout_s)
     return [process.url for process in processes]
+
+
+def share_of_card(model: ModelConfig, rollout: RolloutConfig) -> float | None:
+    """What vLLM may take of a GPU of this node beside the staged copy; the cards of a node are taken to be alike. None: the
+    configured share, for a family whose weights are not staged. Raises ConfigError when a worker would not fit."""
+    memory = worker_memory(read_description(model.path), model, rollout)
+    if memory is None:
+        return None
+    device_bytes = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    return memory_share(memory, rollout, device_bytes=device_bytes)
 
 
 def own_servers(urls_by_rank: Sequence[Sequence[str]], rank: int) -> tuple[int, list[str]]:

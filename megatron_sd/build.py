@@ -201,7 +201,9 @@ def _sampling_order(config: Config, world: World, questions: QuestionStream, sid
         with contextlib.closing(bank.open(step, side.engine.policy_version)) as banked:
             return side.rollouter.run(mine, step=step, bank=banked)
 
-    return OneAhead(sample, num_steps=config.num_steps) if config.rollout.max_lag else InStep(sample)
+    if config.rollout.max_lag == 0:
+        return InStep(sample)
+    return OneAhead(sample, num_steps=config.num_steps, device=world.device)
 
 
 def choose_publisher(policy: Policy, config: Config, world: World, engine: Engine) -> Publisher:

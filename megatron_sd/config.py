@@ -55,7 +55,8 @@ class SearchConfig:
 
     method: Literal["auto", "bm25", "dense", "hybrid"] = "auto"  # auto: dense where the corpus has vectors, else bm25
     effort: int | None = None  # HNSW's efSearch, IVF's nprobe; None: as the index was built for
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # of the query encoder, and of the vectors where FAISS has GPU code
+    # Of the query encoder, and of the vectors where FAISS has GPU code. In a training rank: its own GPU; vectors only with cuda.
+    device: Literal["auto", "cpu", "cuda"] = "auto"
     fusion_depth: int = 100  # hybrid: how many passages of each method are ranked together
     fusion_constant: int = 60  # hybrid: a passage at rank r counts 1 / (constant + r)
 
@@ -286,7 +287,7 @@ class PublishConfig:
     checksums: bool = False  # compare what lies in the workers with what was sent, by parameter; each publish packs twice
     timeout_s: float = 120  # without an answer for so long a worker counts as lost
     attempts: int = 2  # of one hand-over; servers of the run's own that ended are started again before each
-    host: str = "127.0.0.1"  # of the node of rank 0, as the other nodes see it
+    host: str | None = None  # of rank 0's node, as other nodes see it; None: MASTER_ADDR with several nodes, else loopback
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,7 @@ what everybody raises. Values are JSON: whoever reaches the port can disturb a r
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import time
 import weakref
@@ -17,9 +18,32 @@ from typing import Any, Protocol
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_sd.errors import ReshardError
+from megatron_sd.errors import ConfigError, ReshardError
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.0005, 0.02
+LOOPBACK = "127.0.0.1"
+
+
+def publish_host(wanted: str | None, host_ids: Sequence[str], *, launcher_address: str | None) -> str:
+    """Where rank 0 hosts the meeting point. wanted: publish.host; host_ids: of all ranks. Raises ConfigError when ranks of
+    several nodes would look for it on their own."""
+    num_nodes = len(set(host_ids))
+    if num_nodes == 1:
+        return wanted or LOOPBACK
+    host = wanted or launcher_address
+    if host is None or _is_loopback(host):
+        raise ConfigError(
+            f"publish.host: found {host!r} for ranks on {num_nodes} nodes, expected the address of rank 0's node as the others "
+            "see it: pass --publish.host ADDRESS, or start the ranks with MASTER_ADDR set to it"
+        )
+    return host
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name
+        return host == "localhost" or host.startswith("localhost.")
 
 
 class MeetingPoint:

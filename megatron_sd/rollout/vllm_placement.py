@@ -65,6 +65,7 @@ def connect_vllm(
     else:
         urls_by_rank = together(world, list)
     first, urls = own_servers(urls_by_rank, world.rank) if starts_servers else (0, list(own.urls))
+    sharers = sharers_of(urls_by_rank, world.rank) if starts_servers else list(range(world.size))
     servers = Servers(
         urls=tuple(urls),
         processes=tuple(processes),
@@ -72,6 +73,8 @@ def connect_vllm(
         publish_host=LOCAL if starts_servers else own.publish_host or socket.gethostname(),
         first_replica=first,
         num_replicas=sum(map(len, urls_by_rank)) if starts_servers else len(urls),
+        sharer=sharers.index(world.rank),
+        num_sharers=len(sharers),
     )
     timeouts = {"start_timeout_s": own.start_timeout_s, "request_timeout_s": own.request_timeout_s}
     engines: list[VllmEngine] = []
@@ -141,6 +144,17 @@ def own_servers(urls_by_rank: Sequence[Sequence[str]], rank: int) -> tuple[int, 
     """
     owner = max(number for number in range(rank + 1) if urls_by_rank[number])
     return sum(map(len, urls_by_rank[:owner])), list(urls_by_rank[owner])
+
+
+def sharers_of(urls_by_rank: Sequence[Sequence[str]], rank: int) -> list[int]:
+    """The ranks of a rank's node: from the one that started its servers to the next that did.
+
+    >>> sharers_of([["a", "b"], [], ["c", "d"], []], rank=3)
+    [2, 3]
+    """
+    owners = [number for number, urls in enumerate(urls_by_rank) if urls]
+    first = max(number for number in owners if number <= rank)
+    return list(range(first, min((number for number in owners if number > rank), default=len(urls_by_rank))))
 
 
 def eos_ids(path: str, codec: TextCodec) -> frozenset[int]:

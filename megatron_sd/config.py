@@ -32,7 +32,7 @@ class ModelConfig:
 
     path: str  # directory with config.json, tokenizer and safetensors
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    attention: Literal["sdpa", "eager", "varlen", "flash_attention_2"] = "sdpa"  # varlen: for update.pack_sequences on GPUs
     gradient_checkpointing: bool = False  # keep a layer's input only, and compute it once more for the backward
     lora: LoraConfig = field(default_factory=LoraConfig)
 
@@ -264,7 +264,7 @@ class UpdateConfig:
     offload_optimizer: Literal["none", "cpu", "nvme"] = "none"  # masters and moments in host memory, stepped there, or on NVMe
     offload_parameters: Literal["none", "cpu"] = "none"  # shards of the weights in host memory between uses; stage 3
     nvme_path: str | None = None  # a directory on a local disk of every node
-    pack_sequences: bool = False  # a microbatch is one row without padding: for model.attention flash_attention_2
+    pack_sequences: bool = False  # a microbatch is one row without padding: for model.attention varlen
     sequence_parallel_size: int = 1  # neighbouring ranks that share each sequence of a microbatch (training/sequence_parallel.py)
     tensor_parallel_size: int = 1  # neighbouring ranks that hold a part of each layer (training/tensor_parallel.py)
 

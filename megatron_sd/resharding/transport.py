@@ -22,6 +22,7 @@ from megatron_sd.errors import ConfigError, ReshardError
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.0005, 0.02
 LOOPBACK = "127.0.0.1"
+POLL_S, LOOK_S = 0.0002, 0.5  # between two questions whether a transfer is done, and whether the session has ended
 
 
 def publish_host(wanted: str | None, host_ids: Sequence[str], *, launcher_address: str | None) -> str:
@@ -166,6 +167,27 @@ class Session:
                 let_go()
 
 
+def until_completed(work: Any, peer: str, session: Session) -> None:
+    """Ask a transfer until it is done. Raises ReshardError for its error, when the session has ended, and naming the peer when
+    it takes longer than the session's time limit."""
+    deadline, next_look = time.monotonic() + session.timeout_s, time.monotonic() + LOOK_S
+    while not work.is_completed():
+        now = time.monotonic()
+        if now > deadline:
+            raise ReshardError(f"{peer} moved nothing within {session.timeout_s:g} s over NCCL: restart it and publish again")
+        if now > next_look:  # the store is asked rarely
+            next_look = now + LOOK_S
+            if (reason := session.closed()) is not None:
+                raise ReshardError(reason)
+        time.sleep(POLL_S)
+    if (error := work.exception()) is not None:
+        raise ReshardError(f"{peer} has stopped answering ({_first_line(error)}): restart it and publish again")
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [repr(error)])[0]
+
+
 class Pending(Protocol):
     """A transfer under way."""
 
@@ -193,12 +215,15 @@ class Wire(Protocol):
 class GroupWire:
     """A Wire over a process group beside the default one: gloo for buffers in host memory, NCCL for CUDA's.
 
-    NCCL has not been run yet; parties that share a GPU cannot use it.
+    NCCL has not been run yet; parties that share a GPU cannot use it. Its transfers are asked whether they are done, instead of
+    waited for: a wait only orders streams, and a dead peer would be noticed by torch's watchdog alone, which ends the process.
     """
 
     def __init__(self, session: Session, backend: str, party: int, names: Sequence[str]):
         store, timeout = session.meeting.prefixed(f"{session.number}/{backend}"), timedelta(seconds=session.timeout_s)
         self._names = names
+        self._session = session
+        self._polls = backend == "nccl"
         self._pending: weakref.WeakSet[_GroupPending] = weakref.WeakSet()
         try:
             if backend == "nccl":
@@ -219,28 +244,38 @@ class GroupWire:
         return self._begin(lambda: self._group.recv([buffer], peer, 0), peer)
 
     def _begin(self, begin: Callable[[], Any], peer: int) -> _GroupPending:
-        pending = _GroupPending(begin, self._names[peer])
+        pending = _GroupPending(begin, self._names[peer], self._session if self._polls else None)
         self._pending.add(pending)
         return pending
 
     def close(self) -> None:
         """Drop the connections. Transfers under way would keep them open, and the peers waiting for what never comes."""
+        under_way = [pending for pending in self._pending if not pending.is_done()]
         for pending in self._pending:
             pending.drop()
+        if self._polls and under_way and self._group is not None:
+            self._group.abort()  # or NCCL's kernels wait on for ever, and so does whoever synchronises
         self._group = None
 
 
 class _GroupPending:
-    """A Work of torch's, whose errors name the peer."""
+    """A Work of torch's, whose errors name the peer. polled: the session whose end and time limit end the wait, too."""
 
-    def __init__(self, begin: Callable[[], Any], peer: str):
+    def __init__(self, begin: Callable[[], Any], peer: str, polled: Session | None = None):
         self._peer = peer
+        self._polled = polled
         with self._named():
             self._work = begin()
 
     def wait(self) -> None:
         with self._named():
+            if self._polled is not None:
+                until_completed(self._work, self._peer, self._polled)
             self._work.wait()
+
+    def is_done(self) -> bool:
+        """Whether nothing is under way any more."""
+        return self._work is None or self._work.is_completed()
 
     def drop(self) -> None:
         self._work = None
@@ -250,5 +285,6 @@ class _GroupPending:
         try:
             yield
         except RuntimeError as error:
-            reason = str(error).splitlines()[0]
-            raise ReshardError(f"{self._peer} has stopped answering ({reason}): restart it and publish again") from error
+            raise ReshardError(
+                f"{self._peer} has stopped answering ({_first_line(error)}): restart it and publish again"
+            ) from error

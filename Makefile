@@ -7,6 +7,7 @@
 # make lint    style only
 # make gpu-check  on a machine with a CUDA GPU and nvcc: build, GPU tests, sanitizers, benchmarks; no set-up, PYTHON needs torch only
 # make gpu-check-train  on a machine with a CUDA GPU and DeepSpeed: what updates of 0.5B, 3B and 7B cost; PYTHON needs the project's packages
+# make gpu-check-all  the first hour on a GPU node, in order, with what is expected and what to send: launch/first_hour.py
 # make wheel   dist/megatron_sd-*.whl
 # Every target sets up .venv by itself; it is renewed when setup.py changes. Another interpreter: make PYTHON=python3.12 demo
 
@@ -26,7 +27,7 @@ VLLM_PACKAGES := .venv-vllm/packages
 VLLM_LOCK := tests/vllm/cpu_lock.txt
 VLLM_PIP   = .venv-vllm/bin/python -m pip --quiet --disable-pip-version-check install
 
-.PHONY: demo demo-vllm test trust test-vllm bench gpu-check gpu-check-train lint wheel clean
+.PHONY: demo demo-vllm test trust test-vllm bench gpu-check gpu-check-train gpu-check-all lint wheel clean
 
 demo: $(READY)
 	@$(BIN)/sd-search demo
@@ -50,6 +51,9 @@ gpu-check:
 
 gpu-check-train:
 	@$(PYTHON) kernels/bench/gpu_train.py
+
+gpu-check-all:
+	@$(PYTHON) -m launch.first_hour
 
 test-vllm: $(VLLM)
 	@echo "== tests with vLLM"

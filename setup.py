@@ -51,7 +51,6 @@ REQUIRES = [
 ]
 EXTRAS = {
     "vllm": ["vllm>=0.32,<0.33"],
-    "flash-attn": ["flash-attn"],
     # Each brings its own `faiss` in place of faiss-cpu's: uninstall faiss-cpu first, and never install both.
     "retriever-gpu-cu12": ["faiss-gpu>=1.15,<2"],
     "retriever-gpu-cu13": ["faiss-gpu-cuvs>=1.15,<2"],

@@ -18,7 +18,7 @@ def measure_recall(corpus: Path, vectors: VectorShards, questions: str, *, limit
     Raises DataError for a broken questions file.
     """
     manifest, _ = read_manifest(corpus, "corpus")
-    index = DenseIndex(corpus, manifest, SearchConfig(method="dense"))
+    index = DenseIndex(corpus, manifest, SearchConfig(method="dense"), shares_gpus=False)
     queries = [question.text for question in load_questions(questions, limit=limit)]
     exact = exact_search(vectors, index.encoder.encode_queries(queries), top_k)
     return recall([list(ranking.rows) for ranking in index.rank(queries, top_k)], exact)

@@ -26,6 +26,7 @@ from megatron_sd.distributed.preflight import Preflight
 from megatron_sd.errors import ConfigError, MegatronSdError
 
 CANARY_DIR = "doctor"
+OLDEST_DRIVER = {"12": 525, "13": 580}  # by CUDA's major version, which drivers of one major version share
 SLOW = 8  # times slower than most is a broken link; less is other traffic
 
 
@@ -125,8 +126,24 @@ def _own_problems(report: dict[str, Any], config: DoctorConfig) -> list[str]:
             problems.append(f"GPU {number} has {errors} uncorrected memory errors: reset it")
         if gpu.get("clocks_throttle_reasons.hw_slowdown") == "Active":
             problems.append(f"GPU {number} is slowed down by its hardware (heat or power)")
+        problems += driver_problem(gpu.get("driver_version", ""), report.get("cuda", ""), number)
     problems += [report["network"]] if report["network"] else []
     return problems + [f"retriever not ready: {problem}" for problem in report["unready"]]
+
+
+def driver_problem(driver: str, cuda: str, number: int) -> list[str]:
+    """A driver that is too old for the CUDA that torch was built for; nothing where one of them is not known.
+
+    >>> driver_problem("570.86.15", "13.0", 0)[0][:74]
+    "GPU 0 has driver 570.86.15, expected 580 or newer for torch's CUDA 13.0: u"
+    """
+    needed, found = OLDEST_DRIVER.get(cuda.partition(".")[0]), driver.partition(".")[0]
+    if needed is None or not found.isdecimal() or int(found) >= needed:
+        return []
+    return [
+        f"GPU {number} has driver {driver}, expected {needed} or newer for torch's CUDA {cuda}: update the driver, or install "
+        "torch for an older CUDA"
+    ]
 
 
 def _differences(present: dict[str, dict[str, Any]]) -> list[Finding]:

@@ -72,6 +72,12 @@ def peak(parts: Sequence[Part], where: Place = "device") -> tuple[float, Phase]:
     return sums[worst], worst
 
 
+def checkpoint_bytes(shape: ModelShape, config: Config) -> float:
+    """Of one checkpoint on disk: float32 masters and two moments of what is trained, and the whole model."""
+    total = Sizes.of(shape).total
+    return 12 * (adapter_elements(shape, config) or total) + ITEM_BYTES[config.model.dtype] * total
+
+
 def saved_bytes_per_token(shape: ModelShape, item_bytes: int) -> int:
     """What autograd keeps of one decoder layer for each token: two norms (their input in float32, scale, and two results),
     attention (queries, keys, values, result, log-sums), and the MLP's gate, its activation, up and their product."""
@@ -157,14 +163,16 @@ def _update(shape: ModelShape, config: Config, *, world_size: int, on_gpu: bool)
 
 def _rollout(shape: ModelShape, config: Config, world_size: int) -> list[Part]:
     """Of the embedded engine, or of vLLM in the rank, which sleeps while the rank trains; the memory of vLLM's servers is their
-    own (launch/plan.py)."""
+    own (megatron_sd/rollout/vllm_memory.py). Both give their keys and values back while the rank trains."""
     item, rollout, total = ITEM_BYTES[config.model.dtype], config.rollout, Sizes.of(shape).total
     own = rollout.vllm
     if rollout.engine == "vllm" and own.placement != "colocated":
         return []
     if rollout.engine == "vllm":
         weights = item * total / own.tensor_parallel_size
+        staged = [Part(name="vLLM: staged shard", num_bytes=weights)] if own.publishes_shards else []
         return [
+            *staged,
             Part(name="vLLM", num_bytes=weights, phases=("rollout",)),
             Part(name="vLLM: keys and values", num_bytes=(own.kv_cache_gib or 0.0) * GIB, phases=("rollout",)),
             Part(name="vLLM, asleep", num_bytes=weights, where="host"),

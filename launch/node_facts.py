@@ -17,7 +17,14 @@ from typing import Any
 from launch.provenance import describe_software
 
 COMPARED_PACKAGES = ("megatron-sd", "torch", "deepspeed", "transformers", "vllm", "faiss-cpu", "flash-attn", "numpy")
-GPU_FIELDS = ("name", "uuid", "memory.total", "ecc.errors.uncorrected.volatile.total", "clocks_throttle_reasons.hw_slowdown")
+GPU_FIELDS = (
+    "name",
+    "uuid",
+    "memory.total",
+    "driver_version",
+    "ecc.errors.uncorrected.volatile.total",
+    "clocks_throttle_reasons.hw_slowdown",
+)
 READY_S = 10.0
 
 
@@ -27,6 +34,7 @@ def node_facts(run_dir: Path) -> dict[str, Any]:
         "versions": versions(),
         "commit": describe_software({})["git.txt"].splitlines()[0],
         "gpus": gpus(),
+        "cuda": torch_cuda(),
         "free_gib": {str(path): shutil.disk_usage(path).free / 2**30 for path in (_existing(run_dir), Path("/dev/shm"))},
         "open_files": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
     }
@@ -41,6 +49,15 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             found[name] = ""
     return found
+
+
+def torch_cuda() -> str:
+    """The CUDA that torch was built for, such as 13.0; "" for a CPU build, or without torch."""
+    try:
+        from torch.version import cuda
+    except ImportError:
+        return ""
+    return cuda or ""
 
 
 def gpus() -> list[dict[str, str]]:

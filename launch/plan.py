@@ -15,7 +15,7 @@ from typing import Any
 
 from launch.gpus import Gpu, find_gpu
 from launch.layout import LayoutConfig, gpus_of_vllm, ranks_per_node, servers_per_node
-from launch.memory import GIB, Part, Sizes, kv_bytes_per_token, peak, rank_memory
+from launch.memory import GIB, Part, Sizes, checkpoint_bytes, kv_bytes_per_token, peak, rank_memory
 from launch.models import model_config
 from launch.options import split_options
 from megatron_sd.command_line import parse
@@ -25,6 +25,7 @@ from megatron_sd.resharding.balance import balance
 from megatron_sd.resharding.layout import ShardLayout
 from megatron_sd.resharding.names import UnknownArchitectureError, model_shape, whole_parameters, worker_layouts
 from megatron_sd.resharding.plan import ITEM_BYTES, make_plan
+from megatron_sd.rollout.vllm_memory import WorkerMemory, memory_share, worker_memory
 
 RESERVED_GIB = 4.0  # CUDA's context, NCCL's buffers, and what the allocator cannot use
 # Tokens of a rollout's parts, beside observations of rollout.max_observation_tokens.
@@ -107,8 +108,20 @@ def check_memory(layout: LayoutConfig, config: Config, model: Mapping[str, Any])
             f"of it: {names}. More nodes, model.gradient_checkpointing, update.offload_optimizer or a smaller "
             "update.max_microbatch_tokens help; `sd-search plan` lists all"
         )
+    check_servers(config, model, gpu)
     is_close = needed_gib > 0.9 * free_gib
     return (f"memory: {needed_gib:.1f} of {free_gib:.1f} GiB a rank, which is close",) if is_close else ()
+
+
+def check_servers(config: Config, model: Mapping[str, Any], gpu: Gpu) -> WorkerMemory | None:
+    """A worker of the run's vLLM servers; None where there is none. Raises ConfigError for one that does not fit its GPU with the
+    copy that a publish stages."""
+    if config.rollout.engine != "vllm" or config.rollout.vllm.placement == "colocated":
+        return None
+    memory = worker_memory(model, config.model, config.rollout)
+    if memory is not None:
+        memory_share(memory, config.rollout, device_bytes=gpu.memory_gib * GIB)
+    return memory
 
 
 def _size(part: Part) -> float:
@@ -207,14 +220,18 @@ def render_plan(layout: LayoutConfig, config: Config, model: Mapping[str, Any]) 
     verdict = "fits" if needed / GIB <= gpu.memory_gib - RESERVED_GIB else "DOES NOT FIT"
     step = step_plan(layout, config, model, gpu)
     kv = kv_bytes_per_token(shape, ITEM_BYTES[config.model.dtype])
+    disk = checkpoint_bytes(shape, config) / 1e9
     lines = [
         f"{Sizes.of(shape).total / 1e9:.2f} G parameters, {config.model.dtype}, ZeRO-{config.update.zero_stage}, {world_size} "
         f"training ranks on {layout.nodes} nodes, {gpu.name}; rollouts by {rollout.engine}",
         f"\nmemory of a rank{'':<26}GiB   when",
         *(f"  {p.name:<36}{p.num_bytes / GIB:>8.2f}   {_when(p)}" for p in parts if p.num_bytes),
         f"  {'worst moment':<36}{needed / GIB:>8.2f}   {phase}; {verdict} in {gpu.memory_gib:g} less {RESERVED_GIB:g} reserved",
+        *_server_lines(config, model, gpu),
         f"\nkeys and values   {kv / 2**20:.3f} MiB a token, {kv * rollout.max_rollout_tokens / GIB:.2f} GiB a rollout of "
         f"{rollout.max_rollout_tokens} tokens",
+        f"checkpoint        {disk:.0f} GB each with its model, {disk * (config.checkpoint.keep + 1):.0f} GB for the "
+        f"{config.checkpoint.keep} kept and one being written",
         f"publish           {step.publish_bytes / 1e9:.1f} GB a step",
         f"tokens of a step  {step.rollout_tokens / 1e6:.2f} M in rollouts, of them {step.sampled_tokens / 1e6:.2f} M sampled; "
         f"{step.teacher_tokens / 1e6:.2f} M read by the teacher",
@@ -227,3 +244,18 @@ def render_plan(layout: LayoutConfig, config: Config, model: Mapping[str, Any]) 
 
 def _when(part: Part) -> str:
     return (", ".join(part.phases) or "always") + ("" if part.where == "device" else ", in host memory")
+
+
+def _server_lines(config: Config, model: Mapping[str, Any], gpu: Gpu) -> list[str]:
+    """A worker of a vLLM server, and what is left to it for keys and values."""
+    try:
+        memory = check_servers(config, model, gpu)
+    except ConfigError as error:
+        return [f"\na vLLM worker DOES NOT FIT: {error}"]
+    if memory is None:
+        return []
+    share = memory_share(memory, config.rollout, device_bytes=gpu.memory_gib * GIB)
+    return [
+        f"\na vLLM worker: weights {memory.weights / GIB:.2f} GiB, staged by a publish {memory.staged / GIB:.2f}, "
+        f"for vLLM {share:.3f} of the card"
+    ]

@@ -7,9 +7,12 @@ import os
 import sys
 from collections.abc import Sequence
 
+import torch
+
 from megatron_sd.config import load
 from megatron_sd.errors import ConfigError
 from megatron_sd.rollout.vllm_command import ModelShape, check_server, server_arguments, server_environment
+from megatron_sd.rollout.vllm_placement import share_of_card
 from megatron_sd.rollout.vllm_process import require_vllm
 
 
@@ -31,6 +34,8 @@ def server_command(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
         raise ConfigError(f"--port: found {own.port!r}, expected a number")
     config = load(rest)
     check_server(ModelShape.read(config.model.path), config.model, config.rollout, on_cpu=own.cpu)
-    arguments = server_arguments(config.model, config.rollout, host=own.host, port=int(own.port), on_cpu=own.cpu)
+    has_gpu = not own.cpu and torch.cuda.is_available()
+    share = share_of_card(config.model, config.rollout) if has_gpu else None
+    arguments = server_arguments(config.model, config.rollout, host=own.host, port=int(own.port), on_cpu=own.cpu, share=share)
     environment = server_environment(os.environ, config.rollout, replica=0, on_cpu=own.cpu)
     return [sys.executable, "-m", "megatron_sd.rollout.vllm_server", *arguments], environment

@@ -93,7 +93,9 @@ def assign(
     arguments: list[str] = []
     if rollouts:
         urls = [f"http://{addresses[h.name]}:{layout.vllm_port + n}" for h in rollouts for n in range(h.num_slots)]
-        arguments += [f"--rollout.vllm.urls={json.dumps(urls)}", f"--publish.host={addresses[trainers[0].name]}"]
+        arguments.append(f"--rollout.vllm.urls={json.dumps(urls)}")
+    if rollouts or len(trainers) > 1:
+        arguments.append(f"--publish.host={addresses[trainers[0].name]}")
     if retrievers:
         urls = [f"http://{addresses[h.name]}:{layout.retriever_port}" for h in retrievers]
         arguments += ["--retriever.corpus=null", f"--retriever.endpoints={json.dumps(urls)}"]

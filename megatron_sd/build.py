@@ -202,13 +202,15 @@ def _sampling_order(config: Config, world: World, questions: QuestionStream, sid
         with contextlib.closing(bank.open(step, side.engine.policy_version)) as banked:
             return side.rollouter.run(mine, step=step, bank=banked)
 
-    return OneAhead(sample, num_steps=config.num_steps) if config.rollout.max_lag else InStep(sample)
+    if config.rollout.max_lag == 0:
+        return InStep(sample)
+    return OneAhead(sample, num_steps=config.num_steps, device=world.device)
 
 
 def choose_publisher(policy: Policy, config: Config, world: World, engine: Engine) -> Publisher:
     """Shards straight into vLLM's workers; whole parameters into the embedded engine, below ZeRO stage 3, or when asked for."""
     own, stage = config.rollout.vllm, config.update.zero_stage
-    if isinstance(engine, TorchEngine) or own.publish == "gather" or stage != 3:
+    if isinstance(engine, TorchEngine) or not own.publishes_shards or stage != 3:
         return GatherPublisher()
     size = own.tensor_parallel_size
     publisher = sharded_or_gathering(policy, config, world, tp_size=size, num_replicas=engine.num_replicas)

@@ -33,7 +33,7 @@ class ModelConfig:
 
     path: str  # directory with config.json, tokenizer and safetensors
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: what this machine computes fast (machine.py)
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    attention: Literal["sdpa", "eager", "varlen", "flash_attention_2"] = "sdpa"  # varlen: for update.pack_sequences on GPUs
     gradient_checkpointing: bool = False  # keep a layer's input only, and compute it once more for the backward
     lora: LoraConfig = field(default_factory=LoraConfig)
 
@@ -60,7 +60,8 @@ class SearchConfig:
 
     method: Literal["auto", "bm25", "dense", "hybrid"] = "auto"  # auto: dense where the corpus has vectors, else bm25
     effort: int | None = None  # HNSW's efSearch, IVF's nprobe; None: as the index was built for
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # of the query encoder, and of the vectors where FAISS has GPU code
+    # Of the query encoder, and of the vectors where FAISS has GPU code. In a training rank: its own GPU; vectors only with cuda.
+    device: Literal["auto", "cpu", "cuda"] = "auto"
     fusion_depth: int = 100  # hybrid: how many passages of each method are ranked together
     fusion_constant: int = 60  # hybrid: a passage at rank r counts 1 / (constant + r)
 
@@ -155,13 +156,20 @@ class VllmConfig:
     tensor_parallel_size: int = 1
     devices: tuple[int, ...] = ()  # GPUs of the node's servers, tensor_parallel_size for each; empty: those that vLLM sees
     kv_cache_gib: float | None = None  # of each worker; None: what gpu_memory_share leaves beside the weights
-    gpu_memory_share: float = 0.85
+    gpu_memory_share: float = 0.85  # of a server's GPU: weights, keys and values, and the copy that a publish of shards stages
     block_tokens: int | None = None  # tokens of a block of the KV cache, the unit of reuse; None: vLLM's choice (16; on CPUs 128)
     threads_per_worker: int = 1  # on CPUs
-    publish: Literal["shards", "gather"] = "shards"  # gather: whole tensors through vLLM's loader, as for families without layout
+    # How weights reach the workers. gather: whole tensors through vLLM's loader, as for families without a shard layout; auto:
+    # shards for servers, gather for colocated, where a rank and a worker share a GPU.
+    publish: Literal["auto", "shards", "gather"] = "auto"
     publish_host: str | None = None  # name under which servers elsewhere reach this node; None: its host name
     start_timeout_s: float = 900.0
     request_timeout_s: float = 600.0  # for one completion, or for one bucket of an update
+
+    @property
+    def publishes_shards(self) -> bool:
+        """Whether workers get their shards, which they stage, instead of whole tensors."""
+        return self.publish == "shards" or (self.publish == "auto" and self.placement != "colocated")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -262,7 +270,7 @@ class UpdateConfig:
     offload_optimizer: Literal["none", "cpu", "nvme"] = "none"  # masters and moments in host memory, stepped there, or on NVMe
     offload_parameters: Literal["none", "cpu"] = "none"  # shards of the weights in host memory between uses; stage 3
     nvme_path: str | None = None  # a directory on a local disk of every node
-    pack_sequences: bool = False  # a microbatch is one row without padding: for model.attention flash_attention_2
+    pack_sequences: bool = False  # a microbatch is one row without padding: for model.attention varlen
     sequence_parallel_size: int = 1  # neighbouring ranks that share each sequence of a microbatch (training/sequence_parallel.py)
     tensor_parallel_size: int = 1  # neighbouring ranks that hold a part of each layer (training/tensor_parallel.py)
 
@@ -285,7 +293,7 @@ class PublishConfig:
     checksums: bool = False  # compare what lies in the workers with what was sent, by parameter; each publish packs twice
     timeout_s: float = 120  # without an answer for so long a worker counts as lost
     attempts: int = 2  # of one hand-over; servers of the run's own that ended are started again before each
-    host: str = "127.0.0.1"  # of the node of rank 0, as the other nodes see it
+    host: str | None = None  # of rank 0's node, as other nodes see it; None: MASTER_ADDR with several nodes, else loopback
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -148,6 +148,8 @@ def check(config: Config) -> None:
         _check_tensor_parallel(config)
     if config.update.pack_sequences and config.update.sequence_parallel_size > 1:
         raise ConfigError("update.pack_sequences: found true with update.sequence_parallel_size above 1, expected one of the two")
+    if config.model.attention == "varlen" and not config.update.pack_sequences:
+        raise ConfigError("model.attention: found varlen without update.pack_sequences, expected both, or sdpa")
     if config.update.sequence_parallel_size > 1 and config.model.attention != "sdpa":
         found = f"found {config.model.attention} with update.sequence_parallel_size above 1"
         raise ConfigError(f"model.attention: {found}, expected sdpa")

@@ -72,6 +72,7 @@ MAX_POSITIONAL = 4
 FIXED_SIGNATURES = {  # whose parameters are decided elsewhere
     "jsd_rows": "its five aligned tensors are the signature of the native op",
     "row_attention": "transformers calls it with these five",
+    "packed_attention": "transformers calls it with these five",
 }
 BAD_FILE_WORDS = {"utils", "util", "helpers", "helper", "misc", "common", "manager", "handler"}
 BAD_CLASS_ENDINGS = ("Manager", "Handler", "Helper", "Utils")

@@ -15,7 +15,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from data_prep.world import WorldConfig
-from launch.doctor import DoctorConfig, judge
+from launch.doctor import DoctorConfig, driver_problem, judge
 from launch.programs import make_world
 from launch.start import main
 from megatron_sd.distributed.preflight import neighbour
@@ -180,3 +180,14 @@ def test_a_file_that_nobody_sees_is_its_writers_fault():
     rates = [WELL | {"rates": (20.0, 9.0 if host == "cat" else 22.0)} for host in hosts]
     (finding,) = judge(rates, hosts, slow)
     assert finding.host == "cat" and "all-reduce at 20.00 GB/s, expected 100" in finding.problem
+
+
+@pytest.mark.parametrize(
+    ("driver", "cuda", "is_told"), [("570.86.15", "13.0", True), ("580.65.06", "13.0", False), ("570.86.15", "12.8", False)]
+)
+def test_a_driver_that_is_too_old_for_torch_is_told(driver, cuda, is_told):
+    """torch 2.13 from PyPI is a CUDA 13 build; a CPU build or an unknown driver says nothing."""
+    problems = driver_problem(driver, cuda, 3)
+    assert bool(problems) == is_told
+    assert not is_told or problems[0].startswith("GPU 3 has driver 570.86.15, expected 580 or newer for torch's CUDA 13.0")
+    assert driver_problem(driver, "", 0) == driver_problem("", cuda, 0) == []

@@ -45,7 +45,7 @@ def test_wheel_declares_command_licence_and_extras(wheel):
     assert re.search(r"^License(-Expression)?: Apache-2.0$", meta, re.M)
     assert "sd-search = launch.cli:main" in wheel.read("megatron_sd-0.1.0.dist-info/entry_points.txt").decode()
     extras = set(re.findall(r"^Provides-Extra: (\S+)", meta, re.M))
-    assert {"vllm", "flash-attn", "retriever-gpu-cu12", "retriever-gpu-cu13", "dev"} <= extras
+    assert {"vllm", "retriever-gpu-cu12", "retriever-gpu-cu13", "dev"} <= extras
     base = {name.lower() for name in re.findall(r"^Requires-Dist: ([\w-]+)(?!.*extra ==)", meta, re.M)}
     assert {"torch", "deepspeed", "transformers", "datasets", "tensorboard", "faiss-cpu"} <= base
 

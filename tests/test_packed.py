@@ -1,6 +1,7 @@
 """Sequences one after the other in one row, without padding: none sees another, and every step is that of padded ones."""
 
 import dataclasses
+import inspect
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from megatron_sd.algorithm.packing import build_microbatch, distilled_part, pack
 from megatron_sd.config import load
 from megatron_sd.distributed.world import join_world
 from megatron_sd.errors import ConfigError
+from megatron_sd.training import varlen_attention
 from megatron_sd.training.policy_module import DeviceMicrobatch, hidden_rows, load_for_training, teacher_hidden_rows
 from tests.fakes_train import make_config, make_samples, write_model
 from tests.launched import assert_same_figures, outcomes_on
@@ -44,6 +46,23 @@ def packed_attention(module, query, key, value, attention_mask, *, cu_seq_lens_q
 
 
 AttentionInterface.register("packed_oracle", packed_attention)
+
+
+def eager_varlen(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, enable_gqa):
+    """What torch's varlen_attn computes, one sequence at a time; torch has it on CUDA alone."""
+    assert window_size == (-1, 0) and cu_seq_q is cu_seq_k and cu_seq_q.dtype == torch.int32 and type(max_q) is int is type(max_k)
+    assert int(cu_seq_q.diff().max()) == max_q == max_k and int(cu_seq_q[-1]) == len(query)
+    starts = cu_seq_q.tolist()
+    parts = [
+        scaled_dot_product_attention(
+            *(part[start:stop].transpose(0, 1) for part in (query, key, value)),
+            is_causal=True,
+            scale=scale,
+            enable_gqa=enable_gqa,
+        )
+        for start, stop in zip(starts[:-1], starts[1:])
+    ]
+    return torch.cat(parts, 1).transpose(0, 1)
 
 
 @pytest.fixture(scope="module")
@@ -76,9 +95,11 @@ def test_transformers_flash_attention_finds_the_same_sequences():
         assert starts.tolist() == row.starts.tolist() and int(longest) == row.longest
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "packed_oracle"])
-def test_packed_sequences_have_the_hidden_states_of_padded_ones(model_path, attention):
-    """By the mask that transformers makes of positions, and by the starts that flash attention gets."""
+@pytest.mark.parametrize("attention", ["sdpa", "packed_oracle", "varlen"])
+def test_packed_sequences_have_the_hidden_states_of_padded_ones(model_path, attention, monkeypatch):
+    """By the mask that transformers makes of positions, by the starts that flash attention gets, and by the door of torch's
+    varlen attention."""
+    monkeypatch.setattr(varlen_attention, "varlen_attn", eager_varlen)
     config = make_config(model_path)
     padded, packed = (DeviceMicrobatch.of(dataclasses.replace(a_microbatch(), is_packed=p), CPU) for p in (False, True))
     model = load_for_training(config.model)
@@ -148,3 +169,20 @@ def test_packing_and_sharing_sequences_exclude_each_other():
     required = ["--run_dir=r", "--model.path=m", "--data.train=q", "--retriever.corpus=c", "--update.sequence_parallel_size=2"]
     with pytest.raises(ConfigError, match="update.pack_sequences: found true with update.sequence_parallel_size above 1"):
         load([*required, "--update.pack_sequences=true"])
+
+
+def test_varlen_attention_has_the_signature_of_torchs():
+    """The stand-in takes what torch takes: names, order, and what may be left out."""
+    theirs = inspect.signature(varlen_attention.varlen_attn).parameters
+    ours = inspect.signature(eager_varlen).parameters
+    assert list(ours)[:7] == list(theirs)[:7] and ours.keys() <= theirs.keys()
+
+
+def test_varlen_attention_is_for_packed_rows():
+    required = ["--run_dir=r", "--model.path=m", "--data.train=q", "--retriever.corpus=c", "--model.attention=varlen"]
+    assert load([*required, "--update.pack_sequences=true"]).model.attention == "varlen"
+    with pytest.raises(ConfigError, match="model.attention: found varlen without update.pack_sequences"):
+        load(required)
+    query = torch.zeros(2, 4, 3, 8)
+    with pytest.raises(ConfigError, match="found varlen for 2 rows without sequence starts"):
+        varlen_attention.packed_attention(None, query, query, query, None)

@@ -77,3 +77,74 @@ def test_an_address_without_a_trainer_is_said():
     for address in ("127.0.0.1:1", "nowhere"):
         with pytest.raises(ReshardError, match=f"no meeting point at '{address}' within 1 s"):
             ShardReceiver({"w": torch.zeros(1)}, worker=WorkerId(replica=0, tp_rank=0, tp_size=1), address=address, timeout_s=1.0)
+
+
+class FakeWork:
+    """A Work of NCCL's that is done after some questions, or never, with an error or without."""
+
+    def __init__(self, questions: float, error: Exception | None = None):
+        self.left, self.error = questions, error
+
+    def is_completed(self) -> bool:
+        self.left -= 1
+        return self.left < 0
+
+    def exception(self) -> Exception | None:
+        return self.error
+
+    def wait(self) -> None:
+        assert self.is_completed(), "a wait on NCCL never comes back from a dead peer"
+
+
+class FakeGroup:
+    def __init__(self, work: FakeWork):
+        self.work, self.aborted = work, False
+
+    def send(self, tensors, peer, tag):
+        return self.work
+
+    def abort(self):
+        self.aborted = True
+
+
+def nccl_wire(work: FakeWork, timeout_s: float) -> tuple[GroupWire, FakeGroup, Session]:
+    """A GroupWire as NCCL's is, without NCCL."""
+    session = Session(MeetingPoint.host("127.0.0.1", timeout_s=20), 1, timeout_s=timeout_s)
+    wire = GroupWire(session, "gloo", 0, ["worker 0"])
+    group = FakeGroup(work)
+    wire._polls, wire._group = True, group
+    return wire, group, session
+
+
+def test_a_transfer_over_nccl_is_asked_until_it_is_done():
+    wire, group, _ = nccl_wire(FakeWork(3), timeout_s=60)
+    wire.send(torch.zeros(1), 0).wait()
+    wire.close()
+    assert not group.aborted
+
+
+@pytest.mark.parametrize(
+    ("work", "timeout_s", "message"),
+    [
+        (FakeWork(float("inf")), 0.05, "worker 0 moved nothing within 0.05 s over NCCL: restart it"),
+        (
+            FakeWork(1, RuntimeError("remote process exited\nstack")),
+            60,
+            r"worker 0 has stopped answering \(remote process exited\)",
+        ),
+    ],
+)
+def test_a_dead_peer_over_nccl_is_named_and_its_group_aborted(work, timeout_s, message):
+    wire, group, _ = nccl_wire(work, timeout_s)
+    pending = wire.send(torch.zeros(1), 0)
+    with pytest.raises(ReshardError, match=message):
+        pending.wait()
+    wire.close()
+    assert group.aborted == (work.error is None)
+
+
+def test_a_session_that_ended_ends_a_transfer_over_nccl():
+    wire, _, session = nccl_wire(FakeWork(float("inf")), timeout_s=600)
+    session.close("worker 3 has died")
+    with pytest.raises(ReshardError, match="worker 3 has died"):
+        wire.send(torch.zeros(1), 0).wait()

@@ -98,6 +98,11 @@ def lone_world(device: torch.device | None = None) -> World:
     return World(rank=0, size=1, local_rank=0, device=device or torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
+def first_node_address() -> str | None:
+    """Where the launcher says that rank 0's node is; None without a launcher."""
+    return os.environ.get("MASTER_ADDR") or None
+
+
 def environment_of_others() -> dict[str, str]:
     """This process's environment for one that is no rank of the run."""
     return {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
@@ -117,6 +122,12 @@ def leave_world() -> None:
     """Close the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def use_device(device: torch.device) -> None:
+    """First in every thread that touches the device: a new thread's current CUDA device is 0, whatever its process chose."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
 
 
 def end_process(code: int) -> NoReturn:

@@ -10,6 +10,7 @@ worker n         memory/n  how a sender on the same node opens its memory
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -72,7 +73,8 @@ def open_session(session: Session, plan: ReshardPlan, terms: PublishConfig) -> N
 
 def whereabouts(device: torch.device) -> dict[str, Any]:
     """What decides which wires can reach a process."""
-    return {"host": host_id(), "device": device.type}
+    gpu = str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else None
+    return {"host": host_id(), "device": device.type, "gpu": gpu}
 
 
 def choose_wire(wanted: str, parties: Sequence[Mapping[str, Any]]) -> str:
@@ -80,11 +82,17 @@ def choose_wire(wanted: str, parties: Sequence[Mapping[str, Any]]) -> str:
     one_node = len({party["host"] for party in parties}) == 1
     all_cuda = all(party["device"] == "cuda" for party in parties)
     if wanted == "auto":
-        return ("cuda_ipc" if all_cuda else "shared_memory") if one_node else ("nccl" if all_cuda else "gloo")
+        wanted = ("cuda_ipc" if all_cuda else "shared_memory") if one_node else ("nccl" if all_cuda else "gloo")
     if wanted in OPEN_MEMORY and not one_node:
         raise ReshardError(f"publish.wire is {wanted}, but ranks and workers run on several nodes: expected gloo, nccl or auto")
     if wanted in ("cuda_ipc", "nccl") and not all_cuda:
         raise ReshardError(f"publish.wire is {wanted}, but not every rank and worker has CUDA tensors: expected auto")
+    gpus = Counter(party["gpu"] for party in parties if party.get("gpu"))
+    if wanted == "nccl" and (shared := [gpu for gpu, count in gpus.items() if count > 1]):
+        raise ReshardError(
+            f"publish.wire: nccl would join {gpus[shared[0]]} parties on GPU {shared[0]}, which NCCL refuses (a rank and a vLLM "
+            "worker share it): expected one party a GPU; set rollout.vllm.publish gather"
+        )
     return wanted
 
 
@@ -96,7 +104,7 @@ def make_outbox(session: Session, plan: ReshardPlan, terms: PublishConfig, *, ra
         windows = {}
         for worker, token in enumerate(session.wait_for(workers(plan, "memory"))):
             layout = plan.layout_of(worker)
-            windows[worker] = tensor_views(OPEN_MEMORY[wire](token, num_staged(layout), dtype), layout)
+            windows[worker] = tensor_views(OPEN_MEMORY[wire](token, num_staged(layout), dtype, device), layout)
         return DirectOutbox(plan, rank, windows, bucket_numel=bucket_numel, device=device)
     channel = GroupWire(session, wire, rank, [*ranks(plan, "").values(), *workers(plan, "").values()])
     buffers = BucketBuffers(bucket_numel, dtype, _buffer_device(wire, device))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import mmap
 import os
 import weakref
@@ -77,8 +78,8 @@ class SharedMemory:
         self._closing()
 
 
-def open_shared_memory(token: Token, numel: int, dtype: torch.dtype) -> Tensor:
-    """Another process's SharedMemory, as a flat tensor to write into. Raises ReshardError when that process has gone."""
+def open_shared_memory(token: Token, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A SharedMemory, as a flat tensor to write into; device: the CPU. Raises ReshardError when that process has gone."""
     path = f"/proc/{token['process']}/fd/{token['file']}"
     try:
         file = os.open(path, os.O_RDWR)
@@ -105,15 +106,35 @@ class CudaMemory:
         self.tensor = torch.empty(numel, dtype=dtype, device=device)
         _, arguments = reduce_tensor(self.tensor)
         # tensor class, size, stride, offset, storage class and dtype are known to whoever opens it; the rest names the memory
-        self.token: Token = {"handle": [part.hex() if isinstance(part, bytes) else part for part in arguments[6:]]}
+        handle = [part.hex() if isinstance(part, bytes) else part for part in arguments[6:]]
+        self.token: Token = {"process": os.getpid(), "handle": handle}
+        _OWN_CUDA_MEMORY[handle_key(self.token)] = self.tensor
 
     def close(self) -> None:
         """The memory goes with its tensor."""
 
 
-def open_cuda_memory(token: Token, numel: int, dtype: torch.dtype) -> Tensor:
-    """Another process's CudaMemory, as a flat tensor to write into. Not run yet."""
+_OWN_CUDA_MEMORY: weakref.WeakValueDictionary[str, Tensor] = weakref.WeakValueDictionary()  # of this process, by handle_key
+
+
+def handle_key(token: Token) -> str:
+    """Tells memories of one process apart."""
+    return json.dumps(token["handle"])
+
+
+def handle_parts(token: Token, device: torch.device) -> list[Any]:
+    """What torch rebuilds the tensor from. The first part is the number of the worker's device among those that *it* sees, which
+    is another GPU here, or none: it is replaced by ours, so that the memory is mapped where this process computes."""
     parts = [bytes.fromhex(part) if isinstance(part, str) else part for part in token["handle"]]
+    return [device.index, *parts[1:]]
+
+
+def open_cuda_memory(token: Token, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A CudaMemory, as a flat tensor to write into from `device`. CUDA refuses to open a handle in the process that made it, so
+    a worker in this process hands its tensor over as it is. Not run yet."""
+    if token["process"] == os.getpid():
+        return _OWN_CUDA_MEMORY[handle_key(token)]
+    parts = handle_parts(token, device)
     return rebuild_cuda_tensor(Tensor, (numel,), (1,), 0, torch.UntypedStorage, dtype, *parts)
 
 

@@ -6,6 +6,7 @@ what everybody raises. Values are JSON: whoever reaches the port can disturb a r
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import time
 import weakref
@@ -17,9 +18,33 @@ from typing import Any, Protocol
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_sd.errors import ReshardError
+from megatron_sd.errors import ConfigError, ReshardError
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.0005, 0.02
+LOOPBACK = "127.0.0.1"
+POLL_S, LOOK_S = 0.0002, 0.5  # between two questions whether a transfer is done, and whether the session has ended
+
+
+def publish_host(wanted: str | None, host_ids: Sequence[str], *, launcher_address: str | None) -> str:
+    """Where rank 0 hosts the meeting point. wanted: publish.host; host_ids: of all ranks. Raises ConfigError when ranks of
+    several nodes would look for it on their own."""
+    num_nodes = len(set(host_ids))
+    if num_nodes == 1:
+        return wanted or LOOPBACK
+    host = wanted or launcher_address
+    if host is None or _is_loopback(host):
+        raise ConfigError(
+            f"publish.host: found {host!r} for ranks on {num_nodes} nodes, expected the address of rank 0's node as the others "
+            "see it: pass --publish.host ADDRESS, or start the ranks with MASTER_ADDR set to it"
+        )
+    return host
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name
+        return host == "localhost" or host.startswith("localhost.")
 
 
 class MeetingPoint:
@@ -142,6 +167,27 @@ class Session:
                 let_go()
 
 
+def until_completed(work: Any, peer: str, session: Session) -> None:
+    """Ask a transfer until it is done. Raises ReshardError for its error, when the session has ended, and naming the peer when
+    it takes longer than the session's time limit."""
+    deadline, next_look = time.monotonic() + session.timeout_s, time.monotonic() + LOOK_S
+    while not work.is_completed():
+        now = time.monotonic()
+        if now > deadline:
+            raise ReshardError(f"{peer} moved nothing within {session.timeout_s:g} s over NCCL: restart it and publish again")
+        if now > next_look:  # the store is asked rarely
+            next_look = now + LOOK_S
+            if (reason := session.closed()) is not None:
+                raise ReshardError(reason)
+        time.sleep(POLL_S)
+    if (error := work.exception()) is not None:
+        raise ReshardError(f"{peer} has stopped answering ({_first_line(error)}): restart it and publish again")
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [repr(error)])[0]
+
+
 class Pending(Protocol):
     """A transfer under way."""
 
@@ -169,12 +215,15 @@ class Wire(Protocol):
 class GroupWire:
     """A Wire over a process group beside the default one: gloo for buffers in host memory, NCCL for CUDA's.
 
-    NCCL has not been run yet; parties that share a GPU cannot use it.
+    NCCL has not been run yet; parties that share a GPU cannot use it. Its transfers are asked whether they are done, instead of
+    waited for: a wait only orders streams, and a dead peer would be noticed by torch's watchdog alone, which ends the process.
     """
 
     def __init__(self, session: Session, backend: str, party: int, names: Sequence[str]):
         store, timeout = session.meeting.prefixed(f"{session.number}/{backend}"), timedelta(seconds=session.timeout_s)
         self._names = names
+        self._session = session
+        self._polls = backend == "nccl"
         self._pending: weakref.WeakSet[_GroupPending] = weakref.WeakSet()
         try:
             if backend == "nccl":
@@ -195,28 +244,38 @@ class GroupWire:
         return self._begin(lambda: self._group.recv([buffer], peer, 0), peer)
 
     def _begin(self, begin: Callable[[], Any], peer: int) -> _GroupPending:
-        pending = _GroupPending(begin, self._names[peer])
+        pending = _GroupPending(begin, self._names[peer], self._session if self._polls else None)
         self._pending.add(pending)
         return pending
 
     def close(self) -> None:
         """Drop the connections. Transfers under way would keep them open, and the peers waiting for what never comes."""
+        under_way = [pending for pending in self._pending if not pending.is_done()]
         for pending in self._pending:
             pending.drop()
+        if self._polls and under_way and self._group is not None:
+            self._group.abort()  # or NCCL's kernels wait on for ever, and so does whoever synchronises
         self._group = None
 
 
 class _GroupPending:
-    """A Work of torch's, whose errors name the peer."""
+    """A Work of torch's, whose errors name the peer. polled: the session whose end and time limit end the wait, too."""
 
-    def __init__(self, begin: Callable[[], Any], peer: str):
+    def __init__(self, begin: Callable[[], Any], peer: str, polled: Session | None = None):
         self._peer = peer
+        self._polled = polled
         with self._named():
             self._work = begin()
 
     def wait(self) -> None:
         with self._named():
+            if self._polled is not None:
+                until_completed(self._work, self._peer, self._polled)
             self._work.wait()
+
+    def is_done(self) -> bool:
+        """Whether nothing is under way any more."""
+        return self._work is None or self._work.is_completed()
 
     def drop(self) -> None:
         self._work = None
@@ -226,5 +285,6 @@ class _GroupPending:
         try:
             yield
         except RuntimeError as error:
-            reason = str(error).splitlines()[0]
-            raise ReshardError(f"{self._peer} has stopped answering ({reason}): restart it and publish again") from error
+            raise ReshardError(
+                f"{self._peer} has stopped answering ({_first_line(error)}): restart it and publish again"
+            ) from error

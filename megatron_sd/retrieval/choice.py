@@ -37,7 +37,7 @@ def open_retriever(config: RetrieverConfig) -> Retriever:
 
 
 def _local(config: RetrieverConfig, corpus: str) -> CorpusRetriever:
-    retriever = CorpusRetriever(corpus, config.search)
+    retriever = CorpusRetriever(corpus, config.search, shares_gpus=True)
     num_passages = len(retriever.passages)
     if config.top_k > num_passages:
         raise ConfigError(f"retriever.top_k: found {config.top_k}, expected at most {num_passages}, the passages of {corpus}")

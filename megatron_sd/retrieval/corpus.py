@@ -30,8 +30,16 @@ class CorpusRetriever:
     thread.
     """
 
-    def __init__(self, corpus: Path | str, search: SearchConfig, progress: Callable[[str], None] | None = None) -> None:
-        """Verify and map the corpus; progress is told, line by line, what is being done.
+    def __init__(
+        self,
+        corpus: Path | str,
+        search: SearchConfig,
+        progress: Callable[[str], None] | None = None,
+        *,
+        shares_gpus: bool = False,
+    ) -> None:
+        """Verify and map the corpus; progress is told, line by line, what is being done. shares_gpus: this process trains or
+        samples, too, so the vectors stay off the GPUs of others (dense.py).
 
         Raises DataError that names a missing, truncated or corrupt file, ConfigError for a method the corpus was not built for.
         """
@@ -43,7 +51,9 @@ class CorpusRetriever:
         verify_files(directory, self.manifest, required, progress)
         say("mapping the passages")
         self.passages = PassageStore(directory / PASSAGES_NAME)
-        self._indexes = [OPENERS[name](directory, self.manifest, search, say) for name in PARTS[self.method]]
+        self._indexes = [
+            OPENERS[name](directory, self.manifest, search, say, shares_gpus=shares_gpus) for name in PARTS[self.method]
+        ]
         self._search = search
 
     def find(self, queries: Sequence[str], top_k: int) -> list[tuple[Hit, ...]]:
@@ -71,16 +81,20 @@ class CorpusRetriever:
         return tuple(Hit(passage=passage, score=score) for passage, score in zip(passages, ranking.scores, strict=True))
 
 
-def _open_bm25(directory: Path, manifest: Manifest, search: SearchConfig, say: Callable[[str], None]) -> Index:
+def _open_bm25(
+    directory: Path, manifest: Manifest, search: SearchConfig, say: Callable[[str], None], *, shares_gpus: bool
+) -> Index:
     say("mapping the BM25 index")
     return Bm25Index(directory, manifest.settings["bm25"], manifest.num_passages)
 
 
-def _open_dense(directory: Path, manifest: Manifest, search: SearchConfig, say: Callable[[str], None]) -> Index:
+def _open_dense(
+    directory: Path, manifest: Manifest, search: SearchConfig, say: Callable[[str], None], *, shares_gpus: bool
+) -> Index:
     from megatron_sd.retrieval.dense import DenseIndex  # imports torch, which a BM25 service does without
 
     say("opening the encoder and the vector index")
-    return DenseIndex(directory, manifest, search)
+    return DenseIndex(directory, manifest, search, shares_gpus=shares_gpus)
 
 
 OPENERS = {"bm25": _open_bm25, "dense": _open_dense}

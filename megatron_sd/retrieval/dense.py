@@ -10,11 +10,20 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import faiss
+import torch
 
 from megatron_sd.config import SearchConfig
 from megatron_sd.errors import DataError
 from megatron_sd.retrieval.encoder import Encoder, EncoderSettings, choose_device
-from megatron_sd.retrieval.faiss_index import ENCODER_DIRECTORY, INDEX_NAME, on_gpus, set_effort, sorted_ranking
+from megatron_sd.retrieval.faiss_index import (
+    EFFORTS,
+    ENCODER_DIRECTORY,
+    INDEX_NAME,
+    on_gpus,
+    on_one_gpu,
+    set_effort,
+    sorted_ranking,
+)
 from megatron_sd.retrieval.fusion import Ranking
 from megatron_sd.retrieval.manifest import Manifest
 
@@ -22,8 +31,8 @@ from megatron_sd.retrieval.manifest import Manifest
 class DenseIndex:
     """Searches the vectors of a verified corpus directory with its `encoder`. One object serves one thread."""
 
-    def __init__(self, directory: Path, manifest: Manifest, search: SearchConfig) -> None:
-        """Open encoder and index. Raises DataError when they do not fit each other or the corpus."""
+    def __init__(self, directory: Path, manifest: Manifest, search: SearchConfig, *, shares_gpus: bool) -> None:
+        """Open encoder and index; shares_gpus: see `place`. Raises DataError when they do not fit each other or the corpus."""
         settings = manifest.settings["dense"]
         device = choose_device(search.device)
         self.encoder = Encoder(directory / ENCODER_DIRECTORY, EncoderSettings(**settings["encoder"]), device)
@@ -33,18 +42,30 @@ class DenseIndex:
         if index.ntotal != manifest.num_passages:
             raise DataError(f"{directory}: found {index.ntotal} vectors of {manifest.num_passages} passages: build it again")
         self._kind, self._effort = settings["index"]["kind"], search.effort or settings["index"]["effort"]
-        self._index = on_gpus(index) if device.type == "cuda" else index
-        self._set_for = 0  # the most hits that the effort is set for
+        set_effort(index, self._kind, self._effort)
+        self._index = place(index, device, search, shares_gpus=shares_gpus)
+        self._most_hits = 1  # that the effort is set for
 
-    def _set_effort(self, top_k: int) -> None:
-        if top_k > self._set_for:
+    def _reach(self, top_k: int) -> None:
+        """A graph searched with less effort than hits are asked for would find fewer."""
+        if EFFORTS.get(self._kind) == "efSearch" and top_k > self._most_hits:
             set_effort(self._index, self._kind, self._effort, top_k)
-            self._set_for = top_k
+            self._most_hits = top_k
 
     def rank(self, queries: Sequence[str], top_k: int) -> list[Ranking]:
         """The best rows of each query by inner product, best first, ties by row."""
         if not queries:
             return []
-        self._set_effort(top_k)
+        self._reach(top_k)
         scores, rows = self._index.search(self.encoder.encode_queries(queries), min(top_k, self._index.ntotal))
         return [sorted_ranking(*own) for own in zip(rows, scores, strict=True)]
+
+
+def place(index: faiss.Index, device: torch.device, search: SearchConfig, *, shares_gpus: bool) -> faiss.Index:
+    """Where the vectors are searched. A process that has the GPUs for itself spreads them over all; one that trains or samples,
+    too, takes its own GPU alone, and only where search.device says cuda: the memory is planned for training."""
+    if device.type != "cuda":
+        return index
+    if not shares_gpus:
+        return on_gpus(index)
+    return on_one_gpu(index, device.index) if search.device == "cuda" else index

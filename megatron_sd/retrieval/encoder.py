@@ -108,5 +108,7 @@ POOLINGS = {"mean": _mean, "cls": _cls, "last": _last}
 
 
 def choose_device(name: Literal["auto", "cpu", "cuda"] | str) -> torch.device:
-    """The device of a name; auto: the first CUDA device, or the CPU."""
-    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    """The device of a name, with its number: in a thread of its own "cuda" alone would mean GPU 0. auto: the CUDA device that
+    this process uses (a training rank's own), or the CPU."""
+    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    return torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device

@@ -32,11 +32,25 @@ def set_effort(index: faiss.Index, kind: FaissKind, effort: int | None, top_k: i
         faiss.ParameterSpace().set_index_parameter(index, EFFORTS[kind], effort)
 
 
+def on_one_gpu(index: faiss.Index, number: int) -> faiss.Index:
+    """The index on one GPU, in half precision, where FAISS has GPU code and knows the kind; else as it is."""
+    if not _has_gpu_code(index):
+        return index
+    options = faiss.GpuClonerOptions()
+    options.useFloat16 = True
+    return faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), number, index, options)
+
+
 def on_gpus(index: faiss.Index) -> faiss.Index:
-    """The index on all GPUs, in shards of half precision, where FAISS has GPU code and knows the kind; else as it is."""
-    if getattr(faiss, "get_num_gpus", lambda: 0)() == 0 or not isinstance(index, faiss.IndexFlat | faiss.IndexIVF):
+    """The index on all GPUs, in shards of half precision, where FAISS has GPU code and knows the kind; else as it is. For a
+    process that has the GPUs for itself: a retriever service, no training rank."""
+    if not _has_gpu_code(index):
         return index
     options = faiss.GpuMultipleClonerOptions()
     options.shard = True
     options.useFloat16 = True
     return faiss.index_cpu_to_all_gpus(index, options)
+
+
+def _has_gpu_code(index: faiss.Index) -> bool:
+    return getattr(faiss, "get_num_gpus", lambda: 0)() > 0 and isinstance(index, faiss.IndexFlat | faiss.IndexIVF)

@@ -6,6 +6,9 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Protocol
 
+import torch
+
+from megatron_sd.distributed.world import use_device
 from megatron_sd.records import RolloutGroup
 
 Sample = Callable[[int], list[RolloutGroup]]  # this rank's groups of a step
@@ -42,10 +45,10 @@ class OneAhead:
     are one optimiser step behind (the first step of a run, or of a resumed one, is not). Rollouts of a step that the run does not
     come to, because it goes back to a checkpoint, are dropped."""
 
-    def __init__(self, sample: Sample, *, num_steps: int):
+    def __init__(self, sample: Sample, *, num_steps: int, device: torch.device):
         self._sample = sample
         self._num_steps = num_steps
-        self._thread = ThreadPoolExecutor(max_workers=1)
+        self._thread = ThreadPoolExecutor(max_workers=1, initializer=use_device, initargs=(device,))
         self._ahead: Future[list[RolloutGroup]] | None = None
         self._step_ahead = -1
 

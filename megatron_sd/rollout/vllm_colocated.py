@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from megatron_sd.distributed.lockstep import Lockstep, News
-from megatron_sd.distributed.world import World
+from megatron_sd.distributed.world import World, use_device
 from megatron_sd.errors import RolloutError
 from megatron_sd.rollout.engine import Completion, GenerationRequest
 from megatron_sd.rollout.vllm_inprocess import EngineMemory, Outbox
@@ -56,7 +56,9 @@ class ColocatedEngine:
         self._failure: BaseException | None = None
         self._updating = False
         self._is_trained = False
-        self._receiver = ThreadPoolExecutor(max_workers=1, thread_name_prefix="shards")
+        self._receiver = ThreadPoolExecutor(
+            max_workers=1, thread_name_prefix="shards", initializer=use_device, initargs=(world.device,)
+        )
         self._receiving: Future[None] | None = None
         self._rpc("init_weight_transfer_engine", {"policy": policy.description})
         self._memory.release()
@@ -127,6 +129,7 @@ class ColocatedEngine:
     def _serve(self) -> None:
         """Steps of the engine, each after an exchange with the peers, until all of them leave."""
         try:
+            use_device(self._world.device)
             is_idle = True
             while True:
                 parts, all_leave = self._lockstep.exchange(self._outbox.take(POLL_S if is_idle else 0.0))

@@ -32,7 +32,7 @@ class ModelShape:
     def read(cls, path: str) -> ModelShape:
         """Raises DataError when the directory has no config.json of a causal language model."""
         try:
-            found = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
+            found = read_description(path)
             num_heads = found["num_attention_heads"]
             return cls(
                 architecture=found["architectures"][0],
@@ -52,6 +52,11 @@ class ModelShape:
         """Of keys and values in one worker."""
         heads = max(self.num_kv_heads // tensor_parallel_size, 1)
         return 2 * self.num_layers * heads * self.head_dim * _ITEM_BYTES[dtype]
+
+
+def read_description(path: str) -> dict[str, Any]:
+    """A model directory's config.json."""
+    return json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
 
 
 def check_server(shape: ModelShape, model: ModelConfig, rollout: RolloutConfig, *, on_cpu: bool) -> None:
@@ -88,8 +93,9 @@ def check_server(shape: ModelShape, model: ModelConfig, rollout: RolloutConfig, 
         )
 
 
-def engine_options(model: ModelConfig, rollout: RolloutConfig, *, on_cpu: bool) -> dict[str, Any]:
-    """vLLM's EngineArgs for this policy, wherever it runs.
+def engine_options(model: ModelConfig, rollout: RolloutConfig, *, on_cpu: bool, share: float | None = None) -> dict[str, Any]:
+    """vLLM's EngineArgs for this policy, wherever it runs. share: of the GPU's memory, instead of gpu_memory_share
+    (vllm_memory.py).
 
     The log-probabilities are those of the distribution that is sampled from, and the model's own generation settings (top-p,
     repetition penalties) are not applied: GRPO's ratio needs both.
@@ -111,7 +117,7 @@ def engine_options(model: ModelConfig, rollout: RolloutConfig, *, on_cpu: bool) 
     if own.kv_cache_gib is not None:
         options["kv_cache_memory_bytes"] = int(own.kv_cache_gib * 2**30)
     else:
-        options["gpu_memory_utilization"] = own.gpu_memory_share
+        options["gpu_memory_utilization"] = own.gpu_memory_share if share is None else share
     if own.block_tokens is not None:
         options["block_size"] = own.block_tokens
     if on_cpu:
@@ -121,9 +127,11 @@ def engine_options(model: ModelConfig, rollout: RolloutConfig, *, on_cpu: bool) 
     return options
 
 
-def server_arguments(model: ModelConfig, rollout: RolloutConfig, *, host: str, port: int, on_cpu: bool) -> list[str]:
+def server_arguments(
+    model: ModelConfig, rollout: RolloutConfig, *, host: str, port: int, on_cpu: bool, share: float | None = None
+) -> list[str]:
     """Command line of `megatron_sd.rollout.vllm_server` for this policy."""
-    options = engine_options(model, rollout, on_cpu=on_cpu) | {
+    options = engine_options(model, rollout, on_cpu=on_cpu, share=share) | {
         "host": host,
         "port": port,
         "enable_scale_out": True,

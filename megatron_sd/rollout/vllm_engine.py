@@ -34,7 +34,7 @@ class Servers:
 
     processes: those of them that this rank started (and that serve by now). publishes: True on the one rank that hands these
     servers new weights. publish_host: the name under which their workers reach it. first_replica: the number of urls[0] among
-    the num_replicas servers of all nodes.
+    the num_replicas servers of all nodes. sharer: this rank's number among the num_sharers ranks that have the same servers.
     """
 
     urls: tuple[str, ...]
@@ -43,6 +43,14 @@ class Servers:
     publish_host: str
     first_replica: int = 0
     num_replicas: int
+    sharer: int = 0
+    num_sharers: int = 1
+
+
+def dealt_to(num_dealt: int, *, sharer: int, num_sharers: int, num_servers: int) -> int:
+    """The server of a rank's next prompt. Together the ranks count 0, 1, 2, ...: the first prompt of each, then the second, so
+    that no server has two prompts more than another while the ranks have equally many."""
+    return (num_dealt * num_sharers + sharer) % num_servers
 
 
 class VllmEngine:
@@ -62,6 +70,7 @@ class VllmEngine:
         self.max_length = policy.max_length
         self.num_replicas = servers.num_replicas
         self._dialogue = Dialogue(codec, policy)
+        self._servers = servers
         self._replicas = [Replica(url, timeout_s=request_timeout_s) for url in servers.urls]
         self._processes = {process.url: process for process in servers.processes}
         self._publishes = servers.publishes
@@ -161,7 +170,9 @@ class VllmEngine:
         """A rollout stays where it began, and a group where its prompt was first read; new prompts go round."""
         home = self._home_of.get(request.session)
         if home is None:
-            home = self._homes.setdefault(request.prompt_ids, len(self._homes) % len(self._replicas))
+            own, many = self._servers, len(self._replicas)
+            dealt = dealt_to(len(self._homes), sharer=own.sharer, num_sharers=own.num_sharers, num_servers=many)
+            home = self._homes.setdefault(request.prompt_ids, dealt)
             self._home_of[request.session] = home
         return home
 

@@ -15,9 +15,17 @@ from megatron_sd.distributed.lockstep import Lockstep
 from megatron_sd.distributed.world import World, environment_of_others
 from megatron_sd.errors import ConfigError, RolloutError
 from megatron_sd.rollout.vllm_colocated import ColocatedEngine
-from megatron_sd.rollout.vllm_command import ModelShape, check_server, describe, server_arguments, server_environment
+from megatron_sd.rollout.vllm_command import (
+    ModelShape,
+    check_server,
+    describe,
+    read_description,
+    server_arguments,
+    server_environment,
+)
 from megatron_sd.rollout.vllm_engine import Servers, VllmEngine
 from megatron_sd.rollout.vllm_inprocess import start_llm
+from megatron_sd.rollout.vllm_memory import memory_share, worker_memory
 from megatron_sd.rollout.vllm_process import ServerProcess, require_vllm
 from megatron_sd.rollout.vllm_request import ServedPolicy
 from megatron_sd.search.tokens import TextCodec
@@ -57,6 +65,7 @@ def connect_vllm(
     else:
         urls_by_rank = together(world, list)
     first, urls = own_servers(urls_by_rank, world.rank) if starts_servers else (0, list(own.urls))
+    sharers = sharers_of(urls_by_rank, world.rank) if starts_servers else list(range(world.size))
     servers = Servers(
         urls=tuple(urls),
         processes=tuple(processes),
@@ -64,6 +73,8 @@ def connect_vllm(
         publish_host=LOCAL if starts_servers else own.publish_host or socket.gethostname(),
         first_replica=first,
         num_replicas=sum(map(len, urls_by_rank)) if starts_servers else len(urls),
+        sharer=sharers.index(world.rank),
+        num_sharers=len(sharers),
     )
     timeouts = {"start_timeout_s": own.start_timeout_s, "request_timeout_s": own.request_timeout_s}
     engines: list[VllmEngine] = []
@@ -99,11 +110,12 @@ def _start(
     on_cpu = not torch.cuda.is_available()
     check_server(shape, model, rollout, on_cpu=on_cpu)
     inherited = environment_of_others()
+    share = None if on_cpu else share_of_card(model, rollout)
     for replica in range(rollout.vllm.num_replicas):
         port = free_port()
         processes.append(
             ServerProcess(
-                server_arguments(model, rollout, host=LOCAL, port=port, on_cpu=on_cpu),
+                server_arguments(model, rollout, host=LOCAL, port=port, on_cpu=on_cpu, share=share),
                 server_environment(inherited, rollout, replica=replica, on_cpu=on_cpu),
                 url=f"http://{LOCAL}:{port}",
                 log=log_dir / f"vllm_{replica}.log",
@@ -114,6 +126,16 @@ def _start(
     return [process.url for process in processes]
 
 
+def share_of_card(model: ModelConfig, rollout: RolloutConfig) -> float | None:
+    """What vLLM may take of a GPU of this node beside the staged copy; the cards of a node are taken to be alike. None: the
+    configured share, for a family whose weights are not staged. Raises ConfigError when a worker would not fit."""
+    memory = worker_memory(read_description(model.path), model, rollout)
+    if memory is None:
+        return None
+    device_bytes = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    return memory_share(memory, rollout, device_bytes=device_bytes)
+
+
 def own_servers(urls_by_rank: Sequence[Sequence[str]], rank: int) -> tuple[int, list[str]]:
     """The servers of a rank's node, which its first rank started, and the number of the first one among those of all nodes.
 
@@ -122,6 +144,17 @@ def own_servers(urls_by_rank: Sequence[Sequence[str]], rank: int) -> tuple[int, 
     """
     owner = max(number for number in range(rank + 1) if urls_by_rank[number])
     return sum(map(len, urls_by_rank[:owner])), list(urls_by_rank[owner])
+
+
+def sharers_of(urls_by_rank: Sequence[Sequence[str]], rank: int) -> list[int]:
+    """The ranks of a rank's node: from the one that started its servers to the next that did.
+
+    >>> sharers_of([["a", "b"], [], ["c", "d"], []], rank=3)
+    [2, 3]
+    """
+    owners = [number for number, urls in enumerate(urls_by_rank) if urls]
+    first = max(number for number in owners if number <= rank)
+    return list(range(first, min((number for number in owners if number > rank), default=len(urls_by_rank))))
 
 
 def eos_ids(path: str, codec: TextCodec) -> frozenset[int]:

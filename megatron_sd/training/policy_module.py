@@ -25,6 +25,7 @@ from megatron_sd.ops.linear_jsd import linear_jsd
 from megatron_sd.ops.vocab_parallel import own_rows, replicated
 from megatron_sd.pretrained.loading import load_causal_lm, load_config
 from megatron_sd.records import Microbatch, Totals
+from megatron_sd.training import varlen_attention  # noqa: F401, registers model.attention varlen
 from megatron_sd.training.update_metrics import distill_sums, policy_sums
 
 

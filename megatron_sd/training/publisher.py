@@ -12,14 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from megatron_sd.config import Config
-from megatron_sd.distributed.collectives import broadcast_object, together
-from megatron_sd.distributed.world import World
+from megatron_sd.distributed.collectives import broadcast_object, gather_objects, together
+from megatron_sd.distributed.world import World, first_node_address
 from megatron_sd.errors import ReshardError, RolloutError
 from megatron_sd.resharding.layout import check_parameters
 from megatron_sd.resharding.names import UnknownArchitectureError, whole_parameters, worker_layouts
 from megatron_sd.resharding.plan import make_plan
 from megatron_sd.resharding.sender import ShardSender
-from megatron_sd.resharding.transport import MeetingPoint
+from megatron_sd.resharding.staging import host_id
+from megatron_sd.resharding.transport import MeetingPoint, publish_host
 from megatron_sd.rollout.engine import WeightReceiver
 from megatron_sd.training.lora import FullAdapter, adapter_of, merged, with_their_adapters
 from megatron_sd.training.policy import Policy
@@ -117,7 +118,8 @@ class ShardPublisher:
         self.num_bytes = 0
         self._rank = world.rank
         timeout_s = config.publish.timeout_s
-        meeting = MeetingPoint.host(config.publish.host, timeout_s=timeout_s) if world.is_first else None
+        host = publish_host(config.publish.host, gather_objects(world, host_id()), launcher_address=first_node_address())
+        meeting = MeetingPoint.host(host, timeout_s=timeout_s) if world.is_first else None
         self.address = broadcast_object(world, meeting and meeting.address)
         meeting = meeting or MeetingPoint.join(self.address, timeout_s=timeout_s)
         self._timeout_s = timeout_s

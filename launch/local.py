@@ -15,7 +15,7 @@ from types import FrameType
 
 import psutil
 
-from launch.host_memory import Planned, plan_on_cpus
+from launch.memory_check import remarks_on_memory
 from megatron_sd.config import Config, load
 from megatron_sd.distributed.control import STOPPED_EXIT_CODE
 from megatron_sd.errors import ConfigError, MegatronSdError
@@ -30,8 +30,8 @@ def main(argv: Sequence[str]) -> None:
     """`sd-search train`: check the configuration here, then start the ranks. Raises what the ranks' failure means."""
     num_ranks, rest = split_num_ranks(argv)
     config = load(rest)  # a typo ends here, once, before any process starts
-    planned = check_memory(config, num_ranks)
-    start_ranks(num_ranks, rest, planned)
+    remarks = check_memory(config, num_ranks)
+    start_ranks(num_ranks, rest, remarks)
 
 
 def split_num_ranks(argv: Sequence[str]) -> tuple[int, list[str]]:
@@ -45,23 +45,34 @@ def split_num_ranks(argv: Sequence[str]) -> tuple[int, list[str]]:
     return int(found), rest
 
 
-def check_memory(config: Config, num_ranks: int) -> Planned | None:
-    """What the planner expects of the ranks together in this machine's memory; None on GPUs, and for models it does not know.
+def check_memory(config: Config, num_ranks: int) -> tuple[str, ...]:
+    """What the planner remarks on the ranks in this machine's memory; nothing where they fit, or where nobody knows.
 
-    By safety.check_memory: a run that does not fit is refused (ConfigError), or warned of on stderr.
+    By safety.check_memory a run that does not fit is refused (ConfigError), or warned of on stderr.
     """
-    if config.safety.check_memory == "off" or has_gpu():
-        return None
-    planned = plan_on_cpus(config, num_ranks, available=psutil.virtual_memory().available)
-    if planned is not None and not planned.fits:
-        message = f"safety.check_memory: {planned}"
-        if config.safety.check_memory == "refuse":
-            raise ConfigError(f"{message}; or set it to warn")
-        print(f"sd-search: warning: {message}", file=sys.stderr, flush=True)
-    return planned
+    device_bytes = free_bytes()
+    if config.safety.check_memory == "off" or device_bytes is None:
+        return ()
+    remarks = remarks_on_memory(config, num_ranks=num_ranks, device_bytes=device_bytes, on_cpu=not has_gpu())
+    if remarks and config.safety.check_memory == "refuse":
+        raise ConfigError(f"safety.check_memory: {'; '.join(remarks)}; or set it to warn")
+    if remarks:
+        print(f"sd-search: warning: {'; '.join(remarks)}", file=sys.stderr, flush=True)
+    return remarks
 
 
-def start_ranks(num_ranks: int, argv: Sequence[str], planned: Planned | None = None) -> None:
+def free_bytes() -> int | None:
+    """Of this machine's memory, or of the fullest of its GPUs; None where it cannot be told."""
+    if not has_gpu():
+        return psutil.virtual_memory().available
+    query = ["nvidia-smi", "--query-gpu=memory.free", "--format=csv,noheader,nounits"]
+    with contextlib.suppress(OSError, ValueError, subprocess.CalledProcessError):
+        found = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()
+        return min(int(mebibytes) << 20 for mebibytes in found)
+    return None
+
+
+def start_ranks(num_ranks: int, argv: Sequence[str], remarks: Sequence[str] = ()) -> None:
     """Run `megatron_sd.train` on `num_ranks` ranks of this machine and wait. Raises MegatronSdError when a rank fails, and
     SystemExit(85) when the run has saved and stopped as it was asked to.
 
@@ -79,14 +90,14 @@ def start_ranks(num_ranks: int, argv: Sequence[str], planned: Planned | None = N
     if code == STOPPED_EXIT_CODE:
         raise SystemExit(STOPPED_EXIT_CODE)
     if code in _KILLED_CODES:
-        raise MegatronSdError(killed_message(num_ranks, planned))
+        raise MegatronSdError(killed_message(num_ranks, remarks))
     if code != 0:
         raise MegatronSdError(f"training ended with exit code {code}; the ranks' own message stands above")
 
 
-def killed_message(num_ranks: int, planned: Planned | None) -> str:
+def killed_message(num_ranks: int, remarks: Sequence[str]) -> str:
     """What is known when a rank was ended by SIGKILL: it could not say anything itself."""
-    expected = f" The planner expects this: {planned}." if planned is not None else ""
+    expected = f" The planner says: {'; '.join(remarks)}." if remarks else ""
     return (
         f"a rank of {num_ranks} was ended by the system (SIGKILL) without a word, most likely because memory ran out: `dmesg` "
         f"says so.{expected} What was saved stays; the same command goes on with less memory by model.lora.rank, "

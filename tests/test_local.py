@@ -12,7 +12,6 @@ import psutil
 import pytest
 
 from launch import local
-from launch.host_memory import plan_on_cpus
 from launch.local import check_memory, killed_message, ranks_under
 from launch.memory import GIB
 from megatron_sd.config import ModelConfig, load
@@ -27,35 +26,30 @@ def configured(*overrides):
     return load([*required, *overrides])
 
 
-def test_memory_of_all_ranks_is_planned_before_a_run_on_processors():
-    """0.5 G parameters in float32 with the defaults: more than 24 GiB, and what would fit is named."""
-    planned = plan_on_cpus(configured(), 1, available=23 * GIB)
-    assert planned.needed > 40 * GIB and not planned.fits
-    assert "it would fit with" in str(planned) and "model.lora.rank 16" in planned.remedies[-1]
-    assert plan_on_cpus(configured(), 1, available=1e15).fits
-    small = configured("--model.gradient_checkpointing=true", "--update.max_microbatch_tokens=2048", "--model.lora.rank=16")
-    one, two = (plan_on_cpus(small, ranks, available=1e15).needed for ranks in (1, 2))
-    assert one < two < 2 * one, "ranks share what ZeRO-3 shards, and each has an engine"
+def with_memory(monkeypatch, gib):
+    monkeypatch.setattr(local, "has_gpu", lambda: False)
+    monkeypatch.setattr(local.psutil, "virtual_memory", lambda: type("Memory", (), {"available": int(gib * GIB)}))
 
 
 def test_a_run_that_does_not_fit_is_refused_or_warned_of(monkeypatch, capsys):
-    monkeypatch.setattr(local, "has_gpu", lambda: False)
-    monkeypatch.setattr(local.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 8 * GIB}))
-    message = r"safety.check_memory: .* GiB planned for 1 rank .*8.0 GiB available .*; or set it to warn"
-    with pytest.raises(ConfigError, match=message):
+    """0.5 G parameters in float32 with the defaults: more than the 23 GiB at which such a run was killed."""
+    with_memory(monkeypatch, 23)
+    with pytest.raises(ConfigError, match=r"safety.check_memory: memory: planned .* GiB for 1 ranks together .*found 23.0 GiB"):
         check_memory(configured("--safety.check_memory=refuse"), 1)
-    assert not check_memory(configured(), 1).fits
-    assert "warning: safety.check_memory" in capsys.readouterr().err
-    assert check_memory(configured("--safety.check_memory=off"), 1) is None
+    assert check_memory(configured(), 1)
+    assert "sd-search: warning: memory: planned" in capsys.readouterr().err
+    assert check_memory(configured("--safety.check_memory=off"), 1) == ()
+    with_memory(monkeypatch, 1e6)
+    assert check_memory(configured("--safety.check_memory=refuse"), 1) == ()
 
 
 def test_a_rank_that_the_system_ended_is_explained(monkeypatch):
     kill_itself = [sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"]
     monkeypatch.setattr(local, "command_line", lambda *_: kill_itself)
-    planned = plan_on_cpus(configured(), 1, available=8 * GIB)
-    with pytest.raises(MegatronSdError, match=r"ended by the system \(SIGKILL\).*memory ran out.*GiB planned for 1 rank"):
-        local.start_ranks(1, [], planned)
-    assert "The planner" not in killed_message(2, None)
+    message = r"ended by the system \(SIGKILL\).*memory ran out.*The planner says: planned 40 GiB"
+    with pytest.raises(MegatronSdError, match=message):
+        local.start_ranks(1, [], ["planned 40 GiB"])
+    assert "The planner" not in killed_message(2, ())
 
 
 WAITING_RANK = "import time, sys; print('up', flush=True); time.sleep(60)"

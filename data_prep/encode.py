@@ -26,6 +26,7 @@ from data_prep.sourced import SourcedPassage, from_batch
 from data_prep.table import PassageTable
 from megatron_sd.errors import ConfigError, DataError
 from megatron_sd.retrieval.encoder import Encoder, EncoderSettings, choose_device
+from megatron_sd.retrieval.encoder_files import read_card
 from megatron_sd.retrieval.manifest import Manifest, file_entries, file_entry, write_manifest
 from megatron_sd.retrieval.passages import join_contents
 
@@ -36,16 +37,19 @@ _ENCODER_FILES = ("*.json", "*.txt", "*.model", "*.safetensors")  # what loading
 
 @dataclass(frozen=True, kw_only=True)
 class EncodeConfig:
-    """`sd-search data encode`: passages to vectors. For E5: query_prefix "query: ", passage_format "passage: {contents}"."""
+    """`sd-search data encode`: passages to vectors. For E5: query_prefix "query: ", passage_format "passage: {contents}".
+
+    What is None is as the encoder's own files say (sentence-transformers'), else mean, "", True and 256.
+    """
 
     passages: str
     encoder: str  # a local Hugging Face directory
     output: str
-    pooling: Literal["mean", "cls", "last"] = "mean"
-    query_prefix: str = ""
+    pooling: Literal["mean", "cls", "last"] | None = None
+    query_prefix: str | None = None
     passage_format: str = "{contents}"  # fields: {title} {text} {contents}, the last as Search-R1 writes them
-    normalize: bool = True
-    max_tokens: int = 256
+    normalize: bool | None = None
+    max_tokens: int | None = None
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     batch_size: int = 64
     rows_per_shard: int = 16384  # what a kill can lose
@@ -106,8 +110,13 @@ def _begin(partial: Path, config: EncodeConfig, table: PassageTable) -> None:
 
 
 def encoder_settings(config: EncodeConfig) -> EncoderSettings:
-    """The part of the configuration that a query must share with the passages."""
-    return EncoderSettings(**{field.name: getattr(config, field.name) for field in dataclasses.fields(EncoderSettings)})
+    """The part of the configuration that a query must share with the passages, what it leaves open filled in. Raises DataError
+    for an encoder that makes its vectors in a way we do not."""
+    card = read_card(Path(config.encoder))
+    given = {field.name: getattr(config, field.name) for field in dataclasses.fields(EncoderSettings)}
+    known = {name: value for name, value in dataclasses.asdict(card).items() if value is not None}
+    usual = {"pooling": "mean", "query_prefix": "", "normalize": True, "max_tokens": 256}
+    return EncoderSettings(**usual | known | {name: value for name, value in given.items() if value is not None})
 
 
 def _run(tasks: Sequence[_Task]) -> None:

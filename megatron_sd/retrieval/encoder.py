@@ -12,12 +12,17 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from megatron_sd.errors import DataError
+from megatron_sd.pretrained.loading import HEADS, load_whole
 
 disable_progress_bar()  # of weight loading
+
+
+_ENCODER_DECODERS = frozenset({"t5", "mt5", "umt5"})  # whose encoder alone reads (GTR, sentence-T5)
+_OFFSET_POSITIONS = frozenset({"roberta", "xlm-roberta", "camembert", "mpnet"})  # two of them are no places of text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,20 +53,32 @@ class Encoder:
             raise DataError(f"{path} is no encoder directory: found no config.json; expected a local Hugging Face model")
         try:
             options = {"local_files_only": True, "trust_remote_code": False}
+            config = AutoConfig.from_pretrained(path, **options)
             self._tokenizer = AutoTokenizer.from_pretrained(path, **options)
             dtype = getattr(torch, settings.dtype)
-            self._model = AutoModel.from_pretrained(path, use_safetensors=True, dtype=dtype, **options).to(device).eval()
+            weights = {"use_safetensors": True, "dtype": dtype}
+            kind = AutoModelForTextEncoding if config.model_type in _ENCODER_DECODERS else AutoModel
+            self._model = load_whole(kind, path, weights, key="encoder", unused=HEADS).to(device).eval()
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise DataError(
                 f"{path} cannot be loaded ({str(error).strip().splitlines()[0]}); expected a tokenizer, config.json and "
                 "safetensors of an architecture that transformers has"
             ) from error
+        self._check_length(path, settings.max_tokens)
         self.settings = settings
         self.dim = int(self._model.config.hidden_size)
         self._device = device
         self._tokenizer.padding_side = "right"
         if self._tokenizer.pad_token is None:
             self._tokenizer.pad_token = self._tokenizer.eos_token
+
+    def _check_length(self, path: Path, max_tokens: int) -> None:
+        config = self._model.config
+        positions = getattr(config, "max_position_embeddings", None)
+        if positions is not None and config.model_type in _OFFSET_POSITIONS:
+            positions -= 2
+        if positions is not None and max_tokens > positions:
+            raise DataError(f"max_tokens: found {max_tokens}, expected at most {positions}, the positions of {path}")
 
     def encode_queries(self, queries: Sequence[str]) -> np.ndarray:
         """[N, dim] float32."""

@@ -1,0 +1,91 @@
+"""An encoder is used as its own files say, with all of its weights, or not at all."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from data_prep.encode import EncodeConfig, encoder_settings
+from megatron_sd.errors import DataError
+from megatron_sd.retrieval.encoder import Encoder
+from tests.fakes_encoder import tiny_encoder
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def encoder_path(tmp_path):
+    return tiny_encoder(tmp_path)
+
+
+def settings(path, **given):
+    return encoder_settings(EncodeConfig(passages="", encoder=str(path), output="", **given))
+
+
+def says(path, name, value):
+    (path / name).parent.mkdir(exist_ok=True)
+    (path / name).write_text(json.dumps(value))
+
+
+def module(kind, path=""):
+    return {"type": f"sentence_transformers.models.{kind}", "path": path}
+
+
+@pytest.mark.parametrize(
+    ("pooling", "expected"),
+    [
+        ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}, "cls"),
+        ({"pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True}, "mean"),
+        ({"pooling_mode_lasttoken": True}, "last"),
+        ({"pooling_mode": "mean"}, "mean"),
+        ({"pooling_mode": "cls"}, "cls"),
+        ({}, "mean"),
+    ],
+)
+def test_pooling_is_the_encoders_own(encoder_path, pooling, expected):
+    says(encoder_path, "1_Pooling/config.json", pooling)
+    assert settings(encoder_path).pooling == expected
+    assert settings(encoder_path, pooling="last").pooling == "last", "what is asked for wins"
+
+
+def test_normalisation_prefix_and_length_are_the_encoders_own(encoder_path):
+    assert (settings(encoder_path).normalize, settings(encoder_path).max_tokens) == (True, 256)
+    says(encoder_path, "modules.json", [module("Transformer"), module("Pooling", "1_Pooling")])
+    says(encoder_path, "sentence_bert_config.json", {"max_seq_length": 48})
+    says(encoder_path, "config_sentence_transformers.json", {"prompts": {"query": "query: "}})
+    found = settings(encoder_path)
+    assert (found.normalize, found.max_tokens, found.query_prefix) == (False, 48, "query: ")
+    says(encoder_path, "modules.json", [module("Transformer"), module("Pooling", "1_Pooling"), module("Normalize")])
+    assert settings(encoder_path).normalize is True
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("modules.json", [module("Transformer"), module("Pooling"), module("Dense", "2_Dense")], "has a module Dense"),
+        ("1_Pooling/config.json", {"pooling_mode_max_tokens": True}, "pools by pooling_mode_max_tokens, expected one of"),
+    ],
+)
+def test_vectors_made_in_a_way_we_do_not_are_refused(encoder_path, name, value, message):
+    says(encoder_path, name, value)
+    with pytest.raises(DataError, match=message):
+        settings(encoder_path)
+
+
+@pytest.mark.parametrize(("prefix", "message"), [("lm_q.", "every name begins with 'lm_q.'"), (None, "its weights lack ")])
+def test_an_encoder_without_its_weights_is_no_encoder(encoder_path, tmp_path, prefix, message):
+    """Random ones in their place would be others at every opening."""
+    broken = tmp_path / "broken"
+    shutil.copytree(encoder_path, broken)
+    weights = load_file(broken / "model.safetensors")
+    kept = {prefix + name: value for name, value in weights.items()} if prefix else dict(sorted(weights.items())[1:])
+    save_file(kept, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(DataError, match=message):
+        Encoder(broken, settings(encoder_path, max_tokens=8), CPU)
+
+
+def test_a_length_beyond_the_positions_is_named(encoder_path):
+    with pytest.raises(DataError, match="max_tokens: found 9999, expected at most"):
+        Encoder(encoder_path, settings(encoder_path, max_tokens=9999), CPU)

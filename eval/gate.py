@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-
 from eval.lift import LiftConfig, LiftReport, measure_lift
 from megatron_sd.build import build_rollout_side
 from megatron_sd.config import ModelConfig, ProtocolConfig, RetrieverConfig, RewardConfig, RolloutConfig, parse
@@ -67,7 +65,7 @@ def main(argv: Sequence[str]) -> None:
 def gate(config: GateConfig) -> LiftReport:
     """Measure the lift and, with `config.record`, write it down. Raises DataError for a missing model, corpus or questions."""
     questions = load_questions(config.questions, config.split, config.limit)
-    world, output = lone_world(torch.device("cpu")), Path(config.questions).parent
+    world, output = lone_world(), Path(config.questions).parent
     parts = config.model, config.protocol, config.rollout, config.retriever
     with contextlib.closing(build_rollout_side(*parts, seed=config.seed, output=output, world=world)) as side:
         sampler = RolloutSampler(rollouter=side.rollouter, reward=config.reward, slice_size=config.rollout.questions_per_step)

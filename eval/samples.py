@@ -95,11 +95,12 @@ def cut_torn_line(path: Path) -> None:
         file.truncate(file.read().rfind(b"\n") + 1)
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The JSON objects of a jsonl file, half a line at its end left out. Raises DataError for any other line that is none."""
+def read_lines(path: Path, *, is_ours: bool = True) -> list[dict[str, Any]]:
+    """The JSON objects of a jsonl file. is_ours: what follows the last line break is half a line that a kill left, and is left
+    out; other programs may end their files without one. Raises DataError for any other line that is none."""
     records = []
     for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
-        if not line.endswith(b"\n"):
+        if is_ours and not line.endswith(b"\n"):
             break
         try:
             record = json.loads(line)

@@ -24,6 +24,7 @@ from eval.lift import rounded
 from megatron_sd.algorithm.blocks import BLOCKS, BY_TURN
 from megatron_sd.algorithm.hindsight import RENDERERS, BlockContext
 from megatron_sd.config import ModelConfig, ProtocolConfig, RewardConfig, RolloutConfig, parse
+from megatron_sd.distributed.world import lone_world
 from megatron_sd.errors import ConfigError, DataError
 from megatron_sd.observability.recorder import TRANSCRIPTS_NAME
 from megatron_sd.observability.transcripts import group_record
@@ -71,7 +72,7 @@ def credit(config: CreditConfig) -> CreditTable:
             raise ConfigError(f"{name} is {getattr(config, name)!r}, expected one of {', '.join(sorted(table))}")
     codec = load_codec(config.model.path, chat_template=config.protocol.chat_template)
     environment = Environment(codec, build_protocol(config.protocol), RolloutConfig())
-    model = load_model(config.model.path, dtype=getattr(torch, config.model.dtype), device=torch.device("cpu")).eval()
+    model = load_model(config.model.path, dtype=getattr(torch, config.model.dtype), device=lone_world().device).eval()
     source = Path(config.transcripts)
     groups = [group if _is_scored(group) else score([group], config.reward)[0] for group in read_groups(source, environment)]
     credits: list[QueryCredit] = []

@@ -79,5 +79,6 @@ def _at_query_tokens(model: PreTrainedModel, sample: TrainingSample, *, beta: fl
 
 def _logits(model: PreTrainedModel, ids: np.ndarray, positions: np.ndarray) -> Tensor:
     """[Q, V] float32: of the given positions alone, the vocabulary is not unrolled elsewhere."""
-    hidden = model.get_decoder()(input_ids=torch.from_numpy(ids)[None], use_cache=False).last_hidden_state[0]
-    return model.get_output_embeddings()(hidden[torch.from_numpy(positions)]).float()
+    on_device = torch.from_numpy(ids)[None].to(model.device)
+    hidden = model.get_decoder()(input_ids=on_device, use_cache=False).last_hidden_state[0]
+    return model.get_output_embeddings()(hidden[torch.from_numpy(positions).to(model.device)]).float().cpu()

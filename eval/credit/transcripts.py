@@ -2,10 +2,13 @@
 
 Ours hold token ids, and are scored as they were sampled. Foreign rows hold text alone and are encoded anew:
 
-    question          the question; or `prompt` that ends in "Question: ..." as Search-R1's does
-    response          everything after the prompt, tags included; also named output, completion, sequence or text
-    golden_answers    a string or list; also named answers, answer, target or ground_truth
-    id                of the question; rows of one question (by id, else by its text) are one group
+    question          the question; or `prompt` (a text or a chat's messages) or verl's `input`, with "Question: ..." in it
+    response          everything after the prompt, tags included; also named output, completion, sequence or text (a sequence that
+                      begins with its prompt is cut there)
+    golden_answers    a string or list; also named answers, answer, target, ground_truth or gts (verl's rollout_data_dir)
+    id                of the question; rows of one data_source (or source), id and question text are one group
+
+What the environment wrote is not the policy's: passages between the information tags, and the messages after an invalid action.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +28,11 @@ from megatron_sd.search.environment import Environment
 from megatron_sd.search.protocol import parse_action
 
 _RESPONSE_NAMES = ("response", "output", "completion", "sequence", "text")
-_GOLD_NAMES = ("golden_answers", "answers", "answer", "target", "ground_truth")
-_PASSAGE = re.compile(r"Doc\s*(\d+)\s*\(Title:\s*(.*?)\)\s*(.*?)(?=\n?Doc\s*\d+\s*\(Title:|\Z)", re.DOTALL)
+_GOLD_NAMES = ("golden_answers", "answers", "answer", "target", "ground_truth", "gts")
+# What Search-R1's environment, and those made of it, say after an action that is none.
+_RETRY_MESSAGE = r"\s*My previous action is invalid\..*?Let me try again\.\s*"
+_ASSISTANT = "<|im_start|>assistant\n"
+_PASSAGE = re.compile(r"Doc\s*(\d+)\s*\(Title:\s*((?:[^()\n]|\([^()\n]*\))*)\)\s*(.*?)(?=\n?Doc\s*\d+\s*\(Title:|\Z)", re.DOTALL)
 
 
 def read_groups(path: Path, environment: Environment) -> list[RolloutGroup]:
@@ -34,7 +41,7 @@ def read_groups(path: Path, environment: Environment) -> list[RolloutGroup]:
     Raises DataError that names file and line, for a row of neither kind, and for ids of another tokenizer.
     """
     try:
-        records = read_lines(path)
+        records = read_lines(path, is_ours=False)
     except OSError as error:
         raise DataError(f"cannot read {path}: {error}; expected a transcript in JSON lines") from error
     if not records:
@@ -78,20 +85,38 @@ def _check_tokenizer(ids: Sequence[int], text: str, place: str, environment: Env
 
 
 def _foreign(records: Sequence[Mapping[str, Any]], path: Path, environment: Environment) -> Iterator[RolloutGroup]:
-    questions: dict[str, Question] = {}
+    questions: dict[tuple[str, ...], Question] = {}
     rollouts = defaultdict(list)
     for number, record in enumerate(records, start=1):
         place = f"{path}:{number}"
         question = _question(record, place)
-        response = _first(record, _RESPONSE_NAMES)
-        if not isinstance(response, str):
-            names = ", ".join(_RESPONSE_NAMES)
-            raise DataError(f"{place} has fields {sorted(record)}, expected the rollout's text in one of {names}")
-        own = rollouts[question.id]
-        questions.setdefault(question.id, question)
-        own.append(_rollout(questions[question.id], response, len(own), environment))
-    for name, question in questions.items():
-        yield RolloutGroup(question=question, rollouts=tuple(rollouts[name]))
+        key = question.source, question.id, question.text
+        if key not in questions:
+            taken = sum(other.id.partition("~")[0] == question.id for other in questions.values())
+            questions[key] = replace(question, id=f"{question.id}~{taken + 1}") if taken else question
+        rollouts[key].append(_rollout(questions[key], _response(record, place), len(rollouts[key]), environment))
+    for key, question in questions.items():
+        yield RolloutGroup(question=question, rollouts=tuple(rollouts[key]))
+
+
+def _response(record: Mapping[str, Any], place: str) -> str:
+    """The rollout's text after its prompt."""
+    response, prompt = _first(record, _RESPONSE_NAMES), _prompt(record)
+    if not isinstance(response, str):
+        names = ", ".join(_RESPONSE_NAMES)
+        raise DataError(f"{place} has fields {sorted(record)}, expected the rollout's text in one of {names}")
+    if prompt and response.startswith(prompt):
+        return response.removeprefix(prompt)
+    return response.rpartition(_ASSISTANT)[2] if response.count(_ASSISTANT) == 1 else response
+
+
+def _prompt(record: Mapping[str, Any]) -> str:
+    """The prompt as text: `prompt`, the last user's message of a chat, or verl's `input`."""
+    prompt = _first(record, ("prompt", "input"))
+    if isinstance(prompt, list):
+        said = [str(message.get("content", "")) for message in prompt if isinstance(message, Mapping)]
+        return said[-1] if said else ""
+    return prompt if isinstance(prompt, str) else ""
 
 
 def _first(record: Mapping[str, Any], names: Sequence[str]) -> Any:
@@ -100,20 +125,23 @@ def _first(record: Mapping[str, Any], names: Sequence[str]) -> Any:
 
 def _question(record: Mapping[str, Any], place: str) -> Question:
     text = record.get("question")
-    if text is None and isinstance(record.get("prompt"), str) and "Question:" in record["prompt"]:
-        text = record["prompt"].rpartition("Question:")[2].split("\n")[0].split("<|im_end|>")[0]
+    if text is None and "Question:" in _prompt(record):
+        text = _prompt(record).rpartition("Question:")[2].split("\n")[0].split("<|im_end|>")[0]
     golds = _first(record, _GOLD_NAMES)
     golds = golds.get("target", golds) if isinstance(golds, Mapping) else golds
     if not isinstance(text, str) or golds is None:
         raise DataError(f"{place} has fields {sorted(record)}, expected question (or prompt) and one of {', '.join(_GOLD_NAMES)}")
     golds = (golds,) if isinstance(golds, str) else tuple(map(str, golds))
-    return Question(id=str(record.get("id", text.strip())), text=text.strip(), golden_answers=golds)
+    source = str(_first(record, ("data_source", "source")) or "")
+    return Question(id=str(record.get("id", text.strip())), text=text.strip(), golden_answers=golds, source=source)
 
 
 def _rollout(question: Question, response: str, index: int, environment: Environment) -> Rollout:
     """Completions and observations of a text: what the information tags enclose was not written by the policy."""
     opening, closing = map(re.escape, environment.protocol.information_tags)
-    parts = re.split(rf"(\s*{opening}.*?(?:{closing}\s*|\Z))", response, flags=re.DOTALL)
+    messages = [_RETRY_MESSAGE, *filter(None, [re.escape(environment.protocol.invalid_action_message)])]
+    written = "|".join([rf"\s*{opening}.*?(?:{closing}\s*|\Z)", *messages])
+    parts = re.split(f"({written})", response, flags=re.DOTALL)
     turns = []
     for completion, observation in zip(parts[::2], [*parts[1::2], ""], strict=True):
         ids = environment.codec.encode(completion)
@@ -127,6 +155,7 @@ def _rollout(question: Question, response: str, index: int, environment: Environ
                 query=query,
                 query_span=action.query_span if query is not None else None,
                 hits=_hits(observation),
+                well_formed=bool(ids) and environment.is_well_formed(ids),
             )
         )
     answer = action.answer
@@ -144,4 +173,5 @@ def _hits(observation: str) -> tuple[Hit, ...]:
     """The passages that Search-R1's format shows, by title; scores are not in the text."""
     body = re.sub(r"</?\w+>\s*\Z", "", observation.strip())
     found = _PASSAGE.findall(body)
-    return tuple(Hit(passage=Passage(id=title, title=title, text=text.strip()), score=0.0) for _, title, text in found)
+    titled = [(title.strip().removeprefix('"').removesuffix('"'), text.strip()) for _, title, text in found]
+    return tuple(Hit(passage=Passage(id=title, title=title, text=text), score=0.0) for title, text in titled)

@@ -114,8 +114,8 @@ def encoder_settings(config: EncodeConfig) -> EncoderSettings:
     for an encoder that makes its vectors in a way we do not."""
     card = read_card(Path(config.encoder))
     given = {field.name: getattr(config, field.name) for field in dataclasses.fields(EncoderSettings)}
-    known = {name: value for name, value in dataclasses.asdict(card).items() if value is not None}
-    usual = {"pooling": "mean", "query_prefix": "", "normalize": True, "max_tokens": 256}
+    known = {name: value for name, value in dataclasses.asdict(card).items() if value is not None and name in given}
+    usual = {"pooling": "mean", "query_prefix": "", "normalize": True, "max_tokens": min(256, card.positions or 256)}
     return EncoderSettings(**usual | known | {name: value for name, value in given.items() if value is not None})
 
 

@@ -52,7 +52,7 @@ def test_a_broken_file(tmp_path, text, expected):
         (["--config"], "--config: found nothing after it"),
         ([*REQUIRED, "extra"], "found 'extra' on the command line, expected --key=value"),
         ([*REQUIRED, "--nope=1"], "nope: unknown key; expected one of run_dir, model, data"),
-        ([*REQUIRED, "--model.dtype=fp16"], "model.dtype: found 'fp16', expected one of float32, bfloat16"),
+        ([*REQUIRED, "--model.dtype=fp16"], "model.dtype: found 'fp16', expected one of auto, float32, bfloat16"),
         ([*REQUIRED, "--num-steps=3"], "num-steps: unknown key; did you mean num_steps?"),
         ([*REQUIRED, "--num_steps"], "num_steps: found nothing, expected int"),
         ([*REQUIRED, "--rollout=3"], "rollout: found '3', expected a section with"),

@@ -51,7 +51,7 @@ def test_pooling_is_the_encoders_own(encoder_path, pooling, expected):
 
 
 def test_normalisation_prefix_and_length_are_the_encoders_own(encoder_path):
-    assert (settings(encoder_path).normalize, settings(encoder_path).max_tokens) == (True, 256)
+    assert (settings(encoder_path).normalize, settings(encoder_path).max_tokens) == (True, 64), 'all its positions'
     says(encoder_path, "modules.json", [module("Transformer"), module("Pooling", "1_Pooling")])
     says(encoder_path, "sentence_bert_config.json", {"max_seq_length": 48})
     says(encoder_path, "config_sentence_transformers.json", {"prompts": {"query": "query: "}})
@@ -87,5 +87,6 @@ def test_an_encoder_without_its_weights_is_no_encoder(encoder_path, tmp_path, pr
 
 
 def test_a_length_beyond_the_positions_is_named(encoder_path):
-    with pytest.raises(DataError, match="max_tokens: found 9999, expected at most"):
-        Encoder(encoder_path, settings(encoder_path, max_tokens=9999), CPU)
+    encoder = Encoder(encoder_path, settings(encoder_path, max_tokens=9999), CPU)
+    with pytest.raises(DataError, match=r"max_tokens: found 9999 and a text of \d+ tokens, expected at most 64"):
+        encoder.encode(["kalo " * 999])

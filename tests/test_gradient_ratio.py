@@ -95,7 +95,7 @@ def test_measurement_is_exact_and_costs_no_correctness(tmp_path):
 
     plain = take_steps(dataclasses.replace(order, config={"distill": {"measure_every": 0}}), world)
     for one, other in zip(measured["history"], plain["history"], strict=True):
-        assert {name: one[name] for name in other} == pytest.approx(other, rel=1e-5, abs=1e-6)
+        assert {name: one[name] for name in other} == pytest.approx(other, rel=1e-4, abs=1e-5)  # after AdamW's steps
     assert_same_steps([measured], [plain])
 
 

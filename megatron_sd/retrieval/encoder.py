@@ -17,12 +17,12 @@ from transformers.utils.logging import disable_progress_bar
 
 from megatron_sd.errors import DataError
 from megatron_sd.pretrained.loading import HEADS, load_whole
+from megatron_sd.retrieval.encoder_files import positions_of
 
 disable_progress_bar()  # of weight loading
 
 
 _ENCODER_DECODERS = frozenset({"t5", "mt5", "umt5"})  # whose encoder alone reads (GTR, sentence-T5)
-_OFFSET_POSITIONS = frozenset({"roberta", "xlm-roberta", "camembert", "mpnet"})  # two of them are no places of text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,21 +64,13 @@ class Encoder:
                 f"{path} cannot be loaded ({str(error).strip().splitlines()[0]}); expected a tokenizer, config.json and "
                 "safetensors of an architecture that transformers has"
             ) from error
-        self._check_length(path, settings.max_tokens)
+        self._positions = positions_of(self._model.config.to_dict())
         self.settings = settings
         self.dim = int(self._model.config.hidden_size)
         self._device = device
         self._tokenizer.padding_side = "right"
         if self._tokenizer.pad_token is None:
             self._tokenizer.pad_token = self._tokenizer.eos_token
-
-    def _check_length(self, path: Path, max_tokens: int) -> None:
-        config = self._model.config
-        positions = getattr(config, "max_position_embeddings", None)
-        if positions is not None and config.model_type in _OFFSET_POSITIONS:
-            positions -= 2
-        if positions is not None and max_tokens > positions:
-            raise DataError(f"max_tokens: found {max_tokens}, expected at most {positions}, the positions of {path}")
 
     def encode_queries(self, queries: Sequence[str]) -> np.ndarray:
         """[N, dim] float32."""
@@ -101,6 +93,11 @@ class Encoder:
             return
         encoded = self._tokenizer(list(texts), truncation=True, max_length=self.settings.max_tokens)
         lengths = [len(ids) for ids in encoded["input_ids"]]
+        if self._positions is not None and max(lengths) > self._positions:
+            raise DataError(
+                f"max_tokens: found {self.settings.max_tokens} and a text of {max(lengths)} tokens, expected at most "
+                f"{self._positions}, the encoder's positions"
+            )
         order = sorted(range(len(texts)), key=lambda place: (lengths[place], place))
         for start in range(0, len(order), self.settings.batch_size):
             places = order[start : start + self.settings.batch_size]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,14 +18,19 @@ _MODES: dict[str, Pooling] = {
 }
 
 
+_OFFSET_POSITIONS = frozenset({"roberta", "xlm-roberta", "camembert", "mpnet"})  # two of them are no places of text
+
+
 @dataclass(frozen=True, kw_only=True)
 class EncoderCard:
-    """None: the directory does not say. query_prefix: of its prompt for queries. max_tokens: what it was trained with."""
+    """None: the directory does not say. query_prefix: of its prompt for queries. max_tokens: what it was trained with.
+    positions: the most tokens it can read."""
 
     pooling: Pooling | None = None
     normalize: bool | None = None
     query_prefix: str | None = None
     max_tokens: int | None = None
+    positions: int | None = None
 
 
 def read_card(directory: Path) -> EncoderCard:
@@ -55,7 +61,14 @@ def read_card(directory: Path) -> EncoderCard:
         normalize=True if "Normalize" in kinds else False if modules else None,
         query_prefix=prompts.get("query"),
         max_tokens=sentence.get("max_seq_length"),
+        positions=positions_of(_read(directory / "config.json") or {}),
     )
+
+
+def positions_of(config: Mapping[str, Any]) -> int | None:
+    """Tokens that an encoder of this config.json can read at most; None: any number."""
+    positions = config.get("max_position_embeddings")
+    return positions - 2 if positions and config.get("model_type") in _OFFSET_POSITIONS else positions
 
 
 def _read(path: Path) -> Any:

@@ -94,7 +94,8 @@ def test_an_index_that_does_not_fit_is_named(directory):
     index = directory / "model.safetensors.index.json"
     index.write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(names[:half], parts[0])}))
     refused(directory, "does not name .* of model-00002-of-00002.safetensors")
-    index.write_text(json.dumps({"metadata": {}, "weight_map": {name: parts[number >= half] for number, name in enumerate(names)}}))
+    places = {name: parts[number >= half] for number, name in enumerate(names)}
+    index.write_text(json.dumps({"metadata": {}, "weight_map": places}))
     load_causal_lm(str(directory), dtype=torch.float32)
     (directory / parts[1]).unlink()
     refused(directory, "lacks model-00002-of-00002.safetensors")

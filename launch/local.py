@@ -15,7 +15,6 @@ from types import FrameType
 
 import psutil
 
-from launch.memory_check import remarks_on_memory
 from megatron_sd.config import Config, load
 from megatron_sd.distributed.control import STOPPED_EXIT_CODE
 from megatron_sd.errors import ConfigError, MegatronSdError
@@ -53,6 +52,8 @@ def check_memory(config: Config, num_ranks: int) -> tuple[str, ...]:
     device_bytes = free_bytes()
     if config.safety.check_memory == "off" or device_bytes is None:
         return ()
+    from launch.memory_check import remarks_on_memory  # imports torch, which other commands do without
+
     remarks = remarks_on_memory(config, num_ranks=num_ranks, device_bytes=device_bytes, on_cpu=not has_gpu())
     if remarks and config.safety.check_memory == "refuse":
         raise ConfigError(f"safety.check_memory: {'; '.join(remarks)}; or set it to warn")

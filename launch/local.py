@@ -128,7 +128,11 @@ def _handing_on(pid: int) -> Iterator[None]:
             return
         name = signal.Signals(number).name
         print(f"sd-search: {name}: the ranks save and stop; {name} again ends them at once", file=sys.stderr, flush=True)
-        for rank in ranks_under(pid):
+        ranks = ranks_under(pid)
+        if not ranks:  # they have not started: there is nothing to save
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(pid, signal.SIGTERM)
+        for rank in ranks:
             with contextlib.suppress(psutil.NoSuchProcess):
                 rank.send_signal(signal.SIGUSR1)
 

@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, T5Config, T5Model
 
 from data_prep.encode import EncodeConfig, encoder_settings
 from megatron_sd.errors import DataError
@@ -84,6 +85,20 @@ def test_an_encoder_without_its_weights_is_no_encoder(encoder_path, tmp_path, pr
     save_file(kept, broken / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(DataError, match=message):
         Encoder(broken, settings(encoder_path, max_tokens=8), CPU)
+
+
+def test_of_t5_the_encoder_alone_reads(encoder_path, tmp_path):
+    """GTR and sentence-T5; a whole T5 has a decoder, too."""
+    path = tmp_path / "t5"
+    shutil.copytree(encoder_path, path)
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+    model = T5Model(T5Config(vocab_size=200, decoder_start_token_id=0, **sizes))
+    model.save_pretrained(path)
+    encoder = Encoder(path, settings(path, max_tokens=8, normalize=False), CPU)
+    ids = torch.tensor([AutoTokenizer.from_pretrained(path)("kalo dava").input_ids])
+    with torch.no_grad():
+        expected = model.eval().encoder(input_ids=ids).last_hidden_state[0].mean(0)
+    torch.testing.assert_close(torch.from_numpy(encoder.encode(["kalo dava"])[0]), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_a_length_beyond_the_positions_is_named(encoder_path):

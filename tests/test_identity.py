@@ -88,6 +88,16 @@ def test_other_content_under_the_same_path_is_another_run(paths, name):
     assert "the content of " + ("model" if "model" in name else "data.train") in line
 
 
+def test_one_changed_line_in_a_large_questions_file_is_another_run(paths):
+    path = paths / "questions.jsonl"
+    path.write_text('{"id": "1"}\n' * 2_000_000)  # 24 MB
+    state = saved(configured(paths))
+    content = bytearray(path.read_bytes())
+    content[9_000_007] ^= 1
+    path.write_bytes(content)
+    assert "the content of data.train" in found(state, configured(paths)).identity[0]
+
+
 def test_a_key_that_did_not_exist_when_the_run_began_counts_as_its_default(paths):
     state = saved(configured(paths))
     del state["contents"], state["config"]["rollout"]["max_query_bytes"], state["config"]["update"]["tensor_parallel_size"]

@@ -78,6 +78,14 @@ def test_a_signal_is_handed_on_to_the_ranks_which_save_and_stop(number):
     assert process.wait(60) == 85
 
 
+def test_before_there_are_ranks_a_signal_ends_their_launcher():
+    words = PARENT.format(rank=WAITING_RANK).replace(', "megatron_sd.train"]', ', "a launcher"]')
+    process = subprocess.Popen([sys.executable, "-c", words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "up\n"
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 1 and "training ended with exit code -15" in process.stderr.read()
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_no_rank_outlives_the_one_who_started_it(number):
     process = parent_of(WAITING_RANK)

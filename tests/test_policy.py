@@ -75,6 +75,15 @@ def test_a_step_is_adamw_on_the_clipped_gradient(world, tmp_path, family, gradie
     assert_same_moments(moments, joined([expected["moments"]]))
 
 
+def test_a_rollout_left_out_is_no_rounding(world, model_path, expected):
+    """What the comparison of steps would be worth nothing without."""
+    fewer = outcome(world, model_path, max_tokens=ONE_MICROBATCH, only=list(range(15)))
+    with pytest.raises(AssertionError, match="apart after a movement of"):
+        assert_same_movement(fewer["parameters"], expected["parameters"], expected["start"])
+    with pytest.raises(AssertionError, match="moments of norm"):
+        assert_same_moments(joined([fewer["moments"]]), joined([expected["moments"]]))
+
+
 def test_accumulation_and_order_change_nothing(world, model_path, expected):
     many = outcome(world, model_path, max_tokens=40, reverse=True)
     assert len(many["rows"]) >= 8 and len(expected["rows"]) == 1

@@ -87,7 +87,7 @@ def load_whole(
 ) -> PreTrainedModel:
     """`kind.from_pretrained(path, **options)` with every tensor of the model from the files, and every tensor of the files in
     the model, but for those of MAY_BE_MISSING, MAY_BE_LEFT_OUT and the patterns `unused`. Raises DataError for any other."""
-    stored = stored_tensors(Path(path), key)
+    stored_tensors(Path(path), key)  # raises for files that are not whole
     with _quiet():
         try:
             model, report = kind.from_pretrained(
@@ -105,7 +105,7 @@ def load_whole(
     missing = _but(report["missing_keys"], MAY_BE_MISSING)
     left_out = _but(report["unexpected_keys"], (*MAY_BE_LEFT_OUT, *unused))
     if missing or left_out:
-        raise DataError(f"{key} {path}: {_difference(missing, left_out, len(stored or ()))}")
+        raise DataError(f"{key} {path}: {_difference(missing, left_out)}")
     return model
 
 
@@ -113,7 +113,7 @@ def _but(names: Sequence[str], patterns: Sequence[str]) -> list[str]:
     return sorted(name for name in names if not any(re.search(pattern, name) for pattern in patterns))
 
 
-def _difference(missing: list[str], left_out: list[str], num_stored: int) -> str:
+def _difference(missing: list[str], left_out: list[str]) -> str:
     """What is missing or too much, and the likely cause."""
     lacks = f"its weights lack {_listed(missing)}, which would be random numbers" if missing else ""
     has = f"its weights hold {_listed(left_out)}, which the model of config.json does not have" if left_out else ""

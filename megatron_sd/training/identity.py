@@ -39,7 +39,8 @@ PLAN = (
     *("optimizer.", "policy_loss.", "distill.alpha.", "distill.measure_every"),
     *("rollout.questions_per_step", "rollout.group_size", "rollout.temperature", "rollout.max_"),
 )
-_WHOLE_BYTES = 1 << 24  # files up to this size are read whole
+_SAMPLED = (".safetensors", ".bin")
+_WHOLE_BYTES = 1 << 24  # weights up to this size are read whole
 _SAMPLE_BYTES = 1 << 16  # of every _STRIDE bytes of larger ones
 _STRIDE = 1 << 23
 
@@ -70,7 +71,7 @@ class Differences:
 
 def contents_of(config: Config) -> dict[str, str]:
     """Digests of what lies where the configuration points: the start model (configuration, tokenizer, weights) and the training
-    questions. Of large files 64 KiB of every 8 MiB are looked at: other weights differ everywhere."""
+    questions. Of large weights 64 KiB of every 8 MiB are looked at: other weights differ everywhere. Text is read whole."""
     model = Path(config.model.path)
     weights = ("*.safetensors", "pytorch_model*.bin")
     described = ("config.json", "tokenizer*", "vocab*", "merges.txt", "added_tokens.json", "special_tokens_map.json", "*.jinja")
@@ -141,7 +142,7 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _digest(directory: Path, patterns: tuple[str, ...]) -> str:
-    """Hexadecimal XXH3-64 of names, sizes and bytes of the files."""
+    """Hexadecimal XXH3-64 of names, sizes and bytes of the files, large weights by samples."""
     digest = xxhash.xxh3_64()
     paths = sorted({path for pattern in patterns for path in directory.glob(pattern) if path.is_file()})
     for path in paths:
@@ -154,8 +155,9 @@ def _digest(directory: Path, patterns: tuple[str, ...]) -> str:
 def _looked_at(path: Path) -> Iterator[bytes]:
     size = path.stat().st_size
     with path.open("rb") as file:
-        if size <= _WHOLE_BYTES:
-            yield file.read()
+        if path.suffix not in _SAMPLED or size <= _WHOLE_BYTES:
+            while block := file.read(_STRIDE):
+                yield block
             return
         for start in (*range(0, size, _STRIDE), size - _SAMPLE_BYTES):
             file.seek(start)

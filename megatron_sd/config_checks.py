@@ -187,7 +187,7 @@ def _check_tensor_parallel(config: Config) -> None:
         "distill.top_k": (distill.top_k, distill.top_k is None, "none, the full vocabulary"),
         "distill.divergence": (distill.divergence, distill.divergence != "mse", "jsd, forward_kl or reverse_kl"),
         "distill.target": (distill.target, distill.target != "shuffled_vocabulary", "teacher or uniform"),
-        "rollout.vllm.publish": (served.publish, not on_vllm or served.publish == "gather", "gather"),
+        "rollout.vllm.publish": (served.publish, not (on_vllm and served.publishes_shards), "gather"),
         "rollout.vllm.placement": (served.placement, not on_vllm or served.placement != "colocated", "process or server"),
     }
     for key, (found, fits, expected) in wanted.items():

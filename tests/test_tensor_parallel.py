@@ -115,7 +115,7 @@ def test_the_vocabulary_is_dealt_out_and_padded():
         (["--distill.top_k=50"], "distill.top_k: found 50"),
         (["--distill.divergence=mse"], "distill.divergence: found mse"),
         (["--distill.target=shuffled_vocabulary"], "distill.target: found shuffled_vocabulary"),
-        (["--rollout.engine=vllm"], "rollout.vllm.publish: found shards .* expected gather"),
+        (["--rollout.engine=vllm"], "rollout.vllm.publish: found auto .* expected gather"),
         (
             ["--rollout.engine=vllm", "--rollout.vllm.publish=gather", "--rollout.vllm.placement=colocated"],
             "rollout.vllm.placement: found colocated .* expected process or server",

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.jsonl import Line, Reject, Row, RowError, check_rejects, read_lines, write_rejects
+from data_prep.met_ids import IdsOnDisk, MetIds
 from data_prep.passage_rows import parse_passage
 from data_prep.rows import parse_rows
 from data_prep.runs import Runs, Taken
@@ -74,9 +75,11 @@ def import_passages(
 
     def rest(runs: Runs) -> Iterator[Taken]:
         tally = Tally(num_kept=runs.num_rows, rejects=runs.rejects)
+        met = IdsOnDisk(runs.directory / "ids.sqlite", runs.places())
         try:
-            yield from _take(path, rules, tally, num_done=runs.num_read, places=runs.places())
+            yield from _take(path, rules, tally, num_done=runs.num_read, met=met)
         finally:  # before the last run is finished, after which the source is not read again
+            met.close()
             write_rejects(rejects, tally.rejects)
         check_rejects(path, tally.rejects, tally.num_kept + len(tally.rejects), max_reject_share)
 
@@ -98,10 +101,10 @@ def _input_entries(path: Path) -> dict[str, Any]:
     return {name: dataclasses.asdict(entry) for name, entry in entries.items()}
 
 
-def _take(path: Path, rules: PassageRules, tally: Tally, *, num_done: int, places: dict[str, str]) -> Iterator[Taken]:
-    """What each row of a file or folder becomes, after `num_done` rows with the ids `places`; the tally counts on."""
+def _take(path: Path, rules: PassageRules, tally: Tally, *, num_done: int = 0, met: MetIds | None = None) -> Iterator[Taken]:
+    """What each row of a file or folder becomes, after `num_done` rows whose ids are `met`; the tally counts on."""
     parse = functools.partial(parse_sourced, rules=rules)
-    for line, result in parse_rows(path, parse, num_done=num_done, places=places):
+    for line, result in parse_rows(path, parse, num_done=num_done, met=met):
         if isinstance(result, RowError):
             tally.rejects.append(line.reject(str(result)))
             yield Taken(reject=tally.rejects[-1])
@@ -129,6 +132,6 @@ def any_passages(path: Path, max_reject_share: float = 0.0) -> Iterable[Passage]
 
 def _passages(path: Path, tally: Tally, max_reject_share: float) -> Iterator[Passage]:
     rules = PassageRules(source="", license="", max_text_bytes=1 << 30)
-    for own in _take(path, rules, tally, num_done=0, places={}):
+    for own in _take(path, rules, tally):
         yield from own.passages
     check_rejects(path, tally.rejects, tally.num_kept + len(tally.rejects), max_reject_share)

@@ -60,7 +60,7 @@ class Runs:
 
     def __init__(self, directory: Path) -> None:
         """Check what lies there. Raises DataError for a damaged piece."""
-        self._directory = directory
+        self.directory = directory
         self._runs: list[_Run] = []
         directory.mkdir(exist_ok=True)
         while (record := directory / f"{len(self._runs):05d}.json").exists():
@@ -87,23 +87,20 @@ class Runs:
         """All `sources` or `licenses` but the empty one, in order."""
         return tuple(sorted({label for run in self._runs for label in getattr(run, name)} - {""}))
 
-    def places(self) -> dict[str, str]:
-        """Passage id -> place of its row. About 150 bytes a row."""
-        places: dict[str, str] = {}
+    def places(self) -> Iterator[tuple[str, str]]:
+        """Every passage's id and the place of its row."""
         for path in self._paths():
             for batch in _batches(path):
-                places.update(zip(batch.column("id").to_pylist(), batch.column("place").to_pylist()))
-        return places
+                yield from zip(batch.column("id").to_pylist(), batch.column("place").to_pylist())
 
     def extend(self, taken: Iterator[Taken], rows_per_run: int) -> None:
         """Write the rest of the pieces from the rows of the source after `num_read`; a kill loses at most one."""
         while not self._runs or not self._runs[-1].is_last:
-            piece, is_last = _next_piece(taken, rows_per_run)
-            self._runs.append(self._write(piece, is_last))
-            log.info("%s: %s rows read, %s passages", self._directory, f"{self.num_read:,}", f"{self.num_rows:,}")
+            self._runs.append(self._write(*_next_piece(taken, rows_per_run)))  # no name: two pieces at a time would be held
+            log.info("%s: %s rows read, %s passages", self.directory, f"{self.num_read:,}", f"{self.num_rows:,}")
 
     def _write(self, piece: list[Taken], is_last: bool) -> _Run:
-        path = self._directory / f"{len(self._runs):05d}.arrow"
+        path = self.directory / f"{len(self._runs):05d}.arrow"
         rows = [(passage, own.place) for own in piece for passage in own.passages]
         rows.sort(key=lambda row: row[0].id)
         passages, places = map(itemgetter(0), rows), [place for _, place in rows]
@@ -128,7 +125,7 @@ class Runs:
         yield from heapq.merge(*(_read_run(path, start) for path in self._paths()), key=attrgetter("id"))
 
     def _paths(self) -> list[Path]:
-        return [self._directory / f"{number:05d}.arrow" for number in range(len(self._runs))]
+        return [self.directory / f"{number:05d}.arrow" for number in range(len(self._runs))]
 
 
 def _next_piece(taken: Iterator[Taken], size: int) -> tuple[list[Taken], bool]:

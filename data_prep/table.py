@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -98,10 +98,10 @@ def _write_shards(partial: Path, runs: Runs) -> list[Path]:
     if shards:
         next(rows)  # the last one that is written: it must not come twice
     for shard in _groups(rows, ROWS_PER_SHARD):
-        table = pa.Table.from_batches(to_batches(shard), schema=SCHEMA)
         shards.append(partial / f"passages-{len(shards):05d}.parquet")
-        with whole_file(shards[-1]) as path:
-            pq.write_table(table, path, compression="zstd", row_group_size=ROWS_PER_BATCH)
+        with whole_file(shards[-1]) as path, pq.ParquetWriter(path, SCHEMA, compression="zstd") as writer:
+            for batch in to_batches(shard, ROWS_PER_BATCH):
+                writer.write_batch(batch)  # a row group
     return shards
 
 
@@ -114,10 +114,11 @@ def _unique(passages: Iterable[SourcedPassage]) -> Iterator[SourcedPassage]:
         yield passage
 
 
-def _groups(passages: Iterable[SourcedPassage], size: int) -> Iterator[list[SourcedPassage]]:
+def _groups(passages: Iterable[SourcedPassage], size: int) -> Iterator[Iterator[SourcedPassage]]:
+    """Groups of `size`, each to be read before the next is asked for."""
     remaining = iter(passages)
-    while rows := list(islice(remaining, size)):
-        yield rows
+    for first in remaining:
+        yield chain([first], islice(remaining, size - 1))
 
 
 class PassageTable:

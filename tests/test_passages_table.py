@@ -52,7 +52,7 @@ def test_runs_merge_from_any_id_on(tmp_path, small_pieces, start):
     in_order = sorted(_passages(50), key=lambda passage: passage.id)
     assert list(runs.merged(start)) == [row for row in in_order if start is None or row.id >= start]
     assert len(list((tmp_path / "runs").glob("*.arrow"))) == 4
-    assert runs.places() == {row.id: f"f:{n}" for n, row in enumerate(_passages(50))}
+    assert dict(runs.places()) == {row.id: f"f:{n}" for n, row in enumerate(_passages(50))}
     assert (runs.num_read, runs.num_rows, runs.labels("licenses")) == (50, 50, ("MIT",))
 
 

@@ -1,7 +1,8 @@
 """Passages to vectors, shard by shard: whatever kills it, the next start goes on from the shards that are whole.
 
-vectors-00000.npy   float16 [rows_per_shard, dim]; row i of the directory is passage i
-encoder/*           a copy of the encoder, which goes with its vectors to the index and to the service
+vectors-00000.npy    float16 [rows_per_shard, dim]; row i of the directory is passage i
+encoder/*            a copy of the encoder, which goes with its vectors to the index and to the service
+passage_encoder/*    where queries have an encoder of their own (DPR): the passages'; `encoder` is then the queries'
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from data_prep.sourced import SourcedPassage, from_batch
 from data_prep.table import PassageTable
 from megatron_sd.errors import ConfigError, DataError
 from megatron_sd.retrieval.encoder import Encoder, EncoderSettings, choose_device
+from megatron_sd.retrieval.encoder_dense import copy_dense
 from megatron_sd.retrieval.encoder_files import read_card
 from megatron_sd.retrieval.manifest import Manifest, file_entries, file_entry, write_manifest
 from megatron_sd.retrieval.passages import join_contents
@@ -33,6 +35,8 @@ from megatron_sd.retrieval.passages import join_contents
 log = logging.getLogger(__name__)
 
 _ENCODER_FILES = ("*.json", "*.txt", "*.model", "*.safetensors")  # what loading needs; no pickles, no code
+_OF_PASSAGES = "passage_encoder"
+_SEALED = ("vectors-", "encoder/", f"{_OF_PASSAGES}/")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +49,7 @@ class EncodeConfig:
     passages: str
     encoder: str  # a local Hugging Face directory
     output: str
+    query_encoder: str | None = None  # of queries, where they have one of their own (DPR's question encoder)
     pooling: Literal["mean", "cls", "last"] | None = None
     query_prefix: str | None = None
     passage_format: str = "{contents}"  # fields: {title} {text} {contents}, the last as Search-R1 writes them
@@ -79,6 +84,7 @@ def encode_passages(config: EncodeConfig) -> str:
     except (KeyError, IndexError, ValueError) as error:
         expected = "expected text with fields {title} {text} {contents}"
         raise ConfigError(f"passage_format: found {config.passage_format!r} ({error}), {expected}") from error
+    _check_sides(config)
     table = PassageTable(Path(config.passages))
     partial = partial_of(output)
     with locked(partial):
@@ -93,26 +99,74 @@ def encode_passages(config: EncodeConfig) -> str:
 
 def _begin(partial: Path, config: EncodeConfig, table: PassageTable) -> None:
     """Lay down plan and encoder, or check that what lies there was begun from the same."""
-    encoder = Path(config.encoder)
-    if not (encoder / "config.json").is_file():
-        raise DataError(f"{encoder} is no encoder directory: found no config.json; expected a local Hugging Face model")
-    paths = sorted(path for pattern in _ENCODER_FILES for path in encoder.glob(pattern))
     begun_from = {
         "passages": table.version,
-        "encoder": {path.name: dataclasses.asdict(file_entry(path)) for path in paths},
+        "encoder": _encoder_entries(Path(config.encoder)),
         "settings": dataclasses.asdict(encoder_settings(config)),
         "rows_per_shard": config.rows_per_shard,
     }
+    if config.query_encoder is not None:
+        begun_from["query_encoder"] = _encoder_entries(Path(config.query_encoder))
     begin(partial, Plan(begun_from=begun_from, finished=("vectors-*.npy",)))
-    (partial / "encoder").mkdir(exist_ok=True)
+    copy_encoder(Path(config.encoder), partial / passage_encoder(config))
+    if config.query_encoder is not None:
+        copy_encoder(Path(config.query_encoder), partial / "encoder")
+        dims = [Encoder(partial / name, encoder_settings(config), torch.device("cpu")).dim for name in ("encoder", _OF_PASSAGES)]
+        if dims[0] != dims[1]:
+            raise DataError(
+                f"query_encoder: {config.query_encoder} makes vectors of {dims[0]} numbers, expected {dims[1]}, as "
+                f"{config.encoder}: give two encoders of one training"
+            )
+
+
+def passage_encoder(config: EncodeConfig) -> str:
+    """The folder of the encoder that reads passages, in the directory that is made."""
+    return "encoder" if config.query_encoder is None else _OF_PASSAGES
+
+
+def _encoder_entries(encoder: Path) -> dict[str, Any]:
+    """Size and checksum of the files that make the vectors."""
+    paths = {path.name: path for path in _encoder_files(encoder)}
+    paths |= {f"{name}/{path.name}": path for name in read_card(encoder).dense for path in sorted((encoder / name).glob("*.*"))}
+    return {name: dataclasses.asdict(file_entry(path)) for name, path in paths.items()}
+
+
+def _encoder_files(encoder: Path) -> list[Path]:
+    if not (encoder / "config.json").is_file():
+        raise DataError(f"{encoder} is no encoder directory: found no config.json; expected a local Hugging Face model")
+    return sorted(path for pattern in _ENCODER_FILES for path in encoder.glob(pattern))
+
+
+def copy_encoder(encoder: Path, target: Path) -> None:
+    """What loading needs of an encoder directory. Raises DataError when it is none."""
+    paths, dense = _encoder_files(encoder), read_card(encoder).dense
+    target.mkdir(parents=True, exist_ok=True)
     for path in paths:
-        shutil.copyfile(path, partial / "encoder" / path.name)
+        shutil.copyfile(path, target / path.name)
+    for name in dense:
+        copy_dense(encoder / name, target / name)
+
+
+def _check_sides(config: EncodeConfig) -> None:
+    """The halves of a DPR model are two models: neither is of use for the other's texts."""
+    of_passages = read_card(Path(config.encoder)).dpr
+    of_queries = of_passages if config.query_encoder is None else read_card(Path(config.query_encoder)).dpr
+    if of_passages == "question":
+        raise ConfigError(
+            f"encoder: found a DPRQuestionEncoder at {config.encoder}, expected one of passages: give the DPRContextEncoder, and "
+            "this one as query_encoder"
+        )
+    if of_queries == "passage":
+        found = "nothing" if config.query_encoder is None else f"a DPRContextEncoder at {config.query_encoder}"
+        raise ConfigError(f"query_encoder: found {found}, expected the DPRQuestionEncoder that was trained with {config.encoder}")
 
 
 def encoder_settings(config: EncodeConfig) -> EncoderSettings:
     """The part of the configuration that a query must share with the passages, what it leaves open filled in. Raises DataError
     for an encoder that makes its vectors in a way we do not."""
     card = read_card(Path(config.encoder))
+    if config.query_encoder is not None:
+        card = dataclasses.replace(card, query_prefix=read_card(Path(config.query_encoder)).query_prefix)
     given = {field.name: getattr(config, field.name) for field in dataclasses.fields(EncoderSettings)}
     known = {name: value for name, value in dataclasses.asdict(card).items() if value is not None and name in given}
     usual = {"pooling": "mean", "query_prefix": "", "normalize": True, "max_tokens": min(256, card.positions or 256)}
@@ -143,7 +197,7 @@ def encode_shards(task: _Task) -> None:
     """Write this process's missing shards, each under a temporary name that is then renamed."""
     config = task.config
     table = PassageTable(Path(config.passages))
-    encoder = Encoder(task.directory / "encoder", encoder_settings(config), choose_device(task.device))
+    encoder = Encoder(task.directory / passage_encoder(config), encoder_settings(config), choose_device(task.device))
     num_shards = -(-len(table) // config.rows_per_shard)
     started, num_done = time.monotonic(), 0
     for number in range(task.start, num_shards, task.step):
@@ -192,7 +246,7 @@ def _seal(partial: Path, config: EncodeConfig, table: PassageTable) -> str:
         },
         made_from={"passages": table.version},
         versions={name: version(name) for name in ("numpy", "torch", "transformers")},
-        files={name: entry for name, entry in file_entries(partial).items() if name.startswith(("vectors-", "encoder/"))},
+        files={name: entry for name, entry in file_entries(partial).items() if name.startswith(_SEALED)},
     )
     vectors_version = write_manifest(partial, manifest)
     (partial / PLAN_NAME).unlink()

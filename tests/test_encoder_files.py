@@ -65,7 +65,9 @@ def test_normalisation_prefix_and_length_are_the_encoders_own(encoder_path):
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("modules.json", [module("Transformer"), module("Pooling"), module("Dense", "2_Dense")], "has a module Dense"),
+        ("modules.json", [module("Transformer"), module("CNN", "2_CNN")], "has a module CNN, expected Transformer, Pooling"),
+        ("modules.json", [module("Dense", "2"), module("Pooling")], "has the modules Dense, Pooling, expected them in the order"),
+        ("modules.json", [module("Dense", "../2")], "names the folder '../2', expected one within it"),
         ("1_Pooling/config.json", {"pooling_mode_max_tokens": True}, "pools by pooling_mode_max_tokens, expected one of"),
     ],
 )

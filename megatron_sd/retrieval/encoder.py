@@ -1,6 +1,6 @@
-"""Text to vectors with any local Hugging Face encoder directory (E5, BGE, MiniLM, ...).
+"""Text to vectors with any local Hugging Face encoder directory (E5, BGE, MiniLM, GTR, DPR, ...).
 
-Weights are read from safetensors only and no code of the directory runs.
+Weights are read from safetensors (of a Dense layer also from a file of tensors alone) and no code of the directory runs.
 """
 
 from __future__ import annotations
@@ -12,16 +12,26 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, AutoTokenizer
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForTextEncoding,
+    AutoTokenizer,
+    DPRContextEncoder,
+    DPRQuestionEncoder,
+)
 from transformers.utils.logging import disable_progress_bar
 
-from megatron_sd.errors import DataError
+from megatron_sd.errors import ConfigError, DataError
 from megatron_sd.pretrained.loading import HEADS, load_whole
-from megatron_sd.retrieval.encoder_files import positions_of
+from megatron_sd.retrieval.encoder_dense import read_dense
+from megatron_sd.retrieval.encoder_files import EncoderCard, positions_of, read_card
 
 disable_progress_bar()  # of weight loading
 
 
+_POOLER = r"\.pooler\."  # of the BERT within a DPR model, which does not use it
 _ENCODER_DECODERS = frozenset({"t5", "mt5", "umt5"})  # whose encoder alone reads (GTR, sentence-T5)
 
 
@@ -57,8 +67,9 @@ class Encoder:
             self._tokenizer = AutoTokenizer.from_pretrained(path, **options)
             dtype = getattr(torch, settings.dtype)
             weights = {"use_safetensors": True, "dtype": dtype}
-            kind = AutoModelForTextEncoding if config.model_type in _ENCODER_DECODERS else AutoModel
-            self._model = load_whole(kind, path, weights, key="encoder", unused=HEADS).to(device).eval()
+            card = read_card(path)
+            kind = _class_of(config.model_type, card)
+            self._model = load_whole(kind, path, weights, key="encoder", unused=(*HEADS, _POOLER)).to(device).eval()
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise DataError(
                 f"{path} cannot be loaded ({str(error).strip().splitlines()[0]}); expected a tokenizer, config.json and "
@@ -66,7 +77,13 @@ class Encoder:
             ) from error
         self._positions = positions_of(self._model.config.to_dict())
         self.settings = settings
-        self.dim = int(self._model.config.hidden_size)
+        self._is_dpr = card.dpr is not None
+        if self._is_dpr and settings.pooling != "cls":
+            found = f"found {settings.pooling!r} with a DPR encoder at {path}"
+            raise ConfigError(f"pooling: {found}, expected 'cls', as it was trained")
+        self._dense = nn.Sequential(*(read_dense(path / name) for name in card.dense)).to(device)
+        own_dim = (self._is_dpr and self._model.config.projection_dim) or self._model.config.hidden_size
+        self.dim = _output_dim(path, card, self._dense, int(own_dim))
         self._device = device
         self._tokenizer.padding_side = "right"
         if self._tokenizer.pad_token is None:
@@ -81,12 +98,16 @@ class Encoder:
         """[N, dim] float32 of texts as they are. Texts of like length share a batch; the result has the order of the texts."""
         vectors = np.zeros((len(texts), self.dim), np.float32)
         for places, inputs in self._batches(texts):
-            hidden = self._model(**inputs).last_hidden_state
-            pooled = POOLINGS[self.settings.pooling](hidden, inputs["attention_mask"]).float()
+            made = self._model(**inputs)
+            pooled = made.pooler_output if self._is_dpr else self._pool(made.last_hidden_state, inputs["attention_mask"])
+            pooled = self._dense(pooled.float())
             if self.settings.normalize:
                 pooled = torch.nn.functional.normalize(pooled, dim=-1)
             vectors[places] = pooled.cpu().numpy()
         return vectors
+
+    def _pool(self, hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return POOLINGS[self.settings.pooling](hidden, mask)
 
     def _batches(self, texts: Sequence[str]) -> Iterator[tuple[list[int], Mapping[str, Any]]]:
         if not texts:
@@ -103,6 +124,24 @@ class Encoder:
             places = order[start : start + self.settings.batch_size]
             rows = {name: [values[place] for place in places] for name, values in encoded.items()}
             yield places, self._tokenizer.pad(rows, return_tensors="pt").to(self._device)
+
+
+def _class_of(model_type: str, card: EncoderCard) -> Any:
+    """The class of transformers that reads texts."""
+    if card.dpr is not None:
+        return DPRQuestionEncoder if card.dpr == "question" else DPRContextEncoder
+    return AutoModelForTextEncoding if model_type in _ENCODER_DECODERS else AutoModel
+
+
+def _output_dim(path: Path, card: EncoderCard, dense: nn.Sequential, dim: int) -> int:
+    """What the layers make of `dim` numbers. Raises DataError when they do not fit each other."""
+    for name, (linear, _) in zip(card.dense, dense, strict=True):
+        if linear.in_features != dim:
+            raise DataError(
+                f"{path / name} reads {linear.in_features} numbers, expected {dim}, as come before it: copy the encoder again"
+            )
+        dim = linear.out_features
+    return dim
 
 
 def _mean(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

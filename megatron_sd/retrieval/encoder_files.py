@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,34 +19,37 @@ _MODES: dict[str, Pooling] = {
 }
 
 
+_FOLDER = re.compile(r"\w[\w.-]*")
+_ORDER = ("Transformer", "Pooling", "Dense", "Normalize")  # of the modules that are known
+_DPR_SIDES: dict[str, Literal["question", "passage"]] = {"DPRQuestionEncoder": "question", "DPRContextEncoder": "passage"}
 _OFFSET_POSITIONS = frozenset({"roberta", "xlm-roberta", "camembert", "mpnet"})  # two of them are no places of text
 
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderCard:
     """None: the directory does not say. query_prefix: of its prompt for queries. max_tokens: what it was trained with.
-    positions: the most tokens it can read."""
+    positions: the most tokens it can read. dense: folders of the layers behind the pooling, in order. dpr: the side of a DPR
+    model that it is."""
 
     pooling: Pooling | None = None
     normalize: bool | None = None
     query_prefix: str | None = None
     max_tokens: int | None = None
     positions: int | None = None
+    dense: tuple[str, ...] = ()
+    dpr: Literal["question", "passage"] | None = None
 
 
 def read_card(directory: Path) -> EncoderCard:
     """modules.json, 1_Pooling/config.json, sentence_bert_config.json and config_sentence_transformers.json, where they are.
 
-    Raises DataError for a module that would be left out (a Dense layer), and for a pooling of another kind.
+    Raises DataError for modules that would be left out or in another order, and for a pooling of another kind.
     """
     modules = _read(directory / "modules.json") or []
-    kinds = {str(module.get("type", "")).rpartition(".")[2]: module.get("path", "") for module in modules}
-    strange = sorted(kinds.keys() - {"Transformer", "Pooling", "Normalize"})
-    if strange:
-        raise DataError(
-            f"{directory}/modules.json has a module {strange[0]} after the encoder, expected Transformer, Pooling and Normalize: "
-            "vectors without it would be others than the encoder's; choose an encoder without it"
-        )
+    _check_order(directory, [_kind(module) for module in modules])
+    kinds = {_kind(module): module.get("path", "") for module in modules}
+    config = _read(directory / "config.json") or {}
+    dpr = _dpr_side(directory, config)
     pooling = _read(directory / (kinds.get("Pooling") or "1_Pooling") / "config.json") or {}
     chosen = [name for name, wanted in pooling.items() if name.startswith("pooling_mode_") and wanted is True]
     if isinstance(pooling.get("pooling_mode"), str):  # newer files name it
@@ -56,13 +60,54 @@ def read_card(directory: Path) -> EncoderCard:
         raise DataError(f"{directory} pools by {', '.join(chosen)}, expected one of {', '.join(_MODES)}")
     sentence = _read(directory / "sentence_bert_config.json") or {}
     prompts = (_read(directory / "config_sentence_transformers.json") or {}).get("prompts") or {}
+    if pooling.get("include_prompt") is False and prompts.get("query"):
+        raise DataError(
+            f"{directory} pools without its prompt (include_prompt is false), expected true: such vectors cannot be made here"
+        )
     return EncoderCard(
-        pooling=known[0] if known else None,
-        normalize=True if "Normalize" in kinds else False if modules else None,
+        pooling="cls" if dpr else known[0] if known else None,
+        normalize=True if "Normalize" in kinds else False if modules or dpr else None,
         query_prefix=prompts.get("query"),
         max_tokens=sentence.get("max_seq_length"),
-        positions=positions_of(_read(directory / "config.json") or {}),
+        positions=positions_of(config),
+        dense=tuple(_folder(directory, module) for module in modules if _kind(module) == "Dense"),
+        dpr=dpr,
     )
+
+
+def _kind(module: Mapping[str, Any]) -> str:
+    return str(module.get("type", "")).rpartition(".")[2]
+
+
+def _folder(directory: Path, module: Mapping[str, Any]) -> str:
+    """The name of a layer's folder, which lies in the encoder's own."""
+    name = str(module.get("path", ""))
+    if not _FOLDER.fullmatch(name):
+        raise DataError(f"{directory}/modules.json names the folder {name!r}, expected one within it such as '2_Dense'")
+    return name
+
+
+def _check_order(directory: Path, kinds: Sequence[str]) -> None:
+    strange = [kind for kind in kinds if kind not in _ORDER]
+    if strange:
+        raise DataError(
+            f"{directory}/modules.json has a module {strange[0]}, expected {', '.join(_ORDER)}: vectors without it would be "
+            "others than the encoder's; choose an encoder without it"
+        )
+    if list(kinds) != sorted(kinds, key=_ORDER.index):
+        raise DataError(
+            f"{directory}/modules.json has the modules {', '.join(kinds)}, expected them in the order {', '.join(_ORDER)}: "
+            "vectors would be others than the encoder's; choose another encoder"
+        )
+
+
+def _dpr_side(directory: Path, config: Mapping[str, Any]) -> Literal["question", "passage"] | None:
+    if config.get("model_type") != "dpr":
+        return None
+    kind = (config.get("architectures") or ["DPRQuestionEncoder"])[0]
+    if kind not in _DPR_SIDES:
+        raise DataError(f"{directory} holds a {kind}, expected {' or '.join(_DPR_SIDES)}: a reader makes no vectors")
+    return _DPR_SIDES[kind]
 
 
 def positions_of(config: Mapping[str, Any]) -> int | None:

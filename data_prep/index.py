@@ -17,11 +17,11 @@ from data_prep.corpus import read_passages
 from data_prep.partial import Plan, new_directory, whole_file, whole_part
 from data_prep.sourced import to_batches
 from data_prep.table import PassageTable, is_table
-from data_prep.vector_index import VectorIndexConfig, vector_index_settings, write_vector_index
+from data_prep.vector_index import VectorIndexConfig, check_trainable, vector_index_settings, write_vector_index
 from data_prep.vectors import VectorShards
 from megatron_sd.errors import ConfigError, DataError
 from megatron_sd.records import Passage
-from megatron_sd.retrieval.bm25 import BM25_DIRECTORY, Bm25Settings, write_bm25
+from megatron_sd.retrieval.bm25 import BM25_DIRECTORY, Analyzer, Bm25Settings, write_bm25
 from megatron_sd.retrieval.faiss_index import DENSE_DIRECTORY
 from megatron_sd.retrieval.manifest import Manifest, file_entries, write_manifest
 from megatron_sd.retrieval.passages import PASSAGES_NAME, PassageStore, write_batches
@@ -83,8 +83,11 @@ def build_index(config: IndexConfig) -> str:
     """
     if config.vectors is None and not config.bm25:
         raise ConfigError("bm25: found false without vectors, expected one of the two: a corpus needs an index")
+    Analyzer(bm25_settings(config))  # a bad token_pattern is said before the passages are read
     batches, labels = _read(config)
     vectors = None if config.vectors is None else _vectors(Path(config.vectors), labels)
+    if vectors is not None:
+        check_trainable(len(vectors), config.vector_index)
     parts = Parts(bm25=bm25_settings(config) if config.bm25 else None, vectors=vectors, vector_index=config.vector_index)
     corpus_version = _write(Path(config.output), batches, labels, parts)
     if vectors is not None and config.recall is not None:

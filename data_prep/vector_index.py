@@ -13,12 +13,13 @@ import faiss
 import numpy as np
 
 from data_prep.vectors import VectorShards
-from megatron_sd.errors import ConfigError
+from megatron_sd.errors import ConfigError, DataError
 from megatron_sd.retrieval.faiss_index import ENCODER_DIRECTORY, INDEX_NAME, FaissKind, set_effort
 
 log = logging.getLogger(__name__)
 
 _BLOCK_ROWS = 65536
+_CODE_VALUES = 16  # of 4 bits: FAISS trains on no fewer vectors
 _POINTS_PER_LIST = 39  # of the training sample; FAISS warns below
 
 
@@ -93,6 +94,20 @@ def num_lists(config: VectorIndexConfig, num_vectors: int) -> int:
     wanted = 2 ** round(np.log2(4 * np.sqrt(num_vectors)))
     affordable = max(1, min(num_vectors, config.training_rows) // _POINTS_PER_LIST)
     return int(min(wanted, 2 ** int(np.log2(affordable))))
+
+
+def check_trainable(num_vectors: int, config: VectorIndexConfig) -> None:
+    """Raise DataError for fewer vectors than ivf_pq is trained on: one for each list, and one for each value of a code."""
+    if config.kind != "ivf_pq":
+        return
+    lists = num_lists(config, num_vectors)
+    needed, found = max(lists, _CODE_VALUES), min(num_vectors, config.training_rows)
+    if found < needed:
+        rows = f"{num_vectors} vectors" if found == num_vectors else f"training_rows {found} of {num_vectors} vectors"
+        raise DataError(
+            f"vector_index.kind ivf_pq: found {rows}, expected at least {needed} to train {lists} lists and codes of "
+            f"{_CODE_VALUES} values; choose kind flat, fp16 or hnsw, which need no training, or raise what is too small"
+        )
 
 
 def num_codes(dim: int) -> int:

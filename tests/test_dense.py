@@ -13,7 +13,7 @@ from data_prep.index import IndexConfig, build_index
 from data_prep.plan import PlanConfig, estimates, render_plan
 from data_prep.sourced import SourcedPassage
 from data_prep.table import Origin, write_table
-from data_prep.vector_index import VectorIndexConfig, exact_search, factory_string, num_codes, num_lists, recall
+from data_prep.vector_index import VectorIndexConfig, check_trainable, exact_search, factory_string, num_codes, num_lists, recall
 from data_prep.vectors import VectorShards
 from megatron_sd.config import RetrieverConfig, SearchConfig
 from megatron_sd.errors import ConfigError, DataError
@@ -189,6 +189,22 @@ def test_names_and_sizes_of_indexes():
     assert num_codes(384) == 96 and num_codes(30) == 6
     with pytest.raises(ConfigError, match="num_lists: found 500, expected 1 to 100"):
         num_lists(VectorIndexConfig(kind="ivf_pq", num_lists=500), 100)
+
+
+def test_too_few_vectors_for_lists_are_said_before_anything_is_built(tmp_path):
+    rows = [SourcedPassage(id=f"{n}", title="", text=WORDS[n % 8]) for n in range(10)]
+    write_table(tmp_path / "p", rows, Origin())
+    paths = {"passages": f"{tmp_path}/p", "output": f"{tmp_path}/v", "encoder": str(tiny_encoder(tmp_path / "e"))}
+    encode_passages(EncodeConfig(**paths, max_tokens=16))
+    paths = {"passages": f"{tmp_path}/p", "vectors": f"{tmp_path}/v", "output": f"{tmp_path}/c"}
+    with pytest.raises(DataError, match=r"ivf_pq: found 10 vectors, expected at least 16 to train 1 lists.*choose kind flat"):
+        build_index(IndexConfig(**paths, vector_index=VectorIndexConfig(kind="ivf_pq")))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["e", "p", "v"]
+    few = VectorIndexConfig(kind="ivf_pq", num_lists=100, training_rows=50)
+    with pytest.raises(DataError, match="found training_rows 50 of 300 vectors, expected at least 100 to train 100 lists"):
+        check_trainable(300, few)
+    check_trainable(16, VectorIndexConfig(kind="ivf_pq"))
+    check_trainable(1, VectorIndexConfig(kind="hnsw"))
 
 
 def test_the_plan_agrees_with_arithmetic_and_refuses_nonsense():

@@ -97,6 +97,9 @@ def test_an_index_that_does_not_fit_is_named(directory):
     places = {name: parts[number >= half] for number, name in enumerate(names)}
     index.write_text(json.dumps({"metadata": {}, "weight_map": places}))
     load_causal_lm(str(directory), dtype=torch.float32)
+    index.write_text(json.dumps({"weight_map": places}))
+    refused(directory, 'model.safetensors.index.json has no "metadata", which transformers needs: .* add "metadata": {}')
+    index.write_text(json.dumps({"metadata": {}, "weight_map": places}))
     (directory / parts[1]).unlink()
     refused(directory, "lacks model-00002-of-00002.safetensors")
 

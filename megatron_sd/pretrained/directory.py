@@ -103,7 +103,13 @@ def read_header(path: Path, key: str = "model.path") -> dict[str, StoredTensor]:
 
 
 def _indexed_files(index: Path, present: list[Path], key: str) -> list[Path]:
-    places = _read_json(index, key).get("weight_map", {})
+    content = _read_json(index, key)
+    if not isinstance(content.get("metadata"), dict):
+        raise DataError(
+            f'{key}: {index} has no "metadata", which transformers needs: copy it again, or add "metadata": {{}} beside its '
+            '"weight_map"'
+        )
+    places = content.get("weight_map", {})
     wanted = [index.parent / name for name in sorted(set(places.values()))]
     missing = [path.name for path in wanted if not path.is_file()]
     if missing:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +21,15 @@ from bm25s.stopwords import STOPWORDS_EN
 
 from megatron_sd.errors import DataError
 from megatron_sd.retrieval.fusion import Ranking
+from megatron_sd.retrieval.words import compile_pattern, is_uncut
 
 BM25_DIRECTORY = "bm25"
 logging.getLogger("bm25s").setLevel(logging.WARNING)  # it asks for DEBUG when imported
+log = logging.getLogger(__name__)
+_UNCUT = (
+    "%s mainly in a script without spaces (Chinese, Japanese, Thai, ...), and token_pattern %r makes whole clauses one word each, "
+    "which hardly any query finds: index with a token_pattern that cuts them, such as the one in docs/retrieval.md"
+)
 _BLOCK_ROWS = 512
 _ARRAYS = ("scores", "rows", "starts")
 BM25_FILES = tuple(f"{BM25_DIRECTORY}/{name}" for name in ("vocabulary.json", *(f"{array}.npy" for array in _ARRAYS)))
@@ -49,7 +54,8 @@ class Analyzer:
     """Text to terms, the same for passages and queries."""
 
     def __init__(self, settings: Bm25Settings) -> None:
-        self._find_words = re.compile(settings.token_pattern).findall
+        """Raises ConfigError for a token_pattern that is none."""
+        self._find_words = compile_pattern(settings.token_pattern).findall
         self._stop_words = frozenset(STOPWORDS_EN if settings.stop_words == "english" else ())
         self._stem = Stemmer.Stemmer("english").stemWords if settings.stemmer == "english" else list
 
@@ -110,7 +116,14 @@ def write_bm25(directory: Path, texts: Iterable[str], settings: Bm25Settings) ->
     """
     analyzer = Analyzer(settings)
     vocabulary: dict[str, int] = {}
-    term_ids = [[vocabulary.setdefault(term, len(vocabulary)) for term in analyzer.terms(text)] for text in texts]
+    term_ids: list[list[int]] = []
+    num_uncut = 0
+    for text in texts:
+        terms = analyzer.terms(text)
+        num_uncut += is_uncut(text, terms)
+        term_ids.append([vocabulary.setdefault(term, len(vocabulary)) for term in terms])
+    if 2 * num_uncut > len(term_ids):
+        log.warning(_UNCUT, f"{num_uncut} of {len(term_ids)} passages are", settings.token_pattern)
     if not vocabulary:
         raise DataError(f"no passage holds a term under {settings}: nothing to index; change the settings or the passages")
     index = bm25s.BM25(method="lucene", k1=settings.k1, b=settings.b)
@@ -133,7 +146,8 @@ class Bm25Index:
     def __init__(self, directory: Path, settings: Mapping[str, Any], num_passages: int) -> None:
         """Map the index of a verified corpus directory. Raises DataError for settings of something else."""
         try:
-            self._analyzer = Analyzer(Bm25Settings(**settings))
+            own = Bm25Settings(**settings)
+            self._analyzer, self._pattern = Analyzer(own), own.token_pattern
         except TypeError as error:
             raise DataError(f"{directory}: its manifest has no settings of a BM25 index ({error}): build it again") from error
         words = json.loads((directory / BM25_DIRECTORY / "vocabulary.json").read_text(encoding="utf-8"))
@@ -141,12 +155,17 @@ class Bm25Index:
         self.index = tuple(
             np.asarray(np.load(directory / BM25_DIRECTORY / f"{name}.npy", mmap_mode="r", allow_pickle=False)) for name in _ARRAYS
         )
+        self._has_warned = False
         self._totals = np.zeros(num_passages, np.float32)
         self.search_terms((), top_k=1)  # compiles the search loop, about a second
 
     def term_ids(self, query: str) -> list[int]:
         """The indexed terms of a query, in order, repetitions included."""
-        return [self._vocabulary[term] for term in self._analyzer.terms(query) if term in self._vocabulary]
+        terms = self._analyzer.terms(query)
+        if not self._has_warned and is_uncut(query, terms):
+            self._has_warned = True
+            log.warning(_UNCUT, f"the query {query!r} is", self._pattern)
+        return [self._vocabulary[term] for term in terms if term in self._vocabulary]
 
     def search_terms(self, term_ids: Sequence[int], top_k: int) -> tuple[np.ndarray, np.ndarray]:
         """Rows [K] int32 and scores [K] float32 of the best passages, K <= top_k; empty without a term."""

@@ -13,7 +13,7 @@ import multiprocessing
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -79,32 +79,32 @@ def encode_passages(config: EncodeConfig) -> str:
     """
     output = Path(config.output)
     check_absent(output)
-    try:
-        config.passage_format.format(title="", text="", contents="")
-    except (KeyError, IndexError, ValueError) as error:
-        expected = "expected text with fields {title} {text} {contents}"
-        raise ConfigError(f"passage_format: found {config.passage_format!r} ({error}), {expected}") from error
-    _check_sides(config)
+    check_config(config)
     table = PassageTable(Path(config.passages))
     partial = partial_of(output)
     with locked(partial):
-        _begin(partial, config, table)
+        begin_vectors(partial, config, table)
         step = len(config.devices)
         _run([_Task(config=config, directory=partial, device=d, start=n, step=step) for n, d in enumerate(config.devices)])
-        vectors_version = _seal(partial, config, table)
+        vectors_version = seal_vectors(partial, config, table)
         partial.rename(output)
     log.info("%s: %d vectors, version %s", output, len(table), vectors_version[:16])
     return vectors_version
 
 
-def _begin(partial: Path, config: EncodeConfig, table: PassageTable) -> None:
-    """Lay down plan and encoder, or check that what lies there was begun from the same."""
+def begin_vectors(
+    partial: Path, config: EncodeConfig, table: PassageTable, taken_from: Mapping[str, Any] | None = None
+) -> None:
+    """Lay down plan and encoder, or check that what lies there was begun from the same. taken_from: what the vectors are read
+    from, where they are not made here."""
     begun_from = {
         "passages": table.version,
         "encoder": _encoder_entries(Path(config.encoder)),
         "settings": dataclasses.asdict(encoder_settings(config)),
         "rows_per_shard": config.rows_per_shard,
     }
+    if taken_from is not None:
+        begun_from["taken_from"] = dict(taken_from)
     if config.query_encoder is not None:
         begun_from["query_encoder"] = _encoder_entries(Path(config.query_encoder))
     begin(partial, Plan(begun_from=begun_from, finished=("vectors-*.npy",)))
@@ -145,6 +145,16 @@ def copy_encoder(encoder: Path, target: Path) -> None:
         shutil.copyfile(path, target / path.name)
     for name in dense:
         copy_dense(encoder / name, target / name)
+
+
+def check_config(config: EncodeConfig) -> None:
+    """Raise ConfigError for a format that is none, and for encoders that are not for their texts."""
+    try:
+        config.passage_format.format(title="", text="", contents="")
+    except (KeyError, IndexError, ValueError) as error:
+        expected = "expected text with fields {title} {text} {contents}"
+        raise ConfigError(f"passage_format: found {config.passage_format!r} ({error}), {expected}") from error
+    _check_sides(config)
 
 
 def _check_sides(config: EncodeConfig) -> None:
@@ -210,7 +220,7 @@ def encode_shards(task: _Task) -> None:
         vectors = encoder.encode([format_passage(config.passage_format, row) for row in rows]).astype(np.float16)
         if not np.isfinite(vectors).all():
             raise DataError(f"shard {number}: the encoder gave NaN or values beyond float16; use dtype float32 or normalize")
-        _write_shard(path, vectors)
+        write_shard(path, vectors)
         num_done += len(rows)
         rate = num_done / (time.monotonic() - started)
         log.info("%s: shard %d of %d, %.1f passages a second", task.device, number + 1, num_shards, rate)
@@ -221,7 +231,8 @@ def format_passage(passage_format: str, passage: SourcedPassage) -> str:
     return passage_format.format(title=passage.title, text=passage.text, contents=join_contents(passage))
 
 
-def _write_shard(path: Path, vectors: np.ndarray) -> None:
+def write_shard(path: Path, vectors: np.ndarray) -> None:
+    """A whole shard, or none of that name."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     with open(temporary, "wb") as handle:
         np.save(handle, vectors, allow_pickle=False)
@@ -230,7 +241,9 @@ def _write_shard(path: Path, vectors: np.ndarray) -> None:
     os.replace(temporary, path)
 
 
-def _seal(partial: Path, config: EncodeConfig, table: PassageTable) -> str:
+def seal_vectors(
+    partial: Path, config: EncodeConfig, table: PassageTable, taken_from: Mapping[str, Any] | None = None
+) -> str:
     """Write the manifest, and remove what is no longer needed; the plan last, without which no shard would be believed."""
     for path in partial.glob(".vectors-*"):
         path.unlink()
@@ -243,6 +256,7 @@ def _seal(partial: Path, config: EncodeConfig, table: PassageTable) -> str:
         settings={
             "encoder": dataclasses.asdict(encoder_settings(config)),
             "vectors": {"dim": first.shape[1], "dtype": "float16", "rows_per_shard": config.rows_per_shard},
+            **({} if taken_from is None else {"taken_from": dict(taken_from)}),
         },
         made_from={"passages": table.version},
         versions={name: version(name) for name in ("numpy", "torch", "transformers")},

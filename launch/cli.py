@@ -51,6 +51,9 @@ COMMANDS: dict[str, Command] = {
     "data import": _command("launch.data:import_", "convert questions or passages of public formats to the project's"),
     "data chunk": _command("launch.data:chunk", "cut long passages into windows of words, sentences or tokens"),
     "data encode": _command("launch.data:encode", "passages to vectors with a local encoder; resumes where it was killed"),
+    "data import-index": _command(
+        "launch.data:import_index", "take the vectors of a FAISS index over (Search-R1's e5_Flat.index) instead of encoding"
+    ),
     "data index": _command("launch.data:index", "build a corpus directory: passages, BM25, vectors"),
     "data verify": _command("launch.data:verify", "check every file of a prepared directory against its manifest"),
     "data info": _command("launch.data:info", "verify a prepared directory and print its manifest"),

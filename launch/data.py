@@ -39,6 +39,15 @@ def encode(argv: Sequence[str]) -> None:
     print(f"vectors version {encode_passages(config)} -> {config.output}")
 
 
+def import_index(argv: Sequence[str]) -> None:
+    """`sd-search data import-index`."""
+    from data_prep.import_index import ImportIndexConfig
+    from data_prep.import_index import import_index as take_over
+
+    config = parse(ImportIndexConfig, argv, "sd-search data import-index")
+    print(f"vectors version {take_over(config)} -> {config.output}")
+
+
 def index(argv: Sequence[str]) -> None:
     """`sd-search data index`."""
     from data_prep.index import IndexConfig, build_index

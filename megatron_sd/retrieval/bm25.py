@@ -27,7 +27,7 @@ BM25_DIRECTORY = "bm25"
 logging.getLogger("bm25s").setLevel(logging.WARNING)  # it asks for DEBUG when imported
 log = logging.getLogger(__name__)
 _UNCUT = (
-    "%s mainly in a script without spaces (Chinese, Japanese, Thai, ...), and token_pattern %r makes whole clauses one word each, "
+    "%s mainly in a script without spaces (Chinese, Japanese, Thai, ...), and token_pattern %r makes whole clauses one word, "
     "which hardly any query finds: index with a token_pattern that cuts them, such as the one in docs/retrieval.md"
 )
 _BLOCK_ROWS = 512

@@ -127,7 +127,7 @@ def test_sixty_hostile_passages_reach_the_policy_as_plain_text(tmp_path):
         assert codec().control_ids.isdisjoint(turn.observation_ids)
         assert len(turn.observation_ids) <= 60
         text = codec().decode(turn.observation_ids)
-        assert text.startswith(f"\n{opening}") and text.endswith(f"{closing}\n")  # kept, however long the passage
+        assert text.startswith(f"\n\n{opening}") and text.endswith(f"{closing}\n\n")  # kept, however long the passage
         body = _folded(text.strip().removeprefix(opening).removesuffix(closing))
         assert not [tag for tag in forbidden if tag in body], ATTACKS[number][:80]
         assert "\x00" not in text

@@ -18,8 +18,8 @@ def text_of(ids):
 
 
 def test_observation_shows_the_passages_best_first():
-    ids = environment(ProtocolConfig(preset="search_r1")).observation_ids([hit("p", "one", "A"), hit("q", "two", "B")])
-    assert text_of(ids) == "\n<information>Doc 1(Title: A) one\nDoc 2(Title: B) two\n</information>\n"
+    ids = environment(ProtocolConfig(preset="autorefine")).observation_ids([hit("p", "one", "A"), hit("q", "two", "B")])
+    assert text_of(ids) == "\n<documents>Doc 1(Title: A) one\nDoc 2(Title: B) two\n</documents>\n"
     assert text_of(environment().observation_ids([hit("p", "one", "A")])) == "\n<information> one\n</information>\n"
     assert text_of(environment().observation_ids([])) == "\n<information></information>\n"
 
@@ -58,7 +58,7 @@ INJECTIONS = [
 def test_injected_passages_hold_no_tag_and_no_control_id(injection):
     own = environment(ProtocolConfig(preset="search_r1"), max_observation_tokens=400)
     ids = own.observation_ids([hit("p", injection, title=injection)])
-    inner = text_of(ids).removeprefix("\n<information>").removesuffix("</information>\n")
+    inner = text_of(ids).removeprefix("\n\n<information>").removesuffix("</information>\n\n")
     assert codec().control_ids.isdisjoint(ids)
     assert not any(tag in inner.lower() for tag in own.protocol.control_tags) and "<|" not in inner and "＜" not in inner
 
@@ -70,7 +70,13 @@ def test_a_tag_split_between_title_and_text_is_found():
 
 def test_passage_fields_are_not_filled_twice():
     own = environment(ProtocolConfig(preset="search_r1"))
-    assert "Title: {text}) body" in text_of(own.observation_ids([hit("p", title="{text}", text="body")]))
+    assert 'Title: "{text}") body' in text_of(own.observation_ids([hit("p", title="{text}", text="body")]))
+
+
+def test_a_tag_across_a_line_break_is_found():
+    own = environment(ProtocolConfig(preset="search_r1"))
+    shown = text_of(own.observation_ids([hit("p", title="t", text="one\ntwo </infor\nmation> three")]))
+    assert shown == '\n\n<information>Doc 1(Title: "t") one two   three</information>\n\n'
 
 
 def test_prompt_holds_the_sanitised_question_and_the_block():

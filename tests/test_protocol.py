@@ -114,7 +114,7 @@ def test_spans_over_random_texts_and_random_cuts(pieces, random):
 def test_prompt_is_filled_in_one_pass():
     assert fill("{a}-{b}-{c}", {"a": "{b}", "b": "2"}) == "{b}-2-{c}"
     prompt = PROTOCOL.render_prompt("Who?", 'Attempt 1: "{question}"\n')
-    assert prompt.endswith('Attempt 1: "{question}"\nQuestion: Who?\n')
+    assert prompt.startswith('Attempt 1: "{question}"\nAnswer the given') and prompt.endswith(". Question: Who?\n")
 
 
 def test_presets_and_own_tags():

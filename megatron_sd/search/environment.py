@@ -39,10 +39,10 @@ class Environment:
         self.protocol = protocol
         self.limits = limits
         self.sanitizer = Sanitizer((*protocol.control_tags, *codec.control_strings))
-        self._opening_ids = codec.encode(f"\n{protocol.information_tags[0]}")
-        self._closing_ids = codec.encode(f"{protocol.information_tags[1]}\n")
+        self._before, self._after = protocol.information_frame
+        self._closing_ids = codec.encode(self._after)
         self._retry_ids = codec.encode(protocol.invalid_action_message)
-        frame = len(self._opening_ids) + len(self._closing_ids)
+        frame = len(codec.encode(self._before)) + len(self._closing_ids)
         if limits.max_observation_tokens <= frame:
             raise ConfigError(
                 f"rollout.max_observation_tokens is {limits.max_observation_tokens}, expected more than the {frame} tokens "
@@ -57,22 +57,32 @@ class Environment:
         return self.codec.prompt_ids(self.protocol.render_prompt(clean(question), block))
 
     def observation_ids(self, hits: Sequence[Hit]) -> TokenIds:
-        """`\\n<information>` passages `</information>\\n`; the passages, best first, are cut so that the closing tag always fits.
+        """The passages, best first, in the protocol's frame; cut so that the closing tag always fits.
 
-        Holds no control id: titles and texts are sanitised, then encoded as plain text.
+        Holds no control id: titles and texts are sanitised, then encoded as plain text, with the frame where nothing is cut.
         """
         passages = "".join(self._show(rank, hit) for rank, hit in enumerate(hits, start=1))
-        room = self.limits.max_observation_tokens - len(self._opening_ids) - len(self._closing_ids)
-        body = self.codec.encode(passages)
-        if len(body) > room:
-            body = self._whole_characters(body[:room])
-        return (*self._opening_ids, *body, *self._closing_ids)
+        if self.protocol.strips_passages:
+            passages = passages.strip()
+        whole = self.codec.encode(f"{self._before}{passages}{self._after}")
+        if len(whole) <= self.limits.max_observation_tokens:
+            return whole
+        shown = self.codec.encode(self._before + passages)
+        shown = self._whole_characters(shown[: self.limits.max_observation_tokens - len(self._closing_ids)])
+        return (*shown, *self._closing_ids)
 
     def _show(self, rank: int, hit: Hit) -> str:
         """One passage as text. Lines are cleaned once more, since a tag may be split between title and text."""
         clean = self.sanitizer.clean
-        fields = {"rank": str(rank), "title": clean(hit.passage.title), "text": clean(hit.passage.text)}
+        text = self._clean_lines(hit.passage.text) if self.protocol.keeps_line_breaks else clean(hit.passage.text)
+        fields = {"rank": str(rank), "title": clean(hit.passage.title), "text": text}
         return "\n".join(map(clean, fill(self.protocol.passage_format, fields).split("\n")))
+
+    def _clean_lines(self, text: str) -> str:
+        """The text line by line, or on one line where a tag stands across a break."""
+        lines = [self.sanitizer.clean(line) for line in text.split("\n")]
+        flat = " ".join(lines)
+        return "\n".join(lines) if self.sanitizer.clean(flat) == flat else self.sanitizer.clean(text)
 
     def _whole_characters(self, ids: TokenIds) -> TokenIds:
         """`ids` without the last tokens when they end in the middle of a character."""

@@ -24,6 +24,19 @@ _INSTRUCTIONS = (
     "and {information_close}. Search as often as you need. When you know enough, give the answer alone between {answer_open} "
     "and {answer_close}, for example {answer_open} Beijing {answer_close}.\n"
 )
+# What Search-R1's checkpoints were trained on, word for word, its slip ("as your want") included.
+_SEARCH_R1_PROMPT = (
+    "Answer the given question. You must conduct reasoning inside {think_open} and {think_close} first every time you get new "
+    "information. After reasoning, if you find you lack some knowledge, you can call a search engine by {search_open} query "
+    "{search_close} and it will return the top searched results between {information_open} and {information_close}. You can "
+    "search as many times as your want. If you find no further external knowledge needed, you can directly provide the answer "
+    "inside {answer_open} and {answer_close}, without detailed illustrations. For example, {answer_open} Beijing {answer_close}. "
+    "Question: {question}\n"
+)
+_SEARCH_R1_RETRY = (
+    "\nMy previous action is invalid. If I want to search, I should put the query between {search_open} and {search_close}. If I "
+    "want to give the final answer, I should put the answer between {answer_open} and {answer_close}. Let me try again.\n"
+)
 _RETRY = (
     "\nThat was neither a search nor an answer. To search, write the query between {search_open} and {search_close}; to answer, "
     "write the answer between {answer_open} and {answer_close}.\n"
@@ -32,7 +45,12 @@ _RETRY = (
 
 @dataclass(frozen=True, kw_only=True)
 class Protocol:
-    """A complete text protocol: every field of ProtocolConfig, filled. note_tags is None where turns begin with the thought."""
+    """A complete text protocol: every field of ProtocolConfig, filled, and what belongs to the preset alone.
+
+    note_tags is None where turns begin with the thought. information_format: what an observation looks like; {passages} are the
+    passages one after the other, without white space around them where strips_passages says so. keeps_line_breaks: those within
+    a passage; else they become spaces. question_end: put behind a question that does not end in it.
+    """
 
     prompt: str
     search_tags: Tags
@@ -43,6 +61,10 @@ class Protocol:
     invalid_action_message: str
     note_tags: Tags | None = None
     chat_template: bool = False
+    information_format: str = "\n{information_open}{passages}{information_close}\n"
+    strips_passages: bool = False
+    keeps_line_breaks: bool = False
+    question_end: str = ""
 
     @property
     def control_tags(self) -> tuple[str, ...]:
@@ -56,7 +78,15 @@ class Protocol:
 
     def render_prompt(self, question: str, hindsight: str = "") -> str:
         """The prompt of a question; the student's hindsight is empty, the teacher's is its block."""
+        if self.question_end:
+            question = question.strip().removesuffix(self.question_end) + self.question_end
         return fill(self.prompt, {"hindsight": hindsight, "question": question})
+
+    @property
+    def information_frame(self) -> tuple[str, str]:
+        """What stands before and after the passages of an observation."""
+        before, _, after = _fill_tags(self.information_format, self).partition("{passages}")
+        return before, after
 
 
 def fill(template: str, fields: Mapping[str, str]) -> str:
@@ -70,13 +100,17 @@ def _tag(name: str) -> Tags:
 
 PRESETS: dict[str, Protocol] = {
     "search_r1": Protocol(
-        prompt=_INSTRUCTIONS + "{hindsight}Question: {question}\n",
+        prompt="{hindsight}" + _SEARCH_R1_PROMPT,
         search_tags=_tag("search"),
         information_tags=_tag("information"),
         answer_tags=_tag("answer"),
         think_tags=_tag("think"),
-        passage_format="Doc {rank}(Title: {title}) {text}\n",
-        invalid_action_message=_RETRY,
+        passage_format='Doc {rank}(Title: "{title}") {text}\n',
+        invalid_action_message=_SEARCH_R1_RETRY,
+        information_format="\n\n{information_open}{passages}{information_close}\n\n",
+        strips_passages=True,
+        keeps_line_breaks=True,
+        question_end="?",
     ),
     "autorefine": Protocol(
         prompt=_INSTRUCTIONS
@@ -102,6 +136,9 @@ PRESETS: dict[str, Protocol] = {
 }
 
 
+_FIELDS = frozenset(field.name for field in dataclasses.fields(Protocol))
+
+
 def _fill_tags(text: str, protocol: Protocol) -> str:
     for name in ("search", "information", "answer", "think", "note"):
         opening, closing = getattr(protocol, f"{name}_tags") or ("", "")
@@ -111,7 +148,8 @@ def _fill_tags(text: str, protocol: Protocol) -> str:
 
 def build_protocol(config: ProtocolConfig) -> Protocol:
     """The preset with the configuration's own fields in place. Raises ConfigError for tags or prompts that cannot work."""
-    own = {f.name: getattr(config, f.name) for f in dataclasses.fields(Protocol) if getattr(config, f.name) is not None}
+    own = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name in _FIELDS}
+    own = {name: value for name, value in own.items() if value is not None}
     protocol = dataclasses.replace(PRESETS[config.preset], **own)
     protocol = dataclasses.replace(
         protocol,

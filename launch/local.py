@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from types import FrameType
 
 import psutil
@@ -19,6 +20,7 @@ from megatron_sd.config import Config, load
 from megatron_sd.distributed.control import STOPPED_EXIT_CODE
 from megatron_sd.errors import ConfigError, MegatronSdError
 from megatron_sd.machine import has_gpu
+from megatron_sd.run_lock import refuse_held
 
 _KILLED_CODES = frozenset({-9, 137, 247})  # by SIGKILL: as python, a shell and DeepSpeed's launcher say it
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -29,6 +31,7 @@ def main(argv: Sequence[str]) -> None:
     """`sd-search train`: check the configuration here, then start the ranks. Raises what the ranks' failure means."""
     num_ranks, rest = split_num_ranks(argv)
     config = load(rest)  # a typo ends here, once, before any process starts
+    refuse_held(Path(config.run_dir))
     remarks = check_memory(config, num_ranks)
     start_ranks(num_ranks, rest, remarks)
 

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_sd.distributed.control import STOPPED_EXIT_CODE, StopRequest
 from megatron_sd.errors import ConfigError, MegatronSdError, StopRequested
+from megatron_sd.run_lock import hold
+
+if TYPE_CHECKING:
+    from megatron_sd.config import Config
+    from megatron_sd.distributed.world import World
 
 
 def main(argv: Sequence[str]) -> int:
@@ -35,11 +42,28 @@ def _train(argv: Sequence[str], stop: StopRequest) -> int:
 
     config = load(argv)
     stop.watch(Path(config.run_dir), config.safety.stop_after_s)
-    from megatron_sd.distributed.collectives import gather_objects
     from megatron_sd.distributed.world import join_world, leave_world
 
     world = join_world(stop)
+    with contextlib.ExitStack() as held:
+        _hold_run_dir(held, config, world)
+        code = _train_alone(config, world)
+    if code == 0:
+        leave_world()
+    return code
+
+
+def _hold_run_dir(held: contextlib.ExitStack, config: Config, world: World) -> None:
+    """The first rank holds the run directory for all. Raises ConfigError on every rank when another run does."""
+    from megatron_sd.distributed.collectives import together
+
+    together(world, lambda: held.enter_context(hold(Path(config.run_dir))) if world.is_first else None)
+
+
+def _train_alone(config: Config, world: World) -> int:
+    """Train in a run directory that nothing else writes to; the exit code."""
     from megatron_sd.build import build_trainer, build_watchdog  # imports DeepSpeed, which must see join_world's device
+    from megatron_sd.distributed.collectives import gather_objects
 
     trainer, watchdog = build_trainer(config, world), build_watchdog(config, world)
     watchdog.start()
@@ -47,13 +71,12 @@ def _train(argv: Sequence[str], stop: StopRequest) -> int:
         trainer.train()
     except StopRequested as request:
         if world.is_first:
-            stop.served()
+            world.stop.served()
             print(f"stopped: {request}; saved step {trainer.step}", file=sys.stderr, flush=True)
         gather_objects(world, None)  # a launcher ends the ranks that are left as soon as one has ended
         return STOPPED_EXIT_CODE
     finally:
         watchdog.stop()
-    leave_world()
     return 0
 
 

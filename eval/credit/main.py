@@ -70,7 +70,8 @@ def credit(config: CreditConfig) -> CreditTable:
     for name, table in (("block", BLOCKS.keys() - BY_TURN), ("block_format", RENDERERS)):
         if getattr(config, name) not in table:
             raise ConfigError(f"{name} is {getattr(config, name)!r}, expected one of {', '.join(sorted(table))}")
-    codec = load_codec(config.model.path, chat_template=config.protocol.chat_template)
+    own = config.protocol
+    codec = load_codec(config.model.path, chat_template=own.chat_template, template_arguments=own.template_arguments)
     environment = Environment(codec, build_protocol(config.protocol), RolloutConfig())
     model = load_model(config.model.path, dtype=getattr(torch, config.model.dtype), device=lone_world().device).eval()
     source = Path(config.transcripts)

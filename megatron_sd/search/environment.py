@@ -39,9 +39,10 @@ class Environment:
         self.protocol = protocol
         self.limits = limits
         self.sanitizer = Sanitizer((*protocol.control_tags, *codec.control_strings))
-        self._opening_ids = codec.encode(f"\n{protocol.information_tags[0]}")
-        self._closing_ids = codec.encode(f"{protocol.information_tags[1]}\n")
-        self._retry_ids = codec.encode(protocol.invalid_action_message)
+        self._opening_ids = codec.encode_own(f"\n{protocol.information_tags[0]}")
+        self._closing_ids = codec.encode_own(f"{protocol.information_tags[1]}\n")
+        self._retry_ids = codec.encode_own(protocol.invalid_action_message)
+        self._opened_thought = _opened_thought(codec.decode(self.prompt_ids("")), protocol)
         frame = len(self._opening_ids) + len(self._closing_ids)
         if limits.max_observation_tokens <= frame:
             raise ConfigError(
@@ -54,12 +55,13 @@ class Environment:
         by line."""
         clean = self.sanitizer.clean
         block = "\n".join(map(clean, hindsight.split("\n")))
-        return self.codec.prompt_ids(self.protocol.render_prompt(clean(question), block))
+        fields = {"hindsight": block, "question": clean(question)}
+        return self.codec.in_frame(self.codec.encode_own(self.protocol.prompt, fields))
 
     def observation_ids(self, hits: Sequence[Hit]) -> TokenIds:
         """`\\n<information>` passages `</information>\\n`; the passages, best first, are cut so that the closing tag always fits.
 
-        Holds no control id: titles and texts are sanitised, then encoded as plain text.
+        Holds no control id but those of the tags: titles and texts are sanitised, then encoded as plain text.
         """
         passages = "".join(self._show(rank, hit) for rank, hit in enumerate(hits, start=1))
         room = self.limits.max_observation_tokens - len(self._opening_ids) - len(self._closing_ids)
@@ -108,7 +110,15 @@ class Environment:
             return Verdict(stop=StopReason.NO_ACTION)
         return Verdict(observation_ids=self._retry_ids)
 
-    def is_well_formed(self, completion_ids: TokenIds) -> bool:
-        """reward.completion_is_well_formed of the text; an end-of-sequence id is left out."""
+    def is_well_formed(self, completion_ids: TokenIds, turn: int = 0) -> bool:
+        """reward.completion_is_well_formed of the text of 0-based `turn`; an end-of-sequence id is left out. The first turn goes
+        on with a thought that the prompt has opened, as chat templates of thinking models do."""
         ids = completion_ids[:-1] if completion_ids[-1] in self.codec.eos_ids else completion_ids
-        return completion_is_well_formed(self.codec.decode(ids), self.protocol)
+        opened = self._opened_thought if turn == 0 else ""
+        return completion_is_well_formed(opened + self.codec.decode(ids), self.protocol)
+
+
+def _opened_thought(prompt: str, protocol: Protocol) -> str:
+    """The thought's opening tag when the prompt ends with it, else nothing."""
+    opening = protocol.think_tags[0]
+    return opening if prompt.rstrip().endswith(opening) else ""

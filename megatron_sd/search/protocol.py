@@ -7,14 +7,13 @@ Tags and texts are configuration; a preset fills what the configuration leaves o
 from __future__ import annotations
 
 import dataclasses
-import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from megatron_sd.config import ProtocolConfig
 from megatron_sd.errors import ConfigError
-from megatron_sd.search.tokens import TextCodec
+from megatron_sd.search.tokens import TextCodec, fill
 
 Tags = tuple[str, str]
 
@@ -43,6 +42,7 @@ class Protocol:
     invalid_action_message: str
     note_tags: Tags | None = None
     chat_template: bool = False
+    template_arguments: Mapping[str, bool | int | str] = dataclasses.field(default_factory=dict)
 
     @property
     def control_tags(self) -> tuple[str, ...]:
@@ -57,11 +57,6 @@ class Protocol:
     def render_prompt(self, question: str, hindsight: str = "") -> str:
         """The prompt of a question; the student's hindsight is empty, the teacher's is its block."""
         return fill(self.prompt, {"hindsight": hindsight, "question": question})
-
-
-def fill(template: str, fields: Mapping[str, str]) -> str:
-    """The template with each `{name}` of `fields` replaced, in one pass: what a value says is never filled in again."""
-    return re.sub(r"\{(\w+)\}", lambda match: fields.get(match[1], match[0]), template)
 
 
 def _tag(name: str) -> Tags:
@@ -124,6 +119,11 @@ def build_protocol(config: ProtocolConfig) -> Protocol:
                 f"protocol.prompt holds {placeholder} {protocol.prompt.count(placeholder)} times, expected exactly once: "
                 "the hindsight block and the question each need one place"
             )
+    if protocol.template_arguments and not protocol.chat_template:
+        raise ConfigError(
+            f"protocol.template_arguments: found {protocol.template_arguments} without a chat template, expected "
+            "protocol.chat_template true"
+        )
     tags = protocol.control_tags
     if len(set(tags)) != len(tags) or not all(tags):
         raise ConfigError(f"protocol tags must be non-empty and distinct, found {tags}")

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from eval.identity import check_causal, claim, model_version, questions_version
+from eval.identity import check_causal, claim, questions_version, rollouts_identity
 from eval.overlap import Overlap, measure_overlap
 from eval.samples import SAMPLES_NAME, append_lines, append_results, cut_torn_line, read_results, to_result
 from eval.strategies.runner import Strategy
@@ -35,7 +35,6 @@ from megatron_sd.search.reward import score
 
 REPORT_NAME = "report.json"
 TRANSCRIPTS = Path("transcripts") / "evaluation.jsonl"
-_LIMITS = ("max_search_turns", "max_turn_tokens", "max_observation_tokens", "max_rollout_tokens")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,23 +106,20 @@ def _evaluate(config: EvalConfig, output: Path) -> dict[str, Any]:
 
 def _identity(config: EvalConfig, questions: Sequence[Question], side: RolloutSide) -> dict[str, Any]:
     """What two runs must have in common to be one evaluation. A greedy one has no temperature."""
-    limits = {name: getattr(config.rollout, name) for name in _LIMITS}
-    search = {name: value for name, value in dataclasses.asdict(config.retriever.search).items() if name != "device"}
     sampling = {} if config.num_samples == 1 else {"temperature": config.rollout.temperature, "seed": config.seed}
     return {
         "strategy": config.strategy,
-        "model": config.model.path,
-        "model_version": model_version(config.model.path),
-        "dtype": config.model.dtype,
-        "corpus_version": side.retriever.corpus_version,
-        "top_k": config.retriever.top_k,
-        "search": search,
         "questions_version": questions_version(questions),
         "num_questions": len(questions),
         "num_samples": config.num_samples,
         **sampling,
-        "protocol": dataclasses.asdict(config.protocol),
-        "limits": limits,
+        **rollouts_identity(
+            config.model,
+            config.retriever,
+            config.protocol,
+            config.rollout,
+            corpus_version=side.retriever.corpus_version,
+        ),
     }
 
 

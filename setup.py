@@ -39,6 +39,7 @@ REQUIRES = [
     "tensorboard>=2.20",
     "jsonargparse[signatures]>=4.50,<5",
     "pyyaml",
+    "jinja2",
     "tqdm",
     "regex",
     "xxhash",

@@ -3,29 +3,39 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from eval.draws import Draws
+from eval.identity import claim, questions_version, rollouts_identity
 from eval.lift import LiftConfig, LiftReport, measure_lift
-from megatron_sd.build import build_rollout_side
+from megatron_sd.build import RolloutSide, build_rollout_side
 from megatron_sd.config import ModelConfig, ProtocolConfig, RetrieverConfig, RewardConfig, RolloutConfig, parse
-from megatron_sd.distributed.world import lone_world
+from megatron_sd.config_checks import check_ranges
+from megatron_sd.distributed.collectives import hold_together, share, together
+from megatron_sd.distributed.world import World, end_process, lone_world, world_of_program
+from megatron_sd.door import exit_code_of
 from megatron_sd.errors import MegatronSdError
 from megatron_sd.records import Question, RolloutGroup
-from megatron_sd.rollout.rollouter import Rollouter
 from megatron_sd.search.questions import load_questions
 from megatron_sd.search.reward import score
+
+REPORT_NAME = "gate.json"
 
 
 @dataclass(frozen=True, kw_only=True)
 class GateConfig:
-    """Measure the lift of `model` on `limit` questions. `rollout.questions_per_step` questions are sampled at a time."""
+    """Measure the lift of `model` on `limit` questions. `rollout.questions_per_step` questions are sampled at a time, by any
+    `rollout.engine`, and are kept in `output`: the same command goes on where it was killed."""
 
     model: ModelConfig
     retriever: RetrieverConfig
     questions: str
+    output: str | None = None  # a directory for what was sampled, and gate.json
     split: str | None = "eval"
     limit: int = 400
     seed: int = 0
@@ -38,41 +48,100 @@ class GateConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutSampler:
-    """The rollouter as `eval.lift.Sampler`: scored groups, a slice of the questions at a time."""
+    """The rollouter as `eval.lift.Sampler`: scored groups, a slice of the questions at a time, which all ranks share."""
 
-    rollouter: Rollouter
+    side: RolloutSide
+    world: World
     reward: RewardConfig
     slice_size: int
+    draws: Draws
 
     def __call__(self, questions: Sequence[Question], hindsight: Sequence[str] | None, draw: int) -> list[RolloutGroup]:
         """Sample every question once, with its block if there are blocks; `draw` is the rollouts' step."""
         groups: list[RolloutGroup] = []
-        for start in range(0, len(questions), self.slice_size):
-            part = slice(start, start + self.slice_size)
-            blocks = None if hindsight is None else hindsight[part]
-            groups += self.rollouter.run(questions[part], step=draw, hindsight=blocks)
+        with self.side.work.on(f"gate, draw {draw}", len(questions), "questions") as task:
+            for start in range(0, len(questions), self.slice_size):
+                part = slice(start, start + self.slice_size)
+                asked = questions[part]
+                found = self.draws.find(draw, start, asked)
+                if found is None:
+                    found = self._sample(asked, None if hindsight is None else hindsight[part], draw)
+                    if self.world.is_first:
+                        self.draws.keep(draw, start, found)
+                groups += found
+                task.add(done=len(asked))
         return score(groups, self.reward)
+
+    def _sample(self, questions: Sequence[Question], blocks: Sequence[str] | None, draw: int) -> list[RolloutGroup]:
+        """Every rank samples its share; every rank gets all groups, in question order, or the error of one."""
+        mine, own = share(self.world, questions), None if blocks is None else share(self.world, blocks)
+        parts = together(self.world, lambda: self.side.rollouter.run(mine, step=draw, hindsight=own))
+        return [group for part in parts for group in part]
 
 
 def main(argv: Sequence[str]) -> None:
     """The command line of `gate`; a closed gate is an error."""
-    report = gate(parse(GateConfig, argv, "sd-search gate"))
+    config, world = parse(GateConfig, argv, "sd-search gate"), world_of_program()
+    report = gate(config, world)
+    if not world.is_first:
+        return
     print("\n".join(report.lines()))
     if report.failures:
         raise MegatronSdError("the gate is closed: " + "; ".join(report.failures))
 
 
-def gate(config: GateConfig) -> LiftReport:
-    """Measure the lift and, with `config.record`, write it down. Raises DataError for a missing model, corpus or questions."""
+def gate(config: GateConfig, world: World | None = None) -> LiftReport:
+    """Measure the lift and, with `config.record`, write it down; on every rank of `world` (None: this process).
+
+    Raises DataError for a missing model, corpus or questions, ConfigError when `config.output` holds another gate's rollouts.
+    """
+    check_ranges(config)
+    world = world or lone_world()
     questions = load_questions(config.questions, config.split, config.limit)
-    world, output = lone_world(), Path(config.questions).parent
-    parts = config.model, config.protocol, config.rollout, config.retriever
-    with contextlib.closing(build_rollout_side(*parts, seed=config.seed, output=output, world=world)) as side:
-        sampler = RolloutSampler(rollouter=side.rollouter, reward=config.reward, slice_size=config.rollout.questions_per_step)
-        report = measure_lift(sampler, questions, config.lift)
-    if config.record is not None:
+    with contextlib.ExitStack() as stack:
+        if config.output is not None:
+            stack.enter_context(hold_together(world, Path(config.output)))
+        report = _measure(config, questions, world)
+    if config.record is not None and world.is_first:
         _record(Path(config.record), config, len(questions), report)
     return report
+
+
+def _measure(config: GateConfig, questions: Sequence[Question], world: World) -> LiftReport:
+    output = None if config.output is None else Path(config.output)
+    parts = config.model, config.protocol, config.rollout, config.retriever
+    logs = output or Path(config.questions).parent
+    with contextlib.closing(build_rollout_side(*parts, seed=config.seed, output=logs, world=world)) as side:
+        draws = Draws(output)
+        if output is not None:
+            together(world, lambda: _begin(config, questions, side, draws) if world.is_first else None)
+        draws.read()
+        size = config.rollout.questions_per_step
+        sampler = RolloutSampler(side=side, world=world, reward=config.reward, slice_size=size, draws=draws)
+        report = measure_lift(sampler, questions, config.lift)
+    if output is not None and world.is_first:
+        (output / REPORT_NAME).write_text(json.dumps(report.to_json(), indent=1) + "\n", encoding="utf-8")
+    return report
+
+
+def _begin(config: GateConfig, questions: Sequence[Question], side: RolloutSide, draws: Draws) -> None:
+    """Make the output this gate's, or go on with it."""
+    lift = dataclasses.asdict(config.lift)
+    del lift["num_resamples"]
+    own = config.model, config.retriever, config.protocol, config.rollout
+    identity = {
+        "gate": lift | {"variants": list(config.lift.variants)},
+        "questions_version": questions_version(questions),
+        "num_questions": len(questions),
+        "group_size": config.rollout.group_size,
+        "questions_per_step": config.rollout.questions_per_step,
+        "temperature": config.rollout.temperature,
+        "seed": config.seed,
+        "reward": dataclasses.asdict(config.reward),
+        **rollouts_identity(*own, corpus_version=side.retriever.corpus_version),
+    }
+    claim(Path(config.output or ""), identity)
+    draws.mend()
 
 
 def _record(path: Path, config: GateConfig, num_questions: int, report: LiftReport) -> None:
@@ -88,3 +157,7 @@ def _record(path: Path, config: GateConfig, num_questions: int, report: LiftRepo
         "temperature": config.rollout.temperature,
     }
     path.write_text(json.dumps(known | {"gate": figures | report.to_json()}, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    end_process(exit_code_of(lambda: main(sys.argv[1:]) or 0))

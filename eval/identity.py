@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -10,10 +11,12 @@ from typing import Any
 
 import xxhash
 
+from megatron_sd.config import ModelConfig, ProtocolConfig, RetrieverConfig, RolloutConfig
 from megatron_sd.errors import ConfigError, DataError
 from megatron_sd.records import Question
 from megatron_sd.retrieval.manifest import file_entry
 
+_LIMITS = ("max_search_turns", "max_turn_tokens", "max_observation_tokens", "max_rollout_tokens")
 IDENTITY_NAME = "evaluation.json"
 
 
@@ -31,6 +34,22 @@ def model_version(path: str) -> str:
         if file.is_file() and file.suffix in (".json", ".safetensors", ".bin", ".model", ".txt")
     }
     return xxhash.xxh3_128(json.dumps(entries).encode()).hexdigest()
+
+
+def rollouts_identity(
+    model: ModelConfig, retriever: RetrieverConfig, protocol: ProtocolConfig, rollout: RolloutConfig, *, corpus_version: str
+) -> dict[str, Any]:
+    """What rollouts depend on, beside questions and sampling: model, passages, protocol, limits."""
+    return {
+        "model": model.path,
+        "model_version": model_version(model.path),
+        "dtype": model.dtype,
+        "corpus_version": corpus_version,
+        "top_k": retriever.top_k,
+        "search": {name: value for name, value in dataclasses.asdict(retriever.search).items() if name != "device"},
+        "protocol": dataclasses.asdict(protocol),
+        "limits": {name: getattr(rollout, name) for name in _LIMITS},
+    }
 
 
 def check_causal(path: str) -> None:

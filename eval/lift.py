@@ -20,6 +20,8 @@ from megatron_sd.algorithm.blocks import BLOCKS
 from megatron_sd.algorithm.hindsight import RENDERERS, BlockBuilder, BlockContext, is_correct
 from megatron_sd.records import Question, RolloutGroup
 
+MIN_MIXED = 20  # questions with both outcomes below which the bootstrap's interval means nothing
+
 VARIANTS: Mapping[str, BlockBuilder] = {
     "linked": BLOCKS["paper"],
     "shuffled": BLOCKS["shuffled"],
@@ -82,6 +84,11 @@ class LiftReport:
         wrong = self.overall["wrong_question"]
         if wrong.low > 0:
             found.append(f"the block of a wrong question lifts ({wrong}): labels act as a switch, whatever the block says")
+        if self.linked_minus_shuffled.num_questions < MIN_MIXED:
+            found.append(
+                f"only {self.linked_minus_shuffled.num_questions} questions have rollouts with both outcomes, expected at least "
+                f"{MIN_MIXED}: too few to tell whether labels are read; ask more (limit), or in larger groups"
+            )
         if not self.linked_minus_shuffled.low > 0:
             found.append(f"linked minus shuffled on mixed groups is {self.linked_minus_shuffled}: labels are not read")
         return found

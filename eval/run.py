@@ -17,9 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from tqdm import tqdm
-
-from eval.identity import check_causal, claim, model_version, questions_version
+from eval.identity import check_causal, claim, questions_version, rollouts_identity
 from eval.overlap import Overlap, measure_overlap
 from eval.samples import SAMPLES_NAME, append_lines, append_results, cut_torn_line, read_results, to_result
 from eval.strategies.runner import Strategy
@@ -31,12 +29,12 @@ from megatron_sd.config_checks import check_ranges
 from megatron_sd.errors import RolloutError
 from megatron_sd.observability.transcripts import group_record, render_group
 from megatron_sd.records import Question, RolloutGroup
+from megatron_sd.run_lock import hold
 from megatron_sd.search.questions import load_questions
 from megatron_sd.search.reward import score
 
 REPORT_NAME = "report.json"
 TRANSCRIPTS = Path("transcripts") / "evaluation.jsonl"
-_LIMITS = ("max_search_turns", "max_turn_tokens", "max_observation_tokens", "max_rollout_tokens")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,9 +74,14 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     """Answer what is not answered yet; write and return the report.
 
     Raises DataError for a missing model, corpus or questions file and for damaged samples, ConfigError when `output` holds
-    another evaluation, RolloutError when more than rollout.max_failed_share of a slice fail: what was answered is kept.
+    another evaluation or another process writes to it, RolloutError when more than rollout.max_failed_share of a slice fail:
+    what was answered is kept.
     """
-    output = Path(config.output)
+    with hold(Path(config.output)):
+        return _evaluate(config, Path(config.output))
+
+
+def _evaluate(config: EvalConfig, output: Path) -> dict[str, Any]:
     (output / TRANSCRIPTS).parent.mkdir(parents=True, exist_ok=True)  # what cannot be written fails before the rollouts
     questions = load_questions(config.questions, config.split, config.limit)
     check_causal(config.model.path)
@@ -103,23 +106,20 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
 
 def _identity(config: EvalConfig, questions: Sequence[Question], side: RolloutSide) -> dict[str, Any]:
     """What two runs must have in common to be one evaluation. A greedy one has no temperature."""
-    limits = {name: getattr(config.rollout, name) for name in _LIMITS}
-    search = {name: value for name, value in dataclasses.asdict(config.retriever.search).items() if name != "device"}
     sampling = {} if config.num_samples == 1 else {"temperature": config.rollout.temperature, "seed": config.seed}
     return {
         "strategy": config.strategy,
-        "model": config.model.path,
-        "model_version": model_version(config.model.path),
-        "dtype": config.model.dtype,
-        "corpus_version": side.retriever.corpus_version,
-        "top_k": config.retriever.top_k,
-        "search": search,
         "questions_version": questions_version(questions),
         "num_questions": len(questions),
         "num_samples": config.num_samples,
         **sampling,
-        "protocol": dataclasses.asdict(config.protocol),
-        "limits": limits,
+        **rollouts_identity(
+            config.model,
+            config.retriever,
+            config.protocol,
+            config.rollout,
+            corpus_version=side.retriever.corpus_version,
+        ),
     }
 
 
@@ -136,7 +136,7 @@ def _answer_missing(config: EvalConfig, questions: Sequence[Question], strategy:
     done = {name for name, result in read_results(samples).items() if not result.failed}
     size = config.rollout.questions_per_step
     kept_whole = {question.id for question in questions[: config.num_transcripts]}
-    with tqdm(total=len(questions), desc=f"evaluate {config.strategy}", unit="question", disable=None) as progress:
+    with side.work.on(f"evaluate {config.strategy}", len(questions), "questions") as task:
         for start in range(0, len(questions), size):
             asked = questions[start : start + size]
             missing = [question for question in asked if question.id not in done]
@@ -145,7 +145,7 @@ def _answer_missing(config: EvalConfig, questions: Sequence[Question], strategy:
                 _write_transcripts(config, [group for group in groups if group.question.id in kept_whole], side)
                 append_results(samples, [to_result(group, form_of(config.strategy)) for group in groups])
                 _refuse_many_failures(groups, config)
-            progress.update(len(asked))
+            task.add(done=len(asked))
 
 
 def _write_transcripts(config: EvalConfig, groups: Sequence[RolloutGroup], side: RolloutSide) -> None:

@@ -1,16 +1,18 @@
-"""Training on this machine: one process, or several ranks through DeepSpeed's own launcher."""
+"""Ranks on this machine: one process, or several through DeepSpeed's own launcher. Training, and the checks before it."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import ctypes
+import importlib
 import os
 import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from types import FrameType
 
 import psutil
@@ -19,7 +21,10 @@ from megatron_sd.config import Config, load
 from megatron_sd.distributed.control import STOPPED_EXIT_CODE
 from megatron_sd.errors import ConfigError, MegatronSdError
 from megatron_sd.machine import has_gpu
+from megatron_sd.run_lock import refuse_held
 
+TRAIN = "megatron_sd.train"
+PROGRAMS = frozenset({TRAIN, "eval.gate", "eval.credit.main"})  # what a rank may be
 _KILLED_CODES = frozenset({-9, 137, 247})  # by SIGKILL: as python, a shell and DeepSpeed's launcher say it
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _PARENT_DIED = 1  # PR_SET_PDEATHSIG of prctl(2)
@@ -29,8 +34,27 @@ def main(argv: Sequence[str]) -> None:
     """`sd-search train`: check the configuration here, then start the ranks. Raises what the ranks' failure means."""
     num_ranks, rest = split_num_ranks(argv)
     config = load(rest)  # a typo ends here, once, before any process starts
+    refuse_held(Path(config.run_dir))
     remarks = check_memory(config, num_ranks)
     start_ranks(num_ranks, rest, remarks)
+
+
+def gate(argv: Sequence[str]) -> None:
+    """`sd-search gate`: in this process, or with --num-ranks on several ranks that share the questions."""
+    _on_ranks("eval.gate", argv)
+
+
+def credit(argv: Sequence[str]) -> None:
+    """`sd-search credit`: in this process, or with --num-ranks on several ranks that share the rollouts."""
+    _on_ranks("eval.credit.main", argv)
+
+
+def _on_ranks(program: str, argv: Sequence[str]) -> None:
+    num_ranks, rest = split_num_ranks(argv)
+    if num_ranks == 1:
+        importlib.import_module(program).main(rest)
+    else:
+        start_ranks(num_ranks, rest, program=program)
 
 
 def split_num_ranks(argv: Sequence[str]) -> tuple[int, list[str]]:
@@ -73,9 +97,9 @@ def free_bytes() -> int | None:
     return None
 
 
-def start_ranks(num_ranks: int, argv: Sequence[str], remarks: Sequence[str] = ()) -> None:
-    """Run `megatron_sd.train` on `num_ranks` ranks of this machine and wait. Raises MegatronSdError when a rank fails, and
-    SystemExit(85) when the run has saved and stopped as it was asked to.
+def start_ranks(num_ranks: int, argv: Sequence[str], remarks: Sequence[str] = (), *, program: str = TRAIN) -> None:
+    """Run a program on `num_ranks` ranks of this machine and wait. Raises MegatronSdError when a rank fails, and SystemExit(85)
+    when a run has saved and stopped as it was asked to.
 
     The cores are shared out among the ranks, unless OMP_NUM_THREADS is set already. Signals are handed on to the ranks, which
     save and stop; they also do when this process is gone.
@@ -83,7 +107,7 @@ def start_ranks(num_ranks: int, argv: Sequence[str], remarks: Sequence[str] = ()
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // num_ranks))
     choose_accelerator()
     environment = os.environ | {"OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
-    command = command_line(num_ranks, free_port(), argv)
+    command = command_line(num_ranks, free_port(), argv, program)
     parent = os.getpid()
     options = {"env": environment, "start_new_session": True, "preexec_fn": lambda: end_with(parent)}
     with subprocess.Popen(command, **options) as process, _handing_on(process.pid):
@@ -93,7 +117,7 @@ def start_ranks(num_ranks: int, argv: Sequence[str], remarks: Sequence[str] = ()
     if code in _KILLED_CODES:
         raise MegatronSdError(killed_message(num_ranks, remarks))
     if code != 0:
-        raise MegatronSdError(f"training ended with exit code {code}; the ranks' own message stands above")
+        raise MegatronSdError(f"{program} ended with exit code {code}; the ranks' own message stands above")
 
 
 def killed_message(num_ranks: int, remarks: Sequence[str]) -> str:
@@ -145,7 +169,7 @@ def _handing_on(pid: int) -> Iterator[None]:
 
 
 def ranks_under(pid: int) -> list[psutil.Process]:
-    """The processes at or below `pid` that train; DeepSpeed's launchers above them end when they have ended."""
+    """The processes at or below `pid` that are ranks; DeepSpeed's launchers above them end when they have ended."""
     with contextlib.suppress(psutil.NoSuchProcess):
         top = psutil.Process(pid)
         return [process for process in (top, *top.children(recursive=True)) if _is_rank(process)]
@@ -155,7 +179,7 @@ def ranks_under(pid: int) -> list[psutil.Process]:
 def _is_rank(process: psutil.Process) -> bool:
     with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
         words = process.cmdline()
-        return "megatron_sd.train" in words and not any(word.startswith("deepspeed.launcher") for word in words)
+        return not PROGRAMS.isdisjoint(words) and not any(word.startswith("deepspeed.launcher") for word in words)
     return False
 
 
@@ -165,12 +189,12 @@ def choose_accelerator() -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
-def command_line(num_ranks: int, port: int, argv: Sequence[str]) -> list[str]:
+def command_line(num_ranks: int, port: int, argv: Sequence[str], program: str = TRAIN) -> list[str]:
     """The process to start: python itself for one rank, DeepSpeed's launcher for more."""
     if num_ranks == 1:
-        return [sys.executable, "-m", "megatron_sd.train", *argv]
+        return [sys.executable, "-m", program, *argv]
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(num_ranks), "--master_port", str(port)]
-    return [*launcher, "--log_level", "error", "--no_local_rank", "--module", "megatron_sd.train", *argv]
+    return [*launcher, "--log_level", "error", "--no_local_rank", "--module", program, *argv]
 
 
 def free_port() -> int:

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import hashlib
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from megatron_sd.distributed.world import World, lone_world
 from megatron_sd.errors import ConfigError
 from megatron_sd.observability.recorder import Recorder
 from megatron_sd.observability.timers import Timers
+from megatron_sd.observability.work import Work
 from megatron_sd.records import Batch, Question, RolloutGroup, TrainingSample
 from megatron_sd.retrieval.choice import open_retriever
 from megatron_sd.retrieval.retriever import Retriever
@@ -64,6 +66,7 @@ class RolloutSide:
     environment: Environment
     retriever: Retriever
     rollouter: Rollouter
+    work: Work
 
     def close(self) -> None:
         """End what the engine started."""
@@ -87,12 +90,15 @@ def build_rollout_side(
     that cannot be had as configured.
     """
     world = world or lone_world()
-    codec = load_codec(model.path, chat_template=protocol.chat_template)
+    codec = load_codec(
+        model.path, chat_template=protocol.chat_template, template_arguments=protocol.template_arguments
+    )
     environment = Environment(codec, build_protocol(protocol), rollout)
     passages = open_retriever(retriever)
     engine = build_engine(model, rollout, codec, world, output=output)
-    rollouter = Rollouter(engine, passages, environment, top_k=retriever.top_k, seed=seed, world=world)
-    return RolloutSide(engine=engine, environment=environment, retriever=passages, rollouter=rollouter)
+    work = Work(sys.stderr if world.is_first else None)
+    rollouter = Rollouter(engine, passages, environment, top_k=retriever.top_k, seed=seed, world=world, work=work)
+    return RolloutSide(engine=engine, environment=environment, retriever=passages, rollouter=rollouter, work=work)
 
 
 def _torch_engine(model: ModelConfig, rollout: RolloutConfig, codec: TextCodec, world: World, output: Path) -> TorchEngine:
@@ -178,6 +184,7 @@ def build_trainer(config: Config, world: World) -> Trainer:
             transcripts_per_step=config.log.transcripts_per_step,
         ),
         timers=Timers(world.pulse.move),
+        work=side.work,
         stability=Stability(config.safety),
         attempts=Attempts(run_dir / ATTEMPTS_NAME, world, limit=config.safety.max_idle_attempts),
     )

@@ -135,6 +135,7 @@ class ProtocolConfig:
     preset: Literal["search_r1", "autorefine", "compact"] = "search_r1"
     prompt: str | None = None  # needs {question} and {hindsight}; the student's {hindsight} is empty
     chat_template: bool = False  # wrap the prompt as a user message of the tokenizer's chat template
+    template_arguments: dict[str, bool | int | str] = field(default_factory=dict)  # of the template, as {enable_thinking: false}
     search_tags: tuple[str, str] | None = None
     information_tags: tuple[str, str] | None = None
     answer_tags: tuple[str, str] | None = None
@@ -315,7 +316,7 @@ class SafetyConfig:
     stop_after_s: float | None = None  # of this start: save and end with exit code 85, as run_dir/control/STOP or SIGUSR1 asks
     max_idle_attempts: int = 3  # starts in a row that committed no new checkpoint, before the next one is refused; 0: any number
     roll_back_after_refusals: int = 3  # steps refused (not finite, spike) before the run goes back to its last checkpoint
-    stop_after_refusals: int = 5
+    stop_after_refusals: int = 5  # of these, and of steps without a sampled token
     spike_sigmas: float = 0.0  # refuse a step whose log gradient norm lies so many robust deviations above the median; 0: none
     spike_window: int = 256  # steps that median and deviation are taken from
 

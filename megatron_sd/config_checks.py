@@ -68,7 +68,8 @@ _RANGES: dict[str, tuple[str, ...]] = {
         "safety.roll_back_after_refusals",
         "safety.stop_after_refusals",
         "safety.spike_window",
-        "limit",  # of an evaluation, as the next two
+        "limit",  # of an evaluation, as the next three
+        "batch_tokens",
         "num_samples",
         "num_resamples",
     ),
@@ -94,7 +95,7 @@ _RANGES: dict[str, tuple[str, ...]] = {
         "publish.timeout_s",
     ),
     "between 0 and 1": ("rollout.max_failed_share", "rollout.vllm.gpu_memory_share", "optimizer.betas", "distill.ema_decay"),
-    "strictly between 0 and 1 (for its limits use divergence forward_kl or reverse_kl)": ("distill.beta",),
+    "strictly between 0 and 1 (for its limits use divergence forward_kl or reverse_kl)": ("distill.beta", "beta"),
 }
 _IN_RANGE: dict[str, Callable[[Any], bool]] = {
     "0": lambda value: 0 <= value < math.inf,

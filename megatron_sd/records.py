@@ -252,6 +252,11 @@ class Microbatch:
         )
 
     @property
+    def num_tokens(self) -> int:
+        """Student and teacher tokens that are read, padding left out."""
+        return int(self.lengths.sum() + self.teacher_prompt_lengths.sum() + self.teacher_lengths.sum())
+
+    @property
     def num_padding_tokens(self) -> int:
         """Student and teacher positions that hold no token and are read all the same."""
         if self.is_packed:

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import logging
 import sys
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_sd.distributed.control import STOPPED_EXIT_CODE, StopRequest
-from megatron_sd.errors import ConfigError, MegatronSdError, StopRequested
+from megatron_sd.door import exit_code_of
+from megatron_sd.errors import StopRequested
+
+if TYPE_CHECKING:
+    from megatron_sd.config import Config
+    from megatron_sd.distributed.world import World
 
 
 def main(argv: Sequence[str]) -> int:
@@ -17,17 +22,7 @@ def main(argv: Sequence[str]) -> int:
     otherwise. A run that saved because it was asked to stop ends with 85: the same command goes on."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
     stop = StopRequest.listen()  # before anything that takes its time
-    try:
-        return _train(argv, stop)
-    except MegatronSdError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
-        return 2 if isinstance(error, ConfigError) else 1
-    except OSError as error:  # of a disk: the checkpoints' own writes raise CheckpointError
-        print(f"{error}: expected to read or write there; make room, or change the path, and resume", file=sys.stderr, flush=True)
-        return 1
-    except Exception:
-        traceback.print_exc()  # and leave at once: other ranks notice an ended one, not one that hangs in its teardown
-        return 1
+    return exit_code_of(lambda: _train(argv, stop))
 
 
 def _train(argv: Sequence[str], stop: StopRequest) -> int:
@@ -35,11 +30,21 @@ def _train(argv: Sequence[str], stop: StopRequest) -> int:
 
     config = load(argv)
     stop.watch(Path(config.run_dir), config.safety.stop_after_s)
-    from megatron_sd.distributed.collectives import gather_objects
+    from megatron_sd.distributed.collectives import hold_together
     from megatron_sd.distributed.world import join_world, leave_world
 
     world = join_world(stop)
+    with hold_together(world, Path(config.run_dir)):
+        code = _train_alone(config, world)
+    if code == 0:
+        leave_world()
+    return code
+
+
+def _train_alone(config: Config, world: World) -> int:
+    """Train in a run directory that nothing else writes to; the exit code."""
     from megatron_sd.build import build_trainer, build_watchdog  # imports DeepSpeed, which must see join_world's device
+    from megatron_sd.distributed.collectives import gather_objects
 
     trainer, watchdog = build_trainer(config, world), build_watchdog(config, world)
     watchdog.start()
@@ -47,13 +52,12 @@ def _train(argv: Sequence[str], stop: StopRequest) -> int:
         trainer.train()
     except StopRequested as request:
         if world.is_first:
-            stop.served()
+            world.stop.served()
             print(f"stopped: {request}; saved step {trainer.step}", file=sys.stderr, flush=True)
         gather_objects(world, None)  # a launcher ends the ranks that are left as soon as one has ended
         return STOPPED_EXIT_CODE
     finally:
         watchdog.stop()
-    leave_world()
     return 0
 
 

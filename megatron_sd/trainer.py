@@ -16,6 +16,7 @@ from megatron_sd.errors import RefusedStepError, ReshardError, RolloutError, Sto
 from megatron_sd.observability.metrics import block_metrics, lag_metrics, rollout_metrics
 from megatron_sd.observability.recorder import Recorder
 from megatron_sd.observability.timers import Timers, memory_metrics
+from megatron_sd.observability.work import Work
 from megatron_sd.records import Batch, Question, RolloutGroup, TrainingSample, UpdateResult
 from megatron_sd.rollout.engine import WeightReceiver
 from megatron_sd.rollout.rollouter import Rollouter
@@ -68,6 +69,7 @@ class Trainer:
     checkpoints: Checkpoints
     recorder: Recorder
     timers: Timers
+    work: Work
     stability: Stability
     attempts: Attempts
     step: int = 0
@@ -105,9 +107,11 @@ class Trainer:
             batch = self.pack(self.to_samples(groups, advantages, self.teacher_prompts(groups, blocks)))
         with self.timers.phase("update"):
             for weights in self.alpha.passes(self.step):  # one pass; three on a step that measures the gradient ratio
-                for microbatch in batch:
-                    agree_to_stop(self.world)
-                    self.policy.accumulate(microbatch, batch.totals, weights)
+                with self.work.on("update", len(batch.microbatches), "microbatches") as task:
+                    for microbatch in batch:
+                        agree_to_stop(self.world)
+                        self.policy.accumulate(microbatch, batch.totals, weights)
+                        task.add(done=1, tokens=microbatch.num_tokens)
                 self.alpha.observe(self.policy)
             update = self.policy.step(self.stability.norm_limit())
         self.stability.taken(self.step, update.grad_norm)

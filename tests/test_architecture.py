@@ -33,6 +33,8 @@ FLOORS = {
     "megatron_sd.command_line": 0,
     "megatron_sd.errors": 0,
     "megatron_sd.machine": 0,
+    "megatron_sd.run_lock": 0,
+    "megatron_sd.door": 0,
     "megatron_sd": 0,
 }
 # What packages of the same floor may import from each other, and why.

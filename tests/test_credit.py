@@ -12,13 +12,17 @@ from scipy.stats import mannwhitneyu
 from eval.credit.auc import auc, credit_table
 from eval.credit.main import CreditConfig, credit
 from eval.credit.queries import QueryCredit, query_facts
+from eval.credit.scorer import ScoreOptions, score_group
 from eval.credit.transcripts import read_groups
 from eval.report import ReportConfig, make_report
-from megatron_sd.config import ModelConfig, ProtocolConfig, RolloutConfig
+from eval.samples import read_lines
+from launch.local import credit as credit_on_ranks
+from megatron_sd.config import ModelConfig, ProtocolConfig, RewardConfig, RolloutConfig
 from megatron_sd.errors import ConfigError, DataError
 from megatron_sd.rollout.torch_engine import load_model
 from megatron_sd.search.environment import Environment
 from megatron_sd.search.protocol import build_protocol
+from megatron_sd.search.reward import score
 from megatron_sd.search.tokens import load_codec
 from tests.builders import group, hit, question, rollout
 
@@ -123,6 +127,73 @@ def test_log_ratios_are_those_of_two_plain_forwards(transcripts, environment, tm
     np.testing.assert_allclose(rows[2]["log_ratios"], (logprobs[0] - logprobs[1]).detach(), atol=2e-5)
     page = make_report(ReportConfig(run_dir=str(tmp_path / "out"))).read_text()
     assert page.count('title="teacher ') == sum(len(row["log_ratios"]) for row in rows)
+
+
+def test_batches_change_nothing(environment, transcripts):
+    """Sequences of several lengths in one forward, and each in its own."""
+    (found,) = read_groups(transcripts, environment)
+    (found,) = score([found], RewardConfig())
+    model = load_model(MODEL, dtype=torch.float32, device=torch.device("cpu"))
+    blocks = ["Previous attempts at this question:\nAttempt 1 (CORRECT): \"Ana guide\"\n"] * 2
+    alone, together = (
+        score_group(model, environment, found, blocks, options=ScoreOptions(batch_tokens=size)) for size in (1, 8192)
+    )
+    assert [query.text for query in alone] == [query.text for query in together] and len(alone) == 3
+    for one, other in zip(alone, together):
+        np.testing.assert_allclose(one.log_ratios, other.log_ratios, atol=1e-5)
+        assert one.jsd == pytest.approx(other.jsd, abs=1e-6) and abs(one.log_ratio) > 0.01
+
+
+def many_groups(path, count=5):
+    rows = [
+        {"id": n, "question": f"Where lives guide {n}?", "golden_answers": ["Riga"], "response": text}
+        for n in range(count)
+        for text in (FIRST, SECOND)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_a_killed_scoring_goes_on_and_reports_the_same(tmp_path, monkeypatch):
+    shared = {"model": EXACT, "transcripts": str(many_groups(tmp_path / "t.jsonl")), "protocol": COMPACT}
+    straight = credit(CreditConfig(output=str(tmp_path / "straight"), **shared))
+    scored = []
+
+    def dies_at_the_third(model, environment, group, blocks, *, options):
+        scored.append(group.question.id)
+        if len(scored) == 3:
+            raise KeyboardInterrupt
+        return score_group(model, environment, group, blocks, options=options)
+
+    config = CreditConfig(output=str(tmp_path / "out"), **shared)
+    monkeypatch.setattr("eval.credit.main.score_group", dies_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        credit(config)
+    kept = tmp_path / "out" / "scored.rank_0.jsonl"
+    kept.write_text(kept.read_text() + '{"group": 2, "que')  # half a line
+    assert credit(config).lines() == straight.lines()
+    assert scored == ["0", "1", "2", "2", "3", "4"]
+    for name in ("credit.json", "queries.jsonl"):
+        one, other = ((tmp_path / run / name).read_text().replace(run, "") for run in ("straight", "out"))
+        assert one == other
+    with pytest.raises(ConfigError, match="holds an evaluation whose credit is .*'paper'.*now it is .*'shuffled'"):
+        credit(replace(config, block="shuffled"))
+
+
+@pytest.mark.ranks
+def test_two_ranks_score_what_one_does(tmp_path):
+    path = many_groups(tmp_path / "t.jsonl")
+    shared = {"model": EXACT, "transcripts": str(path), "protocol": COMPACT}
+    one = credit(CreditConfig(output=str(tmp_path / "one"), **shared))
+    options = [f"--model.path={MODEL}", "--model.dtype=float32", f"--transcripts={path}", "--protocol.preset=compact"]
+    credit_on_ranks(["--num-ranks=2", *options, f"--output={tmp_path / 'two'}"])
+    shares = [len((tmp_path / "two" / f"scored.rank_{rank}.jsonl").read_text().splitlines()) for rank in (0, 1)]
+    assert shares == [2, 3]
+    assert json.loads((tmp_path / "two/credit.json").read_text())["hit_share"] == pytest.approx(one.hit_share, abs=1e-4)
+    rows = [read_lines(tmp_path / name / "queries.jsonl") for name in ("one", "two")]
+    for first, second in zip(*rows, strict=True):
+        assert (first["question_id"], first["text"]) == (second["question_id"], second["text"])
+        np.testing.assert_allclose(first["log_ratios"], second["log_ratios"], atol=1e-5)
 
 
 def test_what_does_not_fit_is_named(transcripts, environment, tmp_path):

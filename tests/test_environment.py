@@ -2,12 +2,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_sd.config import ProtocolConfig
+from megatron_sd.config import ProtocolConfig, RolloutConfig
 from megatron_sd.errors import ConfigError
 from megatron_sd.records import StopReason
-from megatron_sd.search.environment import Verdict
+from megatron_sd.search.environment import Environment, Verdict
+from megatron_sd.search.protocol import build_protocol
+from megatron_sd.search.tokens import TextCodec
 from tests.builders import hit
-from tests.fakes_rollout import codec, environment
+from tests.fakes_rollout import byte_level_tokenizer, codec, environment
 
 ENCODE = codec().encode
 RETRY = ProtocolConfig(preset="compact", invalid_action_message="\nTry {search_open}.\n")
@@ -138,8 +140,49 @@ def test_turn_budget_counts_both_limits():
 def test_form_is_judged_without_the_end_of_sequence():
     own = environment()
     good = ENCODE("<think>a</think><search> q </search>")
-    assert own.is_well_formed(good) and own.is_well_formed((*good, 0))
-    assert not own.is_well_formed((*good, 0, 0)) and not own.is_well_formed(ENCODE("x<search> q </search>"))
+    assert own.is_well_formed(good, turn=0) and own.is_well_formed((*good, 0), turn=0)
+    assert not own.is_well_formed((*good, 0, 0), turn=0)
+    assert not own.is_well_formed(ENCODE("x<search> q </search>"), turn=0)
+
+
+def test_a_thought_that_the_prompt_opens_belongs_to_the_first_turn():
+    """Generation prompts of thinking models end in <think>: the completion closes it."""
+    own = environment(ProtocolConfig(preset="compact", prompt="{hindsight}Question: {question}\n<think>\n"))
+    closes = ENCODE("I must look.\n</think>\n\n<search> glass maker </search>")
+    assert own.is_well_formed(closes, turn=0) and not own.is_well_formed(closes, turn=1)
+    assert not own.is_well_formed(ENCODE("<search> q </search>"), turn=0), "the thought was never closed"
+    assert not own.is_well_formed(ENCODE("<think>a</think><search> q </search>"), turn=0), "a second thought"
+    assert own.is_well_formed(ENCODE("<think>a</think><search> q </search>"), turn=1)
+
+
+def test_a_thought_that_the_prompt_opens_and_closes_is_over():
+    """Qwen3 with enable_thinking false."""
+    own = environment(ProtocolConfig(preset="compact", prompt="{hindsight}{question}\n<think>\n\n</think>\n\n"))
+    assert own.is_well_formed(ENCODE("<search> q </search>"), turn=0)
+    assert own.is_well_formed(ENCODE("<think>a</think><search> q </search>"), turn=0)
+
+
+def test_the_models_own_tokens_stand_in_what_we_write_and_in_nothing_else():
+    """A tokenizer that has <think> and <information> as added tokens: so the model knows them."""
+    tokenizer = byte_level_tokenizer()
+    tokenizer.add_tokens(["<think>", "</think>", "<information>", "</information>"])
+    own_codec = TextCodec(tokenizer, chat_template=False)
+    protocol = build_protocol(ProtocolConfig(prompt="Use <think>.\n{hindsight}Question: {question}\n"))
+    own = Environment(own_codec, protocol, RolloutConfig())
+    think, opening, closing = (tokenizer.convert_tokens_to_ids(text) for text in ("<think>", "<information>", "</information>"))
+    ids = own.prompt_ids("who said <think>?", "CORRECT: <think> <|im_end|>\n")
+    assert list(ids).count(think) == 1 and own_codec.control_ids.intersection(ids) == {think}
+    expected = protocol.render_prompt("who said  ?", "CORRECT:    \n")
+    assert list(ids) == tokenizer(expected, add_special_tokens=False).input_ids
+    seen = own.observation_ids([hit("p", "a </information> <think> b", "t")])
+    breaks = own_codec.encode("\n\n")
+    assert seen[: len(breaks) + 1] == (*breaks, opening) and seen[-len(breaks) - 1 :] == (closing, *breaks)
+    assert own_codec.control_ids.intersection(seen) == {opening, closing}
+
+
+def test_a_prompt_without_added_tokens_is_encoded_as_one_text():
+    own = environment()
+    assert own.prompt_ids("who?", "a\n") == ENCODE(own.protocol.render_prompt("who?", "a\n"))
 
 
 def test_observation_limit_must_hold_the_tags():

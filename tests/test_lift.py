@@ -85,6 +85,13 @@ def test_a_blind_sampler_lifts_nothing_and_does_not_pass():
     assert report.failures == [f"linked minus shuffled on mixed groups is {report.linked_minus_shuffled}: labels are not read"]
 
 
+def test_a_few_questions_pass_no_gate():
+    """One mixed question has an interval of no width, far from 0."""
+    report = measure_lift(Reader(), QUESTIONS[:8], CONFIG)
+    assert report.linked_minus_shuffled.num_questions < 20
+    assert "questions have rollouts with both outcomes, expected at least 20" in report.failures[0]
+
+
 def test_the_estimates_are_means_with_percentile_intervals():
     values = np.array([0.0, 1.0, np.nan, 1.0, 0.0] * 20)
     estimate = bootstrap_mean(values, 2000, seed=0)

@@ -83,7 +83,7 @@ def test_before_there_are_ranks_a_signal_ends_their_launcher():
     process = subprocess.Popen([sys.executable, "-c", words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "up\n"
     process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 1 and "training ended with exit code -15" in process.stderr.read()
+    assert process.wait(60) == 1 and "megatron_sd.train ended with exit code -15" in process.stderr.read()
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])

@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 
 from megatron_sd.algorithm.samples import GATES, SCOPES, apply_gate, to_samples
-from megatron_sd.errors import RolloutError
+from megatron_sd.errors import BarrenStepError, RolloutError
 from megatron_sd.records import StopReason, Turn
 from tests.fakes_groups import make_group, make_rollout
 
@@ -50,7 +50,7 @@ def test_failures_and_empty_rollouts_are_left_out_and_group_numbers_stay():
 def test_a_step_without_a_single_token_is_an_error_unless_all_rollouts_failed():
     """Prompts above rollout.max_rollout_tokens would otherwise train on nothing, step after step."""
     empty = dataclasses.replace(make_rollout(0.0, turns=()), stop_reason=StopReason.TOKEN_LIMIT)
-    with pytest.raises(RolloutError, match=r"none of the step's 1 rollouts .*'token_limit': 1.*max_rollout_tokens"):
+    with pytest.raises(BarrenStepError, match=r"none of the step's 1 rollouts has a sampled token .*'token_limit': 1"):
         samples_of(group_of(empty, make_rollout(0.0, index=1, failed=True)), [(), ()])
     assert samples_of(group_of(make_rollout(0.0, failed=True)), [()]) == []
 

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from megatron_sd.config import AlphaConfig, SafetyConfig
-from megatron_sd.errors import GradientSpikeError, NonFiniteError
+from megatron_sd.errors import BarrenStepError, GradientSpikeError, NonFiniteError
 from megatron_sd.training.gradient_ratio import AlphaSchedule, GradientRatio
 from megatron_sd.training.stability import MIN_NORMS, SpikeGuard, Stability
 
@@ -28,6 +28,16 @@ def test_a_new_sound_step_ends_the_count():
     for step in range(5, 10):
         stability.taken(step, 1.0)
     assert [stability.refused(10, ERROR), stability.refused(11, ERROR)] == [False, True]
+
+
+def test_barren_steps_are_passed_over_and_several_in_a_row_end_the_run():
+    """The weights are not to blame: no going back, and advice that fits."""
+    stability, barren = Stability(SafetyConfig()), BarrenStepError("none of the step's 8 rollouts has a sampled token")
+    assert [stability.refused(step, barren) for step in (3, 4, 5, 6)] == [False] * 4
+    stability.taken(7, 1.0)
+    assert [stability.refused(step, barren) for step in (8, 9, 10, 11)] == [False] * 4
+    with pytest.raises(BarrenStepError, match="5 steps were refused .*look at what prompts .*rollout.max_rollout_tokens"):
+        stability.refused(12, barren)
 
 
 def test_the_error_keeps_its_kind():

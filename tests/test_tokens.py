@@ -1,7 +1,7 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from megatron_sd.errors import ConfigError, DataError
@@ -70,6 +70,42 @@ def test_chat_template_must_exist_and_show_the_message_once():
     tokenizer.chat_template = "{{ messages[0].content }}{{ messages[0].content }}"
     with pytest.raises(ConfigError, match="2 times, expected once"):
         TextCodec(tokenizer, chat_template=True)
+
+
+THINKING = (
+    "{% for m in messages %}user {{ m.content }}<|im_end|>{% endfor %}assistant "
+    "{% if enable_thinking is defined and enable_thinking is false %}<think></think>{% endif %}"
+)
+
+
+def test_template_arguments_reach_the_template_and_a_misspelt_one_is_named():
+    tokenizer = byte_level_tokenizer()
+    tokenizer.chat_template = THINKING
+    plain = TextCodec(tokenizer, chat_template=True)
+    own = TextCodec(tokenizer, chat_template=True, template_arguments={"enable_thinking": False})
+    assert plain.decode(plain.prompt_ids("a")) == "user a<|im_end|>assistant "
+    assert own.decode(own.prompt_ids("a")) == "user a<|im_end|>assistant <think></think>"
+    with pytest.raises(ConfigError, match="reads no enable_thinkin, expected some of .*enable_thinking, messages"):
+        TextCodec(tokenizer, chat_template=True, template_arguments={"enable_thinkin": False})
+
+
+def test_a_template_that_refuses_the_message_is_named():
+    tokenizer = byte_level_tokenizer()
+    tokenizer.chat_template = "{{ raise_exception('a system message first') }}"
+    with pytest.raises(ConfigError, match="refuses a user's message .*a system message first"):
+        TextCodec(tokenizer, chat_template=True)
+
+
+def test_our_own_text_is_cut_at_the_longest_added_token_and_takes_its_spaces_along():
+    tokenizer = byte_level_tokenizer()
+    tokenizer.add_tokens(["<a>", "<a><b>", AddedToken("<c>", lstrip=True, rstrip=True)])
+    own = TextCodec(tokenizer, chat_template=False)
+    a, ab, c = (tokenizer.convert_tokens_to_ids(text) for text in ("<a>", "<a><b>", "<c>"))
+    text = "mayor<a><b> of <c>  <a>{name} "
+    assert own.encode_own(text) == (*own.encode("mayor"), ab, *own.encode(" of"), c, a, *own.encode("{name} "))
+    assert list(own.encode_own(text)) == tokenizer(text, add_special_tokens=False).input_ids
+    assert own.encode_own("{name}", {"name": "<a>"}) == own.encode("<a>")
+    assert own.encode_own("") == ()
 
 
 def test_tokenizer_that_leaks_control_ids_is_refused():

@@ -6,10 +6,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from megatron_sd.config import SafetyConfig
 from megatron_sd.distributed.world import lone_world
-from megatron_sd.errors import ReshardError, RolloutError
+from megatron_sd.errors import BarrenStepError, ReshardError, RolloutError
 from megatron_sd.observability.timers import Timers
+from megatron_sd.observability.work import SILENT
 from megatron_sd.trainer import Schedule, Trainer
+from megatron_sd.training.stability import Stability
 
 
 def trainer(events: list, *, fails_at: tuple[str, int]) -> Trainer:
@@ -52,6 +55,7 @@ def trainer(events: list, *, fails_at: tuple[str, int]) -> Trainer:
         checkpoints=checkpoints,
         recorder=SimpleNamespace(begin=lambda step: None, close=lambda: events.append(("close", None))),
         timers=Timers(),
+        work=SILENT,
         stability=SimpleNamespace(norm_limit=lambda: math.inf, taken=lambda step, norm: None, state=dict),
         attempts=SimpleNamespace(begin=lambda step: None),
     )
@@ -75,3 +79,22 @@ def test_a_run_without_failures_publishes_every_version_and_saves_once():
     trainer(events, fails_at=("never", 0)).train()
     assert [version for phase, version in events if phase == "publish"] == [0, 1, 2, 3]
     assert [event for event in events if event[0] in ("save", "close")] == [("save", 3), ("close", None)]
+
+
+def test_a_step_without_a_sampled_token_is_passed_over_and_counted():
+    events: list = []
+    own = trainer(events, fails_at=("never", 0))
+    own.stability = Stability(SafetyConfig())
+    recorded = []
+    own.recorder.record = lambda step, metrics: recorded.append((step, metrics))
+
+    def barren_once(groups, advantages, prompts):
+        if own.step == 1:
+            raise BarrenStepError("none of the step's 8 rollouts has a sampled token")
+        return []
+
+    own.to_samples = barren_once
+    own.train()
+    assert recorded == [(2, {"optim/refused_steps": 1.0})]
+    assert [step for name, step in events if name == "rollout"] == [0, 1, 2]
+    assert ("publish", 2) in events and events[-2:] == [("save", 3), ("close", None)]

@@ -8,27 +8,35 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from eval.credit.auc import CreditTable, credit_table
 from eval.credit.queries import QueryCredit
-from eval.credit.scorer import score_group
+from eval.credit.scorer import ScoreOptions, score_group
+from eval.credit.store import Scored
 from eval.credit.transcripts import read_groups
+from eval.identity import claim, model_version
 from eval.lift import rounded
 from megatron_sd.algorithm.blocks import BLOCKS, BY_TURN
 from megatron_sd.algorithm.hindsight import RENDERERS, BlockContext
 from megatron_sd.config import ModelConfig, ProtocolConfig, RewardConfig, RolloutConfig, parse
-from megatron_sd.distributed.world import lone_world
+from megatron_sd.config_checks import check_ranges
+from megatron_sd.distributed.collectives import hold_together, share, together
+from megatron_sd.distributed.world import World, end_process, lone_world, world_of_program
+from megatron_sd.door import exit_code_of
 from megatron_sd.errors import ConfigError, DataError
 from megatron_sd.observability.recorder import TRANSCRIPTS_NAME
 from megatron_sd.observability.transcripts import group_record
+from megatron_sd.observability.work import Work
+from megatron_sd.pretrained.loading import check_head, load_config
 from megatron_sd.records import RolloutGroup
+from megatron_sd.retrieval.manifest import file_entry
 from megatron_sd.rollout.torch_engine import load_model
 from megatron_sd.search.environment import Environment
 from megatron_sd.search.protocol import build_protocol
@@ -41,7 +49,8 @@ class CreditConfig:
     """Score `transcripts` (jsonl of training, of `sd-search eval`, or of Search-R1's kind) with `model` as teacher and student.
 
     block: a key of BLOCKS that is the same for every turn. beta, temperature: of the divergence. num_resamples: of the bootstrap
-    over questions.
+    over questions. batch_tokens: padded tokens of one forward, which bounds its memory. What is scored is kept in `output`: the
+    same command goes on where it was killed.
     """
 
     model: ModelConfig
@@ -54,40 +63,89 @@ class CreditConfig:
     temperature: float = 1.0
     num_resamples: int = 2000
     seed: int = 0
+    batch_tokens: int = 8192
     protocol: ProtocolConfig = field(default_factory=ProtocolConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
 
 
 def main(argv: Sequence[str]) -> None:
     """The command line of `credit`."""
-    config = parse(CreditConfig, argv, "sd-search credit")
-    table = credit(config)
-    print("\n".join([*table.lines(), f"written to {config.output}; `sd-search report {config.output}` shows each token"]))
+    config, world = parse(CreditConfig, argv, "sd-search credit"), world_of_program()
+    table = credit(config, world)
+    if world.is_first:
+        print("\n".join([*table.lines(), f"written to {config.output}; `sd-search report {config.output}` shows each token"]))
 
 
-def credit(config: CreditConfig) -> CreditTable:
-    """Score everything and write it down. Raises DataError for transcripts that do not fit the model, ConfigError for a block."""
+def credit(config: CreditConfig, world: World | None = None) -> CreditTable:
+    """Score everything, on all ranks of `world` (None: this process), and write it down. Raises DataError for transcripts that
+    do not fit the model, ConfigError for a block, and when `output` holds another scoring."""
+    check_ranges(config)
     for name, table in (("block", BLOCKS.keys() - BY_TURN), ("block_format", RENDERERS)):
         if getattr(config, name) not in table:
             raise ConfigError(f"{name} is {getattr(config, name)!r}, expected one of {', '.join(sorted(table))}")
-    codec = load_codec(config.model.path, chat_template=config.protocol.chat_template)
-    environment = Environment(codec, build_protocol(config.protocol), RolloutConfig())
-    model = load_model(config.model.path, dtype=getattr(torch, config.model.dtype), device=lone_world().device).eval()
+    world, own = world or lone_world(), config.protocol
+    codec = load_codec(config.model.path, chat_template=own.chat_template, template_arguments=own.template_arguments)
+    environment = Environment(codec, build_protocol(own), RolloutConfig())
     source = Path(config.transcripts)
     groups = [group if _is_scored(group) else score([group], config.reward)[0] for group in read_groups(source, environment)]
-    credits: list[QueryCredit] = []
-    records: list[dict[str, Any]] = []
-    for number, group in enumerate(tqdm(groups, unit="group", disable=None)):
-        blocks = _blocks(groups, number, config)
-        options = {"beta": config.beta, "temperature": config.temperature, "correct_above": config.correct_above}
-        own = score_group(model, environment, group, blocks, **options)
-        credits += own
-        records.append(with_log_ratios(group_record(group, blocks, codec.decode), own, environment))
-    if not credits:
-        raise DataError(f"{source}: no query of {len(groups)} groups can be judged by a block, expected rollouts that search")
-    result = credit_table(credits, num_resamples=config.num_resamples, seed=config.seed)
-    _write(Path(config.output), source.stem, config, result, credits, records)
+    with hold_together(world, Path(config.output)):
+        store = Scored(Path(config.output), rank=world.rank)
+        together(world, lambda: _begin(config, groups, store) if world.is_first else None)
+        _score_missing(config, groups, store, environment, world)
+        together(world, lambda: None)  # until every rank has written what it scored
+        by_group = store.read()
+        credits = [query for number in range(len(groups)) for query in by_group[number]]
+        if not credits:
+            raise DataError(f"{source}: no query of {len(groups)} groups can be judged by a block, expected rollouts that search")
+        result = credit_table(credits, num_resamples=config.num_resamples, seed=config.seed)
+        if world.is_first:
+            records = [
+                with_log_ratios(group_record(group, _blocks(groups, n, config), codec.decode), by_group[n], environment)
+                for n, group in enumerate(groups)
+            ]
+            _write(Path(config.output), source.stem, config, result, credits, records)
     return result
+
+
+def _begin(config: CreditConfig, groups: Sequence[RolloutGroup], store: Scored) -> None:
+    """Make the output this scoring's, or go on with it."""
+    names = ("block", "block_format", "correct_above", "beta", "temperature", "seed")
+    identity = {
+        "credit": {name: getattr(config, name) for name in names},
+        "transcripts_version": file_entry(Path(config.transcripts)).xxh3_128,
+        "num_groups": len(groups),
+        "model": config.model.path,
+        "model_version": model_version(config.model.path),
+        "dtype": config.model.dtype,
+        "protocol": dataclasses.asdict(config.protocol),
+        "reward": dataclasses.asdict(config.reward),
+    }
+    claim(Path(config.output), identity)
+    store.mend()
+
+
+def _score_missing(
+    config: CreditConfig, groups: Sequence[RolloutGroup], store: Scored, environment: Environment, world: World
+) -> None:
+    """This rank's share of the groups that nobody has scored yet."""
+    done = store.read()
+    missing = [number for number in range(len(groups)) if number not in done]
+    if not missing:
+        return
+    check_head(load_config(config.model.path), config.model.path)
+    model = load_model(config.model.path, dtype=getattr(torch, config.model.dtype), device=world.device).eval()
+    options = ScoreOptions(
+        beta=config.beta,
+        temperature=config.temperature,
+        correct_above=config.correct_above,
+        batch_tokens=config.batch_tokens,
+    )
+    mine = share(world, missing)
+    with Work(sys.stderr if world.is_first else None).on("credit", len(mine), "groups") as task:
+        for number in mine:
+            group = groups[number]
+            store.keep(number, score_group(model, environment, group, _blocks(groups, number, config), options=options))
+            task.add(done=1, tokens=sum(rollout.num_tokens for rollout in group.rollouts))
 
 
 def with_log_ratios(record: dict[str, Any], credits: Sequence[QueryCredit], environment: Environment) -> dict[str, Any]:
@@ -125,3 +183,7 @@ def _write(
     for path, lines in ((output / "queries.jsonl", rows), (output / TRANSCRIPTS_NAME / f"{name}.jsonl", records)):
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         path.write_text(text, encoding="utf-8", errors="replace")
+
+
+if __name__ == "__main__":
+    end_process(exit_code_of(lambda: main(sys.argv[1:]) or 0))

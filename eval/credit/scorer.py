@@ -1,8 +1,10 @@
-"""Teacher and student on stored rollouts: one forward each, log-probabilities and divergence at the query tokens."""
+"""Teacher and student on stored rollouts: log-probabilities and divergence at the query tokens, a group's forwards batched."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,20 +16,30 @@ from eval.lift import group_kind
 from megatron_sd.algorithm.hindsight import is_correct
 from megatron_sd.algorithm.samples import query_tokens, scoped_positions, to_samples
 from megatron_sd.ops.jsd import jsd_rows
-from megatron_sd.records import RolloutGroup, TrainingSample
+from megatron_sd.records import Rollout, RolloutGroup, TrainingSample
 from megatron_sd.search.environment import Environment
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreOptions:
+    """beta, temperature: of the divergence. correct_above: rho of the labels. batch_tokens: padded tokens of one forward."""
+
+    beta: float = 0.5
+    temperature: float = 1.0
+    correct_above: float = 0.0
+    batch_tokens: int = 8192
+
+
+class _Reading(NamedTuple):
+    """A sequence and the positions whose next token is asked for: ids [L], positions [Q], int64."""
+
+    ids: np.ndarray
+    positions: np.ndarray
 
 
 @torch.no_grad()
 def score_group(
-    model: PreTrainedModel,
-    environment: Environment,
-    group: RolloutGroup,
-    blocks: Sequence[str],
-    *,
-    beta: float,
-    temperature: float,
-    correct_above: float,
+    model: PreTrainedModel, environment: Environment, group: RolloutGroup, blocks: Sequence[str], *, options: ScoreOptions
 ) -> list[QueryCredit]:
     """The credit of every query of a scored group. blocks: the hindsight of each rollout, "" where there is none.
 
@@ -37,48 +49,75 @@ def score_group(
     prompts = [[(environment.prompt_ids(group.question.text, block),) if block else () for block in blocks]]
     samples = to_samples([group], [[0.0] * len(group.rollouts)], prompts, scope=query_tokens)
     usable = [rollout for rollout in group.usable if any(turn.completion_ids for turn in rollout.turns)]
+    distilled = [(rollout, sample) for rollout, sample in zip(usable, samples, strict=True) if sample.is_distilled]
+    readings = [reading for _, sample in distilled for reading in (_student(sample), _teacher(sample))]
+    hidden = hidden_rows(model, readings, options.batch_tokens)
     credits = []
-    for rollout, sample in zip(usable, samples, strict=True):
-        if not sample.is_distilled:
-            continue
-        ratios, divergences = _at_query_tokens(model, sample, beta=beta, temperature=temperature)
-        _, turns = scoped_positions(rollout, query_tokens)
-        searches = [number for number, turn in enumerate(rollout.turns) if turn.query is not None]
-        for number, (turn, facts) in enumerate(zip(searches, query_facts(group, rollout), strict=True)):
-            own = np.flatnonzero(turns == turn)
-            if len(own) == 0:
-                continue
-            credits.append(
-                QueryCredit(
-                    question_id=group.question.id,
-                    rollout=rollout.index,
-                    number=number,
-                    text=rollout.turns[turn].query,
-                    group_kind=group_kind(group, correct_above),
-                    correct=is_correct(rollout, correct_above),
-                    **vars(facts),
-                    log_ratios=tuple(ratios[own].tolist()),
-                    jsd=divergences[own].mean().item(),
-                )
-            )
+    for place, (rollout, sample) in enumerate(distilled):
+        figures = _at_query_tokens(model, sample, hidden[2 * place], hidden[2 * place + 1], options)
+        credits += _of_rollout(group, rollout, figures, options.correct_above)
     return credits
 
 
-def _at_query_tokens(model: PreTrainedModel, sample: TrainingSample, *, beta: float, temperature: float) -> tuple[Tensor, Tensor]:
-    """[Q] teacher minus student log-probability, and [Q] divergence, of the query tokens, in nats."""
+def _student(sample: TrainingSample) -> _Reading:
+    return _Reading(sample.ids, sample.query_positions - 1)
+
+
+def _teacher(sample: TrainingSample) -> _Reading:
     (view,) = sample.teacher_views
-    student = _logits(model, sample.ids, sample.query_positions - 1)
-    teacher_ids = np.concatenate([np.array(view.prompt_ids[:-1], dtype=np.int64), view.continuation])
-    teacher = _logits(model, teacher_ids, len(view.prompt_ids) - 1 + view.offsets)
-    targets = torch.from_numpy(sample.ids[sample.query_positions])[:, None]
-    ratios = (teacher.log_softmax(-1).gather(1, targets) - student.log_softmax(-1).gather(1, targets))[:, 0]
-    rows, weights = torch.arange(len(student)), torch.ones(len(student))
-    options = {"divergence": "jsd", "beta": beta, "temperature": temperature}
-    return ratios, jsd_rows(student, teacher, rows, rows, weights, **options).values
+    ids = np.concatenate([np.array(view.prompt_ids[:-1], dtype=np.int64), view.continuation])
+    return _Reading(ids, len(view.prompt_ids) - 1 + view.offsets)
 
 
-def _logits(model: PreTrainedModel, ids: np.ndarray, positions: np.ndarray) -> Tensor:
-    """[Q, V] float32: of the given positions alone, the vocabulary is not unrolled elsewhere."""
-    on_device = torch.from_numpy(ids)[None].to(model.device)
-    hidden = model.get_decoder()(input_ids=on_device, use_cache=False).last_hidden_state[0]
-    return model.get_output_embeddings()(hidden[torch.from_numpy(positions).to(model.device)]).float().cpu()
+def hidden_rows(model: PreTrainedModel, readings: Sequence[_Reading], batch_tokens: int) -> list[Tensor]:
+    """[Q, H] of each reading, before the head. Readings of like lengths share a forward of at most `batch_tokens` padded tokens
+    (one that is longer has its own); what pads a sequence stands behind it, where causal attention does not look."""
+    rows: list[Tensor] = [torch.empty(0)] * len(readings)
+    order = sorted(range(len(readings)), key=lambda n: len(readings[n].ids), reverse=True)
+    while order:
+        longest = len(readings[order[0]].ids)
+        size = max(1, batch_tokens // longest)
+        batch, order = order[:size], order[size:]
+        ids = np.zeros((len(batch), longest), dtype=np.int64)
+        for row, n in enumerate(batch):
+            ids[row, : len(readings[n].ids)] = readings[n].ids
+        hidden = model.get_decoder()(input_ids=torch.from_numpy(ids).to(model.device), use_cache=False).last_hidden_state
+        for row, n in enumerate(batch):
+            rows[n] = hidden[row, torch.from_numpy(readings[n].positions).to(model.device)]
+    return rows
+
+
+def _at_query_tokens(
+    model: PreTrainedModel, sample: TrainingSample, student: Tensor, teacher: Tensor, options: ScoreOptions
+) -> tuple[Tensor, Tensor]:
+    """[Q] teacher minus student log-probability, and [Q] divergence, of the query tokens, in nats. student, teacher: [Q, H]."""
+    head = model.get_output_embeddings()
+    logits, teacher_logits = head(student).float(), head(teacher).float()
+    targets = torch.from_numpy(sample.ids[sample.query_positions])[:, None].to(logits.device)
+    ratios = (teacher_logits.log_softmax(-1).gather(1, targets) - logits.log_softmax(-1).gather(1, targets))[:, 0]
+    rows, weights = torch.arange(len(logits), device=logits.device), torch.ones(len(logits), device=logits.device)
+    own = {"divergence": "jsd", "beta": options.beta, "temperature": options.temperature}
+    return ratios.cpu(), jsd_rows(logits, teacher_logits, rows, rows, weights, **own).values.cpu()
+
+
+def _of_rollout(
+    group: RolloutGroup, rollout: Rollout, figures: tuple[Tensor, Tensor], correct_above: float
+) -> Iterator[QueryCredit]:
+    """figures: [Q] log-ratios and [Q] divergences of the rollout's query tokens."""
+    ratios, divergences = figures
+    _, turns = scoped_positions(rollout, query_tokens)
+    searches = [number for number, turn in enumerate(rollout.turns) if turn.query is not None]
+    for number, (turn, facts) in enumerate(zip(searches, query_facts(group, rollout), strict=True)):
+        own = np.flatnonzero(turns == turn)
+        if len(own):
+            yield QueryCredit(
+                question_id=group.question.id,
+                rollout=rollout.index,
+                number=number,
+                text=rollout.turns[turn].query,
+                group_kind=group_kind(group, correct_above),
+                correct=is_correct(rollout, correct_above),
+                **vars(facts),
+                log_ratios=tuple(ratios[own].tolist()),
+                jsd=divergences[own].mean().item(),
+            )

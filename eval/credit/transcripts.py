@@ -155,7 +155,7 @@ def _rollout(question: Question, response: str, index: int, environment: Environ
                 query=query,
                 query_span=action.query_span if query is not None else None,
                 hits=_hits(observation),
-                well_formed=bool(ids) and environment.is_well_formed(ids),
+                well_formed=bool(ids) and environment.is_well_formed(ids, turn=len(turns)),
             )
         )
     answer = action.answer

@@ -8,6 +8,7 @@ from typing import Protocol
 
 from eval.strategies.attempt import Attempt, OutOfTokensError, Solve, Tools
 from megatron_sd.errors import RetrievalError, RolloutError
+from megatron_sd.observability.work import SILENT, Task, Work
 from megatron_sd.records import Question, Rollout, RolloutGroup, StopReason
 from megatron_sd.rollout.engine import awake
 from megatron_sd.rollout.sampling import rollout_seed
@@ -25,11 +26,13 @@ class PromptedStrategy:
     """A strategy that needs no training: `solve` over the engine and the retriever.
 
     seed: of the run; a rollout's noise follows from (seed, step, question id, index) as the rollouter's does. A rollout that
-    failed for infrastructure reasons is kept as such; how many of them are too many is for the caller to say.
+    failed for infrastructure reasons is kept as such; how many of them are too many is for the caller to say. work: where it is
+    shown how far the rollouts are.
     """
 
-    def __init__(self, solve: Solve, tools: Tools, *, seed: int):
+    def __init__(self, solve: Solve, tools: Tools, *, seed: int, work: Work = SILENT):
         self._solve = solve
+        self._work = work
         self._tools = tools
         self._seed = seed
 
@@ -49,22 +52,27 @@ class PromptedStrategy:
             for place, question in enumerate(questions)
             for index in range(num_samples)
         ]
-        with awake(self._tools.engine):
-            rollouts = asyncio.run(self._run_all(attempts))
+        with awake(self._tools.engine), self._work.on("rollouts", len(attempts), "ended") as task:
+            rollouts = asyncio.run(self._run_all(attempts, task))
         return [
             RolloutGroup(question=question, rollouts=tuple(rollouts[place * num_samples : (place + 1) * num_samples]))
             for place, question in enumerate(questions)
         ]
 
-    async def _run_all(self, attempts: Sequence[Attempt]) -> list[Rollout]:
+    async def _run_all(self, attempts: Sequence[Attempt], task: Task) -> list[Rollout]:
         try:
             async with asyncio.TaskGroup() as tasks:
-                running = [tasks.create_task(self._attempt(attempt)) for attempt in attempts]
+                running = [tasks.create_task(self._attempt(attempt, task)) for attempt in attempts]
         except ExceptionGroup as errors:
             raise errors.exceptions[0] from None
-        return [task.result() for task in running]
+        return [one.result() for one in running]
 
-    async def _attempt(self, attempt: Attempt) -> Rollout:
+    async def _attempt(self, attempt: Attempt, task: Task) -> Rollout:
+        rollout = await self._rollout(attempt)
+        task.add(done=1, tokens=sum(len(turn.completion_ids) for turn in rollout.turns))
+        return rollout
+
+    async def _rollout(self, attempt: Attempt) -> Rollout:
         try:
             answer = await self._solve(attempt)
         except OutOfTokensError:

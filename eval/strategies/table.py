@@ -33,7 +33,7 @@ def build_strategy(name: str, side: RolloutSide, *, top_k: int, seed: int) -> St
     if name == AGENT:
         return side.rollouter
     tools = Tools(engine=side.engine, retriever=side.retriever, environment=side.environment, top_k=top_k)
-    return PromptedStrategy(PROMPTED[name], tools, seed=seed)
+    return PromptedStrategy(PROMPTED[name], tools, seed=seed, work=side.work)
 
 
 def form_of(name: str) -> Callable[[Rollout], float]:

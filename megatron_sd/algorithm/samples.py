@@ -9,7 +9,7 @@ import numpy as np
 
 from megatron_sd.algorithm.advantage import has_spread
 from megatron_sd.algorithm.hindsight import is_correct
-from megatron_sd.errors import RolloutError
+from megatron_sd.errors import BarrenStepError, RolloutError
 from megatron_sd.records import Rollout, RolloutGroup, TokenIds, TrainingSample
 
 Gate = Callable[[RolloutGroup, float], bool]
@@ -82,8 +82,8 @@ def to_samples(
     """One sample per rollout that is data, in group and index order.
 
     advantages, teacher_prompts: per group, per rollout. scope: which tokens are distilled. Infrastructure failures and rollouts
-    without a sampled token are left out. Raises RolloutError for a rollout whose records do not fit together, and when none of
-    the usable rollouts has a token.
+    without a sampled token are left out. Raises RolloutError for a rollout whose records do not fit together, and BarrenStepError
+    when none of the usable rollouts has a token.
     """
     samples = []
     for number, group in enumerate(groups):
@@ -110,9 +110,8 @@ def to_samples(
             )
     reasons = Counter(rollout.stop_reason.value for group in groups for rollout in group.usable)
     if reasons and not samples:
-        raise RolloutError(
-            f"none of the step's {reasons.total()} rollouts has a sampled token ({dict(reasons)}), expected some to train on: "
-            "raise rollout.max_rollout_tokens above the length of the prompts"
+        raise BarrenStepError(
+            f"none of the step's {reasons.total()} rollouts has a sampled token ({dict(reasons)}), expected some to train on"
         )
     return samples
 

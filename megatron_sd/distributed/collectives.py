@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -10,6 +12,7 @@ import torch.distributed as dist
 
 from megatron_sd.distributed.world import World
 from megatron_sd.errors import MegatronSdError, StopRequested
+from megatron_sd.run_lock import hold
 
 Item = TypeVar("Item")
 
@@ -55,6 +58,14 @@ def together(world: World, action: Callable[[], Item]) -> list[Item]:
         if failed is not None:
             raise failed
     return [value for value, _ in results]
+
+
+@contextmanager
+def hold_together(world: World, directory: Path) -> Iterator[None]:
+    """The first rank holds the directory for all (run_lock.hold). Raises ConfigError on every rank when another process does."""
+    with ExitStack() as held:
+        together(world, lambda: held.enter_context(hold(directory)) if world.is_first else None)
+        yield
 
 
 def check_stop(world: World) -> None:

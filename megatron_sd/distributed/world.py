@@ -98,6 +98,11 @@ def lone_world(device: torch.device | None = None) -> World:
     return World(rank=0, size=1, local_rank=0, device=device or torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
+def world_of_program() -> World:
+    """The ranks that a launcher started, or this process without a process group."""
+    return join_world() if is_launched() else lone_world()
+
+
 def first_node_address() -> str | None:
     """Where the launcher says that rank 0's node is; None without a launcher."""
     return os.environ.get("MASTER_ADDR") or None

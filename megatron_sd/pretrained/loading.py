@@ -45,6 +45,15 @@ def load_config(path: str, key: str = "model.path") -> PretrainedConfig:
     return config
 
 
+def check_head(config: PretrainedConfig, path: str) -> None:
+    """For who applies the head by itself. Raises DataError for a model that changes logits after its head: they would be others
+    than those it samples from."""
+    for name, neutral in (("final_logit_softcapping", None), ("logits_scaling", 1.0), ("logit_scale", 1.0)):
+        value = getattr(config, name, neutral)
+        if value not in (neutral, None):
+            raise DataError(f"model.path {path} has {name}={value} in its config.json, expected a plain linear head")
+
+
 def load_causal_lm(
     path: str, *, dtype: Any, attention: str = "sdpa", config: PretrainedConfig | None = None, key: str = "model.path"
 ) -> PreTrainedModel:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from megatron_sd.distributed.collectives import check_stop
 from megatron_sd.distributed.world import World, lone_world
 from megatron_sd.errors import RetrievalError, RolloutError
+from megatron_sd.observability.work import SILENT, Task, Work
 from megatron_sd.records import Hit, Question, Rollout, RolloutGroup, StopReason, TokenIds, Turn
 from megatron_sd.retrieval.retriever import Retriever
 from megatron_sd.rollout.bank import BankedStep
@@ -37,7 +38,7 @@ class Rollouter:
 
     top_k: passages a search returns. seed: of the run; a rollout's tokens follow from (seed, step, question id, index) and the
     weights alone. The limits are `environment.limits`. world: whose pulse moves with every turn, and whose stop request ends the
-    rollouts at work (None: nobody's).
+    rollouts at work (None: nobody's). work: where it is shown how far they are.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class Rollouter:
         top_k: int,
         seed: int,
         world: World | None = None,
+        work: Work = SILENT,
     ):
         self._engine = engine
         self._retriever = retriever
@@ -56,6 +58,7 @@ class Rollouter:
         self._top_k = top_k
         self._seed = seed
         self._world = world or lone_world()
+        self._work = work
 
     def run(
         self,
@@ -83,8 +86,9 @@ class Rollouter:
         ]
         if bank:
             bank.ask_for([(attempt.question_id, attempt.index) for group in attempts for attempt in group])
-        with awake(self._engine):
-            outcomes = iter(asyncio.run(self._run_all([attempt for group in attempts for attempt in group], bank)))
+        flat = [attempt for group in attempts for attempt in group]
+        with awake(self._engine), self._work.on("rollouts", len(flat), "ended") as task:
+            outcomes = iter(asyncio.run(self._run_all(flat, bank, task)))
         results = [[next(outcomes) for _ in group] for group in attempts]
         self._refuse_many_failures([outcome for group in results for outcome in group])
         return [
@@ -107,39 +111,45 @@ class Rollouter:
             for index in range(1 if greedy else limits.group_size)
         ]
 
-    async def _run_all(self, attempts: Sequence[_Attempt], bank: BankedStep | None) -> list[tuple[Rollout, Exception | None]]:
+    async def _run_all(
+        self, attempts: Sequence[_Attempt], bank: BankedStep | None, task: Task
+    ) -> list[tuple[Rollout, Exception | None]]:
         """One task per rollout, started in order; an unexpected error, and a request to stop, end them all and are raised."""
         try:
             async with asyncio.TaskGroup() as tasks:
-                running = [tasks.create_task(self._find_or_roll_out(attempt, bank)) for attempt in attempts]
-                watching = tasks.create_task(self._watch_for_stop())
+                running = [tasks.create_task(self._find_or_roll_out(attempt, bank, task)) for attempt in attempts]
+                watching = tasks.create_task(self._watch(task))
                 if running:
                     await asyncio.wait(running)
                 watching.cancel()
         except ExceptionGroup as errors:
             raise errors.exceptions[0] from None
-        return [task.result() for task in running]
+        return [one.result() for one in running]
 
-    async def _watch_for_stop(self) -> None:
+    async def _watch(self, task: Task) -> None:
+        """Notice a request to stop, and that time goes by."""
         while True:
             check_stop(self._world)
+            task.tick()
             await asyncio.sleep(STOP_CHECK_S)
 
-    async def _find_or_roll_out(self, attempt: _Attempt, bank: BankedStep | None) -> tuple[Rollout, Exception | None]:
-        found = bank.find(attempt.question_id, attempt.index) if bank else None
-        if found is not None:
-            return found, None
-        rollout, error = await self._roll_out(attempt)
-        if bank and error is None:
-            bank.keep(rollout)
+    async def _find_or_roll_out(
+        self, attempt: _Attempt, bank: BankedStep | None, task: Task
+    ) -> tuple[Rollout, Exception | None]:
+        rollout, error = bank.find(attempt.question_id, attempt.index) if bank else None, None
+        if rollout is None:
+            rollout, error = await self._roll_out(attempt, task)
+            if bank and error is None:
+                bank.keep(rollout)
+        task.add(done=1)
         return rollout, error
 
-    async def _roll_out(self, attempt: _Attempt) -> tuple[Rollout, Exception | None]:
+    async def _roll_out(self, attempt: _Attempt, task: Task) -> tuple[Rollout, Exception | None]:
         """One rollout to its end, and the error when it failed for infrastructure reasons."""
         episode = _Episode(attempt, attempt.prompt_ids)
         try:
             while episode.stop is None:
-                await self._take_turn(episode)
+                await self._take_turn(episode, task)
         except RolloutError as error:
             return episode.rollout(StopReason.ENGINE_FAILED), error
         except RetrievalError as error:
@@ -148,7 +158,7 @@ class Rollouter:
             self._engine.release(attempt.session)
         return episode.rollout(episode.stop), None
 
-    async def _take_turn(self, episode: _Episode) -> None:
+    async def _take_turn(self, episode: _Episode, task: Task) -> None:
         """Sample a completion, judge it, and append what the environment answers."""
         environment = self._environment
         budget = environment.turn_budget(len(episode.ids))
@@ -157,8 +167,9 @@ class Rollouter:
             return
         completion = await self._complete(episode, budget)
         self._world.pulse.move()
+        task.add(tokens=len(completion.ids))
         verdict = environment.judge(completion.ids, turn=len(episode.turns), truncated=completion.finish == "length")
-        episode.act(completion, verdict, well_formed=environment.is_well_formed(completion.ids))
+        episode.act(completion, verdict, well_formed=environment.is_well_formed(completion.ids, turn=len(episode.turns)))
         if verdict.stop is not None:
             return
         hits: tuple[Hit, ...] = ()

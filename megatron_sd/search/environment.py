@@ -39,10 +39,11 @@ class Environment:
         self.protocol = protocol
         self.limits = limits
         self.sanitizer = Sanitizer((*protocol.control_tags, *codec.control_strings))
-        self._before, self._after = protocol.information_frame
-        self._closing_ids = codec.encode(self._after)
-        self._retry_ids = codec.encode(protocol.invalid_action_message)
-        frame = len(codec.encode(self._before)) + len(self._closing_ids)
+        self._retry_ids = codec.encode_own(protocol.invalid_action_message)
+        self._opened_thought = _opened_thought(codec.decode(self.prompt_ids("")), protocol)
+        self._before, after = protocol.information_format.split("{passages}")
+        self._closing_ids = codec.encode_own(after)
+        frame = len(codec.encode_own(self._before)) + len(self._closing_ids)
         if limits.max_observation_tokens <= frame:
             raise ConfigError(
                 f"rollout.max_observation_tokens is {limits.max_observation_tokens}, expected more than the {frame} tokens "
@@ -54,20 +55,22 @@ class Environment:
         by line."""
         clean = self.sanitizer.clean
         block = "\n".join(map(clean, hindsight.split("\n")))
-        return self.codec.prompt_ids(self.protocol.render_prompt(clean(question), block))
+        fields = self.protocol.prompt_fields(clean(question), block)
+        return self.codec.in_frame(self.codec.encode_own(self.protocol.prompt, fields))
 
     def observation_ids(self, hits: Sequence[Hit]) -> TokenIds:
         """The passages, best first, in the protocol's frame; cut so that the closing tag always fits.
 
-        Holds no control id: titles and texts are sanitised, then encoded as plain text, with the frame where nothing is cut.
+        Holds no control id but those of the tags: titles and texts are sanitised, then encoded as plain text, in one go with the
+        frame where nothing is cut.
         """
         passages = "".join(self._show(rank, hit) for rank, hit in enumerate(hits, start=1))
         if self.protocol.strips_passages:
             passages = passages.strip()
-        whole = self.codec.encode(f"{self._before}{passages}{self._after}")
+        whole = self.codec.encode_own(self.protocol.information_format, {"passages": passages})
         if len(whole) <= self.limits.max_observation_tokens:
             return whole
-        shown = self.codec.encode(self._before + passages)
+        shown = self.codec.encode_own(f"{self._before}{{passages}}", {"passages": passages})
         shown = self._whole_characters(shown[: self.limits.max_observation_tokens - len(self._closing_ids)])
         return (*shown, *self._closing_ids)
 
@@ -118,7 +121,15 @@ class Environment:
             return Verdict(stop=StopReason.NO_ACTION)
         return Verdict(observation_ids=self._retry_ids)
 
-    def is_well_formed(self, completion_ids: TokenIds) -> bool:
-        """reward.completion_is_well_formed of the text; an end-of-sequence id is left out."""
+    def is_well_formed(self, completion_ids: TokenIds, turn: int = 0) -> bool:
+        """reward.completion_is_well_formed of the text of 0-based `turn`; an end-of-sequence id is left out. The first turn goes
+        on with a thought that the prompt has opened, as chat templates of thinking models do."""
         ids = completion_ids[:-1] if completion_ids[-1] in self.codec.eos_ids else completion_ids
-        return completion_is_well_formed(self.codec.decode(ids), self.protocol)
+        opened = self._opened_thought if turn == 0 else ""
+        return completion_is_well_formed(opened + self.codec.decode(ids), self.protocol)
+
+
+def _opened_thought(prompt: str, protocol: Protocol) -> str:
+    """The thought's opening tag when the prompt ends with it, else nothing."""
+    opening = protocol.think_tags[0]
+    return opening if prompt.rstrip().endswith(opening) else ""

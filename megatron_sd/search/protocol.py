@@ -7,14 +7,13 @@ Tags and texts are configuration; a preset fills what the configuration leaves o
 from __future__ import annotations
 
 import dataclasses
-import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from megatron_sd.config import ProtocolConfig
 from megatron_sd.errors import ConfigError
-from megatron_sd.search.tokens import TextCodec
+from megatron_sd.search.tokens import TextCodec, fill
 
 Tags = tuple[str, str]
 
@@ -61,6 +60,7 @@ class Protocol:
     invalid_action_message: str
     note_tags: Tags | None = None
     chat_template: bool = False
+    template_arguments: Mapping[str, bool | int | str] = dataclasses.field(default_factory=dict)
     information_format: str = "\n{information_open}{passages}{information_close}\n"
     strips_passages: bool = False
     keeps_line_breaks: bool = False
@@ -78,20 +78,13 @@ class Protocol:
 
     def render_prompt(self, question: str, hindsight: str = "") -> str:
         """The prompt of a question; the student's hindsight is empty, the teacher's is its block."""
+        return fill(self.prompt, self.prompt_fields(question, hindsight))
+
+    def prompt_fields(self, question: str, hindsight: str) -> dict[str, str]:
+        """What the prompt is filled with."""
         if self.question_end:
             question = question.strip().removesuffix(self.question_end) + self.question_end
-        return fill(self.prompt, {"hindsight": hindsight, "question": question})
-
-    @property
-    def information_frame(self) -> tuple[str, str]:
-        """What stands before and after the passages of an observation."""
-        before, _, after = _fill_tags(self.information_format, self).partition("{passages}")
-        return before, after
-
-
-def fill(template: str, fields: Mapping[str, str]) -> str:
-    """The template with each `{name}` of `fields` replaced, in one pass: what a value says is never filled in again."""
-    return re.sub(r"\{(\w+)\}", lambda match: fields.get(match[1], match[0]), template)
+        return {"hindsight": hindsight, "question": question}
 
 
 def _tag(name: str) -> Tags:
@@ -155,6 +148,7 @@ def build_protocol(config: ProtocolConfig) -> Protocol:
         protocol,
         prompt=_fill_tags(protocol.prompt, protocol),
         invalid_action_message=_fill_tags(protocol.invalid_action_message, protocol),
+        information_format=_fill_tags(protocol.information_format, protocol),
     )
     for placeholder in ("{question}", "{hindsight}"):
         if protocol.prompt.count(placeholder) != 1:
@@ -162,6 +156,11 @@ def build_protocol(config: ProtocolConfig) -> Protocol:
                 f"protocol.prompt holds {placeholder} {protocol.prompt.count(placeholder)} times, expected exactly once: "
                 "the hindsight block and the question each need one place"
             )
+    if protocol.template_arguments and not protocol.chat_template:
+        raise ConfigError(
+            f"protocol.template_arguments: found {protocol.template_arguments} without a chat template, expected "
+            "protocol.chat_template true"
+        )
     tags = protocol.control_tags
     if len(set(tags)) != len(tags) or not all(tags):
         raise ConfigError(f"protocol tags must be non-empty and distinct, found {tags}")

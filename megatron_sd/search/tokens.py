@@ -2,16 +2,21 @@
 
 Sampled ids are read as raw bytes (a tag, or a single character, may straddle tokens). Text from outside (questions, passages,
 messages) is encoded by a copy of the tokenizer that knows no added token at all, so plain text can never become a control id.
+Text of our own (the prompt's template, tags) is cut at added tokens first: where a model has a token for <think>, it is used.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
+import jinja2
+from jinja2 import meta
+from jinja2.ext import loopcontrols
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -20,6 +25,7 @@ from megatron_sd.records import TokenIds
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+_JINJA = jinja2.Environment(extensions=[loopcontrols])  # only to see what a template reads
 _CONTENT_MARK = "@@megatron-sd-content@@"  # stands for the user's message while a chat template is taken apart
 
 
@@ -51,9 +57,12 @@ class TextCodec:
     token_bytes: raw bytes of every id (added tokens: their text; ids without an entry: nothing). control_ids: ids that plain text
     never encodes to. control_strings: their texts. eos_ids: ids that end a completion. Raises DataError for a tokenizer whose ids
     cannot be read as bytes, or which turns plain text into control ids; ConfigError when `chat_template` is asked for and absent.
+    template_arguments: what the chat template is given beside the message, such as enable_thinking.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, chat_template: bool):
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, *, chat_template: bool, template_arguments: Mapping[str, Any] | None = None
+    ):
         spec = json.loads(tokenizer.backend_tokenizer.to_str())
         added = {entry["id"]: entry["content"] for entry in spec["added_tokens"]}
         self._plain = Tokenizer.from_str(json.dumps(spec | {"added_tokens": [], "post_processor": None}))
@@ -64,7 +73,11 @@ class TextCodec:
         self.control_strings = tuple(sorted(set(added.values())))
         self.eos_ids = frozenset() if tokenizer.eos_token_id is None else frozenset({tokenizer.eos_token_id})
         self._refuse_leaks()
-        self._prefix_ids, self._suffix_ids = (_chat_frame if chat_template else _plain_frame)(tokenizer)
+        self._own_tokens = _AddedTokens(spec["added_tokens"])
+        if chat_template:
+            self._prefix_ids, self._suffix_ids = _chat_frame(tokenizer, template_arguments or {})
+        else:
+            self._prefix_ids, self._suffix_ids = _plain_frame(tokenizer)
 
     @staticmethod
     def _read_vocabulary(tokenizer: PreTrainedTokenizerBase, spec: dict, added: dict[int, str]) -> tuple[bytes, ...]:
@@ -91,9 +104,21 @@ class TextCodec:
         """Ids of untrusted plain text; never a control id, whatever the text says."""
         return tuple(self._plain.encode(text, add_special_tokens=False).ids)
 
+    def encode_own(self, template: str, fields: Mapping[str, str] | None = None) -> TokenIds:
+        """Ids of text that we wrote: added tokens in it are what they are for the model. `{name}` of `fields` become untrusted
+        text, as encode reads it."""
+        ids: list[int] = []
+        for part in self._own_tokens.split(template):
+            ids += (part,) if isinstance(part, int) else self.encode(fill(part, fields or {}))
+        return tuple(ids)
+
     def prompt_ids(self, text: str) -> TokenIds:
-        """Ids of a prompt: `encode(text)` after what the tokenizer puts before every text (if anything), or in its chat frame."""
-        return (*self._prefix_ids, *self.encode(text), *self._suffix_ids)
+        """Ids of a prompt of untrusted text; see in_frame."""
+        return self.in_frame(self.encode(text))
+
+    def in_frame(self, ids: TokenIds) -> TokenIds:
+        """A prompt's ids after what the tokenizer puts before every text (if anything), or in its chat frame."""
+        return (*self._prefix_ids, *ids, *self._suffix_ids)
 
     def bytes_of(self, ids: Iterable[int]) -> bytes:
         """Raw bytes of sampled ids. Ids beyond the tokenizer (padding rows of the embedding) have none."""
@@ -113,6 +138,34 @@ class TextCodec:
         return self.bytes_of(ids).decode("utf-8", errors="replace")
 
 
+class _AddedTokens:
+    """Cuts a text at the tokenizer's added tokens, the longest first."""
+
+    def __init__(self, entries: Sequence[Mapping[str, Any]]):
+        self._ids = {entry["content"]: entry["id"] for entry in entries if entry["content"]}
+        contents = sorted(self._ids, key=len, reverse=True)
+        flags = {entry["content"]: (entry.get("lstrip"), entry.get("rstrip")) for entry in entries}
+        patterns = []
+        for content in contents:  # a token may take the white space beside it along
+            before, after = (r"\s*" if flag else "" for flag in flags[content])
+            patterns.append(f"{before}({re.escape(content)}){after}")
+        self._pattern = re.compile("|".join(patterns)) if patterns else None
+
+    def split(self, text: str) -> list[str | int]:
+        """Texts, and ids where an added token stands; empty texts are left out."""
+        parts: list[str | int] = []
+        end = 0
+        for match in self._pattern.finditer(text) if self._pattern else ():
+            parts += [text[end : match.start()], self._ids[match[match.lastindex]]]
+            end = match.end()
+        return [part for part in (*parts, text[end:]) if part != ""]
+
+
+def fill(template: str, fields: Mapping[str, str]) -> str:
+    """The template with each `{name}` of `fields` replaced, in one pass: what a value says is never filled in again."""
+    return re.sub(r"\{(\w+)\}", lambda match: fields.get(match[1], match[0]), template)
+
+
 def _plain_frame(tokenizer: PreTrainedTokenizerBase) -> tuple[TokenIds, TokenIds]:
     """What the tokenizer puts before every text (Llama's begin-of-text); what it puts after would be an ending: left out."""
     bare = tokenizer("a", add_special_tokens=False).input_ids
@@ -121,12 +174,21 @@ def _plain_frame(tokenizer: PreTrainedTokenizerBase) -> tuple[TokenIds, TokenIds
     return (tuple(full[: starts[0]]) if starts else ()), ()
 
 
-def _chat_frame(tokenizer: PreTrainedTokenizerBase) -> tuple[TokenIds, TokenIds]:
+def _chat_frame(tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, Any]) -> tuple[TokenIds, TokenIds]:
     """Ids before and after the user's message in the tokenizer's chat template, the assistant's opening included."""
     if not tokenizer.chat_template:
         raise ConfigError("protocol.chat_template is true but the tokenizer has no chat template; set it to false")
+    _refuse_unread(arguments, tokenizer.get_chat_template())
     messages = [{"role": "user", "content": _CONTENT_MARK}]
-    frame = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True).split(_CONTENT_MARK)
+    given = {"tokenize": False, "add_generation_prompt": True}
+    try:
+        text = tokenizer.apply_chat_template(messages, **given, **arguments)
+    except (jinja2.TemplateError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"the tokenizer's chat template refuses a user's message with {dict(arguments)} ({error}); see "
+            "protocol.template_arguments, or set protocol.chat_template to false and write the frame into protocol.prompt"
+        ) from error
+    frame = text.split(_CONTENT_MARK)
     if len(frame) != 2:
         raise ConfigError(
             f"the tokenizer's chat template shows the user's message {len(frame) - 1} times, expected once; "
@@ -136,11 +198,24 @@ def _chat_frame(tokenizer: PreTrainedTokenizerBase) -> tuple[TokenIds, TokenIds]
     return before, after
 
 
+def _refuse_unread(arguments: Mapping[str, Any], template: str) -> None:
+    """A template passes over what it does not know, so a misspelt argument would do nothing."""
+    try:
+        read = meta.find_undeclared_variables(_JINJA.parse(template))
+    except jinja2.TemplateSyntaxError:  # it uses tags of transformers' own: nobody can tell
+        return
+    if unread := sorted(arguments.keys() - read):
+        raise ConfigError(
+            f"protocol.template_arguments: the chat template reads no {', '.join(unread)}, "
+            f"expected some of {', '.join(sorted(read))}"
+        )
+
+
 def _first_line(error: Exception) -> str:
     return str(error).split("\n")[0]
 
 
-def load_codec(path: str, *, chat_template: bool) -> TextCodec:
+def load_codec(path: str, *, chat_template: bool, template_arguments: Mapping[str, Any] | None = None) -> TextCodec:
     """The codec of a local model directory. Raises DataError when there is no tokenizer."""
     if not Path(path).is_dir():
         raise DataError(f"model.path: found no directory at {path}, expected a local Hugging Face model directory")
@@ -150,4 +225,4 @@ def load_codec(path: str, *, chat_template: bool) -> TextCodec:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError) as error:
         raise DataError(f"no tokenizer in {path} ({_first_line(error)}); expected a directory with tokenizer.json") from error
-    return TextCodec(tokenizer, chat_template=chat_template)
+    return TextCodec(tokenizer, chat_template=chat_template, template_arguments=template_arguments)

@@ -19,11 +19,10 @@ from megatron_sd.algorithm.distill_loss import TermWeights, query_row_weights
 from megatron_sd.algorithm.packed import student_row, teacher_row
 from megatron_sd.algorithm.policy_loss import PolicyRows, policy_rows
 from megatron_sd.config import ModelConfig, PolicyLossConfig
-from megatron_sd.errors import DataError
 from megatron_sd.ops.head_rows import HeadOptions, HeadRows, RowLoss, RowValues
 from megatron_sd.ops.linear_jsd import linear_jsd
 from megatron_sd.ops.vocab_parallel import own_rows, replicated
-from megatron_sd.pretrained.loading import load_causal_lm, load_config
+from megatron_sd.pretrained.loading import check_head, load_causal_lm, load_config
 from megatron_sd.records import Microbatch, Totals
 from megatron_sd.training import varlen_attention  # noqa: F401, registers model.attention varlen
 from megatron_sd.training.update_metrics import distill_sums, policy_sums
@@ -254,7 +253,7 @@ def load_for_training(config: ModelConfig) -> PreTrainedModel:
     """The model of a local directory, ready for training: dropout off, no cache. Raises DataError when it cannot be used,
     ConfigError when its attention cannot."""
     model_config = load_config(config.path)
-    _check_head(model_config, config.path)
+    check_head(model_config, config.path)
     for name in vars(model_config):
         if "dropout" in name or name.endswith("_pdrop"):
             setattr(model_config, name, 0.0)
@@ -264,11 +263,3 @@ def load_for_training(config: ModelConfig) -> PreTrainedModel:
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
-
-
-def _check_head(model_config, path: str) -> None:
-    """Models that change logits after their head would be trained on other logits than they sample from."""
-    for name, neutral in (("final_logit_softcapping", None), ("logits_scaling", 1.0), ("logit_scale", 1.0)):
-        value = getattr(model_config, name, neutral)
-        if value not in (neutral, None):
-            raise DataError(f"model.path {path} has {name}={value} in its config.json, expected a plain linear head")

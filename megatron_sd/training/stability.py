@@ -82,10 +82,9 @@ class Stability:
         if self._count >= self._config.stop_after_refusals:
             raise type(error)(
                 f"{error}. {self._count} steps were refused without one in between that was new and sound "
-                "(safety.stop_after_refusals): lower optimizer.learning_rate, try float32 parameters, or look at what the step's "
-                "transcripts and metrics show; the last checkpoint is good"
+                f"(safety.stop_after_refusals): {error.remedy}"
             ) from error
-        return self._count == self._config.roll_back_after_refusals
+        return error.older_weights_help and self._count == self._config.roll_back_after_refusals
 
     def state(self) -> dict[str, Any]:
         """For the checkpoint."""

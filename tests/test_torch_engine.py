@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from transformers import MistralConfig, MistralForCausalLM, Qwen2Config
+from transformers import MistralConfig, MistralForCausalLM, Phi3Config, Phi3ForCausalLM, Qwen2Config
 
 from megatron_sd.errors import ConfigError, RolloutError
 from megatron_sd.rollout.engine import Completion
@@ -207,6 +207,24 @@ def test_models_with_other_layers_are_refused_and_windows_bound_the_length():
     window = MistralForCausalLM(MistralConfig(**SHAPE, num_key_value_heads=2, sliding_window=64))
     with pytest.raises(RolloutError, match="64 positions"):
         serve(TorchEngine(window, codec(), max_rows=2), request(prompt=[5] * 64))
+
+
+def test_a_longrope_model_is_held_to_the_length_within_which_keys_stay_as_they_are():
+    factors = {"short_factor": [1.0] * 8, "long_factor": [2.0 + n for n in range(8)]}
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 40, **factors}
+    small = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4}
+    known = {"vocab_size": 448, "max_position_embeddings": 256, "pad_token_id": 0, "original_max_position_embeddings": 40}
+    torch.manual_seed(0)
+    made = Phi3ForCausalLM(Phi3Config(**small, **known, rope_parameters=rope)).eval()
+    prompt = tuple(range(5, 25))
+    (done,) = serve(TorchEngine(made, codec(), max_rows=2), request(prompt=prompt, max_new_tokens=30))
+    assert 0 < len(done.ids) <= 20
+    with torch.no_grad():
+        logits = made(torch.tensor([[*prompt, *done.ids]])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+    expected = logits[range(len(done.ids)), list(done.ids)]
+    np.testing.assert_allclose(done.logprobs, expected.numpy(), atol=1e-4)
+    with pytest.raises(RolloutError, match="40 positions"):
+        serve(TorchEngine(made, codec(), max_rows=2), request(prompt=range(5, 45)))
 
 
 def test_non_finite_logits_fail_their_session_and_leave_no_trace():

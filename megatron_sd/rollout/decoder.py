@@ -177,15 +177,18 @@ class RowDecoder:
 
 
 def _max_length(config: PreTrainedConfig) -> int:
-    """Positions one conversation may hold. Within a sliding window, sliding attention is full attention."""
+    """Positions one conversation may hold. Within a sliding window, sliding attention is full attention; a longrope model
+    (Phi-3, Phi-4-mini) turns all its keys otherwise once one lies beyond the original length, so cached ones would be wrong."""
     text = config.get_text_config()
     kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
     if not kinds <= {"full_attention", "sliding_attention"}:
         raise ConfigError(
             f"the model's layers are {sorted(kinds)}, expected full or sliding attention: the embedded engine cannot serve it"
         )
-    window = getattr(text, "sliding_window", None)
-    return min(text.max_position_embeddings, window) if window else text.max_position_embeddings
+    rope = getattr(text, "rope_parameters", None) or {}
+    original = rope.get("original_max_position_embeddings") if rope.get("rope_type") == "longrope" else None
+    limits = (text.max_position_embeddings, getattr(text, "sliding_window", None), original)
+    return min(limit for limit in limits if limit)
 
 
 def _new_tokens(

@@ -22,7 +22,7 @@ from megatron_sd.command_line import name_positionals
 from megatron_sd.config import parse
 from megatron_sd.errors import DataError
 from megatron_sd.observability.metrics_log import METRICS_NAME, read_metrics
-from megatron_sd.observability.recorder import TRANSCRIPTS_NAME
+from megatron_sd.observability.recorder import CHANGES_NAME, TRANSCRIPTS_NAME, change_line
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 LEGEND = (("policy trained", "policy, in the loss"), ("observed", "environment"), ("block", "hindsight block, teacher only"))
@@ -58,7 +58,8 @@ def make_report(config: ReportConfig) -> Path:
             f"{run_dir} holds neither {TRANSCRIPTS_NAME}/*.jsonl nor {METRICS_NAME} nor report.md, expected the run_dir of a "
             "training run or the output of an evaluation"
         )
-    curves = [_curves(*render_curves(runs), len(runs))] if runs else []
+    changes = _plan_changes(run_dir)
+    curves = [_curves(*render_curves(runs, changes), len(runs), changes)] if runs else []
     page = _page(run_dir.resolve().name, [*map(_table, tables), *curves, _groups(groups)])
     path = Path(config.output) if config.output else run_dir / "report.html"
     temporary = path.with_name(path.name + ".tmp")
@@ -117,10 +118,17 @@ def _metrics_files(config: ReportConfig) -> list[Path]:
     return own + [Path(seed) / METRICS_NAME for seed in config.seeds]
 
 
-def _curves(first: str, others: str, num_runs: int) -> str:
+def _plan_changes(run_dir: Path) -> list[tuple[int, str]]:
+    """The step and the words of what was changed of the plan while the run went on."""
+    path = run_dir / CHANGES_NAME
+    return [(change["step"], change_line(change)) for change in read_lines(path)] if path.is_file() else []
+
+
+def _curves(first: str, others: str, num_runs: int, changes: Sequence[tuple[int, str]]) -> str:
     note = f"mean of {num_runs} runs, band from lowest to highest" if num_runs > 1 else "one run"
     more = element("details", f"<summary>all other metrics</summary>{element('div', others, 'curves')}")
-    return f"<h2>Learning curves ({note})</h2>{element('div', first, 'curves')}{more if others else ''}"
+    told = element("ul", "".join(element("li", plain(line)) for _, line in changes)) if changes else ""
+    return f"<h2>Learning curves ({note})</h2>{told}{element('div', first, 'curves')}{more if others else ''}"
 
 
 def _table(markdown: str) -> str:

@@ -179,5 +179,5 @@ class Trainer:
             self.step, self.evaluation_is_due = state["step"], state["evaluation_is_due"]
             self.alpha.load_state(state["alpha"])
             self.stability.load_state(state["stability"])
-        self.recorder.begin(self.step)
+        self.recorder.begin(self.step, self.checkpoints.plan_changes)
         self.publisher.publish(self.policy, self.engine, self.step)

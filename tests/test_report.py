@@ -5,6 +5,7 @@ import json
 from html.parser import HTMLParser
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from eval.report import ReportConfig, make_report, read_groups
 from eval.report_page.curves import render_curves
@@ -13,6 +14,7 @@ from eval.report_page.text import plain
 from launch.cli import main as command
 from megatron_sd.errors import DataError
 from megatron_sd.observability.metrics_log import MetricsLog
+from megatron_sd.observability.recorder import Recorder
 from megatron_sd.observability.transcripts import group_record
 from megatron_sd.records import RolloutGroup, StopReason
 from tests import builders
@@ -187,6 +189,26 @@ def test_curves_of_several_seeds_have_a_band():
     long, _ = render_curves([{step: {"reward/mean": float(step)} for step in range(1, 1001)}])
     assert long.count(",") < 1000
     assert "steps 6 to 1000" in long, "the last step is always there"
+
+
+def test_a_change_of_the_plan_is_marked_and_told(tmp_path):
+    """Changed on resume at step 2: a line through each chart, words under the heading, a text in TensorBoard."""
+    change = {"step": 2, "key": "optimizer.learning_rate", "was": 1e-6, "now": 5e-7}
+    recorder = Recorder(tmp_path, enabled=True, num_steps=4, config_text="", decode=str, transcripts_per_step=1)
+    recorder.begin(0)
+    for step in (1, 2):
+        recorder.record(step, {"reward/mean": 0.5})
+    recorder.begin(2, [change])
+    for step in (3, 5):
+        recorder.record(step, {"reward/mean": 0.6})
+    recorder.close()
+    page = make_report(ReportConfig(run_dir=str(tmp_path))).read_text()
+    told = "from step 2 on optimizer.learning_rate 5e-07, before 1e-06"
+    assert f"<li>{told}</li>" in page and page.count(f"<title>{told}</title>") == 1
+    assert f'<line x1="{240 / 4:.1f}"' in page
+    events = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"tensors": 0}).Reload()
+    (text,) = events.Tensors("plan changes/text_summary")
+    assert told in text.tensor_proto.string_val[0].decode()
 
 
 def test_the_command_writes_the_page_and_refuses_a_directory_with_nothing_to_show(tmp_path, capsys):

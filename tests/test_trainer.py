@@ -36,6 +36,7 @@ def trainer(events: list, *, fails_at: tuple[str, int]) -> Trainer:
         load=lambda policy: None,
         save=lambda policy, step, state: events.append(("save", step)),
         refuse_when_resume_is_off=lambda: None,
+        plan_changes=(),
     )
     own = Trainer(
         schedule=Schedule(num_steps=3, eval_every=0, transcripts_every=0, checkpoint_every=0),
@@ -53,7 +54,7 @@ def trainer(events: list, *, fails_at: tuple[str, int]) -> Trainer:
         publisher=SimpleNamespace(publish=publish),
         engine=None,
         checkpoints=checkpoints,
-        recorder=SimpleNamespace(begin=lambda step: None, close=lambda: events.append(("close", None))),
+        recorder=SimpleNamespace(begin=lambda step, changes: None, close=lambda: events.append(("close", None))),
         timers=Timers(),
         work=SILENT,
         stability=SimpleNamespace(norm_limit=lambda: math.inf, taken=lambda step, norm: None, state=dict),

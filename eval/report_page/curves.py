@@ -24,11 +24,12 @@ FIRST = (
 )
 
 
-def render_curves(runs: Sequence[Steps]) -> tuple[str, str]:
-    """The charts of the metrics that people look at first, and of all others."""
+def render_curves(runs: Sequence[Steps], changes: Sequence[tuple[int, str]] = ()) -> tuple[str, str]:
+    """The charts of the metrics that people look at first, and of all others. changes: steps at which the run's plan was changed,
+    with what it was; a line marks each."""
     names = sorted({name for steps in runs for metrics in steps.values() for name in metrics})
     first = [name for name in FIRST if name in names]
-    charts = {name: _chart(name, _points(name, runs)) for name in names}
+    charts = {name: _chart(name, _points(name, runs), changes) for name in names}
     return "".join(charts[name] for name in first), "".join(charts[name] for name in names if name not in first)
 
 
@@ -45,7 +46,7 @@ def _points(name: str, runs: Sequence[Steps]) -> list[tuple[int, float, float, f
     return [(step, min(values[step]), sum(values[step]) / len(values[step]), max(values[step])) for step in chosen]
 
 
-def _chart(name: str, points: Sequence[tuple[int, float, float, float]]) -> str:
+def _chart(name: str, points: Sequence[tuple[int, float, float, float]], changes: Sequence[tuple[int, str]]) -> str:
     if not points:
         return ""
     low, high = min(point[1] for point in points), max(point[3] for point in points)
@@ -59,8 +60,15 @@ def _chart(name: str, points: Sequence[tuple[int, float, float, float]]) -> str:
     upper = [place(step, highest) for step, _, _, highest in points]
     lower = [place(step, lowest) for step, lowest, _, _ in reversed(points)]
     line = " ".join(place(step, mean) for step, _, mean, _ in points)
-    drawing = f'<polygon points="{" ".join(upper + lower)}"/><polyline points="{line}"/>'
+    inside = [(WIDTH * (step - first) / (last - first or 1), words) for step, words in changes if first <= step <= last]
+    marks = "".join(_mark(x, words) for x, words in inside)
+    drawing = f'{marks}<polygon points="{" ".join(upper + lower)}"/><polyline points="{line}"/>'
     svg = f'<svg viewBox="-2 -2 {WIDTH + 4} {HEIGHT + 4}" role="img">{drawing}</svg>'
     scale = f"{low:.3g} to {high:.3g} · steps {first} to {last}"
     caption = f"{element('b', plain(name))} {element('span', f'{points[-1][2]:.3g}', 'last')}"
     return element("figure", f"<figcaption>{caption}</figcaption>{svg}{element('small', plain(scale))}")
+
+
+def _mark(x: float, words: str) -> str:
+    """A line through a chart, with what happened there for the pointer that rests on it."""
+    return f'<line x1="{x:.1f}" x2="{x:.1f}" y1="0" y2="{HEIGHT}" class="change">{element("title", plain(words))}</line>'

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from megatron_sd.observability.metrics_log import METRICS_NAME, MetricsLog
 from megatron_sd.observability.progress import Progress
@@ -15,6 +16,7 @@ from megatron_sd.observability.transcripts import Decode, group_record, render_g
 from megatron_sd.records import RolloutGroup
 
 CONFIG_NAME = "config.yaml"
+CHANGES_NAME = "plan_changes.jsonl"
 TRANSCRIPTS_NAME = "transcripts"
 
 
@@ -22,6 +24,7 @@ class Recorder:
     """Records a run under `run_dir`. On a rank that is not `enabled` every method does nothing and touches no file.
 
         config.yaml                      the resolved configuration
+        plan_changes.jsonl               what was changed of the plan on resume, and from which step on
         metrics.jsonl                    one line a record (metrics_log.py)
         tensorboard/                     event files
         transcripts/step_00000010.txt    rollouts to read; .jsonl beside it
@@ -39,8 +42,9 @@ class Recorder:
         self._transcripts_per_step = transcripts_per_step
         self._open: tuple[MetricsLog, TensorBoard, Progress] | None = None
 
-    def begin(self, step: int) -> None:
-        """Start recording after optimiser step `step` (0, or that of a checkpoint): what was recorded beyond it is superseded."""
+    def begin(self, step: int, plan_changes: Sequence[Mapping[str, Any]] = ()) -> None:
+        """Start recording after optimiser step `step` (0, or that of a checkpoint): what was recorded beyond it is superseded.
+        plan_changes: step, key, was and now of each, since the run began."""
         if not self._enabled:
             return
         self._run_dir.mkdir(parents=True, exist_ok=True)
@@ -48,6 +52,9 @@ class Recorder:
         log = MetricsLog(self._run_dir / METRICS_NAME, first_step=step + 1)
         board = TensorBoard(self._run_dir / TENSORBOARD_NAME, first_step=step + 1)
         board.text("config", self._config_text, step)
+        if plan_changes:
+            _write_text(self._run_dir / CHANGES_NAME, "".join(json.dumps(dict(change)) + "\n" for change in plan_changes))
+            board.text("plan changes", "\n".join(map(change_line, plan_changes)), step)
         self._open = (log, board, Progress(self._num_steps, step, sys.stderr))
 
     def record(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -78,6 +85,11 @@ class Recorder:
         for part in self._open or ():
             part.close()
         self._open = None
+
+
+def change_line(change: Mapping[str, Any]) -> str:
+    """One change of the plan in words."""
+    return f"from step {change['step']} on {change['key']} {change['now']!r}, before {change['was']!r}"
 
 
 def _write_text(path: Path, content: str) -> None:

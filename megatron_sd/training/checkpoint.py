@@ -47,7 +47,12 @@ class Checkpoints:
         self._config = config
         self._world = world
         self._corpus_version = corpus_version
-        self._changes: list[Mapping[str, Any]] = []  # of the plan, since the run began
+        self._changes: list[Mapping[str, Any]] = []
+
+    @property
+    def plan_changes(self) -> Sequence[Mapping[str, Any]]:
+        """What has been changed of the plan since the run began (identity.Change as dicts)."""
+        return self._changes
 
     def save(self, policy: Policy, *, step: int, state: Mapping[str, Any]) -> None:
         """Commit a checkpoint of `step`, then prune to checkpoint.keep; a step already committed is left alone.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 import shlex
 import sys
@@ -14,8 +15,11 @@ from pathlib import Path
 import yaml
 
 from launch.layout import LayoutConfig, ranks_per_node
+from launch.memory import GIB, checkpoint_bytes
+from launch.models import model_config
 from megatron_sd.config import Config, dump
-from megatron_sd.errors import ConfigError
+from megatron_sd.errors import ConfigError, MegatronSdError
+from megatron_sd.resharding.names import model_shape
 
 _PLACE = re.compile(r"@(\w+)@")
 TRAINING_MODULE = "megatron_sd.train"
@@ -80,6 +84,9 @@ def _values(layout: LayoutConfig, config: Config, launch_dir: Path, module: str)
         "doctor": _doctor_line(layout) if layout.doctor else None,
         "setup": layout.setup,
         "endpoints": shlex.quote(json.dumps(config.retriever.endpoints)),
+        "checkpoints": shlex.quote(str(Path(config.run_dir).resolve() / "checkpoints")),
+        "checkpoint_gib": str(_checkpoint_gib(config)),
+        "num_checkpoints": str(config.checkpoint.keep + 1),
         "gpus_wanted": str(layout.gpus_per_node or "null"),
         "on_host": 'bash -c "$2"' if layout.cluster == "local" else f'{layout.remote_shell} "$1" "$2"',
     }
@@ -91,6 +98,15 @@ def _values(layout: LayoutConfig, config: Config, launch_dir: Path, module: str)
         | {name: getattr(layout, name) for name in same}
         | {name: str(getattr(layout, name)) for name in numbers}
     )
+
+
+def _checkpoint_gib(config: Config) -> int:
+    """Of one checkpoint on disk, rounded up; 0 for a model whose sizes nobody knows."""
+    try:
+        shape = model_shape(model_config(config.model.path))
+    except MegatronSdError:
+        return 0
+    return math.ceil(checkpoint_bytes(shape, config) / GIB)
 
 
 def _doctor_line(layout: LayoutConfig) -> str:

@@ -169,6 +169,24 @@ def test_scripts_pass_shellcheck(name, tmp_path):
     assert done.returncode == 0, done.stdout
 
 
+def test_the_doctor_asks_for_the_room_of_the_checkpoints_to_come(tmp_path, monkeypatch):
+    """7B, bfloat16: 12 bytes of masters and moments and 2 of the model for each of 7.6 G parameters; two kept, one written."""
+    monkeypatch.chdir(tmp_path)
+    config = config_of()
+    text = render_files(LayoutConfig(nodes=1), config, tmp_path)["doctor.sh"]
+    sums = "\n".join(line for line in text.splitlines() if line.startswith(("to_come=", "room=")))
+    assert config.checkpoint.keep == 2 and "--min_free_gib=$((room > 10 ? room : 10))" in text
+
+    def room():
+        done = subprocess.run(["bash", "-c", f"{sums}\necho $room"], capture_output=True, text=True, check=True)
+        return int(done.stdout)
+
+    assert room() == 3 * 100
+    for step in (1, 2, 3):
+        (tmp_path / "runs/x/checkpoints" / f"step_{step:08}").mkdir(parents=True)
+    assert room() == 100
+
+
 def test_a_dry_run_writes_everything_and_starts_nothing(tmp_path, capsys):
     main(["--recipe=14b", "--dry-run", "--retriever-nodes=1", "--account=me", f"--run_dir={tmp_path / 'run'}"])
     printed = capsys.readouterr().out

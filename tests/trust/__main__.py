@@ -103,6 +103,12 @@ what came out when it was last run. R6, requeueing under a real SLURM, is a test
 """
 
 
+WHERE = """"Bit for bit" holds on CPUs, with the same number of
+threads. On GPUs it holds for what is on disk (a checkpoint loads as it was written); steps taken again differ by rounding, since
+GPUs add in changing order. Nothing here has run on one.
+"""
+
+
 def write_table(rows: Path, output: Path) -> None:
     """The newest row of every test."""
     newest_rows: dict[str, dict] = {}
@@ -113,9 +119,9 @@ def write_table(rows: Path, output: Path) -> None:
         f"| {own['test']} | {own['what']} | {own['passed']} of {own['count']} | {own['figures'] or 'none'} | {own['date']} |"
         for _, own in sorted(newest_rows.items())
     ]
-    machine = f"\nOn {os.cpu_count()} cores, {platform.machine()}, no GPU, busy with other work; seconds are upper bounds.\n"
+    machine = f"\nOn {os.cpu_count()} cores, {platform.machine()}, no GPU, busy with other work; seconds are upper bounds."
     rest = output.read_text(encoding="utf-8").partition("## ")[2] if output.exists() else ""
-    output.write_text(HEAD + "\n".join(lines) + "\n" + machine + (f"\n## {rest}" if rest else ""), encoding="utf-8")
+    output.write_text(HEAD + "\n".join(lines) + f"\n{machine} {WHERE}" + (f"\n## {rest}" if rest else ""), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -85,8 +85,9 @@ def main(argv: Sequence[str]) -> None:
     report = gate(config, world)
     if not world.is_first:
         return
-    print("\n".join(report.lines()))
-    if report.failures:
+    lines = report.lines()
+    print("\n".join(lines[:-1] if report.failures else lines))
+    if report.failures:  # which the error tells
         raise MegatronSdError("the gate is closed: " + "; ".join(report.failures))
 
 

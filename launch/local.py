@@ -18,9 +18,9 @@ from types import FrameType
 import psutil
 
 from megatron_sd.config import Config, load
-from megatron_sd.distributed.control import STOPPED_EXIT_CODE
+from megatron_sd.distributed.control import STARTER, STOPPED_EXIT_CODE
 from megatron_sd.errors import ConfigError, MegatronSdError
-from megatron_sd.machine import has_gpu
+from megatron_sd.machine import has_gpu, process_start
 from megatron_sd.run_lock import refuse_held
 
 TRAIN = "megatron_sd.train"
@@ -109,6 +109,7 @@ def start_ranks(num_ranks: int, argv: Sequence[str], remarks: Sequence[str] = ()
     environment = os.environ | {"OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
     command = command_line(num_ranks, free_port(), argv, program)
     parent = os.getpid()
+    environment[STARTER] = f"{parent} {process_start(parent)}"
     options = {"env": environment, "start_new_session": True, "preexec_fn": lambda: end_with(parent)}
     with subprocess.Popen(command, **options) as process, _handing_on(process.pid):
         code = process.wait()

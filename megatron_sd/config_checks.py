@@ -72,6 +72,7 @@ _RANGES: dict[str, tuple[str, ...]] = {
         "batch_tokens",
         "num_samples",
         "num_resamples",
+        "lift.num_resamples",
     ),
     "more than 0": (
         "retriever.client.deadline_s",
@@ -79,6 +80,7 @@ _RANGES: dict[str, tuple[str, ...]] = {
         "retriever.client.first_pause_s",
         "retriever.client.max_pause_s",
         "retriever.client.breaker_open_s",
+        "temperature",
         "rollout.temperature",  # evaluation decodes greedily by itself
         "rollout.vllm.kv_cache_gib",
         "rollout.vllm.start_timeout_s",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 from pathlib import Path
@@ -28,6 +29,14 @@ def preferred_dtype() -> str:
         found, why = "float32", "no GPU, and this processor would have to emulate bfloat16"
     logger.info("model.dtype auto is %s: %s", found, why)
     return found
+
+
+def process_start(pid: int) -> int | None:
+    """Clock ticks from boot to the process's start; None when there is no such process, or it only waits to be reaped."""
+    with contextlib.suppress(OSError):
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+        return None if fields[0] in "ZX" else int(fields[19])
+    return None
 
 
 def processor_flags(cpuinfo: Path) -> frozenset[str]:

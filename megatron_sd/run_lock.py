@@ -24,6 +24,7 @@ from datetime import datetime
 from pathlib import Path
 
 from megatron_sd.errors import ConfigError
+from megatron_sd.machine import process_start
 
 LOCK_NAME = "lock.json"
 BEAT_S = 5.0
@@ -55,7 +56,7 @@ class Holder:
     @property
     def is_alive(self) -> bool:
         """Of one that is here: whether its process is, and is not another one of the same number."""
-        return _born(self.pid) == self.born
+        return process_start(self.pid) == self.born
 
 
 @contextlib.contextmanager
@@ -151,7 +152,7 @@ def _write(path: Path, holder: Holder) -> None:
 def _this_process() -> Holder:
     pid = os.getpid()
     since = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
-    born = _born(pid) or 0
+    born = process_start(pid) or 0
     return Holder(token=uuid.uuid4().hex, host=socket.gethostname(), machine=_machine(), pid=pid, born=born, since=since)
 
 
@@ -159,11 +160,3 @@ def _machine() -> str:
     """The booted machine and the namespace of its process numbers: containers of one host count apart."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     return f"{boot} {os.readlink('/proc/self/ns/pid')}"
-
-
-def _born(pid: int) -> int | None:
-    """Clock ticks from boot to the process's start; None when there is no such process, or it only waits to be reaped."""
-    with contextlib.suppress(OSError):
-        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
-        return None if fields[0] in "ZX" else int(fields[19])
-    return None

@@ -93,6 +93,7 @@ class Trainer:
             except (StopRequested, RolloutError, ReshardError):  # the engine may be lost, what was trained is not
                 self.save()
                 raise
+        self.stability.refuse_to_end()
         self.save()
         self.recorder.close()
 

@@ -198,6 +198,8 @@ def test_two_ranks_score_what_one_does(tmp_path):
 
 def test_what_does_not_fit_is_named(transcripts, environment, tmp_path):
     config = CreditConfig(model=EXACT, transcripts=str(transcripts), output=str(tmp_path), protocol=COMPACT)
+    with pytest.raises(ConfigError, match="temperature: found 0.0, expected more than 0"):
+        credit(replace(config, temperature=0.0))
     with pytest.raises(ConfigError, match="block is 'turn_causal', expected one of dummy, flat_pool"):
         credit(replace(config, block="turn_causal"))
     transcripts.write_text('{"question": "Q?", "golden_answers": "a", "answerr": 1}\n')

@@ -67,6 +67,8 @@ def test_an_untrained_model_asks_nothing_and_the_gate_stays_closed(world, tmp_pa
     arguments = [f"--model.path={tmp_path}", f"--retriever.corpus={world / 'corpus'}", f"--questions={config.questions}"]
     with pytest.raises(MegatronSdError, match="labels are not read"):
         main([*arguments, *FITS, "--model.dtype=float32", "--limit=2", "--protocol.preset=compact"])
+    with pytest.raises(ConfigError, match="lift.num_resamples: found 0, expected 1 or more"):
+        main([*arguments, *FITS, "--lift.num_resamples=0"])
 
 
 def test_a_killed_gate_goes_on_and_reports_the_same(world, tmp_path, monkeypatch):

@@ -95,6 +95,21 @@ def test_no_rank_outlives_the_one_who_started_it(number):
     assert _ends(rank)
 
 
+@pytest.mark.ranks
+def test_several_ranks_end_with_a_killed_command_though_launchers_stand_between(tmp_path):
+    program = "tests.rank_programs.wait_for_ever"
+    words = f"import sys; from launch import local; local.start_ranks(2, sys.argv[1:], program={program!r})"
+    command = subprocess.Popen([sys.executable, "-c", words, str(tmp_path)])
+    deadline = time.monotonic() + 240
+    while len(list(tmp_path.glob("rank_*"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    ranks = [psutil.Process(int(path.read_text())) for path in sorted(tmp_path.glob("rank_*"))]
+    assert len(ranks) == 2
+    command.kill()
+    command.wait()
+    assert all(_ends(rank) for rank in ranks)
+
+
 def _ends(process):
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:

@@ -88,7 +88,7 @@ def _counts(http):
     [
         ({"queries": ["a"] * 301}, 413, "queries: found 301, expected at most 300"),
         ({"queries": [5]}, 422, "queries[0]: found 5"),
-        ({"queries": ["a"], "topk": -1}, 422, "topk: found -1, expected a whole number from 1 to 20"),
+        ({"queries": ["a"], "topk": -1}, 422, "topk: found -1, expected a whole number; 0 stands for 3, more than 20 for 20"),
         (b'{"queries": ["' + b"a" * (1 << 20) + b'"]}', 413, "longer than 1048576 bytes"),
         (b'{"queries": ["\xff\xfe"]}', 400, "no JSON"),
         (b'{"queries":' + b"[" * 10_000, 400, "no JSON"),

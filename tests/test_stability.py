@@ -40,6 +40,18 @@ def test_barren_steps_are_passed_over_and_several_in_a_row_end_the_run():
         stability.refused(12, barren)
 
 
+def test_a_run_none_of_whose_steps_was_taken_does_not_end_well():
+    """Fewer steps than stop_after_refusals: it would look trained."""
+    barren = BarrenStepError("none of the step's 8 rollouts has a sampled token")
+    stability = Stability(SafetyConfig())
+    stability.refuse_to_end()  # nothing was left to do
+    stability.refused(0, barren)
+    with pytest.raises(BarrenStepError, match="sampled token. No step of this run was taken: look at what prompts"):
+        stability.refuse_to_end()
+    stability.taken(1, 1.0)
+    stability.refuse_to_end()
+
+
 def test_the_error_keeps_its_kind():
     stability = Stability(SafetyConfig(stop_after_refusals=1))
     with pytest.raises(GradientSpikeError):

@@ -85,8 +85,10 @@ def test_template_arguments_reach_the_template_and_a_misspelt_one_is_named():
     own = TextCodec(tokenizer, chat_template=True, template_arguments={"enable_thinking": False})
     assert plain.decode(plain.prompt_ids("a")) == "user a<|im_end|>assistant "
     assert own.decode(own.prompt_ids("a")) == "user a<|im_end|>assistant <think></think>"
-    with pytest.raises(ConfigError, match="reads no enable_thinkin, expected some of .*enable_thinking, messages"):
+    with pytest.raises(ConfigError, match="reads no enable_thinkin, expected some of .*: enable_thinking$"):
         TextCodec(tokenizer, chat_template=True, template_arguments={"enable_thinkin": False})
+    with pytest.raises(ConfigError, match="found add_generation_prompt, which rollouts set themselves"):
+        TextCodec(tokenizer, chat_template=True, template_arguments={"add_generation_prompt": False})
 
 
 def test_a_template_that_refuses_the_message_is_named():

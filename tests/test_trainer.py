@@ -57,7 +57,9 @@ def trainer(events: list, *, fails_at: tuple[str, int]) -> Trainer:
         recorder=SimpleNamespace(begin=lambda step, changes: None, close=lambda: events.append(("close", None))),
         timers=Timers(),
         work=SILENT,
-        stability=SimpleNamespace(norm_limit=lambda: math.inf, taken=lambda step, norm: None, state=dict),
+        stability=SimpleNamespace(
+            norm_limit=lambda: math.inf, taken=lambda step, norm: None, state=dict, refuse_to_end=lambda: None
+        ),
         attempts=SimpleNamespace(begin=lambda step: None),
     )
     own.record = lambda *_: None

@@ -16,6 +16,7 @@ from types import FrameType
 from typing import Self
 
 STOPPED_EXIT_CODE = 85  # saved as asked: start the same command again and it goes on
+STARTER = "MEGATRON_SD_STARTER"  # set by `sd-search`: its process, "pid start", without which ranks do not go on
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 FILE_CHECK_S = 0.5  # a shared file system is asked no more often
 

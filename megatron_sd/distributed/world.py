@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
+import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,12 +17,14 @@ from typing import NoReturn
 import torch
 import torch.distributed as dist
 
-from megatron_sd.distributed.control import StopRequest
+from megatron_sd.distributed.control import STARTER, StopRequest
 from megatron_sd.errors import ConfigError
+from megatron_sd.machine import process_start
 
 # What launchers tell a rank about itself; a process that is no rank must not inherit it.
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 EXPECTED_SIZE = "MEGATRON_SD_WORLD_SIZE"  # set by `sd-search launch`: how many ranks were asked for
+STARTER_CHECK_S = 1.0
 COLLECTIVE_TIMEOUT = timedelta(hours=2)  # a rank may wait this long for the slowest rank's rollouts
 
 
@@ -90,6 +95,7 @@ def join_world(stop: StopRequest | None = None) -> World:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=COLLECTIVE_TIMEOUT)
         else:
             dist.init_process_group(backend, rank=rank, world_size=size, timeout=COLLECTIVE_TIMEOUT)
+    _end_with_starter(os.environ.get(STARTER))
     return World(rank=rank, size=size, local_rank=local_rank, device=device, stop=stop or StopRequest())
 
 
@@ -145,6 +151,21 @@ def end_process(code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def _end_with_starter(starter: str | None) -> None:
+    """Send this process SIGTERM when the one that started the ranks is gone, however it went. DeepSpeed's launchers stand between
+    the two, and do not always hand a signal on."""
+    if starter is None:
+        return
+    pid, start = map(int, starter.split())
+
+    def watch() -> None:
+        while process_start(pid) == start:
+            time.sleep(STARTER_CHECK_S)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, name="starter", daemon=True).start()
 
 
 def _choose_device(local_rank: int) -> torch.device:

@@ -113,7 +113,9 @@ def _top_k(fields: dict[str, Any], limits: RequestLimits) -> int:
     top_k = int(found) if not limits.is_strict and isinstance(found, str) and found.isdecimal() else found
     highest = limits.max_top_k if limits.is_strict else math.inf
     if not isinstance(top_k, int) or isinstance(top_k, bool) or not limits.is_strict <= top_k <= highest:
-        raise RequestError(422, f"topk: found {found!r:.80}, expected a whole number from 1 to {limits.max_top_k}")
+        lenient = f"a whole number; 0 stands for {default}, more than {limits.max_top_k} for {limits.max_top_k}"
+        expected = f"a whole number from 1 to {limits.max_top_k}" if limits.is_strict else lenient
+        raise RequestError(422, f"topk: found {found!r:.80}, expected {expected}")
     return min(top_k, limits.max_top_k) or default
 
 

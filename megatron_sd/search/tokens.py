@@ -26,6 +26,7 @@ from megatron_sd.records import TokenIds
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _JINJA = jinja2.Environment(extensions=[loopcontrols])  # only to see what a template reads
+_OUR_ARGUMENTS = frozenset({"messages", "conversation", "add_generation_prompt", "continue_final_message", "tokenize"})
 _CONTENT_MARK = "@@megatron-sd-content@@"  # stands for the user's message while a chat template is taken apart
 
 
@@ -204,10 +205,13 @@ def _refuse_unread(arguments: Mapping[str, Any], template: str) -> None:
         read = meta.find_undeclared_variables(_JINJA.parse(template))
     except jinja2.TemplateSyntaxError:  # it uses tags of transformers' own: nobody can tell
         return
+    if ours := sorted(arguments.keys() & _OUR_ARGUMENTS):
+        raise ConfigError(f"protocol.template_arguments: found {', '.join(ours)}, which rollouts set themselves; leave it out")
     if unread := sorted(arguments.keys() - read):
+        known = ", ".join(sorted(read - _OUR_ARGUMENTS)) or "nothing"
         raise ConfigError(
-            f"protocol.template_arguments: the chat template reads no {', '.join(unread)}, "
-            f"expected some of {', '.join(sorted(read))}"
+            f"protocol.template_arguments: the chat template reads no {', '.join(unread)}, expected some of what it reads beside "
+            f"the message: {known}"
         )
 
 

@@ -64,6 +64,8 @@ class Stability:
         self._spikes = SpikeGuard(sigmas=config.spike_sigmas, window=config.spike_window)
         self._count = 0
         self._last_refused = -1
+        self._num_taken = 0
+        self._last_error: RefusedStepError | None = None
 
     def norm_limit(self) -> float:
         """For the step about to be taken."""
@@ -71,6 +73,7 @@ class Stability:
 
     def taken(self, step: int, norm: float) -> None:
         """The optimiser took this step."""
+        self._num_taken += 1
         self._spikes.accept(norm)
         if step > self._last_refused:
             self._count = 0
@@ -78,6 +81,7 @@ class Stability:
     def refused(self, step: int, error: RefusedStepError) -> bool:
         """True: go back to the last checkpoint. False: pass over the step. Raises RefusedStepError when it was one too many."""
         self._count += 1
+        self._last_error = error
         self._last_refused = max(self._last_refused, step)
         if self._count >= self._config.stop_after_refusals:
             raise type(error)(
@@ -85,6 +89,12 @@ class Stability:
                 f"(safety.stop_after_refusals): {error.remedy}"
             ) from error
         return error.older_weights_help and self._count == self._config.roll_back_after_refusals
+
+    def refuse_to_end(self) -> None:
+        """The run would be over: raise the last refusal when this start has taken no step: it would look trained."""
+        if self._last_error is not None and not self._num_taken:
+            error = self._last_error
+            raise type(error)(f"{error}. No step of this run was taken: {error.remedy}") from error
 
     def state(self) -> dict[str, Any]:
         """For the checkpoint."""

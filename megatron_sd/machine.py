@@ -1,7 +1,9 @@
-"""What this machine computes with, told by files alone: configuration is read before any framework is loaded."""
+"""What this machine computes with, told by files alone: configuration is read before any framework is loaded. And its memory."""
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import functools
 import logging
 from pathlib import Path
@@ -28,6 +30,13 @@ def preferred_dtype() -> str:
         found, why = "float32", "no GPU, and this processor would have to emulate bfloat16"
     logger.info("model.dtype auto is %s: %s", found, why)
     return found
+
+
+def give_back_memory() -> None:
+    """Return to the system what this process has freed in host memory: the C library keeps it, as much as the model's size after
+    loading. Nothing where that library has no such call."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def processor_flags(cpuinfo: Path) -> frozenset[str]:

@@ -15,14 +15,13 @@ from megatron_sd.config import Config
 from megatron_sd.ops.linear_jsd import BLOCK_ELEMENTS
 from megatron_sd.resharding.names import ModelShape
 from megatron_sd.resharding.plan import ITEM_BYTES
-from megatron_sd.training.deepspeed_config import PREFETCH_ELEMENTS, REDUCE_BUCKET_ELEMENTS
+from megatron_sd.training.deepspeed_config import PREFETCH_ELEMENTS, REDUCE_BUCKET_ELEMENTS, SUB_GROUP_ELEMENTS
 
 Phase = Literal["rollout", "head", "backward", "reduce", "step"]  # the moments of a step that can be the worst
 Place = Literal["device", "host"]
 PHASES: tuple[Phase, ...] = ("rollout", "head", "backward", "reduce", "step")
 GIB = 2**30
-SUB_GROUP_ELEMENTS = 10**9  # ZeRO-3 steps over at most so many elements at a time
-STEP_COPIES = 3  # float32, of the elements being stepped over: the gradient and two temporaries of AdamW
+STEP_COPIES = 1  # float32, of the elements being stepped over: the gradient, put together; AdamW is fused
 REDUCE_COPIES = 5  # of the embedding: the gradients of head and embedding, their sum, and what the reduction packs and gets
 BLOCK_COPIES = 4  # float32, of the logits being worked on
 
@@ -101,10 +100,12 @@ def _states(shape: ModelShape, config: Config, world_size: int) -> list[Part]:
     update = config.update
     stepped: Place = "device" if update.offload_optimizer == "none" else "host"
     kept: Place = "device" if update.offload_parameters == "none" else "host"
-    at_once = 4 * STEP_COPIES * min(trained, SUB_GROUP_ELEMENTS)
+    largest = trained if stage != 3 else max(SUB_GROUP_ELEMENTS, 0 if adapters else math.ceil(sizes.embedding / world_size))
+    at_once = 4 * STEP_COPIES * min(trained, largest)
+    has_masters = stage in (1, 2) or (stage == 3 and (item != 4 or stepped != kept))
     parts = [
         Part(name="parameters", num_bytes=item * held, where=kept),
-        Part(name="float32 masters", num_bytes=4 * trained if stage else 0, where=stepped),
+        Part(name="float32 masters", num_bytes=4 * trained if has_masters else 0, where=stepped),
         Part(name="AdamW's moments", num_bytes=8 * trained, where=stepped),
         Part(name="gradients", num_bytes=4 * (trained if stage >= 2 else all_trained)),
         Part(name="reduce bucket", num_bytes=item * min(REDUCE_BUCKET_ELEMENTS, all_trained) if stage else 0),

@@ -1,8 +1,9 @@
-"""What this machine computes with, told by files alone: configuration is read before any framework is loaded."""
+"""What this machine computes with, told by files alone: configuration is read before any framework is loaded. And its memory."""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import logging
 from pathlib import Path
@@ -37,6 +38,13 @@ def process_start(pid: int) -> int | None:
         fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
         return None if fields[0] in "ZX" else int(fields[19])
     return None
+
+
+def give_back_memory() -> None:
+    """Return to the system what this process has freed in host memory: the C library keeps it, as much as the model's size after
+    loading. Nothing where that library has no such call."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def processor_flags(cpuinfo: Path) -> frozenset[str]:

@@ -189,6 +189,27 @@ def test_bfloat16_keeps_float32_masters(world, model_path):
     assert found["history"][0]["loss/distill"] == pytest.approx(exact["history"][0]["loss/distill"], rel=0.02)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_float32_weights_are_their_own_masters(world, model_path, dtype):
+    """ZeRO-3 would keep the same numbers twice."""
+    optimizer = load_policy(make_config(model_path, model={"dtype": dtype}), world).engine.optimizer
+    pairs = zip(optimizer.fp32_partitioned_groups_flat, optimizer.fp16_partitioned_groups_flat, strict=True)
+    assert [master.data_ptr() == shard.data_ptr() for master, shard in pairs] == [dtype == "float32"]
+
+
+def test_stepping_over_small_groups_changes_nothing(world, model_path, expected, tmp_path, monkeypatch):
+    """Many sub-groups, as large models have: the same steps, and a checkpoint that either reads."""
+    kept = {"max_tokens": ONE_MICROBATCH, "checkpoint": str(tmp_path)}
+    monkeypatch.setattr("megatron_sd.training.deepspeed_config.SUB_GROUP_ELEMENTS", 1000)
+    found = outcome(world, model_path, **kept)
+    optimizer = load_policy(make_config(model_path), world).engine.optimizer
+    assert len(optimizer.fp32_partitioned_groups_flat) > 5
+    assert_same(found, expected)
+    monkeypatch.undo()
+    resumed = outcome(world, model_path, **kept)
+    assert all(torch.equal(resumed["parameters"][name], value) for name, value in found["parameters"].items())
+
+
 def test_settings_that_do_not_fit(world, model_path):
     with pytest.raises(ConfigError, match="zero_stage 0 keeps no float32 master"):
         load_policy(make_config(model_path, model={"dtype": "bfloat16"}, update={"zero_stage": 0}), world)

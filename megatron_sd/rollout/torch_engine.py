@@ -17,6 +17,7 @@ import torch
 from transformers import PreTrainedModel
 
 from megatron_sd.errors import RolloutError
+from megatron_sd.machine import give_back_memory
 from megatron_sd.pretrained.loading import load_causal_lm
 from megatron_sd.records import TokenIds
 from megatron_sd.rollout.decoder import Feed, RowDecoder, Sampled
@@ -117,6 +118,7 @@ class TorchEngine:
         if not self._jobs:
             self._forget()
             self._decoder.give_back()
+            give_back_memory()
 
     def release(self, session: str) -> None:
         """Give the session's row back; a completion of it that is still in flight is cancelled."""

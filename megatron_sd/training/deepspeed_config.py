@@ -9,6 +9,7 @@ from megatron_sd.training.tensor_parallel import autotp_settings
 
 PERSISTENT_PARAMETER_ELEMENTS = 100_000  # smaller parameters (norms, biases) stay gathered between steps
 REDUCE_BUCKET_ELEMENTS = 50_000_000
+SUB_GROUP_ELEMENTS = 50_000_000  # the optimiser steps over so many at a time (or over one parameter, if larger)
 PREFETCH_ELEMENTS = 50_000_000  # gathered ahead of their use
 
 
@@ -64,6 +65,7 @@ def _common(config: Config, world_size: int) -> dict[str, Any]:
 def _zero(stage: int) -> dict[str, Any]:
     sharded = {
         "stage3_prefetch_bucket_size": PREFETCH_ELEMENTS,
+        "sub_group_size": SUB_GROUP_ELEMENTS,
         "stage3_param_persistence_threshold": PERSISTENT_PARAMETER_ELEMENTS,
         "stage3_gather_16bit_weights_on_model_save": False,
         "memory_efficient_linear": False,  # would replace torch's linear everywhere for good: placement.zero3_linear

@@ -134,7 +134,8 @@ class TrainedState:
         """The optimiser's state of `flat`, begun if there is none. torch counts steps in a tensor, DeepSpeed's Adam in an int."""
         state = self._adam.state[flat]
         if not state:
-            state["step"] = torch.tensor(float(steps)) if isinstance(self._adam, torch.optim.AdamW) else steps
+            where = flat.device if self._adam.defaults.get("fused") else "cpu"
+            state["step"] = torch.tensor(float(steps), device=where) if isinstance(self._adam, torch.optim.AdamW) else steps
             state.update({key: torch.zeros_like(flat.data) for key in MOMENTS})
         return state
 

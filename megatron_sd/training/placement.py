@@ -41,6 +41,17 @@ def place(module: Module, model: PreTrainedModel, settings: Mapping[str, Any], d
     return module
 
 
+def share_masters(optimizer: Any) -> None:
+    """Under ZeRO-3 with float32 weights, let the optimiser step on the shards themselves: no second float32 copy of them.
+
+    DeepSpeed means to, and compares a device with its name, so it never does. optimizer: of the DeepSpeed engine.
+    """
+    masters = getattr(optimizer, "fp32_partitioned_groups_flat", ())
+    for master, shard in zip(masters, getattr(optimizer, "fp16_partitioned_groups_flat", ())):
+        if shard is not None and (shard.dtype, shard.device) == (master.dtype, master.device):
+            master.data = shard.data
+
+
 def check_disk_offload(update: UpdateConfig) -> None:
     """Raise ConfigError for offloading to a disk where DeepSpeed cannot compile its disk operation: it would end in a traceback,
     minutes later."""

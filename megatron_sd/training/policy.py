@@ -21,6 +21,7 @@ from megatron_sd.config import Config, OptimizerConfig
 from megatron_sd.distributed.collectives import sum_floats
 from megatron_sd.distributed.world import World
 from megatron_sd.errors import ConfigError, GradientSpikeError, NonFiniteError
+from megatron_sd.machine import give_back_memory
 from megatron_sd.ops.head_rows import HeadOptions
 from megatron_sd.ops.jsd import check_options
 from megatron_sd.records import Microbatch, Totals, UpdateResult
@@ -29,7 +30,7 @@ from megatron_sd.training.deepspeed_config import deepspeed_config
 from megatron_sd.training.lora import is_adapter, with_adapters
 from megatron_sd.training.norm_gate import GATE
 from megatron_sd.training.pieces import TrainedState
-from megatron_sd.training.placement import check_disk_offload, place, zero3_linear
+from megatron_sd.training.placement import check_disk_offload, place, share_masters, zero3_linear
 from megatron_sd.training.policy_module import DeviceMicrobatch, PolicyModule, load_for_training
 from megatron_sd.training.reference import ReferencePolicy
 from megatron_sd.training.sequence_parallel import sequence_group, split_sequences
@@ -119,6 +120,7 @@ class Policy:
             self._refuse_spike(GATE.spike, max_norm)
             self._refuse("gradient", self._ranks_with_non_finite_gradient())
         self._teacher.follow(self.named_parameters())
+        give_back_memory()
         self.version += 1
         self._forget_sums()
         return UpdateResult(
@@ -228,7 +230,9 @@ def load_policy(config: Config, world: World) -> Policy:
     module = PolicyModule(model, options, config.policy_loss)
     module = place(module, module.model, settings, world.device)
     engine, *_ = deepspeed.initialize(model=module, optimizer=_optimizer(module, config), config=settings)
+    share_masters(engine.optimizer)
     mark_cuts(engine, module.model, parts)
+    give_back_memory()  # the weights were in host memory whole
     return Policy(engine, config, world, reference=reference, teacher=teacher)
 
 
@@ -238,7 +242,7 @@ def _optimizer(module: nn.Module, config: Config) -> torch.optim.Optimizer:
     options = {"lr": settings.learning_rate, "betas": settings.betas, "weight_decay": settings.weight_decay}
     if config.update.zero_stage == 0:
         return ClippedAdamW(parameters, max_grad_norm=settings.max_grad_norm, **options)
-    return torch.optim.AdamW(parameters, **options)
+    return torch.optim.AdamW(parameters, fused=True, **options)  # without temporaries as large as what it steps over
 
 
 def head_options(config: Config) -> HeadOptions:

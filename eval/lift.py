@@ -86,8 +86,8 @@ class LiftReport:
             found.append(f"the block of a wrong question lifts ({wrong}): labels act as a switch, whatever the block says")
         if self.linked_minus_shuffled.num_questions < MIN_MIXED:
             found.append(
-                f"only {self.linked_minus_shuffled.num_questions} questions have rollouts with both outcomes, expected at least "
-                f"{MIN_MIXED}: too few to tell whether labels are read; ask more (limit), or in larger groups"
+                "too few questions have rollouts with both outcomes to tell whether labels are read: found "
+                f"{self.linked_minus_shuffled.num_questions}, expected at least {MIN_MIXED}; ask more (limit), or in larger groups"
             )
         if not self.linked_minus_shuffled.low > 0:
             found.append(f"linked minus shuffled on mixed groups is {self.linked_minus_shuffled}: labels are not read")

@@ -89,7 +89,8 @@ def test_a_few_questions_pass_no_gate():
     """One mixed question has an interval of no width, far from 0."""
     report = measure_lift(Reader(), QUESTIONS[:8], CONFIG)
     assert report.linked_minus_shuffled.num_questions < 20
-    assert "questions have rollouts with both outcomes, expected at least 20" in report.failures[0]
+    assert "questions have rollouts with both outcomes" in report.failures[0]
+    assert "expected at least 20" in report.failures[0]
 
 
 def test_the_estimates_are_means_with_percentile_intervals():

@@ -89,7 +89,7 @@ class TrainedState:
             steps = int(state.get("step", 0))
             places[piece.name] = [piece.start, piece.total]
             for key, tensor in {"weight": piece.flat.detach(), **{key: state[key] for key in MOMENTS if key in state}}.items():
-                tensors[f"{piece.name}:{key}"] = piece.of(tensor).to("cpu", torch.float32, copy=True)
+                tensors[f"{piece.name}:{key}"] = piece.of(tensor).to("cpu", torch.float32)  # in host memory a view, no copy
         write_tensors(path, tensors, {"steps": str(steps), "places": json.dumps(places)})
 
     def read(self, paths: Sequence[Path]) -> None:

@@ -84,10 +84,10 @@ class LiftReport:
         wrong = self.overall["wrong_question"]
         if wrong.low > 0:
             found.append(f"the block of a wrong question lifts ({wrong}): labels act as a switch, whatever the block says")
-        if self.linked_minus_shuffled.num_questions < MIN_MIXED:
+        if (num_mixed := self.linked_minus_shuffled.num_questions) < MIN_MIXED:
             found.append(
-                "too few questions have rollouts with both outcomes to tell whether labels are read: found "
-                f"{self.linked_minus_shuffled.num_questions}, expected at least {MIN_MIXED}; ask more (limit), or in larger groups"
+                f"too few questions have rollouts with both outcomes to tell whether labels are read: found {num_mixed}, expected "
+                f"at least {MIN_MIXED}; ask more (limit), or in larger groups"
             )
         if not self.linked_minus_shuffled.low > 0:
             found.append(f"linked minus shuffled on mixed groups is {self.linked_minus_shuffled}: labels are not read")

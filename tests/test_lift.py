@@ -90,7 +90,7 @@ def test_a_few_questions_pass_no_gate():
     report = measure_lift(Reader(), QUESTIONS[:8], CONFIG)
     assert report.linked_minus_shuffled.num_questions < 20
     assert "questions have rollouts with both outcomes" in report.failures[0]
-    assert "expected at least 20" in report.failures[0]
+    assert f"found {report.linked_minus_shuffled.num_questions}, expected at least 20" in report.failures[0]
 
 
 def test_the_estimates_are_means_with_percentile_intervals():

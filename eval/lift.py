@@ -86,8 +86,8 @@ class LiftReport:
             found.append(f"the block of a wrong question lifts ({wrong}): labels act as a switch, whatever the block says")
         if (num_mixed := self.linked_minus_shuffled.num_questions) < MIN_MIXED:
             found.append(
-                f"too few questions have rollouts with both outcomes to tell whether labels are read: found {num_mixed}, expected "
-                f"at least {MIN_MIXED}; ask more (limit), or in larger groups"
+                f"too few questions have rollouts with both outcomes to tell whether labels are read: found {num_mixed}, "
+                f"expected at least {MIN_MIXED}; ask more (limit), or in larger groups"
             )
         if not self.linked_minus_shuffled.low > 0:
             found.append(f"linked minus shuffled on mixed groups is {self.linked_minus_shuffled}: labels are not read")

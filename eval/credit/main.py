@@ -128,7 +128,7 @@ def _score_missing(
     config: CreditConfig, groups: Sequence[RolloutGroup], store: Scored, environment: Environment, world: World
 ) -> None:
     """This rank's share of the groups that nobody has scored yet."""
-    done = store.read()
+    done = together(world, lambda: set(store.read()))[0]  # one list for all ranks, made before any of them writes
     missing = [number for number in range(len(groups)) if number not in done]
     if not missing:
         return

@@ -14,7 +14,7 @@
 PYTHON ?= python3
 BIN    := .venv/bin
 READY  := .venv/ready
-# Processes that share the tests; each takes 1 to 3 GiB, with the ranks that it starts.
+# Processes that share the tests; each takes a GiB, and as much for each rank that it starts.
 JOBS   ?= 2
 BENCH  := .venv/ready-bench
 # Benchmark figures of this machine, to compare with later.

@@ -6,9 +6,10 @@ import contextlib
 import dataclasses
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from eval.draws import Draws
 from eval.identity import claim, questions_version, rollouts_identity
@@ -115,7 +116,7 @@ def _measure(config: GateConfig, questions: Sequence[Question], world: World) ->
     with contextlib.closing(build_rollout_side(*parts, seed=config.seed, output=logs, world=world)) as side:
         draws = Draws(output)
         if output is not None:
-            together(world, lambda: _begin(config, questions, side, draws) if world.is_first else None)
+            together(world, lambda: _begin(output, _identity(config, questions, side), draws) if world.is_first else None)
         draws.read()
         size = config.rollout.questions_per_step
         sampler = RolloutSampler(side=side, world=world, reward=config.reward, slice_size=size, draws=draws)
@@ -125,12 +126,18 @@ def _measure(config: GateConfig, questions: Sequence[Question], world: World) ->
     return report
 
 
-def _begin(config: GateConfig, questions: Sequence[Question], side: RolloutSide, draws: Draws) -> None:
+def _begin(output: Path, identity: Mapping[str, Any], draws: Draws) -> None:
     """Make the output this gate's, or go on with it."""
+    claim(output, identity)
+    draws.mend()
+
+
+def _identity(config: GateConfig, questions: Sequence[Question], side: RolloutSide) -> dict[str, Any]:
+    """What two starts must have in common to be one gate."""
     lift = dataclasses.asdict(config.lift)
     del lift["num_resamples"]
     own = config.model, config.retriever, config.protocol, config.rollout
-    identity = {
+    return {
         "gate": lift | {"variants": list(config.lift.variants)},
         "questions_version": questions_version(questions),
         "num_questions": len(questions),
@@ -141,8 +148,6 @@ def _begin(config: GateConfig, questions: Sequence[Question], side: RolloutSide,
         "reward": dataclasses.asdict(config.reward),
         **rollouts_identity(*own, corpus_version=side.retriever.corpus_version),
     }
-    claim(Path(config.output or ""), identity)
-    draws.mend()
 
 
 def _record(path: Path, config: GateConfig, num_questions: int, report: LiftReport) -> None:

@@ -22,7 +22,7 @@ from megatron_sd.command_line import name_positionals
 from megatron_sd.config import parse
 from megatron_sd.errors import DataError
 from megatron_sd.observability.metrics_log import METRICS_NAME, read_metrics
-from megatron_sd.observability.recorder import CHANGES_NAME, TRANSCRIPTS_NAME, change_line
+from megatron_sd.observability.recorder import CHANGES_NAME, TRANSCRIPTS_NAME
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 LEGEND = (("policy trained", "policy, in the loss"), ("observed", "environment"), ("block", "hindsight block, teacher only"))
@@ -121,7 +121,7 @@ def _metrics_files(config: ReportConfig) -> list[Path]:
 def _plan_changes(run_dir: Path) -> list[tuple[int, str]]:
     """The step and the words of what was changed of the plan while the run went on."""
     path = run_dir / CHANGES_NAME
-    return [(change["step"], change_line(change)) for change in read_lines(path)] if path.is_file() else []
+    return [(change["step"], change["words"]) for change in read_lines(path)] if path.is_file() else []
 
 
 def _curves(first: str, others: str, num_runs: int, changes: Sequence[tuple[int, str]]) -> str:

@@ -23,9 +23,9 @@ from megatron_sd.distributed.collectives import share
 from megatron_sd.distributed.watchdog import Watchdog
 from megatron_sd.distributed.world import World, lone_world
 from megatron_sd.errors import ConfigError
+from megatron_sd.observability.progress import Work
 from megatron_sd.observability.recorder import Recorder
 from megatron_sd.observability.timers import Timers
-from megatron_sd.observability.work import Work
 from megatron_sd.records import Batch, Question, RolloutGroup, TrainingSample
 from megatron_sd.retrieval.choice import open_retriever
 from megatron_sd.retrieval.retriever import Retriever

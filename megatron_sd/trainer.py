@@ -14,9 +14,9 @@ from megatron_sd.distributed.collectives import agree_to_stop, share, together
 from megatron_sd.distributed.world import World
 from megatron_sd.errors import RefusedStepError, ReshardError, RolloutError, StopRequested
 from megatron_sd.observability.metrics import block_metrics, lag_metrics, rollout_metrics
+from megatron_sd.observability.progress import Work
 from megatron_sd.observability.recorder import Recorder
 from megatron_sd.observability.timers import Timers, memory_metrics
-from megatron_sd.observability.work import Work
 from megatron_sd.records import Batch, Question, RolloutGroup, TrainingSample, UpdateResult
 from megatron_sd.rollout.engine import WeightReceiver
 from megatron_sd.rollout.rollouter import Rollouter

@@ -193,17 +193,16 @@ def test_curves_of_several_seeds_have_a_band():
 
 def test_a_change_of_the_plan_is_marked_and_told(tmp_path):
     """Changed on resume at step 2: a line through each chart, words under the heading, a text in TensorBoard."""
-    change = {"step": 2, "key": "optimizer.learning_rate", "was": 1e-6, "now": 5e-7}
+    told = "from step 2 on optimizer.learning_rate was 1e-06 and is now 5e-07"
     recorder = Recorder(tmp_path, enabled=True, num_steps=4, config_text="", decode=str, transcripts_per_step=1)
     recorder.begin(0)
     for step in (1, 2):
         recorder.record(step, {"reward/mean": 0.5})
-    recorder.begin(2, [change])
+    recorder.begin(2, [(2, told)])
     for step in (3, 5):
         recorder.record(step, {"reward/mean": 0.6})
     recorder.close()
     page = make_report(ReportConfig(run_dir=str(tmp_path))).read_text()
-    told = "from step 2 on optimizer.learning_rate 5e-07, before 1e-06"
     assert f"<li>{told}</li>" in page and page.count(f"<title>{told}</title>") == 1
     assert f'<line x1="{240 / 4:.1f}"' in page
     events = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"tensors": 0}).Reload()

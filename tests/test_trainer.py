@@ -9,8 +9,8 @@ import torch
 from megatron_sd.config import SafetyConfig
 from megatron_sd.distributed.world import lone_world
 from megatron_sd.errors import BarrenStepError, ReshardError, RolloutError
+from megatron_sd.observability.progress import SILENT
 from megatron_sd.observability.timers import Timers
-from megatron_sd.observability.work import SILENT
 from megatron_sd.trainer import Schedule, Trainer
 from megatron_sd.training.stability import Stability
 

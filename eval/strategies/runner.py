@@ -8,7 +8,7 @@ from typing import Protocol
 
 from eval.strategies.attempt import Attempt, OutOfTokensError, Solve, Tools
 from megatron_sd.errors import RetrievalError, RolloutError
-from megatron_sd.observability.work import SILENT, Task, Work
+from megatron_sd.observability.progress import SILENT, Task, Work
 from megatron_sd.records import Question, Rollout, RolloutGroup, StopReason
 from megatron_sd.rollout.engine import awake
 from megatron_sd.rollout.sampling import rollout_seed
@@ -63,6 +63,10 @@ class PromptedStrategy:
         try:
             async with asyncio.TaskGroup() as tasks:
                 running = [tasks.create_task(self._attempt(attempt, task)) for attempt in attempts]
+                ticking = tasks.create_task(task.keep_ticking())
+                if running:
+                    await asyncio.wait(running)
+                ticking.cancel()
         except ExceptionGroup as errors:
             raise errors.exceptions[0] from None
         return [one.result() for one in running]

@@ -7,7 +7,6 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from megatron_sd.observability.metrics_log import METRICS_NAME, MetricsLog
 from megatron_sd.observability.progress import Progress
@@ -42,9 +41,9 @@ class Recorder:
         self._transcripts_per_step = transcripts_per_step
         self._open: tuple[MetricsLog, TensorBoard, Progress] | None = None
 
-    def begin(self, step: int, plan_changes: Sequence[Mapping[str, Any]] = ()) -> None:
+    def begin(self, step: int, plan_changes: Sequence[tuple[int, str]] = ()) -> None:
         """Start recording after optimiser step `step` (0, or that of a checkpoint): what was recorded beyond it is superseded.
-        plan_changes: step, key, was and now of each, since the run began."""
+        plan_changes: what was changed of the plan since the run began, from which step on and in words."""
         if not self._enabled:
             return
         self._run_dir.mkdir(parents=True, exist_ok=True)
@@ -53,8 +52,9 @@ class Recorder:
         board = TensorBoard(self._run_dir / TENSORBOARD_NAME, first_step=step + 1)
         board.text("config", self._config_text, step)
         if plan_changes:
-            _write_text(self._run_dir / CHANGES_NAME, "".join(json.dumps(dict(change)) + "\n" for change in plan_changes))
-            board.text("plan changes", "\n".join(map(change_line, plan_changes)), step)
+            lines = (json.dumps({"step": from_step, "words": words}) + "\n" for from_step, words in plan_changes)
+            _write_text(self._run_dir / CHANGES_NAME, "".join(lines))
+            board.text("plan changes", "\n".join(words for _, words in plan_changes), step)
         self._open = (log, board, Progress(self._num_steps, step, sys.stderr))
 
     def record(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -85,11 +85,6 @@ class Recorder:
         for part in self._open or ():
             part.close()
         self._open = None
-
-
-def change_line(change: Mapping[str, Any]) -> str:
-    """One change of the plan in words."""
-    return f"from step {change['step']} on {change['key']} {change['now']!r}, before {change['was']!r}"
 
 
 def _write_text(path: Path, content: str) -> None:

@@ -40,7 +40,7 @@ def read_config(directory: Path, key: str = "model.path") -> dict[str, Any]:
     _refuse_adapter(directory, key)
     if not path.is_file():
         raise DataError(f"{key} {directory} holds {_instead(directory, 'no config.json')}")
-    config = _read_json(path, key)
+    config = read_object(path, key)
     quantization = config.get("quantization_config")
     if quantization:
         method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
@@ -103,7 +103,7 @@ def read_header(path: Path, key: str = "model.path") -> dict[str, StoredTensor]:
 
 
 def _indexed_files(index: Path, present: list[Path], key: str) -> list[Path]:
-    content = _read_json(index, key)
+    content = read_object(index, key)
     if not isinstance(content.get("metadata"), dict):
         raise DataError(
             f'{key}: {index} has no "metadata", which transformers needs: copy it again, or add "metadata": {{}} beside its '
@@ -122,7 +122,7 @@ def _indexed_files(index: Path, present: list[Path], key: str) -> list[Path]:
 
 def _check_index(index: Path, tensors: Mapping[str, StoredTensor], key: str) -> None:
     """The index must name every tensor of the files: transformers reads no other."""
-    places = _read_json(index, key)["weight_map"]
+    places = read_object(index, key)["weight_map"]
     unnamed = sorted(tensors.keys() - places.keys())
     lost = sorted(name for name, file in places.items() if name not in tensors or tensors[name].file.name != file)
     if unnamed or lost:
@@ -137,7 +137,7 @@ def _refuse_adapter(directory: Path, key: str) -> None:
     path = directory / "adapter_config.json"
     if not path.is_file():
         return
-    base = _read_json(path, key).get("base_model_name_or_path", "its base model")
+    base = read_object(path, key).get("base_model_name_or_path", "its base model")
     if (directory / "config.json").is_file():
         raise DataError(
             f"{key} {directory} holds a model and beside it an adapter ({path.name} of {base}), which would be left out: merge "
@@ -154,7 +154,8 @@ def _instead(directory: Path, lacks: str) -> str:
     return f"{lacks}, expected a Hugging Face model directory (config.json, tokenizer, safetensors)"
 
 
-def _read_json(path: Path, key: str) -> dict[str, Any]:
+def read_object(path: Path, key: str) -> dict[str, Any]:
+    """A JSON file that holds an object. Raises DataError, begun with the configuration's key."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

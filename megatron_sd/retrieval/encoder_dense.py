@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -13,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from megatron_sd.errors import DataError
+from megatron_sd.pretrained.directory import read_object
 
 ACTIVATIONS = {kind.__name__: kind for kind in (nn.Identity, nn.Tanh, nn.ReLU, nn.GELU, nn.SiLU, nn.Sigmoid)}
 _WEIGHTS, _PICKLED = "model.safetensors", "pytorch_model.bin"
@@ -21,7 +20,7 @@ _WEIGHTS, _PICKLED = "model.safetensors", "pytorch_model.bin"
 def read_dense(directory: Path) -> nn.Sequential:
     """The layer of a module's directory, in float32. Raises DataError that names the file and what is wrong with it."""
     config_path = directory / "config.json"
-    config = _read_config(config_path)
+    config = read_object(config_path, "encoder")
     sizes = [config.get(name) for name in ("in_features", "out_features")]
     if not all(isinstance(size, int) and size > 0 for size in sizes):
         raise DataError(f"{config_path}: found {config}, expected in_features and out_features: copy the encoder again")
@@ -46,16 +45,6 @@ def copy_dense(directory: Path, target: Path) -> None:
     target.mkdir(parents=True, exist_ok=True)
     (target / "config.json").write_bytes((directory / "config.json").read_bytes())
     save_file({name: value.contiguous() for name, value in _read_weights(directory)[0].items()}, target / _WEIGHTS)
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read ({error}); modules.json names its layer: copy the encoder again") from error
-    if not isinstance(config, dict):
-        raise DataError(f"{path} holds a JSON {type(config).__name__}, expected an object: copy the encoder again")
-    return config
 
 
 def _read_weights(directory: Path) -> tuple[dict[str, torch.Tensor], Path]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from megatron_sd.distributed.collectives import check_stop
 from megatron_sd.distributed.world import World, lone_world
 from megatron_sd.errors import RetrievalError, RolloutError
-from megatron_sd.observability.work import SILENT, Task, Work
+from megatron_sd.observability.progress import SILENT, Task, Work
 from megatron_sd.records import Hit, Question, Rollout, RolloutGroup, StopReason, TokenIds, Turn
 from megatron_sd.retrieval.retriever import Retriever
 from megatron_sd.rollout.bank import BankedStep
@@ -118,19 +118,18 @@ class Rollouter:
         try:
             async with asyncio.TaskGroup() as tasks:
                 running = [tasks.create_task(self._find_or_roll_out(attempt, bank, task)) for attempt in attempts]
-                watching = tasks.create_task(self._watch(task))
+                beside = [tasks.create_task(self._watch_for_stop()), tasks.create_task(task.keep_ticking())]
                 if running:
                     await asyncio.wait(running)
-                watching.cancel()
+                for one in beside:
+                    one.cancel()
         except ExceptionGroup as errors:
             raise errors.exceptions[0] from None
         return [one.result() for one in running]
 
-    async def _watch(self, task: Task) -> None:
-        """Notice a request to stop, and that time goes by."""
+    async def _watch_for_stop(self) -> None:
         while True:
             check_stop(self._world)
-            task.tick()
             await asyncio.sleep(STOP_CHECK_S)
 
     async def _find_or_roll_out(

@@ -28,7 +28,7 @@ from megatron_sd.distributed.collectives import gather_objects
 from megatron_sd.distributed.world import World
 from megatron_sd.errors import CheckpointError
 from megatron_sd.training import commit
-from megatron_sd.training.identity import contents_of, differences, why_refused
+from megatron_sd.training.identity import Change, contents_of, differences, why_refused
 from megatron_sd.training.pieces import write_tensors
 from megatron_sd.training.policy import Policy
 from megatron_sd.training.publisher import gathered_buckets, split_buckets
@@ -50,9 +50,9 @@ class Checkpoints:
         self._changes: list[Mapping[str, Any]] = []
 
     @property
-    def plan_changes(self) -> Sequence[Mapping[str, Any]]:
-        """What has been changed of the plan since the run began (identity.Change as dicts)."""
-        return self._changes
+    def plan_changes(self) -> list[tuple[int, str]]:
+        """What has been changed of the plan since the run began: from which step on, and in words."""
+        return [(change["step"], f"from step {change['step']} on {Change(**change)}") for change in self._changes]
 
     def save(self, policy: Policy, *, step: int, state: Mapping[str, Any]) -> None:
         """Commit a checkpoint of `step`, then prune to checkpoint.keep; a step already committed is left alone.
@@ -136,8 +136,8 @@ class Checkpoints:
         if reason is not None:
             raise CheckpointError(f"{directory} {reason}")
         self._changes = [*saved.get("changes", []), *map(dataclasses.asdict, found.plan)]
-        for change in found.plan if self._world.is_first else ():
-            logger.warning("from step %d on %s", change.step, change)
+        for _, words in self.plan_changes[-len(found.plan) :] if found.plan and self._world.is_first else ():
+            logger.warning("%s", words)
 
     @functools.cached_property
     def _contents(self) -> Mapping[str, str]:

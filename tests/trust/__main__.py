@@ -103,10 +103,11 @@ what came out when it was last run. R6, requeueing under a real SLURM, is a test
 """
 
 
-WHERE = """"Bit for bit" holds on CPUs, with the same number of
-threads. On GPUs it holds for what is on disk (a checkpoint loads as it was written); steps taken again differ by rounding, since
-GPUs add in changing order. Nothing here has run on one.
-"""
+WHERE = (
+    '"Bit for bit" holds on CPUs, with the same number of\n'
+    "threads. On GPUs it holds for what is on disk (a checkpoint loads as it was written); steps taken again differ by\n"
+    "rounding, since GPUs add in changing order. Nothing here has run on one.\n"
+)
 
 
 def write_table(rows: Path, output: Path) -> None:

@@ -2,7 +2,7 @@
 
 import io
 
-from megatron_sd.observability.work import SILENT, Work
+from megatron_sd.observability.progress import SILENT, Work
 
 
 class Clock:

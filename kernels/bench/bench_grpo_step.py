@@ -39,7 +39,8 @@ class OurStep:
     def __init__(self, model: Path):
         from megatron_sd.config import load
         from megatron_sd.distributed.world import join_world
-        from megatron_sd.rollout.torch_engine import TorchEngine, load_model
+        from megatron_sd.rollout.torch_engine import TorchEngine
+        from megatron_sd.rollout.weights import load_model
         from megatron_sd.search.tokens import load_codec
         from megatron_sd.training.policy import load_policy
         from megatron_sd.training.publisher import GatherPublisher

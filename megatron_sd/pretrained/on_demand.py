@@ -6,6 +6,7 @@ files. Ranks read their own elements from the mapped file; what no rank of a nod
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import mmap
 import re
@@ -15,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from megatron_sd.pretrained.directory import StoredTensor, stored_tensors
@@ -62,6 +63,8 @@ def load_on_demand(
     with no_init_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
     model.tie_weights()
+    with contextlib.suppress(OSError):  # a model without settings of its own
+        model.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
     found = _match(model, tensors)
     if found is None or _keeps_float32(model):
         log.info("%s %s: every rank loads the whole model, its files do not hold the parameters one by one", key, path)

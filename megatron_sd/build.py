@@ -19,6 +19,7 @@ from megatron_sd.algorithm.hindsight import RENDERERS, Blocks, HindsightBlocks
 from megatron_sd.algorithm.packing import pack
 from megatron_sd.algorithm.samples import GATES, SCOPES, TeacherPrompts, apply_gate, to_samples
 from megatron_sd.config import Config, ModelConfig, ProtocolConfig, RetrieverConfig, RolloutConfig, dump
+from megatron_sd.config_checks import engine_reads_policy
 from megatron_sd.distributed.collectives import share
 from megatron_sd.distributed.watchdog import Watchdog
 from megatron_sd.distributed.world import World, lone_world
@@ -53,7 +54,6 @@ from megatron_sd.training.publisher import (
     InPlacePublisher,
     Publisher,
     ShardPublisher,
-    can_share,
     sharded_or_gathering,
 )
 from megatron_sd.training.sequence_parallel import sequence_group
@@ -142,7 +142,7 @@ def build_trainer(config: Config, world: World) -> Trainer:
     if run_dir.exists() and not run_dir.is_dir():
         raise ConfigError(f"run_dir: found a file at {run_dir}, expected a directory of this run, or a new one")
     parts = config.model, config.protocol, config.rollout, config.retriever
-    shares = can_share(config, world)
+    shares = engine_reads_policy(config, world.size)
     side = build_rollout_side(*parts, seed=config.seed, output=run_dir, world=world, on_demand=shares)
     questions = QuestionStream(
         questions=load_questions(config.data.train, config.data.train_split),
@@ -222,7 +222,7 @@ def _sampling_order(config: Config, world: World, questions: QuestionStream, sid
 def choose_publisher(policy: Policy, config: Config, world: World, engine: Engine) -> Publisher:
     """Shards straight into vLLM's workers; whole parameters into the embedded engine, below ZeRO stage 3, or when asked for; none
     where the embedded engine reads the policy's own."""
-    if can_share(config, world):
+    if engine_reads_policy(config, world.size):
         return InPlacePublisher()
     own, stage = config.rollout.vllm, config.update.zero_stage
     if isinstance(engine, TorchEngine) or not own.publishes_shards or stage != 3:

@@ -4,13 +4,14 @@ import torch
 from megatron_sd.algorithm.distill_loss import TermWeights
 from megatron_sd.algorithm.packing import pack
 from megatron_sd.config import LoraConfig, RolloutConfig
+from megatron_sd.config_checks import engine_reads_policy
 from megatron_sd.distributed.world import join_world
 from megatron_sd.errors import RolloutError
 from megatron_sd.rollout.torch_engine import TorchEngine
 from megatron_sd.rollout.weights import load_model
 from megatron_sd.training import publisher
 from megatron_sd.training.policy import load_policy
-from megatron_sd.training.publisher import GatherPublisher, InPlacePublisher, can_share, split_buckets
+from megatron_sd.training.publisher import GatherPublisher, InPlacePublisher, split_buckets
 from megatron_sd.training.shards import full_numel
 from tests.fakes_rollout import codec, request, serve
 from tests.fakes_train import VOCABULARY, make_config, make_samples, write_model
@@ -72,7 +73,7 @@ def test_an_engine_beside_the_only_rank_reads_the_policys_own_weights(tmp_path, 
     lora = LoraConfig(rank=rank, targets=("q_proj", "up_proj"))
     config = make_config(path, model={"lora": lora}, optimizer={"learning_rate": 1e-2})
     world = join_world()
-    assert can_share(config, world)
+    assert engine_reads_policy(config, world.size)
     weights = load_model(str(path), dtype=torch.float32, device=world.device, on_demand=True)
     engine = TorchEngine(weights, codec(), max_rows=2)
     with pytest.raises(RolloutError, match="during a weight update; call finish_update first"):
@@ -99,4 +100,4 @@ def test_an_engine_beside_the_only_rank_reads_the_policys_own_weights(tmp_path, 
     "parts", [{"update": {"zero_stage": 1}}, {"rollout": RolloutConfig(max_lag=1)}, {"update": {"offload_parameters": "cpu"}}]
 )
 def test_weights_that_move_or_change_while_rollouts_are_sampled_are_copied(tmp_path, parts):
-    assert not can_share(make_config(write_model(tmp_path / "model"), **parts), join_world())
+    assert not engine_reads_policy(make_config(write_model(tmp_path / "model"), **parts), 1)

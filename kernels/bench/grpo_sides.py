@@ -60,12 +60,12 @@ class OurStep:
     def __init__(self, model: Path, work: Work):
         from megatron_sd.build import choose_publisher
         from megatron_sd.config import load
+        from megatron_sd.config_checks import engine_reads_policy
         from megatron_sd.distributed.world import join_world
         from megatron_sd.rollout.torch_engine import TorchEngine
         from megatron_sd.rollout.weights import load_model
         from megatron_sd.search.tokens import load_codec
         from megatron_sd.training.policy import load_policy
-        from megatron_sd.training.publisher import can_share
 
         settings = {
             "run_dir": model / "run",
@@ -83,7 +83,7 @@ class OurStep:
         self.config = load([f"--{key}={value}" for key, value in settings.items()])
         self.world = join_world()
         self.codec = load_codec(str(model), chat_template=False)
-        shares = can_share(self.config, self.world)
+        shares = engine_reads_policy(self.config, self.world.size)
         weights = load_model(str(model), dtype=torch.float32, device=self.world.device, on_demand=shares)
         self.engine = TorchEngine(weights, self.codec, max_rows=work.num_rollouts)
         self.engine._is_eos[:] = False

@@ -73,12 +73,6 @@ class InPlacePublisher:
         receiver.finish_update(policy_version)
 
 
-def can_share(config: Config, world: World) -> bool:
-    """The engine may read the policy's weights where they are: one rank holds them all, and nothing samples while they change."""
-    is_alone = world.size == 1 and config.update.zero_stage == 3 and config.update.offload_parameters == "none"
-    return is_alone and config.rollout.engine == "torch" and config.rollout.max_lag == 0
-
-
 class _Stages:
     """Steps of which the first that fails ends the others, while the caller goes on with its collectives."""
 

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from megatron_sd.distributed.world import join_world
 from megatron_sd.training import commit
@@ -38,7 +40,7 @@ def orders(directory: Path) -> dict[str, dict]:
         "poisoned": {"model": model, "steps": 1, "poison": {"0": 1}},
         "straight": {"model": model, "steps": 4},
         "first_half": {"model": model, "steps": 2, "checkpoint": str(directory / "ck")},
-        "second_half": {"model": model, "steps": 4, "checkpoint": str(directory / "ck")},
+        "second_half": {"model": model, "steps": 4, "checkpoint": str(directory / "ck"), "file_bytes": 10_000},
         "full_disk": {"model": model, "steps": 5, "checkpoint": str(directory / "ck"), "full_disk_rank": 1},
     }
 
@@ -120,6 +122,26 @@ def test_resumed_on_two_ranks_is_bit_identical(outcomes):
         straight, first, second = (outcomes[name][rank] for name in ("straight", "first_half", "second_half"))
         assert first["history"] + second["history"] == straight["history"]
         assert all(torch.equal(second["parameters"][name], tensor) for name, tensor in straight["parameters"].items())
+
+
+def test_ranks_write_the_models_files_in_turn(outcomes):
+    """Each is sealed by who wrote it, and all make one model."""
+    directory = outcomes["directory"] / "ck" / "step_00000004"
+    assert len(list((directory / "model").glob("model-*-of-*.safetensors"))) > 4
+    model = AutoModelForCausalLM.from_pretrained(directory / "model", dtype=torch.float32)
+    expected = outcomes["second_half"][1]["parameters"]
+    assert all(torch.equal(parameter, expected[name]) for name, parameter in model.named_parameters())
+
+
+def test_what_two_ranks_saved_one_takes_up_bit_for_bit(outcomes, tmp_path):
+    shutil.copytree(outcomes["directory"] / "ck" / "step_00000004", tmp_path / "step_00000004")
+    order = Order(model=str(outcomes["directory"] / "model"), steps=4, checkpoint=str(tmp_path), save=False)
+    alone, two = take_steps(order, join_world()), outcomes["second_half"][1:]
+    assert all(torch.equal(alone["parameters"][name], value) for name, value in two[0]["parameters"].items())
+    for name, (start, moments) in alone["moments"].items():
+        assert start == 0
+        for first, part in (rank["moments"][name] for rank in two if name in rank["moments"]):
+            assert torch.equal(moments[first : first + len(part)], part), name
 
 
 def test_a_disk_that_is_full_on_one_rank_fails_the_save_on_both(outcomes):

@@ -20,6 +20,7 @@ from megatron_sd.algorithm.packing import pack
 from megatron_sd.distributed.world import World, end_process, join_world, leave_world
 from megatron_sd.errors import MegatronSdError
 from megatron_sd.records import Batch
+from megatron_sd.training import checkpoint
 from megatron_sd.training.checkpoint import Checkpoints
 from megatron_sd.training.gradient_ratio import AlphaController
 from megatron_sd.training.policy import Policy, load_policy
@@ -42,6 +43,7 @@ class Order:
     poison: dict[str, int] = field(default_factory=dict)
     checkpoint: str | None = None
     save: bool = True  # at the end
+    file_bytes: int | None = None  # of the checkpoint's model files
     full_disk_rank: int | None = None  # may write no file beyond 10 kB when the checkpoint is saved
     reverse: bool = False
 
@@ -93,6 +95,8 @@ def take_steps(order: Order, world: World) -> dict[str, Any]:
             history.append({"grad_norm": update.grad_norm, **update.metrics, **alpha.metrics()})
         except MegatronSdError as error:
             errors.append(f"{type(error).__name__}: {error}")
+    if order.file_bytes:
+        checkpoint.LEAST_FILE_BYTES = checkpoint.MODEL_FILE_BYTES = order.file_bytes
     if checkpoints and order.save:
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)
         if world.rank == order.full_disk_rank:

@@ -2,11 +2,29 @@
 
 import dataclasses
 import json
+import shutil
+from importlib.resources import files
+from pathlib import Path
 
 import pytest
 
 from megatron_sd.config import load
-from megatron_sd.training.identity import KNOBS, PLAN, contents_of, differences, kind_of, run_identity, why_refused
+from megatron_sd.distributed.world import lone_world
+from megatron_sd.errors import DataError
+from megatron_sd.training import identity
+from megatron_sd.training.identity import (
+    KNOBS,
+    PLAN,
+    check_same_model,
+    contents_of,
+    differences,
+    kind_of,
+    model_digest,
+    run_identity,
+    why_refused,
+)
+
+START_POLICY = Path(str(files("data_prep"))) / "coldstart_model"
 
 
 @pytest.fixture
@@ -116,3 +134,17 @@ def test_every_prefix_names_a_key(paths):
 def _all_keys(tree, prefix=""):
     for key, value in tree.items():
         yield from _all_keys(value, f"{prefix}{key}.") if isinstance(value, dict) else [prefix + key]
+
+
+def test_nodes_with_other_weights_under_one_path_are_refused(tmp_path, monkeypatch):
+    """Each rank reads its own part of the files: together they would be no model."""
+    model = shutil.copytree(START_POLICY, tmp_path / "model")
+    other = shutil.copytree(START_POLICY, tmp_path / "other")
+    (other / "config.json").write_text((other / "config.json").read_text() + " ")
+    digests = [model_digest(directory) for directory in (model, model, other)]
+    assert digests[0] == digests[1] != digests[2]
+    world = lone_world()
+    check_same_model(str(model), world)
+    monkeypatch.setattr(identity, "gather_objects", lambda _world, own: [own, *digests[1:]])
+    with pytest.raises(DataError, match=r"model.path: .*model holds other files on rank 2 than on rank 0 \(1 of"):
+        check_same_model(str(model), world)

@@ -23,6 +23,9 @@ from typing import Any
 import xxhash
 
 from megatron_sd.config import Config, DataConfig, ModelConfig, RetrieverConfig
+from megatron_sd.distributed.collectives import gather_objects
+from megatron_sd.distributed.world import World
+from megatron_sd.errors import DataError
 from megatron_sd.training.pieces import listed
 
 KNOBS = (
@@ -72,13 +75,29 @@ class Differences:
 def contents_of(config: Config) -> dict[str, str]:
     """Digests of what lies where the configuration points: the start model (configuration, tokenizer, weights) and the training
     questions. Of large weights 64 KiB of every 8 MiB are looked at: other weights differ everywhere. Text is read whole."""
-    model = Path(config.model.path)
-    weights = ("*.safetensors", "pytorch_model*.bin")
-    described = ("config.json", "tokenizer*", "vocab*", "merges.txt", "added_tokens.json", "special_tokens_map.json", "*.jinja")
     return {
-        "model": _digest(model, (*described, *weights)),
+        "model": model_digest(Path(config.model.path)),
         "data.train": _digest(Path(config.data.train).parent, (Path(config.data.train).name,)),
     }
+
+
+def model_digest(directory: Path) -> str:
+    """Of configuration, tokenizer and weights, as contents_of says."""
+    weights = ("*.safetensors", "pytorch_model*.bin")
+    described = ("config.json", "tokenizer*", "vocab*", "merges.txt", "added_tokens.json", "special_tokens_map.json", "*.jinja")
+    return _digest(directory, (*described, *weights))
+
+
+def check_same_model(path: str, world: World) -> None:
+    """For ranks that read a part each. Raises DataError, on every rank, when the directory holds other files on some node: shards
+    of two models make one that is neither. Collective."""
+    digests = gather_objects(world, model_digest(Path(path)))
+    others = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
+    if others:
+        raise DataError(
+            f"model.path: {path} holds other files on rank {others[0]} than on rank 0 ({len(others)} of {world.size} ranks have "
+            "others), expected one model: copy the same directory to every node"
+        )
 
 
 def run_identity(config: Config, corpus_version: str) -> dict[str, Any]:

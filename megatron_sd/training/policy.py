@@ -28,6 +28,7 @@ from megatron_sd.records import Microbatch, Totals, UpdateResult
 from megatron_sd.training.clipped_adamw import ClippedAdamW
 from megatron_sd.training.commit import Seals
 from megatron_sd.training.deepspeed_config import deepspeed_config
+from megatron_sd.training.identity import check_same_model
 from megatron_sd.training.lora import is_adapter, with_adapters
 from megatron_sd.training.norm_gate import GATE
 from megatron_sd.training.pieces import TrainedState
@@ -214,11 +215,12 @@ class Policy:
 
 def load_policy(config: Config, world: World) -> Policy:
     """The policy of config.model.path under DeepSpeed, and beside it the frozen start policy when policy_loss.kl_weight asks
-    for one. Raises ConfigError or DataError."""
+    for one. Collective. Raises ConfigError or DataError."""
     options = head_options(config)
     if config.update.zero_stage == 0 and config.model.dtype != "float32":
         raise ConfigError("update.zero_stage 0 keeps no float32 master weights: expected model.dtype float32, or a stage 1 to 3")
     check_disk_offload(config.update)
+    check_same_model(config.model.path, world)
     reference = ReferencePolicy.load(config, world, options) if config.policy_loss.kl_weight > 0.0 else None
     teacher = TEACHERS[config.distill.teacher if config.distill.block != "none" else "live"](config, world)
     settings = deepspeed_config(config, world.size)

@@ -7,26 +7,28 @@ import functools
 import hashlib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from transformers.utils.logging import disable_progress_bar
 
+from megatron_sd.algorithm.advantage import ADVANTAGES
 from megatron_sd.algorithm.blocks import BLOCKS, BY_TURN
 from megatron_sd.algorithm.hindsight import RENDERERS, Blocks, HindsightBlocks
 from megatron_sd.algorithm.packing import pack
 from megatron_sd.algorithm.samples import GATES, SCOPES, TeacherPrompts, apply_gate, to_samples
 from megatron_sd.config import Config, ModelConfig, ProtocolConfig, RetrieverConfig, RolloutConfig, dump
-from megatron_sd.distributed.collectives import share
+from megatron_sd.distributed.collectives import share, together
 from megatron_sd.distributed.watchdog import Watchdog
 from megatron_sd.distributed.world import World, lone_world
 from megatron_sd.errors import ConfigError
+from megatron_sd.observability.metrics import rollout_metrics
 from megatron_sd.observability.progress import Work
 from megatron_sd.observability.recorder import Recorder
 from megatron_sd.observability.timers import Timers
-from megatron_sd.records import Batch, Question, RolloutGroup, TrainingSample
+from megatron_sd.records import Batch, RolloutGroup, TrainingSample
 from megatron_sd.retrieval.choice import open_retriever
 from megatron_sd.retrieval.retriever import Retriever
 from megatron_sd.rollout.bank import RolloutBank
@@ -155,10 +157,10 @@ def build_trainer(config: Config, world: World) -> Trainer:
             checkpoint_every=config.checkpoint.every,
         ),
         world=world,
-        eval_questions=_eval_questions(config),
-        rollouter=side.rollouter,
+        evaluation=_evaluation(config, world, side),
         sampling=_sampling_order(config, world, questions, side),
         score=functools.partial(score, config=config.reward),
+        advantages=ADVANTAGES[config.policy_loss.advantage],
         hindsight=HindsightBlocks(
             first_step=config.distill.alpha.warmup_steps,
             build=BLOCKS[config.distill.block],
@@ -251,7 +253,16 @@ def _own_batch(config: Config, world: World, samples: Sequence[TrainingSample]) 
     return batches[world.rank // sharers]
 
 
-def _eval_questions(config: Config) -> tuple[Question, ...]:
+def _evaluation(config: Config, world: World, side: RolloutSide) -> Callable[[int], dict[str, float]] | None:
+    """Greedy rollouts on the held-out questions, which all ranks share; None without such questions."""
     if config.data.eval is None or config.log.eval_every == 0:
-        return ()
-    return load_questions(config.data.eval, config.data.eval_split, config.data.max_eval_questions)
+        return None
+    questions = load_questions(config.data.eval, config.data.eval_split, config.data.max_eval_questions)
+    mine = share(world, questions)
+
+    def evaluate(step: int) -> dict[str, float]:
+        parts = together(world, lambda: side.rollouter.run(mine, step=step, greedy=True))
+        groups = score([group for part in parts for group in part], config.reward)
+        return {f"eval/{name}": value for name, value in rollout_metrics(groups).items()}
+
+    return evaluate

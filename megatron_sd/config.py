@@ -208,6 +208,8 @@ class RewardConfig:
 class PolicyLossConfig:
     """GRPO. `aggregation`: token (mean over all completion tokens of the step) or rollout (mean of rollout means)."""
 
+    objective: Literal["clipped", "likelihood"] = "clipped"  # algorithm/policy_loss.py; likelihood: of stored rollouts
+    advantage: Literal["group", "one"] = "group"  # algorithm/advantage.py
     clip: float = 0.2
     importance_cap: float | None = None  # truncated importance sampling: bound on a token's ratio to the engine; None: off
     kl_weight: float = 1e-3  # k3 KL to the start policy; 0 builds no reference policy

@@ -46,6 +46,8 @@ COMMANDS: dict[str, Command] = {
     "doctor": _command("launch.doctor:main", "check nodes before a run, in two minutes; names the host at fault"),
     "reshard-plan": _command("launch.reshard_plan:main", "what publishing a model's weights to inference workers would move"),
     "grid": _command("eval.grid.main:main", "arms x start policies x seeds from one YAML, resumable; paired tables and plots"),
+    "sample": _command("launch.local:sample", "rollouts of a model by any strategy into a file, with pass rates [--num-ranks N]"),
+    "select": _command("data_prep.select:main", "training episodes of sampled rollouts: right ones, with and without blocks"),
     "gate": _command("launch.local:gate", "does the start policy read hindsight blocks? controls included [--num-ranks N]"),
     "vllm serve": _command("launch.serve:main", "a vLLM server as a run needs it: --config FILE.yaml [--host H --port P --cpu]"),
     "data import": _command("launch.data:import_", "convert questions or passages of public formats to the project's"),

@@ -24,7 +24,7 @@ from megatron_sd.machine import has_gpu, process_start
 from megatron_sd.run_lock import refuse_held
 
 TRAIN = "megatron_sd.train"
-PROGRAMS = frozenset({TRAIN, "eval.gate", "eval.credit.main"})  # what a rank may be
+PROGRAMS = frozenset({TRAIN, "megatron_sd.sft", "eval.sample", "eval.gate", "eval.credit.main"})  # what a rank may be
 _KILLED_CODES = frozenset({-9, 137, 247})  # by SIGKILL: as python, a shell and DeepSpeed's launcher say it
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _PARENT_DIED = 1  # PR_SET_PDEATHSIG of prctl(2)
@@ -42,6 +42,11 @@ def main(argv: Sequence[str]) -> None:
 def gate(argv: Sequence[str]) -> None:
     """`sd-search gate`: in this process, or with --num-ranks on several ranks that share the questions."""
     _on_ranks("eval.gate", argv)
+
+
+def sample(argv: Sequence[str]) -> None:
+    """`sd-search sample`: in this process, or with --num-ranks on several ranks that share the questions."""
+    _on_ranks("eval.sample", argv)
 
 
 def credit(argv: Sequence[str]) -> None:

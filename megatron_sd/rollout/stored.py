@@ -10,13 +10,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 from megatron_sd.errors import DataError
 from megatron_sd.records import Hit, Passage, Question, Rollout, RolloutGroup, Scores, StopReason, Turn
+
+IDENTITY_NAME = "evaluation.json"  # of what was sampled
+ROLLOUTS_NAME = "rollouts.jsonl"
+EPISODES_NAME = "episodes.json"  # of what was selected
+TRAIN_NAME = "train.jsonl"
+VALIDATION_NAME = "validation.jsonl"
 
 
 class StoredGroups(Sequence[RolloutGroup]):
@@ -47,6 +53,25 @@ class StoredGroups(Sequence[RolloutGroup]):
             for number, line in enumerate(file, start=1):
                 if number <= len(self._starts):
                     yield group_of(line, f"{self._path}:{number}")
+
+
+def read_record(path: Path, written_by: str) -> dict[str, Any]:
+    """What a directory of rollouts or episodes says of itself. Raises DataError when there is none, or its file is broken."""
+    if not path.is_file():
+        raise DataError(f"{path.parent} holds no {path.name}, expected a directory that `{written_by}` finished")
+    try:
+        return {"strategy": None, **json.loads(path.read_text(encoding="utf-8"))}
+    except (ValueError, TypeError) as error:
+        raise DataError(f"{path} is no JSON object ({error}); run `{written_by}` into another directory") from error
+
+
+def check_tokenizer(fingerprint: str, record: Mapping[str, Any], place: Path) -> None:
+    """Raise DataError when another tokenizer than this one made the ids. record: of read_record."""
+    if (found := record.get("tokenizer")) != fingerprint:
+        raise DataError(
+            f"{place} holds ids of another tokenizer: {found} (of {record.get('model')}), expected {fingerprint}: the same ids "
+            "mean other text; use the model that sampled, or one with its tokenizer, or sample with this one"
+        )
 
 
 def fields_of(group: RolloutGroup) -> dict[str, Any]:

@@ -106,7 +106,7 @@ class TextCodec:
     @functools.cached_property
     def fingerprint(self) -> str:
         """What every id stands for, and which ids are control ids, as a hash: stored ids are worth nothing under another one."""
-        digest = xxhash.xxh3_128(json.dumps(sorted(self.control_ids)))
+        digest = xxhash.xxh3_128(json.dumps(sorted(self.control_ids)).encode())
         for piece in self.token_bytes:
             digest.update(len(piece).to_bytes(4, "little") + piece)
         return digest.hexdigest()

@@ -49,6 +49,18 @@ def sample(argv: Sequence[str]) -> None:
     _on_ranks("eval.sample", argv)
 
 
+def sft(argv: Sequence[str]) -> None:
+    """`sd-search sft`: check the configuration here, then start the ranks; names the model directory that they leave."""
+    from megatron_sd.sft import load as load_sft
+    from megatron_sd.training.commit import committed
+
+    num_ranks, rest = split_num_ranks(argv)
+    _, config = load_sft(rest)
+    refuse_held(Path(config.run_dir))
+    start_ranks(num_ranks, rest, program="megatron_sd.sft")
+    print(f"model {committed(Path(config.run_dir) / 'checkpoints')[0] / 'model'}")
+
+
 def credit(argv: Sequence[str]) -> None:
     """`sd-search credit`: in this process, or with --num-ranks on several ranks that share the rollouts."""
     _on_ranks("eval.credit.main", argv)

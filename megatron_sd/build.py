@@ -135,9 +135,7 @@ def build_trainer(config: Config, world: World) -> Trainer:
     """The trainer of a run. Raises ConfigError or DataError before anything is trained."""
     for group in (sequence_group, tensor_group):
         group(config.update, world)  # raises at once when the ranks do not divide into groups
-    run_dir = Path(config.run_dir)
-    if run_dir.exists() and not run_dir.is_dir():
-        raise ConfigError(f"run_dir: found a file at {run_dir}, expected a directory of this run, or a new one")
+    run_dir = check_run_dir(config)
     side = build_rollout_side(
         config.model, config.protocol, config.rollout, config.retriever, seed=config.seed, output=run_dir, world=world
     )
@@ -150,12 +148,7 @@ def build_trainer(config: Config, world: World) -> Trainer:
     policy = load_policy(config, world)
     publisher = choose_publisher(policy, config, world, side.engine)
     return Trainer(
-        schedule=Schedule(
-            num_steps=config.num_steps,
-            eval_every=config.log.eval_every,
-            transcripts_every=config.log.transcripts_every,
-            checkpoint_every=config.checkpoint.every,
-        ),
+        schedule=schedule_of(config),
         world=world,
         evaluation=_evaluation(config, world, side),
         sampling=_sampling_order(config, world, questions, side),
@@ -171,24 +164,47 @@ def build_trainer(config: Config, world: World) -> Trainer:
         ),
         teacher_prompts=functools.partial(teacher_prompts, side.environment, config),
         to_samples=functools.partial(to_samples, scope=SCOPES[config.distill.scope]),
-        pack=functools.partial(_own_batch, config, world),
+        pack=functools.partial(own_batch, config, world),
         alpha=AlphaController(config.distill),
         policy=policy,
         publisher=publisher,
         engine=side.engine,
         checkpoints=Checkpoints(run_dir / "checkpoints", config, world, corpus_version=side.retriever.corpus_version),
-        recorder=Recorder(
-            run_dir,
-            enabled=world.is_first,
-            num_steps=config.num_steps,
-            config_text=dump(config),
-            decode=side.environment.codec.decode,
-            transcripts_per_step=config.log.transcripts_per_step,
-        ),
+        recorder=recorder_of(config, world, side.environment.codec),
         timers=Timers(world.pulse.move),
         work=side.work,
         stability=Stability(config.safety),
         attempts=Attempts(run_dir / ATTEMPTS_NAME, world, limit=config.safety.max_idle_attempts),
+    )
+
+
+def check_run_dir(config: Config) -> Path:
+    """Where the run writes. Raises ConfigError for a file."""
+    run_dir = Path(config.run_dir)
+    if run_dir.exists() and not run_dir.is_dir():
+        raise ConfigError(f"run_dir: found a file at {run_dir}, expected a directory of this run, or a new one")
+    return run_dir
+
+
+def schedule_of(config: Config) -> Schedule:
+    """When the loop ends and when side work is due."""
+    return Schedule(
+        num_steps=config.num_steps,
+        eval_every=config.log.eval_every,
+        transcripts_every=config.log.transcripts_every,
+        checkpoint_every=config.checkpoint.every,
+    )
+
+
+def recorder_of(config: Config, world: World, codec: TextCodec) -> Recorder:
+    """What the run writes about itself, on the first rank."""
+    return Recorder(
+        config.run_dir,
+        enabled=world.is_first,
+        num_steps=config.num_steps,
+        config_text=dump(config),
+        decode=codec.decode,
+        transcripts_per_step=config.log.transcripts_per_step,
     )
 
 
@@ -240,7 +256,7 @@ def teacher_prompts(
     return apply_gate(groups, prompts, GATES[config.distill.gate], config.distill.correct_above)
 
 
-def _own_batch(config: Config, world: World, samples: Sequence[TrainingSample]) -> Batch:
+def own_batch(config: Config, world: World, samples: Sequence[TrainingSample]) -> Batch:
     """This rank's part of the step, which ranks that share microbatches have in common."""
     sharers = config.update.ranks_per_batch
     batches = pack(

@@ -64,7 +64,7 @@ class Trainer:
     alpha: AlphaController
     policy: Policy
     publisher: Publisher
-    engine: WeightReceiver
+    engine: WeightReceiver | None  # None where nobody samples
     checkpoints: Checkpoints
     recorder: Recorder
     timers: Timers

@@ -64,7 +64,7 @@ class Tally:
     def line(self) -> str:
         """In one line."""
         kept = ", ".join(f"{split} {kind} {count}" for (split, kind), count in sorted(self.kept.items()))
-        dropped = ", ".join(f"{reason} {count}" for reason, count in sorted(self.dropped.items()))
+        dropped = ", ".join(f"{reason} {count}" for reason, count in sorted(self.dropped.items()) if count)
         return f"kept {self.kept.total()} episodes ({kept or 'none'}); dropped {self.dropped.total()} ({dropped or 'none'})"
 
 
@@ -104,11 +104,11 @@ def select_rollouts(group: RolloutGroup, selection: Selection, tally: Tally) -> 
     for rollout in sorted(group.usable, key=lambda r: (len(r.queries), r.num_tokens, r.index)):
         written = tuple(turn.completion_ids for turn in rollout.turns)
         reason = _why_not(rollout, selection) or ("repeat" if written in met else None)
-        met.add(written)
         if reason is None and len(kept) == selection.per_question:
             reason = "surplus"
         if reason is None:
             kept.append(rollout)
+            met.add(written)
         else:
             tally.dropped[reason] += 1
     return kept

@@ -50,7 +50,7 @@ def build_sft_trainer(config: Config, directory: Path, world: World) -> Trainer:
     policy = load_policy(config, world)
     validation = _validation(config, world, policy)
     return Trainer(
-        schedule=schedule_of(config),
+        schedule=dataclasses.replace(schedule_of(config), evaluates_at_end=True),
         world=world,
         evaluation=validation,
         sampling=InStep(stored),

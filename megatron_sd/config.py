@@ -132,7 +132,7 @@ class RetrieverConfig:
 class ProtocolConfig:
     """The text protocol between policy and environment. `preset` fills every field left at None (search/protocol.py)."""
 
-    preset: Literal["search_r1", "autorefine", "compact"] = "search_r1"
+    preset: Literal["search_r1", "few_shot", "autorefine", "compact"] = "search_r1"
     prompt: str | None = None  # needs {question} and {hindsight}; the student's {hindsight} is empty
     chat_template: bool = False  # wrap the prompt as a user message of the tokenizer's chat template
     template_arguments: dict[str, bool | int | str] = field(default_factory=dict)  # of the template, as {enable_thinking: false}

@@ -50,7 +50,7 @@ class SftConfig:
     num_epochs: float = 2.0
     num_steps: int | None = None  # None: as many as num_epochs take
     episodes_per_step: int = 32
-    max_validation_episodes: int = 200  # whose loss is measured before the first step and every log.eval_every steps
+    max_validation_episodes: int = 200  # whose loss is measured first, last, and every log.eval_every steps
     aggregation: Literal["token", "rollout"] = "token"
     seed: int = 0
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(learning_rate=1e-5, warmup_steps=10))

@@ -41,10 +41,15 @@ class Schedule:
     eval_every: int
     transcripts_every: int
     checkpoint_every: int
+    evaluates_at_end: bool = False  # beside every eval_every-th step
 
     def due(self, every: int, step: int) -> bool:
         """True on every `every`-th step."""
         return every > 0 and step % every == 0
+
+    def evaluation_is_due(self, step: int) -> bool:
+        """True when what is held out is looked at after this step."""
+        return self.due(self.eval_every, step) or (self.evaluates_at_end and step == self.num_steps)
 
 
 @dataclass(kw_only=True)
@@ -139,7 +144,7 @@ class Trainer:
         """What is due after this step: transcripts, a checkpoint, and, next in the loop, an evaluation."""
         if self.schedule.due(self.schedule.transcripts_every, self.step):
             self.recorder.transcripts(self.step, groups, blocks)
-        self.evaluation_is_due = self.evaluation is not None and self.schedule.due(self.schedule.eval_every, self.step)
+        self.evaluation_is_due = self.evaluation is not None and self.schedule.evaluation_is_due(self.step)
         if self.schedule.due(self.schedule.checkpoint_every, self.step) and self.step < self.schedule.num_steps:
             self.save()
 

@@ -76,6 +76,8 @@ _RANGES: dict[str, tuple[str, ...]] = {
         "num_resamples",
         "lift.num_resamples",
         "selection.per_question",
+        "episodes_per_step",  # of `sd-search sft`, as the next
+        "max_validation_episodes",
         "selection.max_tokens",
     ),
     "more than 0": (
@@ -96,6 +98,7 @@ _RANGES: dict[str, tuple[str, ...]] = {
         "distill.alpha.target_ratio",
         "distill.alpha.max_value",
         "optimizer.learning_rate",
+        "num_epochs",
         "safety.stop_after_s",
         "publish.bucket_mib",
         "publish.timeout_s",

@@ -47,12 +47,12 @@ _KEPT = ("model", "model_version", "tokenizer", "corpus_version", "questions_ver
 
 @dataclass(frozen=True, kw_only=True)
 class SelectConfig:
-    """Episodes of what `sd-search sample` left in the directory `rollouts`. model: a directory with its tokenizer; None: where
-    the sample says. protocol: with another prompt, for a model that shall learn to do without examples; None: as sampled."""
+    """Episodes of what `sd-search sample` left in the directory `rollouts`. tokenizer: a model directory that has it; None:
+    the one that sampled. protocol: with another prompt, for a model that shall learn to do without examples; None: as sampled."""
 
     rollouts: str
     output: str
-    model: str | None = None
+    tokenizer: str | None = None
     protocol: ProtocolConfig | None = None
     seed: int = 0
     selection: Selection = field(default_factory=Selection)
@@ -122,7 +122,7 @@ def prompt_of(config: SelectConfig, sampled: Mapping[str, Any]) -> Prompt:
     then = _protocol_of(sampled["protocol"])
     own = config.protocol or then
     codec = load_codec(
-        config.model or sampled["model"], chat_template=own.chat_template, template_arguments=own.template_arguments
+        config.tokenizer or sampled["model"], chat_template=own.chat_template, template_arguments=own.template_arguments
     )
     check_tokenizer(codec.fingerprint, sampled, Path(config.rollouts))
     _check_same_form(build_protocol(own), build_protocol(then))

@@ -49,6 +49,7 @@ COMMANDS: dict[str, Command] = {
     "sample": _command("launch.local:sample", "rollouts of a model by any strategy into a file, with pass rates [--num-ranks N]"),
     "select": _command("data_prep.select:main", "training episodes of sampled rollouts: right ones, with and without blocks"),
     "sft": _command("launch.local:sft", "warm a model up on selected episodes, by their likelihood [--num-ranks N]"),
+    "recipe": _command("launch.recipe:main", "NAME: sample, select, sft, gate and train in one command, resumable"),
     "gate": _command("launch.local:gate", "does the start policy read hindsight blocks? controls included [--num-ranks N]"),
     "vllm serve": _command("launch.serve:main", "a vLLM server as a run needs it: --config FILE.yaml [--host H --port P --cpu]"),
     "data import": _command("launch.data:import_", "convert questions or passages of public formats to the project's"),

@@ -213,7 +213,7 @@ def test_episodes_may_have_another_prompt_but_no_other_form(sampled, tmp_path):
 def test_what_cannot_be_selected_is_said_in_one_line(sampled, world, tmp_path, capsys):
     save_tokenizer(train_tokenizer(["another text"], vocab_size=300), tmp_path)
     with pytest.raises(DataError, match="holds ids of another tokenizer"):
-        select(SelectConfig(rollouts=str(sampled), output=str(tmp_path / "x"), model=str(tmp_path)))
+        select(SelectConfig(rollouts=str(sampled), output=str(tmp_path / "x"), tokenizer=str(tmp_path)))
     with pytest.raises(DataError, match="gives no episode to train on: kept 0 episodes"):
         select(SelectConfig(rollouts=str(sampled), output=str(tmp_path / "x"), selection=Selection(min_searches=9)))
     assert not (tmp_path / "x" / "episodes.json").exists()

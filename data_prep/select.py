@@ -11,8 +11,10 @@ Below `output`:
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,11 +25,12 @@ from data_prep.selection import EpisodeMaker, Prompt, Selection, Tally, is_held_
 from megatron_sd.config import ProtocolConfig, RolloutConfig, parse
 from megatron_sd.config_checks import check_ranges
 from megatron_sd.errors import ConfigError, DataError
+from megatron_sd.observability.progress import Work
 from megatron_sd.records import RolloutGroup
 from megatron_sd.rollout.stored import (
     EPISODES_NAME,
-    IDENTITY_NAME,
     ROLLOUTS_NAME,
+    SAMPLE_NAME,
     TRAIN_NAME,
     VALIDATION_NAME,
     StoredGroups,
@@ -72,21 +75,24 @@ def select(config: SelectConfig) -> Tally:
     if (both := config.selection.shuffled_share + config.selection.wrong_question_share) > 1.0:
         raise ConfigError(f"selection.shuffled_share and .wrong_question_share: found {both:g} together, expected at most 1")
     source, output = Path(config.rollouts), Path(config.output)
-    sampled = read_record(source / IDENTITY_NAME, "sd-search sample")
+    groups = StoredGroups(source / ROLLOUTS_NAME)
+    sampled = read_record(source / SAMPLE_NAME, "sd-search sample")
     if sampled["strategy"] != "agent":
         raise DataError(
             f"{source} holds rollouts of strategy {sampled['strategy']}, whose texts are not one sequence; expected those of "
             "`sd-search sample --strategy agent`"
         )
     prompt = prompt_of(config, sampled)
+    if config.protocol is None:
+        _check_prompt(groups, prompt, source)
     with hold(output):
         tally = Tally()
-        splits = _split(StoredGroups(source / ROLLOUTS_NAME), config)
+        splits = _split(groups, config)
         (output / EPISODES_NAME).unlink(missing_ok=True)  # until all is written again
         for split, name in (("train", TRAIN_NAME), ("validation", VALIDATION_NAME)):
             bare = splits[split]
             maker = EpisodeMaker(selection=config.selection, prompt=prompt, bare=bare, seed=config.seed)
-            write_rows(output / name, _episodes(source, maker, split, tally))
+            write_rows(output / name, _episodes(groups, maker, split, tally))
         wanted = [group.question for group in splits["train"] if is_within(group, config.selection) is None]
         write_rows(output / QUESTIONS_NAME, map(dataclasses.asdict, wanted))
         if not tally.kept["train", "plain"]:
@@ -105,15 +111,17 @@ def _split(groups: Iterable[RolloutGroup], config: SelectConfig) -> dict[str, li
     return splits
 
 
-def _episodes(source: Path, maker: EpisodeMaker, split: str, tally: Tally) -> Iterator[dict[str, Any]]:
+def _episodes(groups: StoredGroups, maker: EpisodeMaker, split: str, tally: Tally) -> Iterator[dict[str, Any]]:
     """The lines of a split."""
     places = {group.question.id: place for place, group in enumerate(maker.bare)}
-    for group in StoredGroups(source / ROLLOUTS_NAME):
-        if group.question.id not in places:
-            continue
-        for episode in maker(group, places[group.question.id], tally):
-            tally.kept[split, episode.kind] += 1
-            yield fields_of(RolloutGroup(question=episode.question, rollouts=(episode.rollout,))) | {"kind": episode.kind}
+    with Work(sys.stderr).on(f"select, {split}", len(groups), "questions") as task:
+        for group in groups:
+            task.add(done=1)
+            if group.question.id not in places:
+                continue
+            for episode in maker(group, places[group.question.id], tally):
+                tally.kept[split, episode.kind] += 1
+                yield fields_of(RolloutGroup(question=episode.question, rollouts=(episode.rollout,))) | {"kind": episode.kind}
 
 
 def prompt_of(config: SelectConfig, sampled: Mapping[str, Any]) -> Prompt:
@@ -128,6 +136,16 @@ def prompt_of(config: SelectConfig, sampled: Mapping[str, Any]) -> Prompt:
     _check_same_form(build_protocol(own), build_protocol(then))
     environment = Environment(codec, build_protocol(own), RolloutConfig(**sampled["limits"]))
     return environment.prompt_ids
+
+
+def _check_prompt(groups: StoredGroups, prompt: Prompt, source: Path) -> None:
+    """Raise DataError when questions are not asked as they were when they were sampled: the template or a preset has changed."""
+    for group in itertools.islice(groups, 1):
+        if prompt(group.question.text, "") != group.rollouts[0].prompt_ids:
+            raise DataError(
+                f"{source}: question {group.question.id} was sampled behind another prompt than its protocol makes now (the chat "
+                "template, or the preset, has changed); give --protocol to have another prompt on purpose, or sample anew"
+            )
 
 
 def _protocol_of(fields: Mapping[str, Any]) -> ProtocolConfig:

@@ -15,9 +15,9 @@ from megatron_sd.config import ModelConfig, ProtocolConfig, RetrieverConfig, Rol
 from megatron_sd.errors import ConfigError, DataError
 from megatron_sd.records import Question
 from megatron_sd.retrieval.manifest import file_entry
-from megatron_sd.rollout.stored import IDENTITY_NAME
 
 _LIMITS = ("max_search_turns", "max_turn_tokens", "max_observation_tokens", "max_rollout_tokens", "max_query_bytes")
+IDENTITY_NAME = "evaluation.json"
 
 
 def questions_version(questions: Sequence[Question]) -> str:

@@ -34,12 +34,11 @@ from megatron_sd.distributed.collectives import hold_together, share, together
 from megatron_sd.distributed.world import World, end_process, lone_world, world_of_program
 from megatron_sd.door import exit_code_of
 from megatron_sd.records import Question, Rollout, RolloutGroup
-from megatron_sd.rollout.stored import ROLLOUTS_NAME, StoredGroups, fields_of
+from megatron_sd.rollout.stored import ROLLOUTS_NAME, SAMPLE_NAME, StoredGroups, fields_of
 from megatron_sd.search.questions import load_questions
 from megatron_sd.search.reward import score
 
 RATES_NAME = "pass_rates.jsonl"
-REPORT_NAME = "report.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,7 +163,7 @@ def write_report(output: Path, form: Callable[[Rollout], float]) -> dict[str, An
         "searches": round(fmean(rate.searches for rate in rates), 4) if rates else None,
     }
     report = read_identity(output) | report
-    (output / REPORT_NAME).write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    (output / SAMPLE_NAME).write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return report
 
 

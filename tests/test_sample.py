@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from importlib.resources import files
 
 import pytest
@@ -21,7 +22,7 @@ from megatron_sd.records import StopReason
 from megatron_sd.rollout.rollouter import Rollouter
 from megatron_sd.rollout.stored import StoredGroups
 from megatron_sd.search.environment import Environment
-from megatron_sd.search.protocol import build_protocol
+from megatron_sd.search.protocol import PRESETS, build_protocol
 from megatron_sd.search.tokens import load_codec
 
 MODEL = str(files("data_prep") / "coldstart_model")
@@ -210,6 +211,12 @@ def test_episodes_may_have_another_prompt_but_no_other_form(sampled, tmp_path):
         select(SelectConfig(rollouts=str(sampled), output=str(tmp_path / "tags"), protocol=tagged))
 
 
+def test_a_prompt_that_has_changed_since_is_found_out(sampled, tmp_path, monkeypatch):
+    monkeypatch.setitem(PRESETS, "compact", dataclasses.replace(PRESETS["compact"], prompt="{hindsight}Ask {question}\n"))
+    with pytest.raises(DataError, match="was sampled behind another prompt than its protocol makes now"):
+        select(SelectConfig(rollouts=str(sampled), output=str(tmp_path)))
+
+
 def test_what_cannot_be_selected_is_said_in_one_line(sampled, world, tmp_path, capsys):
     save_tokenizer(train_tokenizer(["another text"], vocab_size=300), tmp_path)
     with pytest.raises(DataError, match="holds ids of another tokenizer"):
@@ -224,7 +231,11 @@ def test_what_cannot_be_selected_is_said_in_one_line(sampled, world, tmp_path, c
     said = capsys.readouterr().err
     assert "selection.shuffled_share: found 1.5, expected between 0 and 1" in said
     assert "found 1.05 together, expected at most 1" in said
-    assert "holds no evaluation.json, expected a directory that `sd-search sample` finished" in said
+    assert "rollouts.jsonl does not exist; expected rollouts that `sd-search sample` or" in said
+    (tmp_path / "half").mkdir()
+    shutil.copy(sampled / "rollouts.jsonl", tmp_path / "half")
+    with pytest.raises(DataError, match="half holds no report.json, expected a directory that `sd-search sample` finished"):
+        select(SelectConfig(rollouts=str(tmp_path / "half"), output=str(tmp_path / "z")))
     single = sample(config_for(world, tmp_path / "rag", strategy="rag", limit=2, num_samples=2))
     assert single["strategy"] == "rag" and single["num_rollouts"] == 4
     with pytest.raises(DataError, match="holds rollouts of strategy rag, whose texts are not one sequence"):

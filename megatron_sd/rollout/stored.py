@@ -18,9 +18,9 @@ from typing import Any
 from megatron_sd.errors import DataError
 from megatron_sd.records import Hit, Passage, Question, Rollout, RolloutGroup, Scores, StopReason, Turn
 
-IDENTITY_NAME = "evaluation.json"  # of what was sampled
 ROLLOUTS_NAME = "rollouts.jsonl"
-EPISODES_NAME = "episodes.json"  # of what was selected
+SAMPLE_NAME = "report.json"  # of a finished sample
+EPISODES_NAME = "episodes.json"  # of a finished selection
 TRAIN_NAME = "train.jsonl"
 VALIDATION_NAME = "validation.jsonl"
 

@@ -113,6 +113,7 @@ class Policy:
             with self._linear(), self.world.pulse.waiting():
                 _, sums = self.engine(microbatch=own, totals=batch.totals, weights=weights, reference_logprobs=None)
             total += sums[SUM_NAMES.index("policy_loss")] / self._parts.size
+        self.engine.empty_partition_cache()  # ZeRO-3 gathers ahead for a backward that does not come
         return sum_floats(self.world, [total.item()])[0]
 
     def step(self, max_norm: float = math.inf) -> UpdateResult:

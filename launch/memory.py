@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_sd.config import Config
+from megatron_sd.config_checks import engine_reads_policy
 from megatron_sd.ops.linear_jsd import BLOCK_ELEMENTS
 from megatron_sd.resharding.names import ModelShape
 from megatron_sd.resharding.plan import ITEM_BYTES
@@ -21,6 +22,7 @@ Phase = Literal["rollout", "head", "backward", "reduce", "step"]  # the moments 
 Place = Literal["device", "host"]
 PHASES: tuple[Phase, ...] = ("rollout", "head", "backward", "reduce", "step")
 GIB = 2**30
+RESERVED_GIB = 4.0  # CUDA's context, NCCL's buffers, and what the allocator cannot use
 STEP_COPIES = 1  # float32, of the elements being stepped over: the gradient, put together; AdamW is fused
 REDUCE_COPIES = 5  # of the embedding: the gradients of head and embedding, their sum, and what the reduction packs and gets
 BLOCK_COPIES = 4  # float32, of the logits being worked on
@@ -119,18 +121,28 @@ def _states(shape: ModelShape, config: Config, world_size: int) -> list[Part]:
 
 def adapter_elements(shape: ModelShape, config: Config) -> int:
     """Parameters of all adapters; 0 without."""
+    return config.model.lora.rank * shape.num_layers * sum(ins + outs for ins, outs in _adapted(shape, config))
+
+
+def adapted_elements(shape: ModelShape, config: Config) -> int:
+    """Of the weights that have adapters."""
+    return shape.num_layers * sum(ins * outs for ins, outs in _adapted(shape, config))
+
+
+def _adapted(shape: ModelShape, config: Config) -> list[tuple[int, int]]:
+    """Inputs and outputs of a decoder layer's linear layers that have an adapter."""
     queries, keys, hidden = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim, shape.hidden
-    sums = {  # inputs plus outputs of each linear layer
-        "q_proj": hidden + queries,
-        "k_proj": hidden + keys,
-        "v_proj": hidden + keys,
-        "o_proj": hidden + queries,
-        "gate_proj": hidden + shape.intermediate,
-        "up_proj": hidden + shape.intermediate,
-        "down_proj": hidden + shape.intermediate,
+    sizes = {
+        "q_proj": (hidden, queries),
+        "k_proj": (hidden, keys),
+        "v_proj": (hidden, keys),
+        "o_proj": (queries, hidden),
+        "gate_proj": (hidden, shape.intermediate),
+        "up_proj": (hidden, shape.intermediate),
+        "down_proj": (shape.intermediate, hidden),
     }
     lora = config.model.lora
-    return lora.rank * shape.num_layers * sum(sums.get(target, 0) for target in lora.targets)
+    return [sizes[target] for target in lora.targets if target in sizes] if lora.rank else []
 
 
 def _update(shape: ModelShape, config: Config, *, world_size: int, on_gpu: bool) -> list[Part]:
@@ -181,6 +193,8 @@ def _rollout(shape: ModelShape, config: Config, world_size: int) -> list[Part]:
     num_rollouts = math.ceil(rollout.questions_per_step * rollout.group_size / world_size)
     rows = min(rollout.max_concurrent_sequences, num_rollouts)
     cache = rows * rollout.max_rollout_tokens * kv_bytes_per_token(shape, item)
+    if engine_reads_policy(config, world_size):  # but of weights with adapters, it has merged copies
+        total = adapted_elements(shape, config)
     return [
         Part(name="embedded engine", num_bytes=item * total),
         Part(name="embedded engine: keys and values", num_bytes=cache, phases=("rollout",)),

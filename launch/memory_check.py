@@ -5,9 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
-from launch.memory import GIB, peak, rank_memory
+from launch.memory import GIB, RESERVED_GIB, peak, rank_memory
 from launch.models import model_config
-from launch.plan import RESERVED_GIB
 from megatron_sd.config import Config
 from megatron_sd.config_checks import check
 from megatron_sd.errors import ConfigError
@@ -29,13 +28,13 @@ def remarks_on_memory(config: Config, *, num_ranks: int, device_bytes: int, on_c
     except UnknownArchitectureError as error:
         return (f"memory is not checked: {error}",)
     free = device_bytes - (0.0 if on_cpu else RESERVED_GIB * GIB)
-    needed, phase = _needed(shape, config, num_ranks, on_cpu=on_cpu)
+    needed, phase = needed_bytes(shape, config, num_ranks, on_cpu=on_cpu)
     if needed <= free:
         return ()
     whose = f"{num_ranks} ranks together" if on_cpu else "a rank"
     there = f"{free / GIB:.1f} GiB of host memory" if on_cpu else f"{free / GIB:.1f} GiB of its GPU"
     found = f"memory: planned {needed / GIB:.1f} GiB for {whose} at the worst moment ({phase}), found {there}"
-    sized = [(words, _needed(shape, c, n, on_cpu=on_cpu)[0]) for words, c, n in _variants(config, num_ranks, on_cpu=on_cpu)]
+    sized = [(words, needed_bytes(shape, c, n, on_cpu=on_cpu)[0]) for words, c, n in _variants(config, num_ranks, on_cpu=on_cpu)]
     fitting, families = [], set()
     for words, size in sized:  # the first that fits of each kind: the smallest change
         family = words.split(" ")[0]
@@ -48,7 +47,7 @@ def remarks_on_memory(config: Config, *, num_ranks: int, device_bytes: int, on_c
     return (found, f"no single change fits; the best is {best} ({size / GIB:.1f} GiB): take several, or a smaller model")
 
 
-def _needed(shape: ModelShape, config: Config, num_ranks: int, *, on_cpu: bool) -> tuple[float, str]:
+def needed_bytes(shape: ModelShape, config: Config, num_ranks: int, *, on_cpu: bool) -> tuple[float, str]:
     """Bytes of a rank on its device at the worst moment; on CPUs of all ranks, with what they hold in host memory."""
     parts = rank_memory(shape, config, world_size=num_ranks, on_gpu=not on_cpu)
     if on_cpu:

@@ -1,6 +1,7 @@
 """`sd-search plan`: what a run will take, before it takes it: memory of a rank, publishing, tokens and seconds of a step.
 
     sd-search plan --model qwen2.5-72b --gpus 64
+    sd-search plan --model models/Qwen2.5-0.5B --this-machine       what fits the memory that is free here
 
 Memory is counted (launch/memory.py); seconds follow from data sheets' peak figures and the efficiencies below, and say which
 choices are out of the question. Without `--config` the run has gradient checkpointing, and vLLM on nodes of its own.
@@ -15,9 +16,10 @@ from typing import Any
 
 from launch.gpus import Gpu, find_gpu
 from launch.layout import LayoutConfig, gpus_of_vllm, ranks_per_node, servers_per_node
-from launch.memory import GIB, Part, Sizes, checkpoint_bytes, kv_bytes_per_token, peak, rank_memory
+from launch.memory import GIB, RESERVED_GIB, Part, Sizes, checkpoint_bytes, kv_bytes_per_token, peak, rank_memory
 from launch.models import model_config
 from launch.options import split_options
+from launch.this_machine import plan_here
 from megatron_sd.command_line import parse
 from megatron_sd.config import Config, load
 from megatron_sd.errors import ConfigError
@@ -27,7 +29,6 @@ from megatron_sd.resharding.names import UnknownArchitectureError, model_shape, 
 from megatron_sd.resharding.plan import ITEM_BYTES, make_plan
 from megatron_sd.rollout.vllm_memory import WorkerMemory, memory_share, worker_memory
 
-RESERVED_GIB = 4.0  # CUDA's context, NCCL's buffers, and what the allocator cannot use
 # Tokens of a rollout's parts, beside observations of rollout.max_observation_tokens.
 PROMPT_TOKENS, TURN_TOKENS, ANSWER_TOKENS = 200, 90, 60
 BLOCK_TOKENS = 350  # a hindsight block of five rollouts
@@ -48,10 +49,12 @@ BLANKS = {
 
 @dataclass(frozen=True, kw_only=True)
 class PlanConfig:
-    """model: a directory, or a name such as qwen2.5-72b. Further options are the run's, as of `sd-search train`."""
+    """model: a directory, or a name such as qwen2.5-72b. Either `gpus` of a cluster, or this_machine: what fits here. Further
+    options are the run's, as of `sd-search train`."""
 
     model: str
-    gpus: int
+    gpus: int = 0
+    this_machine: bool = False
     gpu: str = "h100"
     gpus_per_node: int = 8
 
@@ -71,8 +74,13 @@ def main(argv: Sequence[str]) -> None:
     """Print the plan. Raises ConfigError for an unknown model or GPU."""
     own, rest = split_options(argv, PlanConfig)
     plan = parse(PlanConfig, own, "sd-search plan")
+    if plan.this_machine:
+        print(plan_here(plan.model, rest, model_config(plan.model)))
+        return
     if plan.gpus < 1 or plan.gpus_per_node < 1:
-        raise ConfigError(f"gpus, gpus_per_node: found {plan.gpus} and {plan.gpus_per_node}, expected 1 or more")
+        raise ConfigError(
+            f"gpus, gpus_per_node: found {plan.gpus} and {plan.gpus_per_node}, expected 1 or more; or --this-machine"
+        )
     per_node = min(plan.gpus, plan.gpus_per_node)
     if plan.gpus % per_node:
         raise ConfigError(f"gpus: found {plan.gpus}, expected a multiple of gpus_per_node {per_node}")

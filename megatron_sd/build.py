@@ -20,6 +20,7 @@ from megatron_sd.algorithm.hindsight import RENDERERS, Blocks, HindsightBlocks
 from megatron_sd.algorithm.packing import pack
 from megatron_sd.algorithm.samples import GATES, SCOPES, TeacherPrompts, apply_gate, to_samples
 from megatron_sd.config import Config, ModelConfig, ProtocolConfig, RetrieverConfig, RolloutConfig, dump
+from megatron_sd.config_checks import engine_reads_policy
 from megatron_sd.distributed.collectives import share, together
 from megatron_sd.distributed.watchdog import Watchdog
 from megatron_sd.distributed.world import World, lone_world
@@ -34,10 +35,11 @@ from megatron_sd.retrieval.retriever import Retriever
 from megatron_sd.rollout.bank import RolloutBank
 from megatron_sd.rollout.rollouter import Rollouter
 from megatron_sd.rollout.sampling_order import InStep, OneAhead, SamplingOrder
-from megatron_sd.rollout.torch_engine import TorchEngine, load_model
+from megatron_sd.rollout.torch_engine import TorchEngine
 from megatron_sd.rollout.vllm_colocated import ColocatedEngine
 from megatron_sd.rollout.vllm_engine import VllmEngine
 from megatron_sd.rollout.vllm_placement import connect_vllm
+from megatron_sd.rollout.weights import load_model
 from megatron_sd.search.environment import Environment
 from megatron_sd.search.protocol import build_protocol
 from megatron_sd.search.questions import QuestionStream, load_questions
@@ -49,7 +51,13 @@ from megatron_sd.training.checkpoint import Checkpoints
 from megatron_sd.training.gradient_ratio import AlphaController
 from megatron_sd.training.identity import contents_of, run_identity
 from megatron_sd.training.policy import Policy, load_policy
-from megatron_sd.training.publisher import GatherPublisher, Publisher, ShardPublisher, sharded_or_gathering
+from megatron_sd.training.publisher import (
+    GatherPublisher,
+    InPlacePublisher,
+    Publisher,
+    ShardPublisher,
+    sharded_or_gathering,
+)
 from megatron_sd.training.sequence_parallel import sequence_group
 from megatron_sd.training.stability import Stability
 from megatron_sd.training.tensor_parallel import tensor_group
@@ -84,9 +92,11 @@ def build_rollout_side(
     seed: int,
     output: Path,
     world: World | None = None,
+    on_demand: bool = False,
 ) -> RolloutSide:
     """Engine, environment, retriever and the rollouter over them. output: of the run, for the engine's logs. world: None is this
-    process alone, on the first CUDA device or the CPU.
+    process alone, on the first CUDA device or the CPU. on_demand: the embedded engine need not load weights, since a policy will
+    be published to it.
 
     Raises DataError for a missing model or corpus, RetrievalError for servers that cannot be reached, ConfigError for an engine
     that cannot be had as configured.
@@ -97,15 +107,17 @@ def build_rollout_side(
     )
     environment = Environment(codec, build_protocol(protocol), rollout)
     passages = open_retriever(retriever)
-    engine = build_engine(model, rollout, codec, world, output=output)
+    engine = build_engine(model, rollout, codec, world, output=output, on_demand=on_demand)
     work = Work(sys.stderr if world.is_first else None)
     rollouter = Rollouter(engine, passages, environment, top_k=retriever.top_k, seed=seed, world=world, work=work)
     return RolloutSide(engine=engine, environment=environment, retriever=passages, rollouter=rollouter, work=work)
 
 
-def _torch_engine(model: ModelConfig, rollout: RolloutConfig, codec: TextCodec, world: World, output: Path) -> TorchEngine:
-    attention = "eager" if model.attention == "eager" else "sdpa"
-    weights = load_model(model.path, dtype=getattr(torch, model.dtype), device=world.device, attention=attention)
+def _torch_engine(
+    model: ModelConfig, rollout: RolloutConfig, codec: TextCodec, world: World, *, on_demand: bool
+) -> TorchEngine:
+    options = {"attention": "eager" if model.attention == "eager" else "sdpa", "on_demand": on_demand}
+    weights = load_model(model.path, dtype=getattr(torch, model.dtype), device=world.device, **options)
     engine = TorchEngine(weights, codec, max_rows=rollout.max_concurrent_sequences)
     if rollout.max_rollout_tokens > engine.max_length:
         raise ConfigError(
@@ -115,20 +127,13 @@ def _torch_engine(model: ModelConfig, rollout: RolloutConfig, codec: TextCodec, 
     return engine
 
 
-def _vllm_engine(
-    model: ModelConfig, rollout: RolloutConfig, codec: TextCodec, world: World, output: Path
-) -> VllmEngine | ColocatedEngine:
-    return connect_vllm(model, rollout, codec, world, log_dir=output / "vllm")
-
-
-ENGINES = {"torch": _torch_engine, "vllm": _vllm_engine}
-
-
 def build_engine(
-    model: ModelConfig, rollout: RolloutConfig, codec: TextCodec, world: World, *, output: Path
+    model: ModelConfig, rollout: RolloutConfig, codec: TextCodec, world: World, *, output: Path, on_demand: bool = False
 ) -> Engine:
     """The engine that rollout.engine names; collective. Raises ConfigError for one that cannot be had as configured."""
-    return ENGINES[rollout.engine](model, rollout, codec, world, output)
+    if rollout.engine == "torch":
+        return _torch_engine(model, rollout, codec, world, on_demand=on_demand)
+    return connect_vllm(model, rollout, codec, world, log_dir=output / "vllm")
 
 
 def build_trainer(config: Config, world: World) -> Trainer:
@@ -136,9 +141,9 @@ def build_trainer(config: Config, world: World) -> Trainer:
     for group in (sequence_group, tensor_group):
         group(config.update, world)  # raises at once when the ranks do not divide into groups
     run_dir = check_run_dir(config)
-    side = build_rollout_side(
-        config.model, config.protocol, config.rollout, config.retriever, seed=config.seed, output=run_dir, world=world
-    )
+    parts = config.model, config.protocol, config.rollout, config.retriever
+    shares = engine_reads_policy(config, world.size)
+    side = build_rollout_side(*parts, seed=config.seed, output=run_dir, world=world, on_demand=shares)
     questions = QuestionStream(
         questions=load_questions(config.data.train, config.data.train_split),
         batch_size=config.rollout.questions_per_step,
@@ -233,7 +238,10 @@ def _sampling_order(config: Config, world: World, questions: QuestionStream, sid
 
 
 def choose_publisher(policy: Policy, config: Config, world: World, engine: Engine) -> Publisher:
-    """Shards straight into vLLM's workers; whole parameters into the embedded engine, below ZeRO stage 3, or when asked for."""
+    """Shards straight into vLLM's workers; whole parameters into the embedded engine, below ZeRO stage 3, or when asked for; none
+    where the embedded engine reads the policy's own."""
+    if engine_reads_policy(config, world.size):
+        return InPlacePublisher()
     own, stage = config.rollout.vllm, config.update.zero_stage
     if isinstance(engine, TorchEngine) or not own.publishes_shards or stage != 3:
         return GatherPublisher()

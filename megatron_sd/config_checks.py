@@ -238,3 +238,10 @@ def _value(config: Any, key: str) -> Any:
     for name in key.split("."):
         config = getattr(config, name, None)
     return config
+
+
+def engine_reads_policy(config: Config, num_ranks: int) -> bool:
+    """The embedded engine can read the policy's weights where they are: one rank holds them all, and nothing samples while they
+    change."""
+    is_alone = num_ranks == 1 and config.update.zero_stage == 3 and config.update.offload_parameters == "none"
+    return is_alone and config.rollout.engine == "torch" and config.rollout.max_lag == 0

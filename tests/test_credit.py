@@ -19,7 +19,7 @@ from eval.samples import read_lines
 from launch.local import credit as credit_on_ranks
 from megatron_sd.config import ModelConfig, ProtocolConfig, RewardConfig, RolloutConfig
 from megatron_sd.errors import ConfigError, DataError
-from megatron_sd.rollout.torch_engine import load_model
+from megatron_sd.rollout.weights import load_model
 from megatron_sd.search.environment import Environment
 from megatron_sd.search.protocol import build_protocol
 from megatron_sd.search.reward import score

@@ -5,7 +5,8 @@ import torch
 from transformers import Qwen2ForCausalLM
 
 from megatron_sd.errors import DataError, RolloutError
-from megatron_sd.rollout.torch_engine import TorchEngine, load_model
+from megatron_sd.rollout.torch_engine import TorchEngine
+from megatron_sd.rollout.weights import load_model
 from tests.fakes_rollout import byte_level_tokenizer, codec, engine, model, request, serve
 
 

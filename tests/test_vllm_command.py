@@ -153,3 +153,20 @@ def test_a_server_elsewhere_is_started_from_the_runs_own_configuration(tmp_path)
     assert environment["VLLM_SERVER_DEV_MODE"] == "1"
     with pytest.raises(ConfigError, match="tensor_parallel_size: found 3"):
         server_command([*run, "--rollout.vllm.tensor_parallel_size=3"])
+
+
+def test_a_conversation_longer_than_the_models_positions_is_refused_before_vllm_starts():
+    short = dataclasses.replace(SHAPE, positions=1000)
+    check_server(short, MODEL, limits(max_rollout_tokens=1000), on_cpu=True)
+    with pytest.raises(ConfigError, match="max_rollout_tokens is 1024, expected at most 1000, the positions"):
+        check_server(short, MODEL, limits(max_rollout_tokens=1024), on_cpu=True)
+
+
+@pytest.mark.parametrize(
+    ("rope", "positions"),
+    [({}, 512), ({"rope_parameters": {"rope_type": "default"}}, 512), ({"rope_scaling": {"type": "yarn", "factor": 4}}, None)],
+)
+def test_positions_are_those_of_the_configuration_unless_they_are_stretched(rope, positions, tmp_path):
+    own = {"vocab_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 4, "max_position_embeddings": 512}
+    (tmp_path / "config.json").write_text(json.dumps(own | {"architectures": ["Qwen2ForCausalLM"]} | rope), encoding="utf-8")
+    assert ModelShape.read(str(tmp_path)).positions == positions

@@ -37,7 +37,7 @@ from megatron_sd.observability.transcripts import group_record
 from megatron_sd.pretrained.loading import check_head, load_config
 from megatron_sd.records import RolloutGroup
 from megatron_sd.retrieval.manifest import file_entry
-from megatron_sd.rollout.torch_engine import load_model
+from megatron_sd.rollout.weights import load_model
 from megatron_sd.search.environment import Environment
 from megatron_sd.search.protocol import build_protocol
 from megatron_sd.search.reward import score

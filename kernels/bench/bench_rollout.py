@@ -33,7 +33,8 @@ from megatron_sd.records import Hit, Passage, Question
 from megatron_sd.rollout.engine import Completion, GenerationRequest, InferenceEngine
 from megatron_sd.rollout.rollouter import Rollouter
 from megatron_sd.rollout.sampling import rollout_seed
-from megatron_sd.rollout.torch_engine import TorchEngine, load_model
+from megatron_sd.rollout.torch_engine import TorchEngine
+from megatron_sd.rollout.weights import load_model
 from megatron_sd.search.environment import Environment
 from megatron_sd.search.protocol import build_protocol
 from megatron_sd.search.tokens import load_codec

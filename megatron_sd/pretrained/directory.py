@@ -27,6 +27,7 @@ class StoredTensor:
     file: Path
     shape: tuple[int, ...]
     dtype: str  # the format's own word, such as BF16
+    offset: int  # bytes before its first element in the file
 
 
 def read_config(directory: Path, key: str = "model.path") -> dict[str, Any]:
@@ -98,7 +99,10 @@ def read_header(path: Path, key: str = "model.path") -> dict[str, StoredTensor]:
         state = "cut short" if size < whole else "longer than it says"
         raise DataError(f"{key}: {path} is {state}: {size} of {whole} bytes; copy it again")
     return {
-        name: StoredTensor(file=path, shape=tuple(entry["shape"]), dtype=entry["dtype"]) for name, entry in entries.items()
+        name: StoredTensor(
+            file=path, shape=tuple(entry["shape"]), dtype=entry["dtype"], offset=8 + length + entry["data_offsets"][0]
+        )
+        for name, entry in entries.items()
     }
 
 

@@ -14,6 +14,7 @@ from transformers.utils import logging as transformers_logging
 
 from megatron_sd.errors import ConfigError, DataError, MegatronSdError
 from megatron_sd.pretrained.directory import read_config, stored_tensors
+from megatron_sd.pretrained.on_demand import load_on_demand
 
 # Tensors that transformers may create or leave out without harm: nothing that is computed here depends on them.
 MAY_BE_MISSING = (r"(^|\.)pooler\.",)  # BERT's; no pooling of ours reads it
@@ -55,18 +56,28 @@ def check_head(config: PretrainedConfig, path: str) -> None:
 
 
 def load_causal_lm(
-    path: str, *, dtype: Any, attention: str = "sdpa", config: PretrainedConfig | None = None, key: str = "model.path"
+    path: str,
+    *,
+    dtype: Any,
+    attention: str = "sdpa",
+    config: PretrainedConfig | None = None,
+    key: str = "model.path",
+    on_demand: bool = False,
 ) -> PreTrainedModel:
     """A causal language model, in the dtype asked for, on the CPU, in evaluation mode.
+
+    on_demand: where the files allow it the weights are not read yet; the parameters know where they are
+    (pretrained/on_demand.py), and the caller sees to them.
 
     Raises DataError that names the tensors when the files do not hold exactly the model's, ConfigError for an attention that the
     family or the machine lacks.
     """
     config = load_config(path, key) if config is None else config
     try:
-        return load_whole(
-            AutoModelForCausalLM, path, {"config": config, "dtype": dtype, "attn_implementation": attention}, key=key
-        )
+        if on_demand and (model := load_on_demand(path, dtype=dtype, attention=attention, config=config, key=key)) is not None:
+            return model
+        options = {"config": config, "dtype": dtype, "attn_implementation": attention}
+        return load_whole(AutoModelForCausalLM, path, options, key=key)
     except ImportError as error:
         raise ConfigError(
             f"model.attention: found {attention!r}, which this machine lacks ({_first_line(error)}); expected sdpa"

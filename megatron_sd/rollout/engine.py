@@ -94,3 +94,11 @@ class WeightReceiver(Protocol):
     def finish_update(self, policy_version: int) -> None:
         """All buckets are in; completions from here on carry this version."""
         ...
+
+
+class WeightSharer(WeightReceiver, Protocol):
+    """An engine of this process that can also read weights where the trainer has them."""
+
+    def share_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Read full parameters, by Hugging Face name, in the caller's memory, which changes between updates only."""
+        ...

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from megatron_sd.errors import RolloutError
 from megatron_sd.machine import give_back_memory
-from megatron_sd.pretrained.loading import load_causal_lm
+from megatron_sd.pretrained.on_demand import stored_in
 from megatron_sd.records import TokenIds
 from megatron_sd.rollout.decoder import Feed, RowDecoder, Sampled
 from megatron_sd.rollout.engine import Completion, GenerationRequest
@@ -45,7 +45,8 @@ class _Session:
 
 
 class TorchEngine:
-    """InferenceEngine and WeightReceiver over a model it owns (the caller must not train or share it).
+    """InferenceEngine and WeightReceiver over a model it owns (the caller must not train or share it). A model that was loaded
+    on demand samples nothing before its first update.
 
     max_rows: conversations in the KV cache at one time; further requests wait. reuse_cache: False prefills the whole
     conversation every turn (a baseline for benchmarks).
@@ -60,7 +61,7 @@ class TorchEngine:
         self._is_eos = np.zeros(self._vocabulary_size, dtype=bool)
         self._is_eos[[n for n in _eos_ids(model, codec) if n < self._vocabulary_size]] = True
         self._weights = WeightTable(model)
-        self._updating = False
+        self._updating = any(stored_in(parameter) is not None for parameter in model.parameters())
         self._loop: asyncio.AbstractEventLoop | None = None
         self._forget()
 
@@ -275,6 +276,11 @@ class TorchEngine:
             raise RolloutError("load_bucket was called outside an update; call begin_update first")
         self._weights.load(weights)
 
+    def share_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Read full parameters in the caller's memory, which changes between updates only. Raises RolloutError for a name, shape,
+        dtype or device that is not the model's."""
+        self._weights.share(weights)
+
     def finish_update(self, policy_version: int) -> None:
         """Completions from here on carry this version. Raises RolloutError when parameters are missing: it then stays closed."""
         missing = self._weights.missing() if self._updating else ["all of them (no update was begun)"]
@@ -288,9 +294,3 @@ def _eos_ids(model: PreTrainedModel, codec: TextCodec) -> frozenset[int]:
     """End-of-sequence ids of the tokenizer and of the model's generation settings."""
     own = model.generation_config.eos_token_id if model.generation_config is not None else None
     return codec.eos_ids | (frozenset(own) if isinstance(own, list) else frozenset(() if own is None else (own,)))
-
-
-def load_model(path: str, *, dtype: torch.dtype, device: torch.device, attention: str = "sdpa") -> PreTrainedModel:
-    """A causal language model from a local directory, for an engine to own. Raises DataError when there is none that is whole,
-    ConfigError for an attention that its family lacks."""
-    return load_causal_lm(path, dtype=dtype, attention=attention).to(device)

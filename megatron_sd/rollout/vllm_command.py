@@ -27,6 +27,7 @@ class ModelShape:
     num_kv_heads: int
     head_dim: int
     tied: bool
+    positions: int | None = None  # that one conversation may hold; None: stretched by a rope scaling, vLLM knows how far
 
     @classmethod
     def read(cls, path: str) -> ModelShape:
@@ -42,6 +43,7 @@ class ModelShape:
                 num_kv_heads=found.get("num_key_value_heads") or num_heads,
                 head_dim=found.get("head_dim") or found["hidden_size"] // num_heads,
                 tied=found.get("tie_word_embeddings", True),
+                positions=_positions(found),
             )
         except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
             raise DataError(
@@ -54,6 +56,12 @@ class ModelShape:
         return 2 * self.num_layers * heads * self.head_dim * _ITEM_BYTES[dtype]
 
 
+def _positions(description: Mapping[str, Any]) -> int | None:
+    rope = description.get("rope_scaling") or description.get("rope_parameters") or {}
+    is_stretched = rope.get("rope_type", rope.get("type", "default")) != "default"
+    return None if is_stretched else description.get("max_position_embeddings")
+
+
 def read_description(path: str) -> dict[str, Any]:
     """A model directory's config.json."""
     return json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
@@ -62,6 +70,11 @@ def read_description(path: str) -> dict[str, Any]:
 def check_server(shape: ModelShape, model: ModelConfig, rollout: RolloutConfig, *, on_cpu: bool) -> None:
     """Raise ConfigError for what vLLM would refuse, or die of, after a minute of starting up."""
     own, size = rollout.vllm, rollout.vllm.tensor_parallel_size
+    if shape.positions is not None and rollout.max_rollout_tokens > shape.positions:
+        raise ConfigError(
+            f"rollout.max_rollout_tokens is {rollout.max_rollout_tokens}, expected at most {shape.positions}, "
+            f"the positions of the model in {model.path}"
+        )
     if shape.num_heads % size or (shape.num_kv_heads % size and size % shape.num_kv_heads):
         raise ConfigError(
             f"rollout.vllm.tensor_parallel_size: found {size}, expected a divisor of the {shape.num_heads} attention heads of "

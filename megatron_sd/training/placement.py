@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -16,16 +16,18 @@ from transformers import PreTrainedModel
 
 from megatron_sd.config import UpdateConfig
 from megatron_sd.errors import ConfigError, DataError
+from megatron_sd.pretrained.on_demand import Stored, forget_file, stored_in
 
 Module = TypeVar("Module", bound=nn.Module)
 
 
 def place(module: Module, model: PreTrainedModel, settings: Mapping[str, Any], device: torch.device) -> Module:
-    """Under ZeRO-3: each parameter goes to the device alone and stays there as this rank's shard. Else: the whole module.
+    """Under ZeRO-3: each parameter goes to the device alone and stays there as this rank's shard, which is read from its file
+    just then where it is not in memory. Else: the whole module.
 
     module: what DeepSpeed will wrap, with `model` inside; settings: the configuration it will be initialised with. The weights
-    must be in host memory, in the dtype they shall have; deepspeed.zero.Init around their construction would also cast the
-    rotary embedding's frequencies.
+    must be of the dtype they shall have; deepspeed.zero.Init around their construction would also cast the rotary embedding's
+    frequencies.
     """
     if "tensor_parallel" in settings:  # each rank's part goes to the device, and ZeRO cuts that there
         if settings["zero_optimization"]["stage"] == 3:
@@ -35,10 +37,37 @@ def place(module: Module, model: PreTrainedModel, settings: Mapping[str, Any], d
         return module.to(device)
     gather_layers_whole(model)
     deepspeed.init_distributed(auto_mpi_discovery=False)  # takes over torch's group; without it zero.Init sees a world of one
-    deepspeed.zero.Init(module=module, config_dict_or_path=dict(settings))
+    _ShardsFromFiles(module=module, config_dict_or_path=dict(settings))
     for buffer in module.buffers():
         buffer.data = buffer.data.to(device)
     return module
+
+
+def reads_shards(settings: Mapping[str, Any]) -> bool:
+    """`place` takes a model without its weights: it shards them itself."""
+    return settings["zero_optimization"]["stage"] == 3 and "tensor_parallel" not in settings
+
+
+class _ShardsFromFiles(deepspeed.zero.Init):
+    """ZeRO-3's sharding of a module. Of a parameter that is still in its file, this rank reads what it will own, no more, and
+    nothing is broadcast."""
+
+    def _convert_to_zero_parameters(self, param_list: Iterable[nn.Parameter]) -> None:
+        for parameter in param_list:
+            stored = stored_in(parameter)
+            if stored is None or hasattr(parameter, "ds_id"):
+                super()._convert_to_zero_parameters([parameter])
+            else:
+                self._read_and_shard(parameter, stored)
+
+    def _read_and_shard(self, parameter: nn.Parameter, stored: Stored) -> None:
+        parameter.data = torch.empty(parameter.shape, dtype=parameter.dtype, device=self.local_device)  # unwritten: no memory
+        self._convert_to_deepspeed_param(parameter)
+        size = self._aligned_size(parameter) // self._partition_world_size(parameter)
+        start, stop = (min(self._partition_rank(parameter) * size + n, parameter.ds_numel) for n in (0, size))
+        parameter.partition()
+        stored.read(parameter.ds_tensor[: stop - start], start, stop)
+        forget_file(parameter)
 
 
 def share_masters(optimizer: Any) -> None:

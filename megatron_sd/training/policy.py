@@ -30,7 +30,7 @@ from megatron_sd.training.deepspeed_config import deepspeed_config
 from megatron_sd.training.lora import is_adapter, with_adapters
 from megatron_sd.training.norm_gate import GATE
 from megatron_sd.training.pieces import TrainedState
-from megatron_sd.training.placement import check_disk_offload, place, share_masters, zero3_linear
+from megatron_sd.training.placement import check_disk_offload, place, reads_shards, share_masters, zero3_linear
 from megatron_sd.training.policy_module import DeviceMicrobatch, PolicyModule, load_for_training
 from megatron_sd.training.reference import ReferencePolicy
 from megatron_sd.training.sequence_parallel import sequence_group, split_sequences
@@ -235,7 +235,7 @@ def load_policy(config: Config, world: World) -> Policy:
     reference = ReferencePolicy.load(config, world, options) if config.policy_loss.kl_weight > 0.0 else None
     teacher = TEACHERS[config.distill.teacher if config.distill.block != "none" else "live"](config, world)
     settings = deepspeed_config(config, world.size)
-    model = split_sequences(load_for_training(config.model), config.update, world)
+    model = split_sequences(load_for_training(config.model, on_demand=reads_shards(settings)), config.update, world)
     model = with_adapters(model, config.model.lora, seed=config.seed)
     parts = tensor_group(config.update, world)
     check_model(model, config.update)

@@ -249,17 +249,16 @@ def teacher_hidden_rows(model: PreTrainedModel, microbatch: DeviceMicrobatch) ->
     return states.flatten(0, 1).index_select(0, m.teacher_rows)
 
 
-def load_for_training(config: ModelConfig) -> PreTrainedModel:
-    """The model of a local directory, ready for training: dropout off, no cache. Raises DataError when it cannot be used,
-    ConfigError when its attention cannot."""
+def load_for_training(config: ModelConfig, *, on_demand: bool = False) -> PreTrainedModel:
+    """The model of a local directory, ready for training: dropout off, no cache. on_demand: without its weights where possible,
+    which placement.place then reads. Raises DataError when it cannot be used, ConfigError when its attention cannot."""
     model_config = load_config(config.path)
     check_head(model_config, config.path)
     for name in vars(model_config):
         if "dropout" in name or name.endswith("_pdrop"):
             setattr(model_config, name, 0.0)
-    model = load_causal_lm(
-        config.path, dtype=getattr(torch, config.dtype), attention=config.attention, config=model_config
-    ).train()
+    options = {"attention": config.attention, "config": model_config, "on_demand": on_demand}
+    model = load_causal_lm(config.path, dtype=getattr(torch, config.dtype), **options).train()
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model

@@ -21,10 +21,10 @@ from megatron_sd.resharding.plan import make_plan
 from megatron_sd.resharding.sender import ShardSender
 from megatron_sd.resharding.staging import host_id
 from megatron_sd.resharding.transport import MeetingPoint, publish_host
-from megatron_sd.rollout.engine import WeightReceiver
+from megatron_sd.rollout.engine import WeightReceiver, WeightSharer
 from megatron_sd.training.lora import FullAdapter, adapter_of, merged, with_their_adapters
 from megatron_sd.training.policy import Policy
-from megatron_sd.training.shards import LocalShards, full_numel, shard_layout
+from megatron_sd.training.shards import LocalShards, full_numel, shard_layout, whole_shard
 from megatron_sd.training.tensor_parallel import joined
 
 log = logging.getLogger(__name__)
@@ -64,6 +64,20 @@ class GatherPublisher:
             stages.attempt(lambda: receiver.load_bucket(bucket))  # noqa: B023, it is called at once
         stages.attempt(lambda: receiver.finish_update(policy_version))
         together(policy.world, stages.result)
+
+
+class InPlacePublisher:
+    """Lets the embedded engine of a rank that is alone read the policy's own weights: nothing is copied. Weights with adapters
+    are merged into the engine's copies of these."""
+
+    def publish(self, policy: Policy, receiver: WeightSharer, policy_version: int) -> None:
+        """Raises RolloutError when policy and engine are of two models."""
+        receiver.begin_update()
+        parameters = list(policy.named_parameters())
+        receiver.share_weights((name, whole_shard(p)) for name, p in parameters if adapter_of(p) is None)
+        for bucket in gathered_buckets(((name, p) for name, p in parameters if adapter_of(p) is not None), BUCKET_BYTES):
+            receiver.load_bucket(bucket)
+        receiver.finish_update(policy_version)
 
 
 class _Stages:

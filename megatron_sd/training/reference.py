@@ -37,7 +37,8 @@ class ReferencePolicy:
     @classmethod
     def load(cls, config: Config, world: World, options: HeadOptions) -> ReferencePolicy:
         """From config.model.path: a resumed run must still find the start policy there."""
-        module = ReferenceModule(split_sequences(load_for_training(config.model), config.update, world), options).eval()
+        model = load_for_training(config.model, on_demand=config.update.zero_stage == 3)
+        module = ReferenceModule(split_sequences(model, config.update, world), options).eval()
         if config.update.zero_stage < 3:
             return cls(module.to(world.device))
         settings = reference_config(config, world.size)

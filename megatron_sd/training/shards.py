@@ -85,3 +85,8 @@ def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
 def full_numel(parameter: nn.Parameter) -> int:
     """Elements of the whole parameter; its own numel() is 0 while ZeRO-3 holds it in shards."""
     return getattr(parameter, "ds_numel", parameter.numel())
+
+
+def whole_shard(parameter: nn.Parameter) -> Tensor:
+    """The whole parameter of a rank that ZeRO-3 leaves alone, as a view of its one shard."""
+    return parameter.ds_tensor.detach().view(-1)[: parameter.ds_numel].view(parameter.ds_shape)

@@ -73,9 +73,10 @@ class FrozenTeacher:
     """The start policy, of config.model.path: a resumed run must still find it there."""
 
     def __init__(self, config: Config, world: World):
-        self._model = split_sequences(load_for_training(config.model), config.update, world).requires_grad_(False)
-        self._module: nn.Module = TeacherModule(self._model).eval()
         self._is_sharded = config.update.zero_stage == 3
+        model = load_for_training(config.model, on_demand=self._is_sharded)
+        self._model = split_sequences(model, config.update, world).requires_grad_(False)
+        self._module: nn.Module = TeacherModule(self._model).eval()
         if self._is_sharded:
             settings = teacher_config(config, world.size)
             placed = place(self._module, self._model, settings, world.device)

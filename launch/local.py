@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
+import dataclasses
 import importlib
 import os
 import signal
@@ -17,7 +18,7 @@ from types import FrameType
 
 import psutil
 
-from megatron_sd.config import Config, load
+from megatron_sd.config import Config, VllmConfig, load
 from megatron_sd.distributed.control import STARTER, STOPPED_EXIT_CODE
 from megatron_sd.errors import ConfigError, MegatronSdError
 from megatron_sd.machine import has_gpu, process_start
@@ -57,7 +58,9 @@ def sft(argv: Sequence[str]) -> None:
     num_ranks, rest = split_num_ranks(argv)
     _, config = load_sft(rest)
     refuse_held(Path(config.run_dir))
-    start_ranks(num_ranks, rest, program="megatron_sd.sft")
+    without_engine = dataclasses.replace(config.rollout, engine="vllm", vllm=VllmConfig(placement="server"))  # as if elsewhere
+    remarks = check_memory(dataclasses.replace(config, rollout=without_engine), num_ranks)
+    start_ranks(num_ranks, rest, remarks, program="megatron_sd.sft")
     print(f"model {committed(Path(config.run_dir) / 'checkpoints')[0] / 'model'}")
 
 

@@ -64,11 +64,14 @@ def test_stages_run_once_and_the_same_command_goes_on(tmp_path, capfd, monkeypat
     warm = committed(output / "sft" / "checkpoints")[0] / "model"
     assert warm.parent.name == "step_00000002"
 
-    ran = []
+    ran, dies = [], [True]
     for name, stage in STAGES.items():
-        monkeypatch.setitem(STAGES, name, Stage(record=stage.record, run=noted(name, stage.run, ran)))
-    assert command(["recipe", str(path), "--gate_may_be_closed"]) == 0
+        monkeypatch.setitem(STAGES, name, Stage(record=stage.record, run=noted(name, stage.run, ran, dies)))
+    assert command(["recipe", str(path), "--gate_may_be_closed"]) == 130
     assert ran == ["gate", "train"]
+    dies.clear()
+    assert command(["recipe", str(path), "--gate_may_be_closed"]) == 0
+    assert ran == ["gate", "train", "train"]
     assert "3/5  sft: finished before" in capfd.readouterr().out
     steps = read_metrics(output / "train" / "metrics.jsonl")
     assert list(steps) == [1, 2] and steps[2]["distill/divergence_nats"] > 0
@@ -90,9 +93,11 @@ def test_stages_run_once_and_the_same_command_goes_on(tmp_path, capfd, monkeypat
     assert ran == ["select"], "and what comes after it was asked for in the same way"
 
 
-def noted(name, run, ran):
+def noted(name, run, ran, dies):
     def noting(own, path):
         ran.append(name)
+        if dies and name == "train":
+            raise KeyboardInterrupt
         run(own, path)
 
     return noting

@@ -21,6 +21,7 @@ from data_prep.selection import Selection
 from data_prep.tokenizer import save_tokenizer, train_tokenizer
 from data_prep.world import WorldConfig
 from eval.sample import SampleConfig, sample
+from launch import local
 from launch.cli import main as command_line_of
 from launch.local import command_line, free_port
 from launch.programs import make_world
@@ -213,7 +214,7 @@ def test_adapters_are_merged_into_the_model_that_is_left(episodes, tmp_path, cap
     assert losses[-1] == pytest.approx(nats_a_token(model, held_out), rel=1e-4)
 
 
-def test_errors_of_a_run_are_one_line(episodes, tmp_path, capfd):
+def test_errors_of_a_run_are_one_line(episodes, tmp_path, capfd, monkeypatch):
     save_tokenizer(train_tokenizer(["another text"], vocab_size=300), tmp_path / "other")
     for name in ("config.json", "model.safetensors"):
         (tmp_path / "other" / name).symlink_to(START_POLICY / name)
@@ -221,6 +222,10 @@ def test_errors_of_a_run_are_one_line(episodes, tmp_path, capfd):
     assert command_line_of(["sft", *stranger]) == 1
     said = capfd.readouterr().err
     assert "DataError" in said and "holds ids of another tokenizer" in said and "Traceback" not in said
+    monkeypatch.setattr(local, "free_bytes", lambda: 1 << 20)
+    assert command_line_of(["sft", *arguments(episodes, tmp_path / "run", "--safety.check_memory=refuse")]) == 2
+    said = capfd.readouterr().err
+    assert "safety.check_memory: memory: planned" in said and "engine" not in said, "nobody samples"
     assert command_line_of(["sft", *arguments(tmp_path, tmp_path / "run")]) == 1
     assert "holds no episodes.json, expected a directory that `sd-search select` finished" in capfd.readouterr().err
     assert command_line_of(["sft", *arguments(episodes, tmp_path / "run", "--episodes_per_step=0")]) == 2

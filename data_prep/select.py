@@ -44,7 +44,8 @@ from megatron_sd.search.protocol import Protocol, build_protocol
 from megatron_sd.search.tokens import load_codec
 
 QUESTIONS_NAME = "questions.jsonl"
-_OF_THE_PROMPT = {"prompt", "chat_template", "template_arguments", "question_end"}  # what an episode may have otherwise
+# What an episode may have otherwise than it was sampled with: the prompt, and what is said to an action that is none.
+_OF_THE_PROMPT = {"prompt", "chat_template", "template_arguments", "question_end", "invalid_action_message"}
 _KEPT = ("model", "model_version", "tokenizer", "corpus_version", "questions_version")
 
 
@@ -133,7 +134,7 @@ def prompt_of(config: SelectConfig, sampled: Mapping[str, Any]) -> Prompt:
         config.tokenizer or sampled["model"], chat_template=own.chat_template, template_arguments=own.template_arguments
     )
     check_tokenizer(codec.fingerprint, sampled, Path(config.rollouts))
-    _check_same_form(build_protocol(own), build_protocol(then))
+    check_same_form(build_protocol(own), build_protocol(then))
     environment = Environment(codec, build_protocol(own), RolloutConfig(**sampled["limits"]))
     return environment.prompt_ids
 
@@ -152,7 +153,8 @@ def _protocol_of(fields: Mapping[str, Any]) -> ProtocolConfig:
     return ProtocolConfig(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
 
 
-def _check_same_form(own: Protocol, then: Protocol) -> None:
+def check_same_form(own: Protocol, then: Protocol) -> None:
+    """Raise ConfigError when rollouts of the protocol `then` would be read or shown otherwise by `own`."""
     for name in (f.name for f in dataclasses.fields(Protocol) if f.name not in _OF_THE_PROMPT):
         if getattr(own, name) != getattr(then, name):
             raise ConfigError(

@@ -117,6 +117,7 @@ def _begin(config: SampleConfig, questions: Sequence[Question], side: RolloutSid
             **rollouts_identity(*own, corpus_version=side.retriever.corpus_version),
         },
     )
+    (Path(config.output) / ROLLOUTS_NAME).touch()
     cut_torn_line(Path(config.output) / ROLLOUTS_NAME)
 
 
@@ -139,7 +140,7 @@ def _sample_missing(config: SampleConfig, questions: Sequence[Question], side: R
 
 
 def _done(path: Path) -> set[str]:
-    return {group.question.id for group in StoredGroups(path)} if path.exists() else set()
+    return {group.question.id for group in StoredGroups(path)}
 
 
 def _sample_together(strategy: Strategy, questions: Sequence[Question], world: World) -> list[RolloutGroup]:

@@ -7,7 +7,7 @@ from importlib.resources import files
 
 import pytest
 
-from data_prep.select import SelectConfig, select
+from data_prep.select import SelectConfig, check_same_form, select
 from data_prep.selection import Selection
 from data_prep.tokenizer import save_tokenizer, train_tokenizer
 from data_prep.world import WorldConfig
@@ -17,7 +17,7 @@ from launch.cli import main as command
 from launch.programs import make_world
 from megatron_sd.algorithm.samples import rollout_arrays
 from megatron_sd.config import ModelConfig, ProtocolConfig, RetrieverConfig, RewardConfig, RolloutConfig
-from megatron_sd.errors import ConfigError, DataError
+from megatron_sd.errors import ConfigError, DataError, RolloutError
 from megatron_sd.records import StopReason
 from megatron_sd.rollout.rollouter import Rollouter
 from megatron_sd.rollout.stored import StoredGroups
@@ -122,9 +122,15 @@ def test_a_question_without_a_rollout_that_is_data_is_asked_once_more(world, tmp
         return [dataclasses.replace(groups[0], rollouts=tuple(failed)), *groups[1:]]
 
     monkeypatch.setattr(Rollouter, "run", fails)
-    config = config_for(world, tmp_path, limit=2, rollout=dataclasses.replace(LIMITS, max_failed_share=0.5))
+    config = config_for(world, tmp_path / "out", limit=2, rollout=dataclasses.replace(LIMITS, max_failed_share=0.5))
     assert sample(config)["num_sampled"] == 1
+    config = dataclasses.replace(config, output=str(tmp_path / "none"), limit=1)
+    with pytest.raises(RolloutError, match="4 of 4 rollouts failed .*, expected at most 50%"):
+        sample(config)
+    all_may_fail = dataclasses.replace(config, rollout=dataclasses.replace(LIMITS, max_failed_share=1.0))
+    assert sample(all_may_fail)["num_sampled"] == 0
     broken.clear()
+    config = config_for(world, tmp_path / "out", limit=2, rollout=config.rollout)
     report = sample(config)
     assert (report["num_sampled"], report["num_rollouts"]) == (2, 8)
 
@@ -209,6 +215,13 @@ def test_episodes_may_have_another_prompt_but_no_other_form(sampled, tmp_path):
     tagged = dataclasses.replace(COMPACT, search_tags=("<find>", "</find>"))
     with pytest.raises(ConfigError, match="protocol.search_tags: found .*<find>.*, but the rollouts were sampled with"):
         select(SelectConfig(rollouts=str(sampled), output=str(tmp_path / "tags"), protocol=tagged))
+
+
+def test_what_few_shot_sampled_fits_behind_search_r1s_prompt():
+    presets = [build_protocol(ProtocolConfig(preset=name)) for name in ("few_shot", "search_r1", "compact")]
+    check_same_form(presets[1], presets[0])
+    with pytest.raises(ConfigError, match="protocol.passage_format: found ' {text}.n', but the rollouts were sampled with 'Doc"):
+        check_same_form(presets[2], presets[0])
 
 
 def test_a_prompt_that_has_changed_since_is_found_out(sampled, tmp_path, monkeypatch):

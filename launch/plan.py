@@ -34,6 +34,7 @@ PROMPT_TOKENS, TURN_TOKENS, ANSWER_TOKENS = 200, 90, 60
 BLOCK_TOKENS = 350  # a hindsight block of five rollouts
 UPDATE_EFFICIENCY = 0.40  # of peak products, ZeRO-3 over NVLink and InfiniBand
 DECODE_EFFICIENCY = 0.60  # of peak memory bandwidth
+DISK_GB_S = 2.0  # that a node reads from a shared file system
 NETWORK_GB_S = 200.0  # of a node, one direction: eight links of 400 Gbit/s at half their peak
 BLANKS = {
     "--run_dir": "none",
@@ -240,6 +241,7 @@ def render_plan(layout: LayoutConfig, config: Config, model: Mapping[str, Any]) 
         f"{rollout.max_rollout_tokens} tokens",
         f"checkpoint        {disk:.0f} GB each with its model, {disk * (config.checkpoint.keep + 1):.0f} GB for the "
         f"{config.checkpoint.keep} kept and one being written",
+        f"loading           {_loading(layout, config, model)}",
         f"publish           {step.publish_bytes / 1e9:.1f} GB a step",
         f"tokens of a step  {step.rollout_tokens / 1e6:.2f} M in rollouts, of them {step.sampled_tokens / 1e6:.2f} M sampled; "
         f"{step.teacher_tokens / 1e6:.2f} M read by the teacher",
@@ -248,6 +250,16 @@ def render_plan(layout: LayoutConfig, config: Config, model: Mapping[str, Any]) 
         *(f"  {name:<36}{seconds:>8.1f}" for name, seconds in step.seconds.items()),
     ]
     return "\n".join(lines)
+
+
+def _loading(layout: LayoutConfig, config: Config, model: Mapping[str, Any]) -> str:
+    """What a node's ranks read of the model's files: under ZeRO-3 each its own elements; else all of them, which they share."""
+    item = ITEM_BYTES.get(model.get("dtype") or model.get("torch_dtype") or "bfloat16", ITEM_BYTES["float32"])
+    total = item * Sizes.of(model_shape(model)).total / 1e9
+    reads_shards = config.update.zero_stage == 3 and config.update.tensor_parallel_size == 1
+    a_node = total / layout.nodes if reads_shards else total
+    whose = "each rank its own elements" if reads_shards else "every rank loads the whole model, of pages that they share"
+    return f"{a_node:.1f} GB read a node ({whose}), {a_node / DISK_GB_S:.1f} s at {DISK_GB_S:g} GB/s"
 
 
 def _when(part: Part) -> str:

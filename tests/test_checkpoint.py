@@ -80,8 +80,9 @@ def test_resumed_is_bit_identical(world, model_path, tmp_path, config):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("file_bytes", [2 << 30, 10_000])
+@pytest.mark.parametrize("file_bytes", [256 << 20, 10_000])
 def test_the_model_in_a_checkpoint_is_a_hugging_face_directory(world, tmp_path, monkeypatch, tied, file_bytes):
+    monkeypatch.setattr(checkpoint, "LEAST_FILE_BYTES", file_bytes)
     monkeypatch.setattr(checkpoint, "MODEL_FILE_BYTES", file_bytes)
     path = write_model(tmp_path / "model", tied=tied)
     (path / "tokenizer.json").write_text("{}")
@@ -222,7 +223,7 @@ def test_a_write_that_fails_leaves_the_last_checkpoint(world, model_path, policy
 WRITES = ["_prepare", "_save_model", "_save_state"]
 
 
-@pytest.mark.parametrize("where", [*WRITES, "save_file", "copyfile", "fsync", "rename"])
+@pytest.mark.parametrize("where", [*WRITES, "write_tensors", "copyfile", "fsync", "rename"])
 def test_disk_full_at_any_write(world, model_path, policy, tmp_path, monkeypatch, where):
     checkpoints = keeper(tmp_path, model_path, world)
     checkpoints.save(policy, step=1, state=STATE)
@@ -230,7 +231,7 @@ def test_disk_full_at_any_write(world, model_path, policy, tmp_path, monkeypatch
     def full(*_args, **_kwargs):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "some/file")
 
-    owners = {"save_file": pieces, "copyfile": checkpoint.shutil, "fsync": commit.os, "rename": commit.os}
+    owners = {"write_tensors": pieces, "copyfile": checkpoint.shutil, "fsync": commit.os, "rename": commit.os}
     monkeypatch.setattr(owners.get(where, checkpoints), where, full)
     with pytest.raises(CheckpointError, match="No space left on device.*some/file.*make room and resume"):
         checkpoints.save(policy, step=2, state=STATE)

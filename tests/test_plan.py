@@ -132,13 +132,22 @@ def test_offloading_and_sharding_take_from_the_device_what_they_should():
     assert states("--model.lora.rank=16") < states() / 3
 
 
+LOADING = "loading           18.2 GB read a node (each rank its own elements), 9.1 s at 2 GB/s"
+
+WITH_AUTOTP = ("--update.tensor_parallel_size=2", "--rollout.vllm.publish=gather")
+
+
 def test_the_plan_of_a_large_model(capsys):
     assert command_line(["plan", "--model", "qwen2.5-72b", "--gpus", "64", "--rollout.vllm.tensor_parallel_size", "8"]) == 0
     printed = capsys.readouterr().out
-    for fragment in ("72.71 G parameters", "64 training ranks on 8 nodes", "fits in 79.1", "publish           145.4 GB a step"):
+    publish = "publish           145.4 GB a step"
+    for fragment in ("72.71 G parameters", "64 training ranks on 8 nodes", "fits in 79.1", publish, LOADING):
         assert fragment in printed, printed
     assert command_line(["plan", "--model", "qwen2.5-72b", "--gpus", "8"]) == 0
     assert "DOES NOT FIT" in capsys.readouterr().out
+    assert command_line(["plan", "--model", "qwen2.5-7b", "--gpus", "8", *WITH_AUTOTP]) == 0
+    whole = "loading           15.2 GB read a node (every rank loads the whole model, of pages that they share)"
+    assert whole in capsys.readouterr().out
 
 
 def test_ranks_that_are_the_engine_have_it_while_they_sample():

@@ -17,11 +17,13 @@ import functools
 import json
 import logging
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
+from torch import nn
 
 from megatron_sd.config import Config
 from megatron_sd.distributed.collectives import gather_objects
@@ -29,11 +31,12 @@ from megatron_sd.distributed.world import World
 from megatron_sd.errors import CheckpointError
 from megatron_sd.training import commit
 from megatron_sd.training.identity import Change, contents_of, differences, why_refused
-from megatron_sd.training.pieces import write_tensors
 from megatron_sd.training.policy import Policy
 from megatron_sd.training.publisher import gathered_buckets, split_buckets
+from megatron_sd.training.shards import full_numel
+from megatron_sd.training.tensor_file import write_tensors
 
-MODEL_FILE_BYTES = 2 << 30
+MODEL_FILE_BYTES, LEAST_FILE_BYTES = 2 << 30, 256 << 20
 FORMAT = 2  # 1 held DeepSpeed's own files
 
 logger = logging.getLogger(__name__)
@@ -65,12 +68,13 @@ class Checkpoints:
         if self._write_together(staging, directory.exists, only_first=True)[0]:
             return
         self._write_together(staging, lambda: self._prepare(staging), only_first=True)
-        self._write_together(staging, lambda: self._save_shard(policy, staging))
-        self._write_together(staging, lambda: self._save_model(policy, staging / "model"))
+        shards = self._write_together(staging, lambda: _within("shards", policy.write_state(staging / "shards")))
+        model = self._write_together(staging, lambda: _within("model", self._save_model(policy, staging / "model")))
+        seals = {name: seal for own in (*shards, *model) for name, seal in own.items()}
         self._write_together(staging, lambda: self._save_state(staging, policy.version, step, state), only_first=True)
-        shares = self._write_together(staging, lambda: commit.seal(staging, (self._world.rank, self._world.size)))
-        seals = {name: entry for share in shares for name, entry in share.items()}
-        self._write_together(staging, lambda: commit.commit(staging, directory, seals), only_first=True)
+        self._write_together(
+            staging, lambda: commit.commit(staging, directory, seals | commit.seal(staging, seals)), only_first=True
+        )
         if self._world.is_first:
             self._tidy(directory)
 
@@ -150,27 +154,28 @@ class Checkpoints:
         (staging / "model").mkdir(parents=True)
         (staging / "shards").mkdir()
 
-    def _save_shard(self, policy: Policy, staging: Path) -> None:
-        commit.flush(policy.write_state(staging / "shards"))
-
-    def _save_model(self, policy: Policy, directory: Path) -> None:
-        """Full parameters, gathered a file at a time; the first rank writes, and keeps gathering when it cannot."""
-        num_files = len(list(split_buckets(policy.named_parameters(), MODEL_FILE_BYTES)))
+    def _save_model(self, policy: Policy, directory: Path) -> commit.Seals:
+        """Full parameters, gathered a file at a time; ranks write in turn, each beside the gathering of the next files, and keep
+        gathering when they cannot."""
+        size, rank = self._world.size, self._world.rank
+        file_bytes = bytes_of_file(policy.named_parameters(), num_ranks=size)
+        num_files = len(list(split_buckets(policy.named_parameters(), file_bytes)))
         locations: dict[str, str] = {}
-        failure: Exception | None = None
-        for number, bucket in enumerate(gathered_buckets(policy.named_parameters(), MODEL_FILE_BYTES), start=1):
-            name = "model.safetensors" if num_files == 1 else f"model-{number:05d}-of-{num_files:05d}.safetensors"
-            locations |= dict.fromkeys((key for key, _ in bucket), name)
-            if self._world.is_first and failure is None:
-                try:
-                    write_tensors(directory / name, {key: tensor.cpu() for key, tensor in bucket}, {"format": "pt"})
-                except OSError as error:
-                    failure = error
-        if failure is not None:
-            raise failure
+        writing: dict[str, Future[commit.Seal]] = {}
+        with ThreadPoolExecutor(max_workers=1) as writer:
+            for number, bucket in enumerate(gathered_buckets(policy.named_parameters(), file_bytes)):
+                name = "model.safetensors" if num_files == 1 else f"model-{number + 1:05d}-of-{num_files:05d}.safetensors"
+                locations |= dict.fromkeys((key for key, _ in bucket), name)
+                if number % size == rank:
+                    wait(writing.values())  # one file at a time is in memory
+                    own = {key: tensor.to("cpu", copy=num_files > 1) for key, tensor in bucket}
+                    writing[name] = writer.submit(write_tensors, directory / name, own, {"format": "pt"})
+                    if num_files == 1:
+                        wait(writing.values())  # it is valid within this turn of the loop
         if self._world.is_first and num_files > 1:
             index = {"metadata": {}, "weight_map": locations}
             (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
+        return {name: written.result() for name, written in writing.items()}
 
     def _save_state(self, staging: Path, version: int, step: int, state: Mapping[str, Any]) -> None:
         copy_model_description(Path(self._config.model.path), staging / "model")
@@ -186,7 +191,7 @@ class Checkpoints:
             "config": dataclasses.asdict(self._config),
         }
         (staging / "state.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
-        commit.flush([staging / "state.json", *commit.files_under(staging / "model")])
+        commit.flush([staging / "state.json", *(path for path in (staging / "model").iterdir() if path.suffix != ".safetensors")])
 
     def _tidy(self, directory: Path) -> None:
         """What may fail without harm: the checkpoint stands."""
@@ -226,6 +231,16 @@ class Checkpoints:
             failure = f"rank {self._world.rank}: {error}"
         results = gather_objects(self._world, (value, failure))
         return [result for result, _ in results], [failed for _, failed in results if failed is not None]
+
+
+def bytes_of_file(parameters: Iterable[tuple[str, nn.Parameter]], *, num_ranks: int) -> int:
+    """Of the model's files: so small that every rank has one to write, within bounds."""
+    total = sum(full_numel(parameter) * parameter.element_size() for _, parameter in parameters)
+    return min(max(-(-total // num_ranks), LEAST_FILE_BYTES), MODEL_FILE_BYTES)
+
+
+def _within(folder: str, seals: commit.Seals) -> commit.Seals:
+    return {f"{folder}/{name}": seal for name, seal in seals.items()}
 
 
 def copy_model_description(source: Path, target: Path) -> None:

@@ -22,7 +22,8 @@ MANIFEST = "manifest.json"
 LATEST = "latest"
 READ_BYTES = 1 << 22
 
-Seals = dict[str, dict[str, int | str]]  # path relative to the directory -> {"bytes", "sha256"}
+Seal = dict[str, int | str]  # {"bytes", "sha256"} of a file
+Seals = dict[str, Seal]  # by path relative to the directory
 
 
 def directory_of(root: Path, step: int) -> Path:
@@ -53,10 +54,10 @@ def flush(paths: Iterable[Path]) -> None:
             os.fsync(file.fileno())
 
 
-def seal(directory: Path, share: tuple[int, int] = (0, 1)) -> Seals:
-    """Size and checksum of every file. share (i, n): every n-th file from the i-th on; n processes share the work."""
-    paths = files_under(directory)[share[0] :: share[1]]
-    return {str(path.relative_to(directory)): {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in paths}
+def seal(directory: Path, known: Iterable[str] = ()) -> Seals:
+    """Size and checksum of every file but those of `known` names, whose writers have sealed them."""
+    names = {str(path.relative_to(directory)): path for path in files_under(directory)}
+    return {name: {"bytes": names[name].stat().st_size, "sha256": sha256(names[name])} for name in names.keys() - set(known)}
 
 
 def commit(staging: Path, directory: Path, seals: Seals) -> None:

@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from megatron_sd.errors import CheckpointError
+from megatron_sd.training.commit import Seal
 from megatron_sd.training.shards import full_numel
+from megatron_sd.training.tensor_file import write_tensors
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 MAX_DIFFERENCES = 8  # named in one message
@@ -81,7 +82,7 @@ class TrainedState:
             if length:
                 yield Piece(name=name, start=start, length=length, total=total, flat=flat, offset=offset)
 
-    def write(self, path: Path) -> None:
+    def write(self, path: Path) -> Seal:
         """This rank's file. Raises OSError naming it."""
         tensors, places, steps = {}, {}, 0
         for piece in map(self._own_part, self.pieces()):
@@ -90,7 +91,7 @@ class TrainedState:
             places[piece.name] = [piece.start, piece.total]
             for key, tensor in {"weight": piece.flat.detach(), **{key: state[key] for key in MOMENTS if key in state}}.items():
                 tensors[f"{piece.name}:{key}"] = piece.of(tensor).to("cpu", torch.float32)  # in host memory a view, no copy
-        write_tensors(path, tensors, {"steps": str(steps), "places": json.dumps(places)})
+        return write_tensors(path, tensors, {"steps": str(steps), "places": json.dumps(places)})
 
     def read(self, paths: Sequence[Path]) -> None:
         """Take up what `write` left on all ranks of a run, then call `spread`. Raises CheckpointError for another model's, with
@@ -138,14 +139,6 @@ class TrainedState:
             state["step"] = torch.tensor(float(steps), device=where) if isinstance(self._adam, torch.optim.AdamW) else steps
             state.update({key: torch.zeros_like(flat.data) for key in MOMENTS})
         return state
-
-
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """A safetensors file. Raises OSError naming it."""
-    try:
-        save_file(dict(tensors), path, metadata=dict(metadata))
-    except SafetensorError as error:  # which names no file
-        raise OSError(f"{path}: {error}") from error
 
 
 class SavedPieces:

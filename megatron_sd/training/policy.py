@@ -26,6 +26,7 @@ from megatron_sd.ops.head_rows import HeadOptions
 from megatron_sd.ops.jsd import check_options
 from megatron_sd.records import Batch, Microbatch, Totals, UpdateResult
 from megatron_sd.training.clipped_adamw import ClippedAdamW
+from megatron_sd.training.commit import Seals
 from megatron_sd.training.deepspeed_config import deepspeed_config
 from megatron_sd.training.lora import is_adapter, with_adapters
 from megatron_sd.training.norm_gate import GATE
@@ -161,11 +162,10 @@ class Policy:
         """What a checkpoint holds of this rank: float32 weights and moments."""
         return TrainedState(self.engine.optimizer, self.model.named_parameters(), *self._place)
 
-    def write_state(self, directory: Path) -> list[Path]:
-        """This rank's files of a checkpoint. Raises OSError naming one, or SafetensorError."""
-        path = directory / f"rank_{self.world.rank:05d}.safetensors"
-        self.trained_state().write(path)
-        return [path, *self._teacher.save(directory, self.world)]
+    def write_state(self, directory: Path) -> Seals:
+        """This rank's files of a checkpoint, by name in the directory. Raises OSError naming one."""
+        name = f"rank_{self.world.rank:05d}.safetensors"
+        return {name: self.trained_state().write(directory / name), **self._teacher.save(directory, self.world)}
 
     def read_state(self, directory: Path) -> None:
         """What write_state left on all ranks, of any number of groups of tensor-parallel ranks; then call `spread`. Raises

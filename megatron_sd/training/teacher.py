@@ -13,17 +13,19 @@ from typing import Protocol
 
 import deepspeed
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from megatron_sd.config import Config
 from megatron_sd.distributed.world import World
 from megatron_sd.errors import CheckpointError
+from megatron_sd.training.commit import Seals
 from megatron_sd.training.deepspeed_config import teacher_config
 from megatron_sd.training.placement import place
 from megatron_sd.training.policy_module import DeviceMicrobatch, TeacherRows, load_for_training, teacher_hidden_rows
 from megatron_sd.training.sequence_parallel import split_sequences
+from megatron_sd.training.tensor_file import write_tensors
 
 NamedParameters = Iterable[tuple[str, nn.Parameter]]
 
@@ -39,8 +41,8 @@ class Teacher(Protocol):
         """The student has taken an optimiser step."""
         ...
 
-    def save(self, directory: Path, world: World) -> list[Path]:
-        """Write what a resumed run cannot find elsewhere; the files of this rank. Raises OSError or SafetensorError."""
+    def save(self, directory: Path, world: World) -> Seals:
+        """Write what a resumed run cannot find elsewhere; this rank's files, by name in the directory. Raises OSError."""
         ...
 
     def load(self, directory: Path, world: World) -> None:
@@ -61,9 +63,9 @@ class LiveTeacher:
     def follow(self, student: NamedParameters) -> None:
         """As Teacher says."""
 
-    def save(self, directory: Path, world: World) -> list[Path]:
+    def save(self, directory: Path, world: World) -> Seals:
         """As Teacher says."""
-        return []
+        return {}
 
     def load(self, directory: Path, world: World) -> None:
         """As Teacher says."""
@@ -97,9 +99,9 @@ class FrozenTeacher:
     def follow(self, student: NamedParameters) -> None:
         """As Teacher says."""
 
-    def save(self, directory: Path, world: World) -> list[Path]:
+    def save(self, directory: Path, world: World) -> Seals:
         """As Teacher says."""
-        return []
+        return {}
 
     def load(self, directory: Path, world: World) -> None:
         """As Teacher says."""
@@ -124,10 +126,10 @@ class EmaTeacher(FrozenTeacher):
             self._average[name].lerp_(_own_part(parameter).float(), 1.0 - self._decay)
         self._publish()
 
-    def save(self, directory: Path, world: World) -> list[Path]:
+    def save(self, directory: Path, world: World) -> Seals:
         """As Teacher says."""
-        save_file(self._average, _path(directory, world))
-        return [_path(directory, world)]
+        path = _path(directory, world)
+        return {path.name: write_tensors(path, {name: part.cpu() for name, part in self._average.items()}, {})}
 
     @torch.no_grad()
     def load(self, directory: Path, world: World) -> None:

@@ -25,7 +25,7 @@ from megatron_sd.errors import CheckpointError, NonFiniteError
 from megatron_sd.records import Microbatch
 from megatron_sd.rollout.rollouter import Rollouter
 from megatron_sd.train import main
-from megatron_sd.training import commit, pieces
+from megatron_sd.training import commit
 from megatron_sd.training.checkpoint import Checkpoints
 from megatron_sd.training.policy import Policy, load_policy
 from megatron_sd.training.policy_module import RowHead, TeacherRows
@@ -204,9 +204,8 @@ class Disk:
         self._names: list[str] | None = None
         self._fails_at, self._fault = 0, 0
         sys.addaudithook(self._audit)
-        fsync, save_file = os.fsync, pieces.save_file
+        fsync = os.fsync
         commit.os.fsync = lambda descriptor: (self._count("fsync"), fsync(descriptor))[1]
-        pieces.save_file = lambda tensors, path, metadata: (self._count("save_file"), save_file(tensors, path, metadata))[1]
 
     def watch(self, fails_at: int = 0, fault: int = 0) -> None:
         """From now on. fails_at: which operation, from 1; 0: none. fault: an errno; 0: SIGKILL."""

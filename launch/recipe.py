@@ -36,7 +36,7 @@ from eval.sample import SampleConfig
 from launch import local
 from megatron_sd.command_line import parse
 from megatron_sd.config import Config
-from megatron_sd.config_checks import check_ranges
+from megatron_sd.config_checks import check, check_ranges
 from megatron_sd.errors import ConfigError, DataError, MegatronSdError
 from megatron_sd.run_lock import hold
 from megatron_sd.sft import SftConfig
@@ -259,6 +259,7 @@ def _check(name: str, tree: Tree) -> None:
         yaml.safe_dump(tree, file, sort_keys=False, allow_unicode=True)
         file.flush()
         try:
-            check_ranges(parse(STAGES[name].record, [f"--config={file.name}"], f"sd-search {name}"))
+            found = parse(STAGES[name].record, [f"--config={file.name}"], f"sd-search {name}")
+            (check if isinstance(found, Config) else check_ranges)(found)
         except ConfigError as error:
             raise ConfigError(f"{name}: {error}") from error

@@ -132,6 +132,7 @@ def test_recipes_are_complete_and_their_stages_fit(name):
         (["real-0.5b", "--num-ranks=x"], "num_ranks: found 'x', expected int"),
         (["real-0.5b", "--num-ranks=0"], "num_ranks: found 0, expected 1 or more"),
         (["real-0.5b", "--train.num_steps=-1"], "train: num_steps: found -1, expected 0 or more"),
+        (["real-0.5b", "--train.model.attention=varlen"], "train: model.attention: found varlen without update.pack_sequences"),
         (["real-0.5b", "--sample=3"], "sample: found 3, expected a section"),
         (["real-0.5b", "x"], "found 'x' on the command line, expected --key value"),
     ],

@@ -10,7 +10,7 @@ from typing import Any
 from eval.samples import append_lines, cut_torn_line, read_lines
 from megatron_sd.errors import DataError
 from megatron_sd.records import Question, RolloutGroup
-from megatron_sd.rollout.bank import rollout_of
+from megatron_sd.rollout.stored import rollout_of
 
 DRAWS_NAME = "draws.jsonl"
 

@@ -66,10 +66,11 @@ class Estimate:
 
 @dataclass(frozen=True, kw_only=True)
 class LiftReport:
-    """Success rates and lifts. `overall` and `mixed` hold one lift for each variant (mixed: groups with both outcomes);
-    `linked_minus_shuffled` is paired, on mixed groups."""
+    """Success rates and lifts. form: share of the rollouts without a block that are of the protocol's form. `overall` and `mixed`
+    hold one lift for each variant (mixed: groups with both outcomes); `linked_minus_shuffled` is paired, on mixed groups."""
 
     success: float
+    form: float
     mixed_share: float
     all_wrong_share: float
     overall: Mapping[str, Estimate]
@@ -100,7 +101,7 @@ class LiftReport:
     def lines(self) -> list[str]:
         """A table for people."""
         shares = f"groups mixed {self.mixed_share:.2f}, all wrong {self.all_wrong_share:.2f}"
-        head = f"success without a block {self.success:.3f}; {shares}"
+        head = f"success without a block {self.success:.3f}; of valid form {self.form:.3f}; {shares}"
         rows = [
             f"{name:>15}: overall {self.overall[name]!s:<32} mixed {self.mixed[name]!s:<32} all wrong {self.all_wrong[name]}"
             for name in self.overall
@@ -115,7 +116,8 @@ def measure_lift(sample: Sampler, questions: Sequence[Question], config: LiftCon
     `config.variants` must hold linked, shuffled and wrong_question. A question with an empty block takes no part in a variant.
     """
     source = list(sample(questions, None, 0))
-    without = _success_by_question(sample(questions, None, 1))
+    second = list(sample(questions, None, 1))
+    without = _success_by_question(second)
     kinds = [group_kind(group, config.correct_above) for group in source]
     lifts: dict[str, np.ndarray] = {}
     for draw, name in enumerate(config.variants, start=2):
@@ -133,6 +135,7 @@ def measure_lift(sample: Sampler, questions: Sequence[Question], config: LiftCon
     difference = (lifts["linked"] - lifts["shuffled"])[is_mixed]
     return LiftReport(
         success=float(np.nanmean(without)),
+        form=_form_share([*source, *second]),
         mixed_share=kinds.count("mixed") / len(kinds),
         all_wrong_share=kinds.count("all_wrong") / len(kinds),
         overall=estimates(lambda kind: True),
@@ -167,6 +170,12 @@ def group_kind(group: RolloutGroup, correct_above: float) -> str:
 def _success_by_question(groups: Sequence[RolloutGroup]) -> np.ndarray:
     """[N] share of right answers (exact match) of each group; NaN for a group without usable rollouts."""
     return np.array([np.mean([r.scores.em for r in group.usable]) if group.usable else np.nan for group in groups])
+
+
+def _form_share(groups: Sequence[RolloutGroup]) -> float:
+    """Share of usable rollouts of valid form; NaN without any. A model that does not follow its prompt shows here first."""
+    valid = [rollout.scores.format_valid for group in groups for rollout in group.usable]
+    return float(np.mean(valid)) if valid else float("nan")
 
 
 def rounded(value: object) -> object:

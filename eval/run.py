@@ -144,7 +144,7 @@ def _answer_missing(config: EvalConfig, questions: Sequence[Question], strategy:
                 groups = score(strategy.run(missing, step=0, greedy=config.num_samples == 1), config.reward)
                 _write_transcripts(config, [group for group in groups if group.question.id in kept_whole], side)
                 append_results(samples, [to_result(group, form_of(config.strategy)) for group in groups])
-                _refuse_many_failures(groups, config)
+                refuse_many_failures(groups, config.rollout.max_failed_share)
             task.add(done=len(asked))
 
 
@@ -156,10 +156,10 @@ def _write_transcripts(config: EvalConfig, groups: Sequence[RolloutGroup], side:
         text.writelines(render_group(group, own, decode) + "\n\n" for group, own in zip(groups, blocks))
 
 
-def _refuse_many_failures(groups: Sequence[RolloutGroup], config: EvalConfig) -> None:
+def refuse_many_failures(groups: Sequence[RolloutGroup], limit: float) -> None:
+    """Raise RolloutError when more than this share of the groups' rollouts failed for infrastructure reasons."""
     reasons = [rollout.stop_reason for group in groups for rollout in group.rollouts]
     failed = [reason for reason in reasons if reason.is_infrastructure]
-    limit = config.rollout.max_failed_share
     if len(failed) > limit * len(reasons):
         counts = {reason.value: failed.count(reason) for reason in sorted(set(failed))}
         raise RolloutError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
+import dataclasses
 import importlib
 import os
 import signal
@@ -17,14 +18,14 @@ from types import FrameType
 
 import psutil
 
-from megatron_sd.config import Config, load
+from megatron_sd.config import Config, VllmConfig, load
 from megatron_sd.distributed.control import STARTER, STOPPED_EXIT_CODE
 from megatron_sd.errors import ConfigError, MegatronSdError
 from megatron_sd.machine import has_gpu, process_start
 from megatron_sd.run_lock import refuse_held
 
 TRAIN = "megatron_sd.train"
-PROGRAMS = frozenset({TRAIN, "eval.gate", "eval.credit.main"})  # what a rank may be
+PROGRAMS = frozenset({TRAIN, "megatron_sd.sft", "eval.sample", "eval.gate", "eval.credit.main"})  # what a rank may be
 _KILLED_CODES = frozenset({-9, 137, 247})  # by SIGKILL: as python, a shell and DeepSpeed's launcher say it
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _PARENT_DIED = 1  # PR_SET_PDEATHSIG of prctl(2)
@@ -42,6 +43,25 @@ def main(argv: Sequence[str]) -> None:
 def gate(argv: Sequence[str]) -> None:
     """`sd-search gate`: in this process, or with --num-ranks on several ranks that share the questions."""
     _on_ranks("eval.gate", argv)
+
+
+def sample(argv: Sequence[str]) -> None:
+    """`sd-search sample`: in this process, or with --num-ranks on several ranks that share the questions."""
+    _on_ranks("eval.sample", argv)
+
+
+def sft(argv: Sequence[str]) -> None:
+    """`sd-search sft`: check the configuration here, then start the ranks; names the model directory that they leave."""
+    from megatron_sd.sft import load as load_sft
+    from megatron_sd.training.commit import committed
+
+    num_ranks, rest = split_num_ranks(argv)
+    _, config = load_sft(rest)
+    refuse_held(Path(config.run_dir))
+    without_engine = dataclasses.replace(config.rollout, engine="vllm", vllm=VllmConfig(placement="server"))  # as if elsewhere
+    remarks = check_memory(dataclasses.replace(config, rollout=without_engine), num_ranks)
+    start_ranks(num_ranks, rest, remarks, program="megatron_sd.sft")
+    print(f"model {committed(Path(config.run_dir) / 'checkpoints')[0] / 'model'}")
 
 
 def credit(argv: Sequence[str]) -> None:

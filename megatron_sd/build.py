@@ -7,27 +7,29 @@ import functools
 import hashlib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from transformers.utils.logging import disable_progress_bar
 
+from megatron_sd.algorithm.advantage import ADVANTAGES
 from megatron_sd.algorithm.blocks import BLOCKS, BY_TURN
 from megatron_sd.algorithm.hindsight import RENDERERS, Blocks, HindsightBlocks
 from megatron_sd.algorithm.packing import pack
 from megatron_sd.algorithm.samples import GATES, SCOPES, TeacherPrompts, apply_gate, to_samples
 from megatron_sd.config import Config, ModelConfig, ProtocolConfig, RetrieverConfig, RolloutConfig, dump
 from megatron_sd.config_checks import engine_reads_policy
-from megatron_sd.distributed.collectives import share
+from megatron_sd.distributed.collectives import share, together
 from megatron_sd.distributed.watchdog import Watchdog
 from megatron_sd.distributed.world import World, lone_world
 from megatron_sd.errors import ConfigError
+from megatron_sd.observability.metrics import rollout_metrics
 from megatron_sd.observability.progress import Work
 from megatron_sd.observability.recorder import Recorder
 from megatron_sd.observability.timers import Timers
-from megatron_sd.records import Batch, Question, RolloutGroup, TrainingSample
+from megatron_sd.records import Batch, RolloutGroup, TrainingSample
 from megatron_sd.retrieval.choice import open_retriever
 from megatron_sd.retrieval.retriever import Retriever
 from megatron_sd.rollout.bank import RolloutBank
@@ -138,9 +140,7 @@ def build_trainer(config: Config, world: World) -> Trainer:
     """The trainer of a run. Raises ConfigError or DataError before anything is trained."""
     for group in (sequence_group, tensor_group):
         group(config.update, world)  # raises at once when the ranks do not divide into groups
-    run_dir = Path(config.run_dir)
-    if run_dir.exists() and not run_dir.is_dir():
-        raise ConfigError(f"run_dir: found a file at {run_dir}, expected a directory of this run, or a new one")
+    run_dir = check_run_dir(config)
     parts = config.model, config.protocol, config.rollout, config.retriever
     shares = engine_reads_policy(config, world.size)
     side = build_rollout_side(*parts, seed=config.seed, output=run_dir, world=world, on_demand=shares)
@@ -153,17 +153,12 @@ def build_trainer(config: Config, world: World) -> Trainer:
     policy = load_policy(config, world)
     publisher = choose_publisher(policy, config, world, side.engine)
     return Trainer(
-        schedule=Schedule(
-            num_steps=config.num_steps,
-            eval_every=config.log.eval_every,
-            transcripts_every=config.log.transcripts_every,
-            checkpoint_every=config.checkpoint.every,
-        ),
+        schedule=schedule_of(config),
         world=world,
-        eval_questions=_eval_questions(config),
-        rollouter=side.rollouter,
+        evaluation=_evaluation(config, world, side),
         sampling=_sampling_order(config, world, questions, side),
         score=functools.partial(score, config=config.reward),
+        advantages=ADVANTAGES[config.policy_loss.advantage],
         hindsight=HindsightBlocks(
             first_step=config.distill.alpha.warmup_steps,
             build=BLOCKS[config.distill.block],
@@ -174,24 +169,47 @@ def build_trainer(config: Config, world: World) -> Trainer:
         ),
         teacher_prompts=functools.partial(teacher_prompts, side.environment, config),
         to_samples=functools.partial(to_samples, scope=SCOPES[config.distill.scope]),
-        pack=functools.partial(_own_batch, config, world),
+        pack=functools.partial(own_batch, config, world),
         alpha=AlphaController(config.distill),
         policy=policy,
         publisher=publisher,
         engine=side.engine,
         checkpoints=Checkpoints(run_dir / "checkpoints", config, world, corpus_version=side.retriever.corpus_version),
-        recorder=Recorder(
-            run_dir,
-            enabled=world.is_first,
-            num_steps=config.num_steps,
-            config_text=dump(config),
-            decode=side.environment.codec.decode,
-            transcripts_per_step=config.log.transcripts_per_step,
-        ),
+        recorder=recorder_of(config, world, side.environment.codec),
         timers=Timers(world.pulse.move),
         work=side.work,
         stability=Stability(config.safety),
         attempts=Attempts(run_dir / ATTEMPTS_NAME, world, limit=config.safety.max_idle_attempts),
+    )
+
+
+def check_run_dir(config: Config) -> Path:
+    """Where the run writes. Raises ConfigError for a file."""
+    run_dir = Path(config.run_dir)
+    if run_dir.exists() and not run_dir.is_dir():
+        raise ConfigError(f"run_dir: found a file at {run_dir}, expected a directory of this run, or a new one")
+    return run_dir
+
+
+def schedule_of(config: Config) -> Schedule:
+    """When the loop ends and when side work is due."""
+    return Schedule(
+        num_steps=config.num_steps,
+        eval_every=config.log.eval_every,
+        transcripts_every=config.log.transcripts_every,
+        checkpoint_every=config.checkpoint.every,
+    )
+
+
+def recorder_of(config: Config, world: World, codec: TextCodec) -> Recorder:
+    """What the run writes about itself, on the first rank."""
+    return Recorder(
+        config.run_dir,
+        enabled=world.is_first,
+        num_steps=config.num_steps,
+        config_text=dump(config),
+        decode=codec.decode,
+        transcripts_per_step=config.log.transcripts_per_step,
     )
 
 
@@ -246,7 +264,7 @@ def teacher_prompts(
     return apply_gate(groups, prompts, GATES[config.distill.gate], config.distill.correct_above)
 
 
-def _own_batch(config: Config, world: World, samples: Sequence[TrainingSample]) -> Batch:
+def own_batch(config: Config, world: World, samples: Sequence[TrainingSample]) -> Batch:
     """This rank's part of the step, which ranks that share microbatches have in common."""
     sharers = config.update.ranks_per_batch
     batches = pack(
@@ -259,7 +277,16 @@ def _own_batch(config: Config, world: World, samples: Sequence[TrainingSample]) 
     return batches[world.rank // sharers]
 
 
-def _eval_questions(config: Config) -> tuple[Question, ...]:
+def _evaluation(config: Config, world: World, side: RolloutSide) -> Callable[[int], dict[str, float]] | None:
+    """Greedy rollouts on the held-out questions, which all ranks share; None without such questions."""
     if config.data.eval is None or config.log.eval_every == 0:
-        return ()
-    return load_questions(config.data.eval, config.data.eval_split, config.data.max_eval_questions)
+        return None
+    questions = load_questions(config.data.eval, config.data.eval_split, config.data.max_eval_questions)
+    mine = share(world, questions)
+
+    def evaluate(step: int) -> dict[str, float]:
+        parts = together(world, lambda: side.rollouter.run(mine, step=step, greedy=True))
+        groups = score([group for part in parts for group in part], config.reward)
+        return {f"eval/{name}": value for name, value in rollout_metrics(groups).items()}
+
+    return evaluate

@@ -132,7 +132,7 @@ class RetrieverConfig:
 class ProtocolConfig:
     """The text protocol between policy and environment. `preset` fills every field left at None (search/protocol.py)."""
 
-    preset: Literal["search_r1", "autorefine", "compact"] = "search_r1"
+    preset: Literal["search_r1", "few_shot", "autorefine", "compact"] = "search_r1"
     prompt: str | None = None  # needs {question} and {hindsight}; the student's {hindsight} is empty
     chat_template: bool = False  # wrap the prompt as a user message of the tokenizer's chat template
     template_arguments: dict[str, bool | int | str] = field(default_factory=dict)  # of the template, as {enable_thinking: false}
@@ -208,6 +208,8 @@ class RewardConfig:
 class PolicyLossConfig:
     """GRPO. `aggregation`: token (mean over all completion tokens of the step) or rollout (mean of rollout means)."""
 
+    objective: Literal["clipped", "likelihood"] = "clipped"  # algorithm/policy_loss.py; likelihood: of stored rollouts
+    advantage: Literal["group", "one"] = "group"  # algorithm/advantage.py
     clip: float = 0.2
     importance_cap: float | None = None  # truncated importance sampling: bound on a token's ratio to the engine; None: off
     kl_weight: float = 1e-3  # k3 KL to the start policy; 0 builds no reference policy

@@ -32,6 +32,8 @@ _RANGES: dict[str, tuple[str, ...]] = {
         "log.transcripts_every",
         "log.transcripts_per_step",
         "num_transcripts",  # of an evaluation
+        "selection.min_searches",  # of `sd-search select`, as the next
+        "selection.blocks_per_question",
     ),
     "1 or more": (
         "data.max_eval_questions",
@@ -73,6 +75,10 @@ _RANGES: dict[str, tuple[str, ...]] = {
         "num_samples",
         "num_resamples",
         "lift.num_resamples",
+        "selection.per_question",
+        "episodes_per_step",  # of `sd-search sft`, as the next
+        "max_validation_episodes",
+        "selection.max_tokens",
     ),
     "more than 0": (
         "retriever.client.deadline_s",
@@ -92,11 +98,22 @@ _RANGES: dict[str, tuple[str, ...]] = {
         "distill.alpha.target_ratio",
         "distill.alpha.max_value",
         "optimizer.learning_rate",
+        "num_epochs",
         "safety.stop_after_s",
         "publish.bucket_mib",
         "publish.timeout_s",
     ),
-    "between 0 and 1": ("rollout.max_failed_share", "rollout.vllm.gpu_memory_share", "optimizer.betas", "distill.ema_decay"),
+    "between 0 and 1": (
+        "rollout.max_failed_share",
+        "rollout.vllm.gpu_memory_share",
+        "optimizer.betas",
+        "distill.ema_decay",
+        "selection.min_pass_rate",
+        "selection.max_pass_rate",
+        "selection.shuffled_share",
+        "selection.wrong_question_share",
+        "selection.validation_share",
+    ),
     "strictly between 0 and 1 (for its limits use divergence forward_kl or reverse_kl)": ("distill.beta", "beta"),
 }
 _IN_RANGE: dict[str, Callable[[Any], bool]] = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,38 +15,54 @@ from megatron_sd.errors import StopRequested
 if TYPE_CHECKING:
     from megatron_sd.config import Config
     from megatron_sd.distributed.world import World
+    from megatron_sd.trainer import Trainer
 
 
 def main(argv: Sequence[str]) -> int:
     """Train one run. An error of ours, or of a disk, ends in one line on stderr: exit code 2 for a configuration error and 1
     otherwise. A run that saved because it was asked to stop ends with 85: the same command goes on."""
+    return run_door(lambda stop: _train(argv, stop))
+
+
+def run_door(train: Callable[[StopRequest], int]) -> int:
+    """The exit code of a training program, which is told of requests to stop."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
     stop = StopRequest.listen()  # before anything that takes its time
-    return exit_code_of(lambda: _train(argv, stop))
+    return exit_code_of(lambda: train(stop))
 
 
 def _train(argv: Sequence[str], stop: StopRequest) -> int:
     from megatron_sd.config import load
 
-    config = load(argv)
+    def build(config: Config, world: World) -> Trainer:
+        from megatron_sd.build import build_trainer  # imports DeepSpeed, which must see join_world's device
+
+        return build_trainer(config, world)
+
+    return train_run(load(argv), stop, build)
+
+
+def train_run(config: Config, stop: StopRequest, build: Callable[[Config, World], Trainer]) -> int:
+    """Join the ranks, build and train; the exit code."""
     stop.watch(Path(config.run_dir), config.safety.stop_after_s)
     from megatron_sd.distributed.collectives import hold_together
     from megatron_sd.distributed.world import join_world, leave_world
 
     world = join_world(stop)
     with hold_together(world, Path(config.run_dir)):
-        code = _train_alone(config, world)
+        code = _train_alone(config, world, build)
     if code == 0:
         leave_world()
     return code
 
 
-def _train_alone(config: Config, world: World) -> int:
+def _train_alone(config: Config, world: World, build: Callable[[Config, World], Trainer]) -> int:
     """Train in a run directory that nothing else writes to; the exit code."""
-    from megatron_sd.build import build_trainer, build_watchdog  # imports DeepSpeed, which must see join_world's device
+    trainer = build(config, world)
+    from megatron_sd.build import build_watchdog
     from megatron_sd.distributed.collectives import gather_objects
 
-    trainer, watchdog = build_trainer(config, world), build_watchdog(config, world)
+    watchdog = build_watchdog(config, world)
     watchdog.start()
     try:
         trainer.train()

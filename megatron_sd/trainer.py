@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from megatron_sd.algorithm.advantage import group_advantages
+from megatron_sd.algorithm.advantage import Advantages
 from megatron_sd.algorithm.hindsight import Blocks, HindsightBlocks, shown
 from megatron_sd.algorithm.packing import padding_share
 from megatron_sd.algorithm.samples import TeacherPrompts
-from megatron_sd.distributed.collectives import agree_to_stop, share, together
+from megatron_sd.distributed.collectives import agree_to_stop, together
 from megatron_sd.distributed.world import World
 from megatron_sd.errors import RefusedStepError, ReshardError, RolloutError, StopRequested
 from megatron_sd.observability.metrics import block_metrics, lag_metrics, rollout_metrics
 from megatron_sd.observability.progress import Work
 from megatron_sd.observability.recorder import Recorder
 from megatron_sd.observability.timers import Timers, memory_metrics
-from megatron_sd.records import Batch, Question, RolloutGroup, TrainingSample, UpdateResult
+from megatron_sd.records import Batch, RolloutGroup, TrainingSample, UpdateResult
 from megatron_sd.rollout.engine import WeightReceiver
-from megatron_sd.rollout.rollouter import Rollouter
 from megatron_sd.rollout.sampling_order import SamplingOrder
 from megatron_sd.training.attempts import Attempts
 from megatron_sd.training.checkpoint import Checkpoints
@@ -42,10 +41,15 @@ class Schedule:
     eval_every: int
     transcripts_every: int
     checkpoint_every: int
+    evaluates_at_end: bool = False  # beside every eval_every-th step
 
     def due(self, every: int, step: int) -> bool:
         """True on every `every`-th step."""
         return every > 0 and step % every == 0
+
+    def evaluation_is_due(self, step: int) -> bool:
+        """True when what is held out is looked at after this step."""
+        return self.due(self.eval_every, step) or (self.evaluates_at_end and step == self.num_steps)
 
 
 @dataclass(kw_only=True)
@@ -54,10 +58,10 @@ class Trainer:
 
     schedule: Schedule
     world: World
-    eval_questions: Sequence[Question]
-    rollouter: Rollouter
+    evaluation: Callable[[int], Mapping[str, float]] | None  # metrics of what is held out, by step; None: nothing is
     sampling: SamplingOrder
     score: Callable[[Groups], list[RolloutGroup]]
+    advantages: Advantages
     hindsight: HindsightBlocks
     teacher_prompts: Callable[[Groups, Blocks], TeacherPrompts]
     to_samples: Callable[[Groups, Sequence[Sequence[float]], TeacherPrompts], list[TrainingSample]]
@@ -65,7 +69,7 @@ class Trainer:
     alpha: AlphaController
     policy: Policy
     publisher: Publisher
-    engine: WeightReceiver
+    engine: WeightReceiver | None  # None where nobody samples
     checkpoints: Checkpoints
     recorder: Recorder
     timers: Timers
@@ -104,7 +108,7 @@ class Trainer:
         with self.timers.phase("assemble"):
             groups = self.score(groups)
             blocks = self.hindsight(groups, self.step)
-            advantages = [group_advantages(group) for group in groups]
+            advantages = [self.advantages(group) for group in groups]
             batch = self.pack(self.to_samples(groups, advantages, self.teacher_prompts(groups, blocks)))
         with self.timers.phase("update"):
             for weights in self.alpha.passes(self.step):  # one pass; three on a step that measures the gradient ratio
@@ -140,16 +144,14 @@ class Trainer:
         """What is due after this step: transcripts, a checkpoint, and, next in the loop, an evaluation."""
         if self.schedule.due(self.schedule.transcripts_every, self.step):
             self.recorder.transcripts(self.step, groups, blocks)
-        self.evaluation_is_due = bool(self.eval_questions) and self.schedule.due(self.schedule.eval_every, self.step)
+        self.evaluation_is_due = self.evaluation is not None and self.schedule.evaluation_is_due(self.step)
         if self.schedule.due(self.schedule.checkpoint_every, self.step) and self.step < self.schedule.num_steps:
             self.save()
 
     def evaluate(self) -> None:
-        """Greedy rollouts on the held-out questions: metrics named eval/..."""
+        """What the policy does on what is held out: metrics named eval/..."""
         self.world.pulse.move("evaluate")
-        mine = share(self.world, self.eval_questions)
-        groups = self.score(self.gather(lambda: self.rollouter.run(mine, step=self.step, greedy=True)))
-        self.recorder.record(self.step, {f"eval/{name}": value for name, value in rollout_metrics(groups).items()})
+        self.recorder.record(self.step, self.evaluation(self.step))
         self.evaluation_is_due = False
 
     def recover(self, error: RefusedStepError) -> None:

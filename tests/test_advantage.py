@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_sd.algorithm.advantage import group_advantages, has_spread
+from megatron_sd.algorithm.advantage import group_advantages, has_spread, unit_advantages
 from tests.fakes_groups import make_group
 
 rewards = st.lists(st.floats(0, 1), min_size=1, max_size=8)
@@ -48,3 +48,7 @@ def test_unscored_rollout_is_an_error():
     group = dataclasses.replace(group, rollouts=(group.rollouts[0], dataclasses.replace(group.rollouts[1], scores=None)))
     with pytest.raises(ValueError, match="rollout 1 of question q has no scores"):
         group_advantages(group)
+
+
+def test_stored_rollouts_count_the_same_whatever_they_earned():
+    assert unit_advantages(make_group([1.0, 0.0, 0.5], failed=(1,))) == [1.0, 0.0, 1.0]

@@ -1,6 +1,7 @@
 """The lift is measured on samplers whose behaviour is known: a reader of labels, a switch that CORRECT turns on, a blind one."""
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -112,3 +113,18 @@ def test_inverted_labels_turn_every_label_round():
     text = inverted_block(BlockContext(groups=[mixed], group=0, focal=0, **shared))
     assert 'Attempt 1 (INCORRECT): "a"' in text
     assert 'Attempt 2 (CORRECT): "b"' in text
+
+
+def test_the_report_says_which_share_was_of_valid_form():
+    class Sloppy(Reader):
+        def __call__(self, questions, hindsight, draw):
+            groups = super().__call__(questions, hindsight, draw)
+            if draw != 1:
+                return groups
+            worse = [[replace(r, scores=replace(r.scores, format_valid=0.0)) for r in g.rollouts[:2]] for g in groups]
+            return [replace(g, rollouts=(*own, *g.rollouts[2:])) for g, own in zip(groups, worse)]
+
+    report = measure_lift(Sloppy(), QUESTIONS, CONFIG)
+    assert report.form == pytest.approx(1 - 0.5 * 2 / GROUP_SIZE)
+    assert report.to_json()["form"] == 0.8
+    assert "of valid form 0.800" in report.lines()[0]

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_sd.algorithm.distill_loss import TermWeights, query_row_weights
-from megatron_sd.algorithm.policy_loss import policy_rows
+from megatron_sd.algorithm.policy_loss import POLICY_LOSSES, policy_rows
 
 
 def rows(ratio, advantage, reference=None, clip=0.2, importance_cap=None):
@@ -69,3 +69,15 @@ def test_query_rows_weigh_by_their_groups_alpha():
     found = query_row_weights(torch.tensor([0.5, 0.5, 1.0]), torch.tensor([True, True, False]), weights)
     assert found.tolist() == [0.25, 0.25, 0.25]
     assert weights.distils and not TermWeights(policy=1.0, distill_spread=0.0, distill_no_spread=0.0).distils
+
+
+@pytest.mark.parametrize(("now", "advantage"), [(-0.5, 1.0), (-3.0, 1.0), (-1.0, 0.0), (-2.0, -0.5)])
+def test_the_likelihood_of_stored_rollouts_knows_no_ratio(now, advantage):
+    logprob = torch.tensor([now], dtype=torch.float64, requires_grad=True)
+    known, advantages = torch.tensor([-1.0], dtype=torch.float64), torch.tensor([advantage], dtype=torch.float64)
+    found = POLICY_LOSSES["likelihood"](logprob, known, advantages, None, clip=0.2)
+    found.losses.sum().backward()
+    assert found.losses.item() == pytest.approx(-advantage * now, abs=1e-12)
+    assert logprob.grad.item() == pytest.approx(-advantage, abs=1e-12), "however far the policy has moved from who sampled"
+    assert (found.kl.item(), found.clipped.item()) == (0, 0)
+    assert found.logprob_gap.item() == pytest.approx(abs(now + 1.0), abs=1e-12)

@@ -1,12 +1,16 @@
+import re
 from functools import cache
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_sd.config import ProtocolConfig
+from megatron_sd.config import ProtocolConfig, RolloutConfig
 from megatron_sd.errors import ConfigError
+from megatron_sd.records import Hit, Passage
+from megatron_sd.search.environment import Environment
 from megatron_sd.search.protocol import Action, build_protocol, fill, parse_action
+from megatron_sd.search.reward import completion_is_well_formed
 from megatron_sd.search.tokens import TextCodec
 from tests.fakes_rollout import byte_level_tokenizer, codec
 
@@ -132,3 +136,29 @@ def test_autorefines_note_tags_are_control_tags_and_stand_in_its_prompt():
     assert "between <refine> and </refine>" in protocol.prompt
     assert {"<refine>", "</refine>"} <= set(protocol.control_tags)
     assert PROTOCOL.note_tags is None and len(PROTOCOL.control_tags) == 8
+
+
+def test_few_shot_shows_actions_and_results_as_the_environment_reads_and_shows_them():
+    own = build_protocol(ProtocolConfig(preset="few_shot"))
+    example = own.prompt.split("Example\n")[1].split("{hindsight}")[0]
+    observation = re.compile(re.escape("<information>") + ".*?" + re.escape("</information>\n\n"), re.S)
+    question, *turns = observation.sub("\0", example).split("\n", 1)[1].split("\0")
+    texts = [text.strip() for text in (question, *turns)]
+    assert [completion_is_well_formed(text, own) for text in texts] == [True, True, True]
+    queries = [parse_action(codec().encode(text), own, codec()).query for text in texts]
+    assert queries == [" painter of The Harbour Wall birthplace ", " river through Dunmere ", None]
+    assert parse_action(codec().encode(texts[2]), own, codec()).answer == " Asel "
+    environment = Environment(codec(), own, RolloutConfig())
+    town = Hit(passage=Passage(id="d", title="Dunmere", text="Dunmere is a market town on the river Asel."), score=1.0)
+    assert codec().decode(environment.observation_ids([town])) in example
+    assert own.render_prompt("Who?", "BLOCK\n").endswith("BLOCK\nQuestion: Who?\n")
+
+
+@pytest.mark.parametrize("wrong", ["< search >", "</Search>", "<sea\u200brch>", "＜answer＞"])
+def test_a_prompt_that_shows_a_tag_nobody_reads_is_refused(wrong):
+    prompt = f"Example:\n{wrong} x\n{{hindsight}}{{question}}"
+    with pytest.raises(ConfigError, match="written otherwise than the environment reads it; expected exactly <search> </search>"):
+        build_protocol(ProtocolConfig(prompt=prompt))
+    build_protocol(ProtocolConfig(prompt="a\u200db <search> x </search> {search_open}\n{hindsight}{question} <think>"))
+    own = build_protocol(ProtocolConfig(prompt="<search> {hindsight}{question}", search_tags=("[s]", "[/s]")))
+    assert own.prompt.startswith("<search>"), "which is plain text, then"

@@ -41,10 +41,10 @@ def trainer(events: list, *, fails_at: tuple[str, int]) -> Trainer:
     own = Trainer(
         schedule=Schedule(num_steps=3, eval_every=0, transcripts_every=0, checkpoint_every=0),
         world=lone_world(torch.device("cpu")),
-        eval_questions=(),
-        rollouter=None,
+        evaluation=None,
         sampling=SimpleNamespace(take=take, settle=lambda: None),
         score=lambda groups: groups,
+        advantages=lambda group: [],
         hindsight=lambda groups, step: [],
         teacher_prompts=lambda groups, blocks: [],
         to_samples=lambda groups, advantages, prompts: [],

@@ -22,8 +22,8 @@ from typing import Any
 
 from eval.samples import read_lines
 from megatron_sd.errors import DataError
-from megatron_sd.records import Hit, Passage, Question, Rollout, RolloutGroup, Scores, StopReason, Turn
-from megatron_sd.rollout.bank import rollout_of
+from megatron_sd.records import Hit, Passage, Question, Rollout, RolloutGroup, StopReason, Turn
+from megatron_sd.rollout.stored import rollout_of
 from megatron_sd.search.environment import Environment
 from megatron_sd.search.protocol import parse_action
 
@@ -66,9 +66,7 @@ def _scored(fields: Mapping[str, Any], place: str, environment: Environment) -> 
     for turn in fields["turns"]:
         _check_tokenizer(turn["completion_ids"], turn["completion_text"], place, environment)
     turns = [{name: value for name, value in turn.items() if name in Turn.__dataclass_fields__} for turn in fields["turns"]]
-    rollout = rollout_of({**fields, "turns": turns})
-    scores = None if fields["scores"] is None else Scores(**fields["scores"])
-    return Rollout(**{**vars(rollout), "scores": scores})
+    return rollout_of({**fields, "turns": turns})
 
 
 def _check_tokenizer(ids: Sequence[int], text: str, place: str, environment: Environment) -> None:

@@ -17,6 +17,7 @@ FIRST = (
     "rollout/searches",
     "rollout/completion_tokens",
     "loss/policy",
+    "eval/loss_nats",
     "distill/divergence_nats",
     "distill/grad_ratio",
     "optim/grad_norm",

@@ -1,7 +1,8 @@
-"""Group-relative advantages (GRPO)."""
+"""Advantages of a group's rollouts: relative to the group (GRPO), or 1 for each (stored rollouts that were selected)."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from statistics import fmean, stdev
 
 from megatron_sd.records import Rollout, RolloutGroup
@@ -37,3 +38,12 @@ def group_advantages(group: RolloutGroup) -> list[float]:
         0.0 if rollout.stop_reason.is_infrastructure else (reward_of(rollout) - mean) / (deviation + STD_EPSILON)
         for rollout in group.rollouts
     ]
+
+
+def unit_advantages(group: RolloutGroup) -> list[float]:
+    """1 for every rollout that is data, whatever it earned; 0 for infrastructure failures."""
+    return [float(not rollout.stop_reason.is_infrastructure) for rollout in group.rollouts]
+
+
+Advantages = Callable[[RolloutGroup], list[float]]
+ADVANTAGES: Mapping[str, Advantages] = {"group": group_advantages, "one": unit_advantages}

@@ -1,8 +1,9 @@
-"""The clipped policy gradient of GRPO on rows, one row per sampled token."""
+"""The policy's loss on rows, one row per sampled token: GRPO's clipped policy gradient, or the likelihood of stored rollouts."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -47,14 +48,54 @@ def policy_rows(
         weights = ratio.detach().clamp(max=importance_cap)
         objectives = weights * advantages * (logprobs - logprobs.detach()).exp()
         clipped = weights < ratio
-    if reference_logprobs is None:
-        kl = torch.zeros_like(log_ratio)
-    else:
-        log_reference_ratio = reference_logprobs - logprobs
-        kl = log_reference_ratio.expm1() - log_reference_ratio
     return PolicyRows(
         losses=-objectives,
-        kl=kl,
+        kl=_k3(logprobs, reference_logprobs),
         clipped=clipped.detach().float(),
         logprob_gap=log_ratio.detach().abs(),
     )
+
+
+def likelihood_rows(
+    logprobs: Tensor,
+    rollout_logprobs: Tensor,
+    advantages: Tensor,
+    reference_logprobs: Tensor | None,
+    *,
+    clip: float,  # nothing is clipped
+    importance_cap: float | None = None,  # nothing is weighted
+) -> PolicyRows:
+    """-A log pi_now, whoever sampled the token: no ratio, no clip. With A = 1 the negative log-likelihood (nats a token)."""
+    return PolicyRows(
+        losses=-advantages * logprobs,
+        kl=_k3(logprobs, reference_logprobs),
+        clipped=torch.zeros_like(logprobs.detach()),
+        logprob_gap=(logprobs - rollout_logprobs).detach().abs(),
+    )
+
+
+def _k3(logprobs: Tensor, reference_logprobs: Tensor | None) -> Tensor:
+    if reference_logprobs is None:
+        return torch.zeros_like(logprobs)
+    log_reference_ratio = reference_logprobs - logprobs
+    return log_reference_ratio.expm1() - log_reference_ratio
+
+
+class PolicyLoss(Protocol):
+    """A policy loss on rows; see policy_rows."""
+
+    def __call__(
+        self,
+        logprobs: Tensor,
+        rollout_logprobs: Tensor,
+        advantages: Tensor,
+        reference_logprobs: Tensor | None,
+        *,
+        clip: float,
+        importance_cap: float | None = None,
+    ) -> PolicyRows:
+        """[R] rows of a loss that is a sum over rows."""
+        ...
+
+
+POLICY_LOSSES: Mapping[str, PolicyLoss] = {"clipped": policy_rows, "likelihood": likelihood_rows}

@@ -26,6 +26,7 @@ _SHOWN = {
     "distill/divergence_nats": "jsd",
     "eval/reward/em": "eval em",
     "eval/reward/f1": "eval f1",
+    "eval/loss_nats": "eval loss",
 }
 
 

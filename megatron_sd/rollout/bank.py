@@ -19,7 +19,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
-from megatron_sd.records import Hit, Passage, Rollout, StopReason, Turn
+from megatron_sd.records import Rollout
+from megatron_sd.rollout.stored import rollout_of
 
 FLUSH_S = 1.0  # between two flushes to disk: a power cut loses so much, a kill nothing
 
@@ -110,22 +111,3 @@ def _read(path: Path, title: dict[str, Any]) -> Iterator[Rollout]:
     count = whole.index(False) if False in whole else len(whole)
     if count and json.loads(texts[0]) == title:
         yield from (rollout_of(json.loads(text)) for text in texts[1:count])
-
-
-def rollout_of(fields: dict[str, Any]) -> Rollout:
-    """The Rollout whose asdict() went through JSON; equal to it."""
-    return Rollout(
-        question_id=fields["question_id"],
-        index=fields["index"],
-        prompt_ids=tuple(fields["prompt_ids"]),
-        turns=tuple(_turn_of(turn) for turn in fields["turns"]),
-        stop_reason=StopReason(fields["stop_reason"]),
-        answer=fields["answer"],
-    )
-
-
-def _turn_of(fields: dict[str, Any]) -> Turn:
-    hits = tuple(Hit(passage=Passage(**hit["passage"]), score=hit["score"]) for hit in fields["hits"])
-    tuples = {name: tuple(fields[name]) for name in ("completion_ids", "completion_logprobs", "observation_ids")}
-    span = fields["query_span"]
-    return Turn(**{**fields, **tuples, "hits": hits, "query_span": None if span is None else tuple(span)})

@@ -7,12 +7,14 @@ Tags and texts are configuration; a preset fills what the configuration leaves o
 from __future__ import annotations
 
 import dataclasses
+import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from megatron_sd.config import ProtocolConfig
 from megatron_sd.errors import ConfigError
+from megatron_sd.search.sanitize import Sanitizer
 from megatron_sd.search.tokens import TextCodec, fill
 
 Tags = tuple[str, str]
@@ -39,6 +41,24 @@ _SEARCH_R1_RETRY = (
 _RETRY = (
     "\nThat was neither a search nor an answer. To search, write the query between {search_open} and {search_close}; to answer, "
     "write the answer between {answer_open} and {answer_close}.\n"
+)
+# For models that were not trained to search: the form, then one worked example of two searches, as the environment shows them.
+_FEW_SHOT_PROMPT = (
+    "Answer the question at the end by searching. Each time, think between {think_open} and {think_close} first. Then write "
+    "either one search, {search_open} query {search_close}, or the answer, {answer_open} answer {answer_close}, nothing else. "
+    "What a search finds is shown to you between {information_open} and {information_close}; never write that yourself. Ask for "
+    "one fact at a time, and keep the answer to a few words.\n\n"
+    "Example\n"
+    "Question: Which river flows through the town where the painter of The Harbour Wall was born?\n"
+    "{think_open} I need the painter and the town first. {think_close}\n"
+    "{search_open} painter of The Harbour Wall birthplace {search_close}\n\n"
+    '{information_open}Doc 1(Title: "The Harbour Wall") The Harbour Wall is a painting of 1871 by Ida Kerrow, who was born in '
+    "Dunmere.{information_close}\n\n"
+    "{think_open} Ida Kerrow was born in Dunmere. Now its river. {think_close}\n"
+    "{search_open} river through Dunmere {search_close}\n\n"
+    '{information_open}Doc 1(Title: "Dunmere") Dunmere is a market town on the river Asel.{information_close}\n\n'
+    "{think_open} The river is the Asel. {think_close}\n"
+    "{answer_open} Asel {answer_close}\n\n"
 )
 
 
@@ -105,6 +125,18 @@ PRESETS: dict[str, Protocol] = {
         keeps_line_breaks=True,
         question_end="?",
     ),
+    "few_shot": Protocol(
+        prompt=_FEW_SHOT_PROMPT + "{hindsight}Question: {question}\n",
+        search_tags=_tag("search"),
+        information_tags=_tag("information"),
+        answer_tags=_tag("answer"),
+        think_tags=_tag("think"),
+        passage_format='Doc {rank}(Title: "{title}") {text}\n',
+        invalid_action_message=_RETRY,
+        information_format="\n\n{information_open}{passages}{information_close}\n\n",
+        strips_passages=True,
+        keeps_line_breaks=True,
+    ),
     "autorefine": Protocol(
         prompt=_INSTRUCTIONS
         + "After each result, note what matters between {note_open} and {note_close}.\n{hindsight}Question: {question}\n",
@@ -156,6 +188,7 @@ def build_protocol(config: ProtocolConfig) -> Protocol:
                 f"protocol.prompt holds {placeholder} {protocol.prompt.count(placeholder)} times, expected exactly once: "
                 "the hindsight block and the question each need one place"
             )
+    _refuse_unread_tags(protocol)
     if protocol.template_arguments and not protocol.chat_template:
         raise ConfigError(
             f"protocol.template_arguments: found {protocol.template_arguments} without a chat template, expected "
@@ -165,6 +198,20 @@ def build_protocol(config: ProtocolConfig) -> Protocol:
     if len(set(tags)) != len(tags) or not all(tags):
         raise ConfigError(f"protocol tags must be non-empty and distinct, found {tags}")
     return protocol
+
+
+def _refuse_unread_tags(protocol: Protocol) -> None:
+    """Raise ConfigError for a tag in the prompt that is spelled in another way than the environment reads it (`< Search >`), or
+    hidden by invisible characters: a model would copy it from the example, and its action would be none."""
+    sanitizer, plain = Sanitizer(protocol.control_tags), Sanitizer(())
+    exact = re.compile("|".join(map(re.escape, sorted(protocol.control_tags, key=len, reverse=True))))
+    for line in exact.sub("\n", protocol.prompt).split("\n"):
+        if sanitizer.clean(line) != plain.clean(line):
+            tags = " ".join(protocol.control_tags)
+            raise ConfigError(
+                f"protocol.prompt: found a tag in {line.strip()!r} that is written otherwise than the environment reads it; "
+                f"expected exactly {tags}, or {{search_open}}, {{search_close}} and so on in their places"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,10 +8,13 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Generic, TypeVar
 
 from megatron_sd.errors import DataError
 from megatron_sd.records import Question
 from megatron_sd.search.reward import empty_answers
+
+Item = TypeVar("Item")
 
 
 def load_questions(
@@ -73,20 +76,21 @@ def _parse(line: bytes, place: str, needs_answers: bool) -> Question:
 
 
 @dataclass(frozen=True, kw_only=True)
-class QuestionStream:
-    """An endless, seeded order of questions, a fresh permutation each epoch; a pure function of the step: no state to save."""
+class QuestionStream(Generic[Item]):
+    """An endless, seeded order of questions, or of stored groups of rollouts, a fresh permutation each epoch; a pure function of
+    the step: no state to save."""
 
-    questions: Sequence[Question]
+    questions: Sequence[Item]
     batch_size: int
     seed: int
     shuffle: bool
 
-    def batch(self, step: int) -> tuple[Question, ...]:
+    def batch(self, step: int) -> tuple[Item, ...]:
         """The questions of optimiser step `step` (0-based): [batch_size]; epochs follow one another without a gap."""
         start = step * self.batch_size
         return tuple(self._at(place) for place in range(start, start + self.batch_size))
 
-    def _at(self, place: int) -> Question:
+    def _at(self, place: int) -> Item:
         epoch, offset = divmod(place, len(self.questions))
         return self.questions[_permutation(len(self.questions), self.seed, epoch)[offset] if self.shuffle else offset]
 

@@ -7,6 +7,7 @@ Text of our own (the prompt's template, tags) is cut at added tokens first: wher
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import xxhash
 from jinja2 import meta
 from jinja2.ext import loopcontrols
 from tokenizers import Tokenizer
@@ -100,6 +102,14 @@ class TextCodec:
                 f"the tokenizer encodes the plain texts {leaking[:5]} to control ids, expected ordinary ids: "
                 "a passage could forge control tokens; use a tokenizer that keeps its added tokens out of its model's vocabulary"
             )
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """What every id stands for, and which ids are control ids, as a hash: stored ids are worth nothing under another one."""
+        digest = xxhash.xxh3_128(json.dumps(sorted(self.control_ids)).encode())
+        for piece in self.token_bytes:
+            digest.update(len(piece).to_bytes(4, "little") + piece)
+        return digest.hexdigest()
 
     def encode(self, text: str) -> TokenIds:
         """Ids of untrusted plain text; never a control id, whatever the text says."""

@@ -24,7 +24,7 @@ from megatron_sd.errors import ConfigError, GradientSpikeError, NonFiniteError
 from megatron_sd.machine import give_back_memory
 from megatron_sd.ops.head_rows import HeadOptions
 from megatron_sd.ops.jsd import check_options
-from megatron_sd.records import Microbatch, Totals, UpdateResult
+from megatron_sd.records import Batch, Microbatch, Totals, UpdateResult
 from megatron_sd.training.clipped_adamw import ClippedAdamW
 from megatron_sd.training.commit import Seals
 from megatron_sd.training.deepspeed_config import deepspeed_config
@@ -104,6 +104,19 @@ class Policy:
             self.engine.backward(loss * self._place[1], scale_wrt_gas=False)
         self._loss = self._loss + loss.detach()
         self._sums = self._sums + sums / self._parts.size  # ranks with parts of the same layers have the same sums
+
+    @torch.no_grad()
+    def loss_of(self, batch: Batch) -> float:
+        """The policy's loss of a whole batch under these weights, over all ranks; nothing is accumulated."""
+        total = torch.zeros((), device=self.world.device)
+        weights = TermWeights(policy=1.0, distill_spread=0.0, distill_no_spread=0.0)
+        for microbatch in batch:
+            own = DeviceMicrobatch.of(row_share(microbatch, self._sharers.rank, self._sharers.size), self.world.device)
+            with self._linear(), self.world.pulse.waiting():
+                _, sums = self.engine(microbatch=own, totals=batch.totals, weights=weights, reference_logprobs=None)
+            total += sums[SUM_NAMES.index("policy_loss")] / self._parts.size
+        self.engine.empty_partition_cache()  # ZeRO-3 gathers ahead for a backward that does not come
+        return sum_floats(self.world, [total.item()])[0]
 
     def step(self, max_norm: float = math.inf) -> UpdateResult:
         """Take the optimiser step with what was accumulated.

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from megatron_sd.algorithm.distill_loss import TermWeights, query_row_weights
 from megatron_sd.algorithm.packed import student_row, teacher_row
-from megatron_sd.algorithm.policy_loss import PolicyRows, policy_rows
+from megatron_sd.algorithm.policy_loss import POLICY_LOSSES, PolicyRows
 from megatron_sd.config import ModelConfig, PolicyLossConfig
 from megatron_sd.ops.head_rows import HeadOptions, HeadRows, RowLoss, RowValues
 from megatron_sd.ops.linear_jsd import linear_jsd
@@ -133,9 +133,9 @@ class MicrobatchLoss:
         return loss
 
     def policy_rows(self, logprobs: Tensor, rows: slice) -> PolicyRows:
-        """algorithm.policy_loss.policy_rows of these rows, whose log-probabilities are given."""
+        """The loss of algorithm/policy_loss.py that the configuration names, of rows whose log-probabilities are given."""
         m, reference = self.microbatch, self.reference_logprobs
-        return policy_rows(
+        return POLICY_LOSSES[self.config.objective](
             logprobs,
             m.rollout_logprobs[rows],
             m.advantages[rows],

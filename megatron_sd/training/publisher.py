@@ -42,6 +42,13 @@ class Publisher(Protocol):
         ...
 
 
+class NoPublisher:
+    """Nobody samples: the weights stay where they are."""
+
+    def publish(self, policy: Policy, receiver: WeightReceiver | None, policy_version: int) -> None:
+        """Nothing."""
+
+
 class GatherPublisher:
     """Gathers full parameters on every rank, a bucket at a time, and hands them to that rank's engine.
 

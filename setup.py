@@ -176,7 +176,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["megatron_sd*", "data_prep*", "eval*", "launch*"]),
     package_data={
-        "launch": ["configs/*.yaml", "*.sh", "slurm/*"],
+        "launch": ["configs/*.yaml", "configs/recipes/*.yaml", "*.sh", "slurm/*"],
         "data_prep": ["coldstart_model/*"],
         "eval": ["report_page/*.css", "results/*/*.yaml"],
     },

@@ -156,6 +156,7 @@ def build_trainer(config: Config, world: World) -> Trainer:
         schedule=schedule_of(config),
         world=world,
         evaluation=_evaluation(config, world, side),
+        rollouter=side.rollouter,
         sampling=_sampling_order(config, world, questions, side),
         score=functools.partial(score, config=config.reward),
         advantages=ADVANTAGES[config.policy_loss.advantage],

@@ -19,6 +19,7 @@ from megatron_sd.observability.recorder import Recorder
 from megatron_sd.observability.timers import Timers, memory_metrics
 from megatron_sd.records import Batch, RolloutGroup, TrainingSample, UpdateResult
 from megatron_sd.rollout.engine import WeightReceiver
+from megatron_sd.rollout.rollouter import Rollouter
 from megatron_sd.rollout.sampling_order import SamplingOrder
 from megatron_sd.training.attempts import Attempts
 from megatron_sd.training.checkpoint import Checkpoints
@@ -78,6 +79,7 @@ class Trainer:
     attempts: Attempts
     step: int = 0
     evaluation_is_due: bool = False
+    rollouter: Rollouter | None = None  # for who asks more of the trained policy; None where nobody samples
 
     def train(self) -> None:
         """Run to `num_steps` from the newest checkpoint, or from the start policy when there is none.

@@ -16,7 +16,7 @@ import contextlib
 import dataclasses
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -25,12 +25,11 @@ from typing import Any, Literal
 from eval.identity import check_causal, claim, questions_version, read_identity, rollouts_identity
 from eval.run import refuse_many_failures
 from eval.samples import append_lines, cut_torn_line
-from eval.strategies.runner import Strategy
 from eval.strategies.table import build_strategy, form_of
 from megatron_sd.build import RolloutSide, build_rollout_side
 from megatron_sd.config import ModelConfig, ProtocolConfig, RetrieverConfig, RewardConfig, RolloutConfig, parse
 from megatron_sd.config_checks import check_ranges
-from megatron_sd.distributed.collectives import hold_together, share, together
+from megatron_sd.distributed.collectives import hold_together, shared_out, together
 from megatron_sd.distributed.world import World, end_process, lone_world, world_of_program
 from megatron_sd.door import exit_code_of
 from megatron_sd.records import Question, Rollout, RolloutGroup
@@ -132,7 +131,8 @@ def _sample_missing(config: SampleConfig, questions: Sequence[Question], side: R
             asked = questions[start : start + size]
             missing = [question for question in asked if question.id not in done]
             if missing:
-                groups = score(_sample_together(strategy, missing, world), config.reward)
+                sampled = shared_out(world, missing, lambda mine: strategy.run(mine, step=0, greedy=False))
+                groups = score(sampled, config.reward)
                 if world.is_first:
                     append_lines(path, [fields_of(group) for group in groups if group.usable])
                 refuse_many_failures(groups, config.rollout.max_failed_share)
@@ -143,12 +143,6 @@ def _done(path: Path) -> set[str]:
     return {group.question.id for group in StoredGroups(path)}
 
 
-def _sample_together(strategy: Strategy, questions: Sequence[Question], world: World) -> list[RolloutGroup]:
-    """Every rank samples its share; every rank gets all groups, in question order, or the error of one."""
-    mine = share(world, questions)
-    return [group for part in together(world, lambda: strategy.run(mine, step=0, greedy=False)) for group in part]
-
-
 def write_report(output: Path, form: Callable[[Rollout], float]) -> dict[str, Any]:
     """pass_rates.jsonl and report.json of what lies in rollouts.jsonl; the report."""
     rates = [pass_rate(group, form) for group in StoredGroups(output / ROLLOUTS_NAME)]
@@ -157,15 +151,21 @@ def write_report(output: Path, form: Callable[[Rollout], float]) -> dict[str, An
     report = {
         "num_sampled": len(rates),
         "num_rollouts": sum(rate.num_rollouts for rate in rates),
-        "pass_rate": round(fmean(rate.pass_rate for rate in rates), 4) if rates else None,
-        "any_right": round(fmean(rate.num_right > 0 for rate in rates), 4) if rates else None,
-        "mixed": round(fmean(0 < rate.num_right < rate.num_rollouts for rate in rates), 4) if rates else None,
-        "form": round(fmean(rate.form for rate in rates), 4) if rates else None,
-        "searches": round(fmean(rate.searches for rate in rates), 4) if rates else None,
+        "pass_rate": _mean(rate.pass_rate for rate in rates),
+        "any_right": _mean(rate.num_right > 0 for rate in rates),
+        "mixed": _mean(0 < rate.num_right < rate.num_rollouts for rate in rates),
+        "form": _mean(rate.form for rate in rates),
+        "searches": _mean(rate.searches for rate in rates),
     }
     report = read_identity(output) | report
     (output / SAMPLE_NAME).write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return report
+
+
+def _mean(values: Iterable[float]) -> float | None:
+    """Rounded for people; None of nothing."""
+    found = list(values)
+    return round(fmean(found), 4) if found else None
 
 
 def pass_rate(group: RolloutGroup, form: Callable[[Rollout], float]) -> PassRate:

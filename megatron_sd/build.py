@@ -21,7 +21,7 @@ from megatron_sd.algorithm.packing import pack
 from megatron_sd.algorithm.samples import GATES, SCOPES, TeacherPrompts, apply_gate, to_samples
 from megatron_sd.config import Config, ModelConfig, ProtocolConfig, RetrieverConfig, RolloutConfig, dump
 from megatron_sd.config_checks import engine_reads_policy
-from megatron_sd.distributed.collectives import share, together
+from megatron_sd.distributed.collectives import share, shared_out
 from megatron_sd.distributed.watchdog import Watchdog
 from megatron_sd.distributed.world import World, lone_world
 from megatron_sd.errors import ConfigError
@@ -283,11 +283,9 @@ def _evaluation(config: Config, world: World, side: RolloutSide) -> Callable[[in
     if config.data.eval is None or config.log.eval_every == 0:
         return None
     questions = load_questions(config.data.eval, config.data.eval_split, config.data.max_eval_questions)
-    mine = share(world, questions)
 
     def evaluate(step: int) -> dict[str, float]:
-        parts = together(world, lambda: side.rollouter.run(mine, step=step, greedy=True))
-        groups = score([group for part in parts for group in part], config.reward)
+        groups = score(shared_out(world, questions, lambda mine: side.rollouter.run(mine, step=step, greedy=True)), config.reward)
         return {f"eval/{name}": value for name, value in rollout_metrics(groups).items()}
 
     return evaluate

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
 import time
 from importlib.resources import files
 from pathlib import Path
@@ -23,15 +21,16 @@ from data_prep.world import WorldConfig
 from eval.sample import SampleConfig, sample
 from launch import local
 from launch.cli import main as command_line_of
-from launch.local import command_line, free_port
 from launch.programs import make_world
 from megatron_sd.config import ModelConfig, ProtocolConfig, RetrieverConfig, RewardConfig, RolloutConfig
 from megatron_sd.observability.metrics_log import read_metrics
 from megatron_sd.rollout.stored import StoredGroups
 from megatron_sd.sft import load
+from tests.runs import parameters, run, start, without_clocks
 from tests.same_steps import assert_same_moments, assert_same_movement, saved_moments
 
 START_POLICY = Path(str(files("data_prep"))) / "coldstart_model"
+SFT = "megatron_sd.sft"
 NUM_STEPS = 4
 LAST = f"step_{NUM_STEPS:08}"
 
@@ -75,33 +74,11 @@ def arguments(episodes: Path, run_dir: Path, *overrides: str) -> list[str]:
     ]
 
 
-def start(num_ranks: int, argv: list[str]) -> subprocess.Popen:
-    command = command_line(num_ranks, free_port(), argv, "megatron_sd.sft")
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def run(num_ranks: int, argv: list[str]) -> str:
-    process = start(num_ranks, argv)
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
-    return output
-
-
 @pytest.fixture(scope="module")
 def straight(episodes, tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("straight")
-    run(1, arguments(episodes, run_dir))
+    run(1, arguments(episodes, run_dir), SFT)
     return run_dir
-
-
-def parameters(run_dir: Path) -> dict[str, np.ndarray]:
-    return load_file(run_dir / "checkpoints" / LAST / "model" / "model.safetensors")
-
-
-def without_clocks(run_dir: Path) -> dict[int, dict[str, float]]:
-    steps = read_metrics(run_dir / "metrics.jsonl")
-    return {s: {k: v for k, v in m.items() if not k.startswith(("time/", "mem/"))} for s, m in steps.items()}
 
 
 def nats_a_token(model_path: Path, groups) -> float:
@@ -142,7 +119,7 @@ def test_the_first_steps_loss_is_that_of_its_episodes(episodes, straight):
     """One step over the whole file, which is every episode once: no token of prompt, block or environment is in it."""
     groups = list(StoredGroups(episodes / "train.jsonl"))
     run_dir = straight / "whole"
-    run(1, arguments(episodes, run_dir, "--num_steps=1", f"--episodes_per_step={len(groups)}", "--log.eval_every=0"))
+    run(1, arguments(episodes, run_dir, "--num_steps=1", f"--episodes_per_step={len(groups)}", "--log.eval_every=0"), SFT)
     found = read_metrics(run_dir / "metrics.jsonl")[1]["loss/policy"]
     assert found == pytest.approx(nats_a_token(START_POLICY, groups), rel=1e-5)
 
@@ -150,7 +127,7 @@ def test_the_first_steps_loss_is_that_of_its_episodes(episodes, straight):
 @pytest.mark.slow
 def test_killed_and_resumed_equals_straight_bit_for_bit(episodes, straight, tmp_path):
     argv = arguments(episodes, tmp_path, "--checkpoint.every=2")
-    process = start(1, argv)
+    process = start(1, argv, SFT)
     deadline = time.monotonic() + 240
     while time.monotonic() < deadline:
         log = tmp_path / "metrics.jsonl"
@@ -160,8 +137,8 @@ def test_killed_and_resumed_equals_straight_bit_for_bit(episodes, straight, tmp_
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (tmp_path / "checkpoints" / LAST).exists()
-    assert "resumed from" in run(1, argv)
-    expected, found = parameters(straight), parameters(tmp_path)
+    assert "resumed from" in run(1, argv, SFT)
+    expected, found = parameters(straight, LAST), parameters(tmp_path, LAST)
     assert expected.keys() == found.keys()
     for name in expected:
         assert np.array_equal(expected[name], found[name]), name
@@ -170,8 +147,8 @@ def test_killed_and_resumed_equals_straight_bit_for_bit(episodes, straight, tmp_
 
 @pytest.mark.slow
 def test_looking_at_what_is_held_out_changes_nothing(episodes, straight, tmp_path):
-    run(1, arguments(episodes, tmp_path, "--log.eval_every=0"))
-    expected, found = parameters(straight), parameters(tmp_path)
+    run(1, arguments(episodes, tmp_path, "--log.eval_every=0"), SFT)
+    expected, found = parameters(straight, LAST), parameters(tmp_path, LAST)
     for name in expected:
         assert np.array_equal(expected[name], found[name]), name
     assert not any("eval/loss_nats" in metrics for metrics in without_clocks(tmp_path).values())
@@ -181,10 +158,10 @@ def test_looking_at_what_is_held_out_changes_nothing(episodes, straight, tmp_pat
 @pytest.mark.ranks
 @pytest.mark.parametrize("sharing", [(), ("--update.tensor_parallel_size=2",)])
 def test_two_ranks_equal_one(episodes, straight, tmp_path, sharing):
-    run(2, arguments(episodes, tmp_path, *sharing))
+    run(2, arguments(episodes, tmp_path, *sharing), SFT)
     expected, found, began = (
         {name: torch.from_numpy(array) for name, array in arrays.items()}
-        for arrays in (parameters(straight), parameters(tmp_path), load_file(START_POLICY / "model.safetensors"))
+        for arrays in (parameters(straight, LAST), parameters(tmp_path, LAST), load_file(START_POLICY / "model.safetensors"))
     )
     assert_same_movement(found, expected, began)
     if not sharing:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -17,9 +16,8 @@ import torch
 from safetensors.numpy import load_file
 
 from data_prep.world import WorldConfig
-from launch.local import command_line, free_port
 from launch.programs import make_world
-from megatron_sd.observability.metrics_log import read_metrics
+from tests.runs import parameters, run, start, without_clocks
 from tests.same_steps import assert_same_moments, assert_same_movement, saved_moments
 
 NUM_STEPS = 4
@@ -53,34 +51,11 @@ def arguments(world: Path, run_dir: Path, *overrides: str) -> list[str]:
     ]
 
 
-def start(num_ranks: int, argv: list[str]) -> subprocess.Popen:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        command_line(num_ranks, free_port(), argv), env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-
-
-def run(num_ranks: int, argv: list[str]) -> str:
-    process = start(num_ranks, argv)
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
-    return output
-
-
 @pytest.fixture(scope="module")
 def straight(world, tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("straight")
     run(1, arguments(world, run_dir))
     return run_dir
-
-
-def parameters(run_dir: Path) -> dict[str, np.ndarray]:
-    return load_file(run_dir / "checkpoints" / LAST / "model" / "model.safetensors")
-
-
-def without_clocks(run_dir: Path) -> dict[int, dict[str, float]]:
-    steps = read_metrics(run_dir / "metrics.jsonl")
-    return {s: {k: v for k, v in m.items() if not k.startswith(("time/", "mem/"))} for s, m in steps.items()}
 
 
 def transcripts(run_dir: Path) -> list[str]:
@@ -101,7 +76,7 @@ def test_a_run_trains_distils_and_measures(straight):
     assert any(metrics.get("distill/divergence_nats", 0.0) > 0 for metrics in steps.values())
     assert any("distill/grad_ratio" in metrics for metrics in steps.values())
     assert all(abs(metrics["rollout/logprob_gap_nats"]) < 1e-4 for metrics in steps.values())
-    before, after = load_file(START_POLICY / "model.safetensors"), parameters(straight)
+    before, after = load_file(START_POLICY / "model.safetensors"), parameters(straight, LAST)
     assert any(not np.array_equal(before[name], after[name]) for name in after)
 
 
@@ -119,7 +94,7 @@ def test_killed_and_resumed_equals_straight_bit_for_bit(world, straight, tmp_pat
     process.wait()
     assert not (tmp_path / "checkpoints" / "step_00000004").exists()
     assert "resumed from" in run(1, argv)
-    expected, found = parameters(straight), parameters(tmp_path)
+    expected, found = parameters(straight, LAST), parameters(tmp_path, LAST)
     assert expected.keys() == found.keys()
     for name in expected:
         assert np.array_equal(expected[name], found[name]), name
@@ -136,7 +111,7 @@ def test_two_ranks_equal_one(world, straight, tmp_path, sharing):
     assert sampled_ids(tmp_path) == sampled_ids(straight), "the same questions, seeds and weights give the same rollouts"
     expected, found, start = (
         {name: torch.from_numpy(array) for name, array in arrays.items()}
-        for arrays in (parameters(straight), parameters(tmp_path), load_file(START_POLICY / "model.safetensors"))
+        for arrays in (parameters(straight, LAST), parameters(tmp_path, LAST), load_file(START_POLICY / "model.safetensors"))
     )
     assert_same_movement(found, expected, start)
     if "tensor_parallel" not in str(sharing):  # which cuts moments otherwise
@@ -152,7 +127,7 @@ def test_while_alpha_warms_up_the_run_is_grpo_bit_for_bit_evaluated_or_not(world
     run(1, arguments(world, tmp_path / "grpo", "--distill.block=none", "--log.eval_every=1"))
     run(1, arguments(world, tmp_path / "warm-up", "--distill.alpha.warmup_steps=99"))
     assert all("eval/reward/em" in metrics for metrics in without_clocks(tmp_path / "grpo").values())
-    expected, found = parameters(tmp_path / "grpo"), parameters(tmp_path / "warm-up")
+    expected, found = parameters(tmp_path / "grpo", LAST), parameters(tmp_path / "warm-up", LAST)
     for name in expected:
         assert np.array_equal(expected[name], found[name]), name
 

@@ -14,19 +14,14 @@ import os
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 from baseline import Comparison, report
-
-
-def own_gib() -> float:
-    """Memory of this process that belongs to no file."""
-    line = next(line for line in Path("/proc/self/smaps_rollup").read_text().splitlines() if line.startswith("Anonymous:"))
-    return int(line.split()[1]) / 2**20
+from resident import anonymous_bytes, extra_mib
 
 
 def load_here(model_dir: str, kind: str) -> None:
@@ -40,24 +35,19 @@ def load_here(model_dir: str, kind: str) -> None:
     world = join_world()
     own = {"run_dir": "none", "data.train": "none", "retriever.corpus": "none", "model.path": model_dir, "model.dtype": "float32"}
     config = load([f"--{name}={value}" for name, value in own.items()])
-    before = peak = own_gib()
-    done = threading.Event()
+    found: dict[str, float] = {}
+    models: list[Any] = []
 
-    def watch() -> None:
-        nonlocal peak
-        while not done.wait(0.02):
-            peak = max(peak, own_gib())
+    def load_and_shard() -> None:
+        started = time.perf_counter()
+        models.append(load_for_training(config.model, on_demand=kind == "shards"))
+        place(models[0], models[0], deepspeed_config(config, world.size), world.device)
+        found["seconds"] = time.perf_counter() - started
 
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    started = time.perf_counter()
-    model = load_for_training(config.model, on_demand=kind == "shards")
-    place(model, model, deepspeed_config(config, world.size), world.device)
-    seconds = time.perf_counter() - started
-    done.set()
-    watcher.join()
+    found["gib"] = extra_mib(load_and_shard, anonymous_bytes, every_s=0.02) / 1024
+    (model,) = models
     elements = sum(parameter.ds_numel for parameter in model.parameters())
-    print("\nFIGURES " + json.dumps({"gib": peak - before, "seconds": seconds, "model_gib": elements * 4 / 2**30}), flush=True)
+    print("\nFIGURES " + json.dumps(found | {"model_gib": elements * 4 / 2**30}), flush=True)
     leave_world()
     end_process(0)
 

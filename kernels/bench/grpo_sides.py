@@ -97,11 +97,10 @@ class OurStep:
         from megatron_sd.algorithm.distill_loss import TermWeights
         from megatron_sd.algorithm.packing import pack
         from megatron_sd.algorithm.samples import query_tokens, to_samples
-        from megatron_sd.distributed.collectives import share, together
+        from megatron_sd.distributed.collectives import shared_out
 
         prompts = prompts_of(self.model, self.work.num_prompts, self.work.prompt_tokens, seed=self.step)
-        mine = share(self.world, list(enumerate(prompts)))
-        groups = [group for part in together(self.world, lambda: self.roll_out(mine)) for group in part]
+        groups = shared_out(self.world, list(enumerate(prompts)), self.roll_out)
         nothing = [[()] * self.work.group_size for _ in groups]
         samples = to_samples(groups, [group_advantages(group) for group in groups], nothing, scope=query_tokens)
         limits = {"max_tokens": self.config.update.max_microbatch_tokens, "world_size": self.world.size}

@@ -11,16 +11,29 @@ from pathlib import Path
 PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
-def extra_mib(action: Callable[[], object]) -> float:
-    """Peak resident memory while the action runs over that before it, sampled every millisecond."""
+def resident_bytes() -> int:
+    """Of this process, pages of mapped files included."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * PAGE
+
+
+def anonymous_bytes() -> int:
+    """Resident memory of this process that belongs to no file. Slow to ask for: milliseconds."""
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("Anonymous:")).split()[1]) * 1024
+
+
+def extra_mib(
+    action: Callable[[], object], num_bytes: Callable[[], int] = resident_bytes, every_s: float = 0.001
+) -> float:
+    """Peak memory while the action runs over that before it, by `num_bytes`, sampled every `every_s` seconds."""
     ctypes.CDLL(None).malloc_trim(0)  # what the allocator keeps of earlier actions would hide what this one takes
-    before = peak = _resident_bytes()
+    before = peak = num_bytes()
     done = threading.Event()
 
     def watch() -> None:
         nonlocal peak
-        while not done.wait(0.001):
-            peak = max(peak, _resident_bytes())
+        while not done.wait(every_s):
+            peak = max(peak, num_bytes())
 
     watcher = threading.Thread(target=watch)
     watcher.start()
@@ -30,7 +43,3 @@ def extra_mib(action: Callable[[], object]) -> float:
         done.set()
         watcher.join()
     return (peak - before) / 2**20
-
-
-def _resident_bytes() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * PAGE

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -81,21 +81,5 @@ def _k3(logprobs: Tensor, reference_logprobs: Tensor | None) -> Tensor:
     return log_reference_ratio.expm1() - log_reference_ratio
 
 
-class PolicyLoss(Protocol):
-    """A policy loss on rows; see policy_rows."""
-
-    def __call__(
-        self,
-        logprobs: Tensor,
-        rollout_logprobs: Tensor,
-        advantages: Tensor,
-        reference_logprobs: Tensor | None,
-        *,
-        clip: float,
-        importance_cap: float | None = None,
-    ) -> PolicyRows:
-        """[R] rows of a loss that is a sum over rows."""
-        ...
-
-
+PolicyLoss = Callable[..., PolicyRows]  # with the parameters of policy_rows
 POLICY_LOSSES: Mapping[str, PolicyLoss] = {"clipped": policy_rows, "likelihood": likelihood_rows}

@@ -15,6 +15,7 @@ from megatron_sd.errors import MegatronSdError, StopRequested
 from megatron_sd.run_lock import hold
 
 Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 def sum_floats(world: World, values: Sequence[float]) -> list[float]:
@@ -58,6 +59,12 @@ def together(world: World, action: Callable[[], Item]) -> list[Item]:
         if failed is not None:
             raise failed
     return [value for value, _ in results]
+
+
+def shared_out(world: World, items: Sequence[Item], action: Callable[[Sequence[Item]], Sequence[Result]]) -> list[Result]:
+    """Every rank acts on its share of the items; every rank gets all results, in the items' order, or the error of one rank."""
+    mine = share(world, items)
+    return [result for part in together(world, lambda: action(mine)) for result in part]
 
 
 @contextmanager

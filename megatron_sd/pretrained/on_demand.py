@@ -92,12 +92,12 @@ def _match(model: PreTrainedModel, tensors: dict[str, StoredTensor]) -> list[tup
         if len(stored) != 1 or stored[0].shape != tuple(parameter.shape) or not _can_map(stored[0]):
             return None
         found.append((parameter, stored[0]))
-    return found if len(found) == len(tensors) and not any(_is_stored(model)) else None
+    return found if len(found) == len(tensors) and not _has_stored_buffers(model) else None
 
 
-def _is_stored(model: PreTrainedModel) -> list[str]:
-    """Buffers that a state dictionary would hold, and that the files may hold, too."""
-    return sorted(model.state_dict().keys() - dict(model.named_parameters(remove_duplicate=False)).keys())
+def _has_stored_buffers(model: PreTrainedModel) -> bool:
+    """The files may hold more than parameters."""
+    return bool(model.state_dict().keys() - dict(model.named_parameters(remove_duplicate=False)).keys())
 
 
 def _can_map(tensor: StoredTensor) -> bool:

@@ -111,31 +111,27 @@ def _tag(name: str) -> Tags:
     return (f"<{name}>", f"</{name}>")
 
 
+_SEARCH_R1 = Protocol(
+    prompt="{hindsight}" + _SEARCH_R1_PROMPT,
+    search_tags=_tag("search"),
+    information_tags=_tag("information"),
+    answer_tags=_tag("answer"),
+    think_tags=_tag("think"),
+    passage_format='Doc {rank}(Title: "{title}") {text}\n',
+    invalid_action_message=_SEARCH_R1_RETRY,
+    information_format="\n\n{information_open}{passages}{information_close}\n\n",
+    strips_passages=True,
+    keeps_line_breaks=True,
+    question_end="?",
+)
+
 PRESETS: dict[str, Protocol] = {
-    "search_r1": Protocol(
-        prompt="{hindsight}" + _SEARCH_R1_PROMPT,
-        search_tags=_tag("search"),
-        information_tags=_tag("information"),
-        answer_tags=_tag("answer"),
-        think_tags=_tag("think"),
-        passage_format='Doc {rank}(Title: "{title}") {text}\n',
-        invalid_action_message=_SEARCH_R1_RETRY,
-        information_format="\n\n{information_open}{passages}{information_close}\n\n",
-        strips_passages=True,
-        keeps_line_breaks=True,
-        question_end="?",
-    ),
-    "few_shot": Protocol(
+    "search_r1": _SEARCH_R1,
+    "few_shot": dataclasses.replace(
+        _SEARCH_R1,
         prompt=_FEW_SHOT_PROMPT + "{hindsight}Question: {question}\n",
-        search_tags=_tag("search"),
-        information_tags=_tag("information"),
-        answer_tags=_tag("answer"),
-        think_tags=_tag("think"),
-        passage_format='Doc {rank}(Title: "{title}") {text}\n',
         invalid_action_message=_RETRY,
-        information_format="\n\n{information_open}{passages}{information_close}\n\n",
-        strips_passages=True,
-        keeps_line_breaks=True,
+        question_end="",
     ),
     "autorefine": Protocol(
         prompt=_INSTRUCTIONS

@@ -80,8 +80,8 @@ CUDA_COMPILE = ["-std=c++17", "-O3", "-shared", "-Xcompiler=-fPIC", "-cudart=sta
 CUDA_ARCHS = "80;90a;100a"
 NATIVE = Extension(
     "megatron_sd._C",
-    sources=["kernels/csrc/jsd_cpu.cpp"],
-    depends=["kernels/csrc/jsd.h", "kernels/csrc/jsd_task.h"],
+    sources=["kernels/csrc/jsd_cpu.cpp", "kernels/csrc/linear_cpu.cpp"],
+    depends=[f"kernels/csrc/{name}.h" for name in ("instruction_set", "jsd", "jsd_task", "linear_task")],
     language="c++",
     extra_compile_args=[*COMPILE, *OPENMP],
     extra_link_args=OPENMP,

@@ -70,11 +70,14 @@ def measure(model_dir: str, kind: str, num_ranks: int) -> tuple[float, float, fl
 def main() -> None:
     """Measure and report."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", type=lambda path: str(Path(path).resolve()))
+    parser.add_argument("model", nargs="?", type=lambda path: str(Path(path).resolve()), help="directory of a pretrained model")
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--kind", choices=["shards", "whole"], help="of one rank, started by this program")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
+    if arguments.model is None:
+        print("not measured: it needs the directory of a pretrained model")
+        return
     if arguments.kind:
         load_here(arguments.model, arguments.kind)
     gib, seconds, model_gib = measure(arguments.model, "shards", arguments.ranks)

@@ -72,11 +72,14 @@ def measure(model: Path, side: str) -> tuple[float, float]:
 def main() -> None:
     """Measure and report."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", type=lambda path: Path(path).resolve())
+    parser.add_argument("model", nargs="?", type=lambda path: Path(path).resolve(), help="directory of a pretrained model")
     parser.add_argument("--sides", nargs="+", choices=RANKS, default=list(RANKS))
     parser.add_argument("--here", choices=RANKS, help="of one process, started by this program")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
+    if arguments.model is None:
+        print("not measured: it needs the directory of a pretrained model")
+        return
     if arguments.here:
         measure_here(arguments.model, arguments.here)
     with tempfile.TemporaryDirectory() as directory:  # for what the sides write beside the model

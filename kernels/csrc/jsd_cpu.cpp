@@ -11,6 +11,7 @@
 #include <limits>
 #include <vector>
 
+#include "instruction_set.h"
 #include "jsd.h"
 #include "jsd_task.h"
 
@@ -18,15 +19,12 @@
 #include <omp.h>
 #endif
 
-#define ALWAYS_INLINE inline __attribute__((always_inline))
 #define ALWAYS_INLINE_LAMBDA __attribute__((always_inline))
 
 namespace {
 
 constexpr int64_t kBlock = 512;
 constexpr int64_t kRun = 128;  // as many powers are added up in float32
-
-enum InstructionSet : int32_t { kBaseline = 0, kAvx2 = 1, kAvx512 = 2 };
 
 // ---- blocks -------------------------------------------------------------------------------------------------------------
 
@@ -352,8 +350,8 @@ struct RowPrograms {
 
 ROW_PROGRAMS(baseline, )
 #if defined(__x86_64__)
-ROW_PROGRAMS(avx2, __attribute__((target("avx2,fma"))))
-ROW_PROGRAMS(avx512, __attribute__((target("fma,avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512"))))
+ROW_PROGRAMS(avx2, FOR_AVX2)
+ROW_PROGRAMS(avx512, FOR_AVX512)
 #endif
 
 InstructionSet best_instruction_set() {

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from megatron_sd.ops import native_cuda
-from megatron_sd.ops.native_task import RowPairs, RowsTask, ScatterTask
+from megatron_sd.ops.native_task import RowPairs, RowsTask
 
 LIBRARY_PATH = Path(__file__).resolve().parent.parent / "_C.so"
 INSTRUCTION_SETS = ("baseline", "avx2", "avx512")  # the library's numbering, oldest first
-CALLS = ("jsd_rows", "jsd_normalisers", "jsd_sums", "jsd_gradient", "scatter_rows")
+CALLS = ("jsd_rows", "jsd_normalisers", "jsd_sums", "jsd_gradient", "scatter_rows", "linear")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,8 +86,9 @@ def listed(rows: Tensor, num_rows: int) -> tuple[Tensor, Tensor | None]:
     return rows, None
 
 
-def run(call: str, task: RowsTask | ScatterTask, *, device: torch.device, instruction_set: str | None) -> None:
-    """One call of the library, on torch's threads. Raises ValueError for an instruction set that this processor has not."""
+def run(call: str, task: ctypes.Structure, *, device: torch.device, instruction_set: str | None) -> None:
+    """One call of the library, on torch's threads. task: what the call takes, with fields num_threads and instruction_set. Raises
+    ValueError for an instruction set that this processor has not."""
     del device
     task.num_threads, task.instruction_set = torch.get_num_threads(), _number_of(instruction_set or INSTRUCTION_SET)
     getattr(LIBRARY, f"megatron_sd_{call}")(ctypes.byref(task))

@@ -10,10 +10,12 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from megatron_sd.errors import ConfigError
+from megatron_sd.ops import few_rows
 from megatron_sd.records import TokenIds
 from megatron_sd.rollout.attention import ATTENTION
 from megatron_sd.rollout.kv_cache import Pass, RowCache, RowStore, state_shape
 from megatron_sd.rollout.lanes import Lanes
+from megatron_sd.rollout.opening import Opening
 from megatron_sd.rollout.sampling import sample, uniform_noise
 
 _PREFILL_TOKENS = 8192  # padded tokens of one prefill pass, which bounds its activations
@@ -22,11 +24,13 @@ _MAX_HOLES = 0.25  # share of idle rows among the decoded ones that is tolerated
 
 @dataclass(frozen=True, kw_only=True)
 class Feed:
-    """Prompt tokens to prefill. All `rows` get the same prompt, which is computed once; the first `start` tokens are cached."""
+    """Prompt tokens to prefill. All `rows` get the same prompt, which is computed once; the first `start` tokens are cached, in
+    the rows or, where `in_opening`, in the opening."""
 
     rows: tuple[int, ...]
     prompt_ids: TokenIds
     start: int
+    in_opening: bool = False
 
     @property
     def num_new(self) -> int:
@@ -53,44 +57,65 @@ class RowDecoder:
         self.max_length = _max_length(model.config)
         self.max_rows = max_rows
         self._model = model.eval().requires_grad_(False)
+        few_rows.speed_up(model)
         is_ours = model._supports_attention_backend and model.config._attn_implementation in ("sdpa", ATTENTION)
         if is_ours:
             model.set_attn_implementation(ATTENTION)
         shape = state_shape(model, through="row_cache" if is_ours else None)
         self._can_share = shape.is_attended
         stores = [
-            RowStore(shape, max_rows=max_rows, max_length=self.max_length, dtype=model.dtype, device=model.device)
-            for _ in ("rows", "prompts")
+            RowStore(shape, max_rows=most, max_length=self.max_length, dtype=model.dtype, device=model.device)
+            for most in (max_rows, max_rows, 1)
         ]
-        self._cache = RowCache(*stores, device=model.device)
+        self._cache = RowCache(*stores[:2], device=model.device)
+        self._opening = Opening(stores[2])
         self.reset()
 
     def reset(self) -> None:
         """No row holds anything; the cache's memory stays."""
         self.lanes = Lanes(self.max_rows)
+        self._opening.forget()
 
     def give_back(self) -> None:
         """No row holds anything, nor does the cache hold memory."""
         self.reset()
-        for store in (self._cache.rows, self._cache.prompts):
+        for store in (self._cache.rows, self._cache.prompts, self._opening.store):
             store.give_back()
 
     @torch.inference_mode()
     def prefill(self, feeds: Sequence[Feed]) -> list[Sampled]:
         """Compute the missing prompt tokens of rows and sample the first new token of each; rows must be started in `lanes`."""
         together, apart = [], []
-        for feed in feeds:
+        for feed in self._from_opening(feeds):
             if len(feed.rows) > 1 and self._can_share:
                 together.append(feed)
             else:
                 apart += [replace(feed, rows=(row,)) for row in feed.rows]
         return [self._prefill_prompts(c) for c in _chunks(together)] + [self._prefill_rows(c) for c in _chunks(apart)]
 
+    def _from_opening(self, feeds: Sequence[Feed]) -> list[Feed]:
+        """The feeds, new prompts from where the opening ends; a better opening is computed first."""
+        opening = self._opening
+        if ids := opening.better([feed.prompt_ids for feed in feeds if feed.start == 0]):
+            row = np.zeros(1, dtype=np.int64)
+            whole = Feed(rows=(0,), prompt_ids=ids, start=0)
+            self._forward(opening.store, *_new_tokens(row, [whole], shared=row, prompt_rows=row))
+            opening.ids = ids
+        lengths = [0 if feed.start else opening.length_in(feed.prompt_ids) for feed in feeds]
+        return [replace(f, start=length, in_opening=True) if length else f for f, length in zip(feeds, lengths)]
+
+    def _copy_opening(self, store: RowStore, rows: np.ndarray, feeds: Sequence[Feed]) -> None:
+        """Into the rows of those feeds that begin with it."""
+        for length in {feed.start for feed in feeds if feed.in_opening}:
+            taking = np.array([feed.in_opening and feed.start == length for feed in feeds])
+            self._opening.copy_to(store, rows[taking], length)
+
     def _prefill_prompts(self, feeds: Sequence[Feed]) -> Sampled:
         """Prompts that several rows share, each into a free row of the shared prompts."""
         lanes = self.lanes
         taken = set(lanes.prompt_row[lanes.shared > 0].tolist())
         prompt_rows = np.array(sorted(set(range(len(taken) + len(feeds))) - taken)[: len(feeds)])
+        self._copy_opening(self._cache.prompts, prompt_rows, feeds)
         step, ids = _new_tokens(prompt_rows, feeds, shared=np.zeros_like(prompt_rows), prompt_rows=prompt_rows)
         logits = self._forward(self._cache.prompts, step, ids)
         rows = np.array([row for feed in feeds for row in feed.rows])
@@ -103,6 +128,7 @@ class RowDecoder:
         """Prompts, or what was appended to them, each into the conversation's own row."""
         lanes = self.lanes
         rows = np.array([feed.rows[0] for feed in feeds])
+        self._copy_opening(self._cache.rows, rows, feeds)
         step, ids = _new_tokens(rows, feeds, shared=lanes.shared[rows], prompt_rows=lanes.prompt_row[rows])
         logits = self._forward(self._cache.rows, step, ids)
         lanes.length[rows] = [len(feed.prompt_ids) for feed in feeds]
@@ -149,6 +175,8 @@ class RowDecoder:
     def wipe(self, row: int) -> None:
         """Free a row whose numbers, or whose shared prompt's, may not be finite."""
         self.free(row)
+        self._opening.forget()
+        self._opening.store.clear_row_if_broken(0)
         self._cache.rows.clear_row_if_broken(row)
         self._cache.prompts.clear_row_if_broken(int(self.lanes.prompt_row[row]))
 

@@ -136,6 +136,8 @@ def _identity(config: GateConfig, questions: Sequence[Question], side: RolloutSi
     """What two starts must have in common to be one gate."""
     lift = dataclasses.asdict(config.lift)
     del lift["num_resamples"]
+    if not lift["only_mixed"]:  # as a gate was that did not know the choice
+        del lift["only_mixed"]
     own = config.model, config.retriever, config.protocol, config.rollout
     return {
         "gate": lift | {"variants": list(config.lift.variants)},

@@ -18,17 +18,13 @@ import numpy as np
 
 from megatron_sd.algorithm.blocks import BLOCKS
 from megatron_sd.algorithm.hindsight import RENDERERS, BlockBuilder, BlockContext, is_correct
+from megatron_sd.errors import ConfigError
 from megatron_sd.records import Question, RolloutGroup
 
 MIN_MIXED = 20  # questions with both outcomes below which the bootstrap's interval means nothing
 
-VARIANTS: Mapping[str, BlockBuilder] = {
-    "linked": BLOCKS["paper"],
-    "shuffled": BLOCKS["shuffled"],
-    "wrong_question": BLOCKS["wrong_question"],
-    "only_correct": BLOCKS["only_correct"],
-    "inverted": BLOCKS["inverted"],
-}
+VARIANTS: Mapping[str, BlockBuilder] = {"linked": BLOCKS["paper"], **BLOCKS}
+NEEDED_VARIANTS = ("linked", "shuffled", "wrong_question")
 
 
 class Sampler(Protocol):
@@ -42,13 +38,26 @@ class Sampler(Protocol):
 @dataclass(frozen=True, kw_only=True)
 class LiftConfig:
     """correct_above: rho of the labels. block_format: a key of RENDERERS, the one the model was or will be trained with.
-    num_resamples: of the bootstrap over questions. variants: keys of VARIANTS."""
+    num_resamples: of the bootstrap over questions. variants: keys of VARIANTS. only_mixed: blocks are shown for questions with
+    both outcomes alone, for a model whose rollouts take long.
+
+    Raises ConfigError for a variant that does not exist or is missing.
+    """
 
     correct_above: float = 0.0
     block_format: Literal["outcome_first", "outcome_last"] = "outcome_first"
     num_resamples: int = 2000
     seed: int = 0
-    variants: tuple[str, ...] = tuple(VARIANTS)
+    variants: tuple[str, ...] = (*NEEDED_VARIANTS, "only_correct", "inverted")
+    only_mixed: bool = False
+
+    def __post_init__(self) -> None:
+        unknown, missing = set(self.variants) - set(VARIANTS), set(NEEDED_VARIANTS) - set(self.variants)
+        if unknown or missing:
+            raise ConfigError(
+                f"lift.variants is {list(self.variants)}, expected {', '.join(NEEDED_VARIANTS)} and any of "
+                f"{', '.join(name for name in VARIANTS if name not in NEEDED_VARIANTS)}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +122,7 @@ class LiftReport:
 def measure_lift(sample: Sampler, questions: Sequence[Question], config: LiftConfig) -> LiftReport:
     """Draw a sample to build blocks of, an independent one to compare with, and one for each variant.
 
-    `config.variants` must hold linked, shuffled and wrong_question. A question with an empty block takes no part in a variant.
+    A question with an empty block takes no part in a variant.
     """
     source = list(sample(questions, None, 0))
     second = list(sample(questions, None, 1))
@@ -122,7 +131,7 @@ def measure_lift(sample: Sampler, questions: Sequence[Question], config: LiftCon
     lifts: dict[str, np.ndarray] = {}
     for draw, name in enumerate(config.variants, start=2):
         blocks = [_block(VARIANTS[name], source, i, config) for i in range(len(source))]
-        shown = [i for i, block in enumerate(blocks) if block]
+        shown = [i for i, block in enumerate(blocks) if block and (kinds[i] == "mixed" or not config.only_mixed)]
         groups = sample([questions[i] for i in shown], [blocks[i] for i in shown], draw)
         lifts[name] = np.full(len(questions), np.nan)
         lifts[name][shown] = _success_by_question(groups) - without[shown]

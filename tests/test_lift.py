@@ -6,9 +6,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from eval.lift import VARIANTS, LiftConfig, bootstrap_mean, measure_lift
+from eval.lift import NEEDED_VARIANTS, LiftConfig, bootstrap_mean, measure_lift
 from megatron_sd.algorithm.blocks import inverted_block
 from megatron_sd.algorithm.hindsight import BlockContext, render_outcome_first
+from megatron_sd.errors import ConfigError
 from megatron_sd.records import Question, RolloutGroup
 from tests.builders import group, rollout
 
@@ -81,7 +82,7 @@ def test_a_switch_is_found_out_though_its_block_lifts():
 
 def test_a_blind_sampler_lifts_nothing_and_does_not_pass():
     report = measure_lift(KnownSampler(), QUESTIONS, CONFIG)
-    for name in VARIANTS:
+    for name in CONFIG.variants:
         assert abs(report.overall[name].mean) < 0.06
     assert report.failures == [f"linked minus shuffled on mixed groups is {report.linked_minus_shuffled}: labels are not read"]
 
@@ -128,3 +129,26 @@ def test_the_report_says_which_share_was_of_valid_form():
     assert report.form == pytest.approx(1 - 0.5 * 2 / GROUP_SIZE)
     assert report.to_json()["form"] == 0.8
     assert "of valid form 0.800" in report.lines()[0]
+
+
+def test_blocks_for_mixed_groups_alone_give_the_same_lifts_there():
+    asked = []
+
+    class Counting(Reader):
+        def __call__(self, questions, hindsight, draw):
+            asked.append(len(questions))
+            return super().__call__(questions, hindsight, draw)
+
+    everything, alone = (measure_lift(Counting(), QUESTIONS, replace(CONFIG, only_mixed=only)) for only in (False, True))
+    assert alone.mixed == everything.mixed == alone.overall
+    num_mixed = alone.linked_minus_shuffled.num_questions
+    assert asked[7:9] == [300, 300] and max(asked[9:]) == num_mixed < 300
+    assert alone.failures == []
+
+
+def test_any_block_can_be_a_variant_and_what_is_none_is_refused():
+    report = measure_lift(Reader(), QUESTIONS[:40], replace(CONFIG, variants=(*NEEDED_VARIANTS, "no_labels")))
+    assert report.overall["no_labels"].mean == pytest.approx(0, abs=0.15) and "inverted" not in report.overall
+    for variants in ((*NEEDED_VARIANTS, "no_label"), ("linked", "shuffled")):
+        with pytest.raises(ConfigError, match="expected linked, shuffled, wrong_question and any of .*no_labels"):
+            LiftConfig(variants=variants)

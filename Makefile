@@ -7,7 +7,7 @@
 # make lint    style only
 # make gpu-check  on a machine with a CUDA GPU and nvcc: build, GPU tests, sanitizers, benchmarks; no set-up, PYTHON needs torch only
 # make gpu-check-train  on a machine with a CUDA GPU and DeepSpeed: what updates of 0.5B, 3B and 7B cost; PYTHON needs the project's packages
-# make gpu-check-all  the first hour on a GPU node, in order, with what is expected and what to send: launch/first_hour.py
+# make gpu-check-all  the first hour on a GPU node, in order, with what is expected and what to send: launch/doctor/first_hour.py
 # make wheel   dist/megatron_sd-*.whl
 # Every target sets up .venv by itself; it is renewed when setup.py changes. Another interpreter: make PYTHON=python3.12 demo
 
@@ -19,6 +19,10 @@ JOBS   ?= 2
 BENCH  := .venv/ready-bench
 # Benchmark figures of this machine, to compare with later.
 JSON   ?= runs/bench.json
+# Those that need neither a GPU nor a pretrained model.
+BENCHMARKS := kernels.jsd kernels.linear_jsd kernels.few_rows kernels.teacher_logits training.grpo_step training.memory \
+  training.overhead training.publish rollout.turns rollout.vllm_turns retrieval.bm25 retrieval.bm25_size retrieval.service \
+  retrieval.import_memory
 # Without a CUDA GPU torch goes first and alone, so that a CPU build that pip can see is taken.
 TORCH  := torch==2.13.0
 PIP     = $(BIN)/python -m pip --quiet --disable-pip-version-check install
@@ -46,16 +50,16 @@ lint: $(READY)
 	@$(BIN)/ruff check .
 
 bench: $(BENCH)
-	@set -e; for program in kernels/bench/bench_*.py; do echo "== $$program"; $(BIN)/python $$program --json $(JSON); done
+	@set -e; for name in $(BENCHMARKS); do echo "== $$name"; $(BIN)/python -m benchmarks.$$name --json $(JSON); done
 
 gpu-check:
-	@$(PYTHON) kernels/bench/gpu_check.py
+	@$(PYTHON) -m benchmarks.kernels.gpu_check
 
 gpu-check-train:
-	@$(PYTHON) kernels/bench/gpu_train.py
+	@$(PYTHON) -m benchmarks.training.gpu_train
 
 gpu-check-all:
-	@$(PYTHON) -m launch.first_hour
+	@$(PYTHON) -m launch.doctor.first_hour
 
 test-vllm: $(VLLM)
 	@echo "== tests with vLLM"

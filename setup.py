@@ -178,7 +178,7 @@ setup(
     package_data={
         "launch": ["configs/*.yaml", "configs/recipes/*.yaml", "*.sh", "slurm/*"],
         "data_prep": ["coldstart_model/*"],
-        "eval": ["report_page/*.css", "results/*/*.yaml"],
+        "eval": ["report_page/*.css"],
     },
     ext_modules=[NATIVE, NATIVE_CUDA],
     cmdclass={"build_ext": BuildNative, "bdist_wheel": NativeWheel},

@@ -17,8 +17,7 @@ from eval.identity import read_identity
 from eval.samples import SAMPLES_NAME, QuestionResult, read_results
 from eval.statistics import Difference, holm, mcnemar, paired_bootstrap, smallest_detectable_difference
 from eval.summary import set_name
-from megatron_sd.command_line import name_positionals
-from megatron_sd.config import parse
+from megatron_sd.config.command_line import name_positionals, parse
 from megatron_sd.errors import DataError
 
 ALL = "all questions"

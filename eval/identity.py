@@ -14,7 +14,7 @@ import xxhash
 from megatron_sd.config import ModelConfig, ProtocolConfig, RetrieverConfig, RolloutConfig
 from megatron_sd.errors import ConfigError, DataError
 from megatron_sd.records import Question
-from megatron_sd.retrieval.manifest import file_entry
+from megatron_sd.retrieval.corpus.manifest import file_entry
 
 _LIMITS = ("max_search_turns", "max_turn_tokens", "max_observation_tokens", "max_rollout_tokens", "max_query_bytes")
 IDENTITY_NAME = "evaluation.json"

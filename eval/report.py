@@ -18,8 +18,7 @@ from eval.report_page.curves import render_curves
 from eval.report_page.groups import OUTCOMES, Record, has_log_ratios, outcome, render_group
 from eval.report_page.text import element, plain
 from eval.samples import read_lines
-from megatron_sd.command_line import name_positionals
-from megatron_sd.config import parse
+from megatron_sd.config.command_line import name_positionals, parse
 from megatron_sd.errors import DataError
 from megatron_sd.observability.metrics_log import METRICS_NAME, read_metrics
 from megatron_sd.observability.recorder import CHANGES_NAME, TRANSCRIPTS_NAME

@@ -24,12 +24,13 @@ from eval.strategies.runner import Strategy
 from eval.strategies.table import build_strategy, form_of
 from eval.summary import dumps, summarize, to_markdown
 from megatron_sd.build import RolloutSide, build_rollout_side
-from megatron_sd.config import ModelConfig, ProtocolConfig, RetrieverConfig, RewardConfig, RolloutConfig, parse
-from megatron_sd.config_checks import check_ranges
+from megatron_sd.config import ModelConfig, ProtocolConfig, RetrieverConfig, RewardConfig, RolloutConfig
+from megatron_sd.config.checks import check_ranges
+from megatron_sd.config.command_line import parse
+from megatron_sd.durable.run_lock import hold
 from megatron_sd.errors import RolloutError
 from megatron_sd.observability.transcripts import group_record, render_group
 from megatron_sd.records import Question, RolloutGroup
-from megatron_sd.run_lock import hold
 from megatron_sd.search.questions import load_questions
 from megatron_sd.search.reward import score
 

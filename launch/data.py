@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
-from megatron_sd.config import parse
+from megatron_sd.config.command_line import parse
 
 logging.basicConfig(level=logging.INFO, format="%(message)s")
 logging.getLogger("faiss.loader").setLevel(logging.WARNING)  # it tells which build it takes
@@ -13,7 +13,7 @@ logging.getLogger("faiss.loader").setLevel(logging.WARNING)  # it tells which bu
 
 def import_(argv: Sequence[str]) -> None:
     """`sd-search data import`."""
-    from data_prep.questions import ImportConfig, import_file
+    from data_prep.sources.questions import ImportConfig, import_file
 
     config = parse(ImportConfig, argv, "sd-search data import")
     report = import_file(config)
@@ -25,7 +25,7 @@ def import_(argv: Sequence[str]) -> None:
 
 def chunk(argv: Sequence[str]) -> None:
     """`sd-search data chunk`."""
-    from data_prep.chunk import ChunkConfig, chunk_passages
+    from data_prep.passages.chunk import ChunkConfig, chunk_passages
 
     config = parse(ChunkConfig, argv, "sd-search data chunk")
     print(f"passages version {chunk_passages(config)} -> {config.output}")
@@ -33,7 +33,7 @@ def chunk(argv: Sequence[str]) -> None:
 
 def encode(argv: Sequence[str]) -> None:
     """`sd-search data encode`."""
-    from data_prep.encode import EncodeConfig, encode_passages
+    from data_prep.vectors.encode import EncodeConfig, encode_passages
 
     config = parse(EncodeConfig, argv, "sd-search data encode")
     print(f"vectors version {encode_passages(config)} -> {config.output}")
@@ -41,8 +41,8 @@ def encode(argv: Sequence[str]) -> None:
 
 def import_index(argv: Sequence[str]) -> None:
     """`sd-search data import-index`."""
-    from data_prep.import_index import ImportIndexConfig
-    from data_prep.import_index import import_index as take_over
+    from data_prep.vectors.import_index import ImportIndexConfig
+    from data_prep.vectors.import_index import import_index as take_over
 
     config = parse(ImportIndexConfig, argv, "sd-search data import-index")
     print(f"vectors version {take_over(config)} -> {config.output}")
@@ -50,7 +50,7 @@ def import_index(argv: Sequence[str]) -> None:
 
 def index(argv: Sequence[str]) -> None:
     """`sd-search data index`."""
-    from data_prep.index import IndexConfig, build_index
+    from data_prep.passages.index import IndexConfig, build_index
 
     config = parse(IndexConfig, argv, "sd-search data index")
     print(f"corpus version {build_index(config)} -> {config.output}")
@@ -58,14 +58,14 @@ def index(argv: Sequence[str]) -> None:
 
 def verify(argv: Sequence[str]) -> None:
     """`sd-search data verify`."""
-    from data_prep.manifest import InfoConfig, verify_directory
+    from data_prep.passages.inspect import InfoConfig, verify_directory
 
     verify_directory(parse(InfoConfig, argv, "sd-search data verify"), print)
 
 
 def info(argv: Sequence[str]) -> None:
     """`sd-search data info`."""
-    from data_prep.manifest import InfoConfig, corpus_info
+    from data_prep.passages.inspect import InfoConfig, corpus_info
 
     print(corpus_info(parse(InfoConfig, argv, "sd-search data info")))
 
@@ -79,7 +79,7 @@ def recall(argv: Sequence[str]) -> None:
 
 def plan(argv: Sequence[str]) -> None:
     """`sd-search data plan`."""
-    from data_prep.plan import PlanConfig, estimates, render_plan
+    from data_prep.passages.index_sizes import PlanConfig, estimates, render_plan
 
     config = parse(PlanConfig, argv, "sd-search data plan")
     print(render_plan(config, estimates(config)))
@@ -87,7 +87,7 @@ def plan(argv: Sequence[str]) -> None:
 
 def upload(argv: Sequence[str]) -> None:
     """`sd-search data upload`."""
-    from data_prep.upload import UploadConfig
-    from data_prep.upload import upload as fill
+    from data_prep.upload.command import upload as fill
+    from data_prep.upload.source import UploadConfig
 
     print(fill(parse(UploadConfig, argv, "sd-search data upload")))

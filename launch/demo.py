@@ -17,14 +17,16 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Literal
 
-from data_prep.world import WorldConfig
+from data_prep.world.world import WorldConfig
 from eval.run import EvalConfig, evaluate
 from launch.local import start_ranks
 from launch.programs import make_world
-from megatron_sd.config import Config, load, parse
+from megatron_sd.config import Config
+from megatron_sd.config.command_line import parse
+from megatron_sd.config.load import load
+from megatron_sd.durable.directories import committed
 from megatron_sd.errors import ConfigError
 from megatron_sd.observability.metrics_log import METRICS_NAME, read_metrics
-from megatron_sd.training.commit import committed
 
 ARMS = {"GRPO": ("--distill.block=none",), "SD-Search": ()}
 WRITTEN = {"world", "coldstart", "eval", "report.json", *(name.lower() for name in ARMS)}  # below `output`
@@ -104,7 +106,7 @@ def start_policy(config: DemoConfig, output: Path) -> Path:
     """The committed start policy, or a new one."""
     if not config.fresh:
         return Path(str(files("data_prep") / "coldstart_model"))
-    from data_prep.coldstart import ColdstartConfig, run_coldstart
+    from data_prep.world.coldstart import ColdstartConfig, run_coldstart
 
     return run_coldstart(ColdstartConfig(output=str(output / "coldstart")))
 

@@ -18,14 +18,15 @@ from types import FrameType
 
 import psutil
 
-from megatron_sd.config import Config, VllmConfig, load
+from megatron_sd.config import Config, VllmConfig
+from megatron_sd.config.load import load
 from megatron_sd.distributed.control import STARTER, STOPPED_EXIT_CODE
+from megatron_sd.durable.run_lock import refuse_held
 from megatron_sd.errors import ConfigError, MegatronSdError
 from megatron_sd.machine import has_gpu, process_start
-from megatron_sd.run_lock import refuse_held
 
 TRAIN = "megatron_sd.train"
-PROGRAMS = frozenset({TRAIN, "megatron_sd.sft", "eval.sample", "eval.gate", "eval.credit.main"})  # what a rank may be
+PROGRAMS = frozenset({TRAIN, "megatron_sd.sft", "eval.sample", "eval.gate.command", "eval.credit.main"})  # what a rank may be
 _KILLED_CODES = frozenset({-9, 137, 247})  # by SIGKILL: as python, a shell and DeepSpeed's launcher say it
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _PARENT_DIED = 1  # PR_SET_PDEATHSIG of prctl(2)
@@ -42,7 +43,7 @@ def main(argv: Sequence[str]) -> None:
 
 def gate(argv: Sequence[str]) -> None:
     """`sd-search gate`: in this process, or with --num-ranks on several ranks that share the questions."""
-    _on_ranks("eval.gate", argv)
+    _on_ranks("eval.gate.command", argv)
 
 
 def sample(argv: Sequence[str]) -> None:
@@ -52,8 +53,8 @@ def sample(argv: Sequence[str]) -> None:
 
 def sft(argv: Sequence[str]) -> None:
     """`sd-search sft`: check the configuration here, then start the ranks; names the model directory that they leave."""
+    from megatron_sd.durable.directories import committed
     from megatron_sd.sft import load as load_sft
-    from megatron_sd.training.commit import committed
 
     num_ranks, rest = split_num_ranks(argv)
     _, config = load_sft(rest)
@@ -96,7 +97,7 @@ def check_memory(config: Config, num_ranks: int) -> tuple[str, ...]:
     device_bytes = free_bytes()
     if config.safety.check_memory == "off" or device_bytes is None:
         return ()
-    from launch.memory_check import remarks_on_memory  # imports torch, which other commands do without
+    from launch.planner.memory_check import remarks_on_memory  # imports torch, which other commands do without
 
     remarks = remarks_on_memory(config, num_ranks=num_ranks, device_bytes=device_bytes, on_cpu=not has_gpu())
     if remarks and config.safety.check_memory == "refuse":

@@ -12,7 +12,7 @@ def split_options(
     """The words of `record`'s options, and the others. renamed: further options of the record's, and what they become. A `-` in
     the name of one of its options becomes `_`.
 
-    >>> from launch.layout import LayoutConfig
+    >>> from launch.cluster.layout import LayoutConfig
     >>> split_options(["--layout=a.yaml", "--dry-run", "--nodes", "2", "--num_steps", "9"], LayoutConfig, {"layout": "config"})
     (['--config=a.yaml', '--dry_run', '--nodes', '2'], ['--num_steps', '9'])
     """

@@ -6,9 +6,9 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from data_prep.index import IndexConfig, build_index
-from data_prep.world import WorldConfig, build_world
-from megatron_sd.config import parse
+from data_prep.passages.index import IndexConfig, build_index
+from data_prep.world.world import WorldConfig, build_world
+from megatron_sd.config.command_line import parse
 from megatron_sd.errors import DataError
 
 logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -35,6 +35,6 @@ def make_world(config: WorldConfig) -> str:
 
 def coldstart(argv: Sequence[str]) -> None:
     """`sd-search coldstart`: train the start policy; `sd-search gate` then says whether it reads hindsight blocks."""
-    from data_prep.coldstart import ColdstartConfig, run_coldstart
+    from data_prep.world.coldstart import ColdstartConfig, run_coldstart
 
     print(f"start policy {run_coldstart(parse(ColdstartConfig, argv, 'sd-search coldstart'))}")

@@ -29,18 +29,18 @@ from typing import Any
 
 import yaml
 
-from data_prep import select
-from eval.gate import REPORT_NAME as GATE_REPORT
-from eval.gate import GateConfig
+from data_prep.episodes import select
+from eval.gate.command import REPORT_NAME as GATE_REPORT
+from eval.gate.command import GateConfig
 from eval.sample import SampleConfig
 from launch import local
-from megatron_sd.command_line import parse
 from megatron_sd.config import Config
-from megatron_sd.config_checks import check, check_ranges
+from megatron_sd.config.checks import check, check_ranges
+from megatron_sd.config.command_line import parse
+from megatron_sd.durable.directories import committed
+from megatron_sd.durable.run_lock import hold
 from megatron_sd.errors import ConfigError, DataError, MegatronSdError
-from megatron_sd.run_lock import hold
 from megatron_sd.sft import SftConfig
-from megatron_sd.training.commit import committed
 
 Tree = dict[str, Any]
 
@@ -79,7 +79,7 @@ def _gate(own: RecipeConfig, path: Path) -> None:
     report = Path(yaml.safe_load(path.read_text(encoding="utf-8"))["output"]) / GATE_REPORT
     report.unlink(missing_ok=True)
     try:
-        local.start_ranks(own.num_ranks, [f"--config={path}"], program="eval.gate")
+        local.start_ranks(own.num_ranks, [f"--config={path}"], program="eval.gate.command")
     except MegatronSdError:
         is_closed = report.exists() and json.loads(report.read_text(encoding="utf-8"))["gate"] == "closed"
         if not (is_closed and own.gate_may_be_closed):

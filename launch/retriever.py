@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron_sd.config import SearchConfig, parse
-from megatron_sd.config_checks import check_ranges
-from megatron_sd.retrieval.client import read_token
-from megatron_sd.retrieval.corpus import CorpusRetriever
-from megatron_sd.retrieval.server import serve
-from megatron_sd.retrieval.service import RetrievalService, ServiceSettings
+from megatron_sd.config import SearchConfig
+from megatron_sd.config.checks import check_ranges
+from megatron_sd.config.command_line import parse
+from megatron_sd.retrieval.corpus.directory import CorpusRetriever
+from megatron_sd.retrieval.remote.client import read_token
+from megatron_sd.retrieval.service.server import serve
+from megatron_sd.retrieval.service.state import RetrievalService, ServiceSettings
 
 
 @dataclass(frozen=True, kw_only=True)

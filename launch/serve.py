@@ -9,11 +9,11 @@ from collections.abc import Sequence
 
 import torch
 
-from megatron_sd.config import load
+from megatron_sd.config.load import load
 from megatron_sd.errors import ConfigError
-from megatron_sd.rollout.vllm_command import ModelShape, check_server, server_arguments, server_environment
-from megatron_sd.rollout.vllm_placement import share_of_card
-from megatron_sd.rollout.vllm_process import require_vllm
+from megatron_sd.rollout.vllm.connect import share_of_card
+from megatron_sd.rollout.vllm.options import ModelShape, check_server, server_arguments, server_environment
+from megatron_sd.rollout.vllm.server_process import require_vllm
 
 
 def main(argv: Sequence[str]) -> None:
@@ -38,4 +38,4 @@ def server_command(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     share = share_of_card(config.model, config.rollout) if has_gpu else None
     arguments = server_arguments(config.model, config.rollout, host=own.host, port=int(own.port), on_cpu=own.cpu, share=share)
     environment = server_environment(os.environ, config.rollout, replica=0, on_cpu=own.cpu)
-    return [sys.executable, "-m", "megatron_sd.rollout.vllm_server", *arguments], environment
+    return [sys.executable, "-m", "megatron_sd.rollout.vllm.server_main", *arguments], environment

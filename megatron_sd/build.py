@@ -19,8 +19,9 @@ from megatron_sd.algorithm.blocks import BLOCKS, BY_TURN
 from megatron_sd.algorithm.hindsight import RENDERERS, Blocks, HindsightBlocks
 from megatron_sd.algorithm.packing import pack
 from megatron_sd.algorithm.samples import GATES, SCOPES, TeacherPrompts, apply_gate, to_samples
-from megatron_sd.config import Config, ModelConfig, ProtocolConfig, RetrieverConfig, RolloutConfig, dump
-from megatron_sd.config_checks import engine_reads_policy
+from megatron_sd.config import Config, ModelConfig, ProtocolConfig, RetrieverConfig, RolloutConfig
+from megatron_sd.config.checks import engine_reads_policy
+from megatron_sd.config.load import dump
 from megatron_sd.distributed.collectives import share, shared_out
 from megatron_sd.distributed.watchdog import Watchdog
 from megatron_sd.distributed.world import World, lone_world
@@ -33,23 +34,21 @@ from megatron_sd.records import Batch, RolloutGroup, TrainingSample
 from megatron_sd.retrieval.choice import open_retriever
 from megatron_sd.retrieval.retriever import Retriever
 from megatron_sd.rollout.bank import RolloutBank
+from megatron_sd.rollout.embedded.engine import TorchEngine
+from megatron_sd.rollout.embedded.weights import load_model
 from megatron_sd.rollout.rollouter import Rollouter
 from megatron_sd.rollout.sampling_order import InStep, OneAhead, SamplingOrder
-from megatron_sd.rollout.torch_engine import TorchEngine
-from megatron_sd.rollout.vllm_colocated import ColocatedEngine
-from megatron_sd.rollout.vllm_engine import VllmEngine
-from megatron_sd.rollout.vllm_placement import connect_vllm
-from megatron_sd.rollout.weights import load_model
+from megatron_sd.rollout.vllm.colocated_engine import ColocatedEngine
+from megatron_sd.rollout.vllm.connect import connect_vllm
+from megatron_sd.rollout.vllm.servers_engine import VllmEngine
 from megatron_sd.search.environment import Environment
 from megatron_sd.search.protocol import build_protocol
 from megatron_sd.search.questions import QuestionStream, load_questions
 from megatron_sd.search.reward import score
 from megatron_sd.search.tokens import TextCodec, load_codec
 from megatron_sd.trainer import Schedule, Trainer
-from megatron_sd.training.attempts import ATTEMPTS_NAME, Attempts
-from megatron_sd.training.checkpoint import Checkpoints
-from megatron_sd.training.gradient_ratio import AlphaController
-from megatron_sd.training.identity import contents_of, run_identity
+from megatron_sd.training.parallel.sequence import sequence_group
+from megatron_sd.training.parallel.tensor import tensor_group
 from megatron_sd.training.policy import Policy, load_policy
 from megatron_sd.training.publisher import (
     GatherPublisher,
@@ -58,9 +57,11 @@ from megatron_sd.training.publisher import (
     ShardPublisher,
     sharded_or_gathering,
 )
-from megatron_sd.training.sequence_parallel import sequence_group
-from megatron_sd.training.stability import Stability
-from megatron_sd.training.tensor_parallel import tensor_group
+from megatron_sd.training.safety.stability import Stability
+from megatron_sd.training.safety.starts import ATTEMPTS_NAME, Attempts
+from megatron_sd.training.state.checkpoint import Checkpoints
+from megatron_sd.training.state.identity import contents_of, run_identity
+from megatron_sd.training.teacher_side.gradient_ratio import AlphaController
 
 disable_progress_bar()  # of weight loading: one bar for every model and rank says nothing
 

@@ -25,14 +25,14 @@ from megatron_sd.rollout.stored import EPISODES_NAME, StoredGroups, check_tokeni
 from megatron_sd.search.questions import QuestionStream
 from megatron_sd.search.tokens import load_codec
 from megatron_sd.trainer import Trainer
-from megatron_sd.training.attempts import ATTEMPTS_NAME, Attempts
-from megatron_sd.training.checkpoint import Checkpoints
-from megatron_sd.training.gradient_ratio import AlphaController
+from megatron_sd.training.parallel.sequence import sequence_group
+from megatron_sd.training.parallel.tensor import tensor_group
 from megatron_sd.training.policy import Policy, load_policy
 from megatron_sd.training.publisher import NoPublisher
-from megatron_sd.training.sequence_parallel import sequence_group
-from megatron_sd.training.stability import Stability
-from megatron_sd.training.tensor_parallel import tensor_group
+from megatron_sd.training.safety.stability import Stability
+from megatron_sd.training.safety.starts import ATTEMPTS_NAME, Attempts
+from megatron_sd.training.state.checkpoint import Checkpoints
+from megatron_sd.training.teacher_side.gradient_ratio import AlphaController
 
 Groups = Sequence[RolloutGroup]
 

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from megatron_sd.command_line import parse
 from megatron_sd.config import (
     CheckpointConfig,
     Config,
@@ -29,7 +28,8 @@ from megatron_sd.config import (
     SafetyConfig,
     UpdateConfig,
 )
-from megatron_sd.config_checks import check, check_ranges
+from megatron_sd.config.checks import check, check_ranges
+from megatron_sd.config.command_line import parse
 from megatron_sd.rollout.stored import EPISODES_NAME, TRAIN_NAME, VALIDATION_NAME, StoredGroups, read_record
 from megatron_sd.train import run_door, train_run
 

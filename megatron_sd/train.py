@@ -32,7 +32,7 @@ def run_door(train: Callable[[StopRequest], int]) -> int:
 
 
 def _train(argv: Sequence[str], stop: StopRequest) -> int:
-    from megatron_sd.config import load
+    from megatron_sd.config.load import load
 
     def build(config: Config, world: World) -> Trainer:
         from megatron_sd.build import build_trainer  # imports DeepSpeed, which must see join_world's device

@@ -21,12 +21,12 @@ from megatron_sd.records import Batch, RolloutGroup, TrainingSample, UpdateResul
 from megatron_sd.rollout.engine import WeightReceiver
 from megatron_sd.rollout.rollouter import Rollouter
 from megatron_sd.rollout.sampling_order import SamplingOrder
-from megatron_sd.training.attempts import Attempts
-from megatron_sd.training.checkpoint import Checkpoints
-from megatron_sd.training.gradient_ratio import AlphaController
 from megatron_sd.training.policy import Policy
 from megatron_sd.training.publisher import Publisher
-from megatron_sd.training.stability import Stability
+from megatron_sd.training.safety.stability import Stability
+from megatron_sd.training.safety.starts import Attempts
+from megatron_sd.training.state.checkpoint import Checkpoints
+from megatron_sd.training.teacher_side.gradient_ratio import AlphaController
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from eval.credit.queries import QueryCredit
-from eval.lift import Estimate, bootstrap_mean
+from eval.gate.lift import Estimate, bootstrap_mean
 
 Score = Callable[[QueryCredit], float]
 

@@ -21,12 +21,13 @@ from eval.credit.queries import QueryCredit
 from eval.credit.scorer import ScoreOptions, score_group
 from eval.credit.store import Scored
 from eval.credit.transcripts import read_groups
+from eval.gate.lift import rounded
 from eval.identity import claim, model_version
-from eval.lift import rounded
 from megatron_sd.algorithm.blocks import BLOCKS, BY_TURN
 from megatron_sd.algorithm.hindsight import RENDERERS, BlockContext
-from megatron_sd.config import ModelConfig, ProtocolConfig, RewardConfig, RolloutConfig, parse
-from megatron_sd.config_checks import check_ranges
+from megatron_sd.config import ModelConfig, ProtocolConfig, RewardConfig, RolloutConfig
+from megatron_sd.config.checks import check_ranges
+from megatron_sd.config.command_line import parse
 from megatron_sd.distributed.collectives import hold_together, share, together
 from megatron_sd.distributed.world import World, end_process, lone_world, world_of_program
 from megatron_sd.door import exit_code_of
@@ -36,8 +37,8 @@ from megatron_sd.observability.recorder import TRANSCRIPTS_NAME
 from megatron_sd.observability.transcripts import group_record
 from megatron_sd.pretrained.loading import check_head, load_config
 from megatron_sd.records import RolloutGroup
-from megatron_sd.retrieval.manifest import file_entry
-from megatron_sd.rollout.weights import load_model
+from megatron_sd.retrieval.corpus.manifest import file_entry
+from megatron_sd.rollout.embedded.weights import load_model
 from megatron_sd.search.environment import Environment
 from megatron_sd.search.protocol import build_protocol
 from megatron_sd.search.reward import score

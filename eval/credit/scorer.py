@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from eval.credit.queries import QueryCredit, query_facts
-from eval.lift import group_kind
+from eval.gate.lift import group_kind
 from megatron_sd.algorithm.hindsight import is_correct
 from megatron_sd.algorithm.samples import query_tokens, scoped_positions, to_samples
 from megatron_sd.ops.jsd import jsd_rows

@@ -23,7 +23,7 @@ from eval.grid.pool import DONE, Order, run_all
 from eval.grid.records import RunRecord, read_fitting
 from eval.grid.table import summarize, to_json, to_markdown
 from eval.grid.worker import as_order
-from megatron_sd.config import parse
+from megatron_sd.config.command_line import parse
 from megatron_sd.errors import MegatronSdError
 
 MAX_FAILURES_SHOWN = 3

@@ -12,7 +12,8 @@ from typing import Any
 
 import yaml
 
-from megatron_sd.config import Config, load
+from megatron_sd.config import Config
+from megatron_sd.config.load import load
 from megatron_sd.errors import ConfigError, DataError
 
 _PLACES = ("run_dir", "seed", "log.", "model.path", "data.train", "data.eval", "retriever.corpus")

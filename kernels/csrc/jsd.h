@@ -85,7 +85,7 @@ JSD_HD float polynomial_log2_one_plus(float a, float one_plus_a) {
 }
 
 // A GPU has both functions in hardware, to about 2^-22: relative for powers, absolute for logarithms between 1/2 and 1. The
-// replay (tests/replay) brings its own model of that hardware, at its worst.
+// replay (tests/ops/replay) brings its own model of that hardware, at its worst.
 #if defined(__CUDA_ARCH__)
 __device__ __forceinline__ float hardware_exp2(float x) {
   float value;

@@ -4,7 +4,7 @@
 // nothing. Sums are pairwise within a block and double precision across blocks, always in the same order, and rows are shared
 // out among threads: a row's result depends neither on their number nor on its neighbours. (Instruction sets differ in the last
 // bits, where one fuses a * b + c.)
-// The interface is plain C with raw pointers (megatron_sd/ops/native.py holds its other half): nothing of torch or Python.
+// The interface is plain C with raw pointers (megatron_sd/ops/native/cpu_library.py holds its other half): nothing of torch or Python.
 #include <cmath>
 #include <cstddef>
 #include <cstdint>

@@ -1,6 +1,6 @@
 // The kernels' bodies: how blocks of threads share a row, and what they exchange.
 //
-// Written against a Machine, which a GPU (jsd_cuda.cu) and a host (tests/replay, threads as fibers) provide: thread numbers,
+// Written against a Machine, which a GPU (jsd_cuda.cu) and a host (tests/ops/replay, threads as fibers) provide: thread numbers,
 // shuffles within a warp, barriers of a block and of a cluster, memory of a cluster's other blocks, and copies that arrive later.
 //
 // A row is cut into parts, one a block, and a part into vectors that the block's threads take in turn: which thread adds what, and

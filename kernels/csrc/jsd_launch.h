@@ -1,5 +1,5 @@
 // How the kernels are launched: which element types there are, how rows are cut, what may be moved in 16 bytes. For GPUs
-// (jsd_cuda.cu) and the replay on a host (tests/replay) alike.
+// (jsd_cuda.cu) and the replay on a host (tests/ops/replay) alike.
 #pragma once
 
 #include <cstddef>

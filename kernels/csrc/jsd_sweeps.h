@@ -1,6 +1,6 @@
 // What one GPU thread does with its vectors of a row: loads, the three sweeps, stores.
 //
-// Nothing here knows of other threads, so the same lines run on a host (tests/replay). A vector is 16 bytes of the wider of the
+// Nothing here knows of other threads, so the same lines run on a host (tests/ops/replay). A vector is 16 bytes of the wider of the
 // two element types. Where a block's part of a row ends within a vector, the missing entries count as masked.
 #pragma once
 

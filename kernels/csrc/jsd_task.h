@@ -1,4 +1,4 @@
-// The C interface of the native divergence: raw pointers, nothing of torch or Python. megatron_sd/ops/native_task.py is its other half.
+// The C interface of the native divergence: raw pointers, nothing of torch or Python. megatron_sd/ops/native/structs.py is its other half.
 #pragma once
 
 #include <cstdint>

@@ -6,7 +6,7 @@ trap hear USR1 TERM
 
 # One directory an attempt, and the nodes' roles. Ends the job when its attempts make no progress.
 begin_attempt() {
-    ATTEMPT_DIR=$("$PYTHON" -m launch.attempt begin --launch_dir="$LAUNCH_DIR") || exit
+    ATTEMPT_DIR=$("$PYTHON" -m launch.cluster.attempt begin --launch_dir="$LAUNCH_DIR") || exit
     # shellcheck source=/dev/null
     source "$ATTEMPT_DIR/job.env"
     echo "attempt $ATTEMPT_DIR: $MEGATRON_SD_WORLD_SIZE ranks on $TRAINER_HOSTS, meeting at $MASTER_ADDR:$MASTER_PORT"
@@ -73,7 +73,7 @@ tell_until_gone() {
 
 # Sets `decision` to done, requeue or stop.
 end_attempt() {
-    decision=$("$PYTHON" -m launch.attempt end --launch_dir="$LAUNCH_DIR" --exit_code="$code") || decision=stop
+    decision=$("$PYTHON" -m launch.cluster.attempt end --launch_dir="$LAUNCH_DIR" --exit_code="$code") || decision=stop
 }
 
 # Ends a SLURM job: back into the queue, or for good.

@@ -9,5 +9,5 @@ number=$(awk -v host="${SLURMD_NODENAME:-${1:-localhost}}" '$1 == host { print N
 # Room for the checkpoints still to come: those that are kept and the one being written, less those that are there.
 to_come=$((@num_checkpoints@ - $(find @checkpoints@ -maxdepth 1 -name 'step_*' 2> /dev/null | wc -l)))
 room=$((@checkpoint_gib@ * (to_come > 1 ? to_come : 1)))
-exec @python@ -m launch.doctor --run_dir="$ATTEMPT_DIR" --hosts="[${hosts%,}]" --number="$number" --endpoints=@endpoints@ \
+exec @python@ -m launch.doctor.checks --run_dir="$ATTEMPT_DIR" --hosts="[${hosts%,}]" --number="$number" --endpoints=@endpoints@ \
     --address="$FIRST_ADDR:$((MASTER_PORT + 100))" --gpus_per_node=@gpus_wanted@ --min_free_gib=$((room > 10 ? room : 10))

@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_sd.distributed.world import World
+from megatron_sd.durable.run_lock import hold
 from megatron_sd.errors import MegatronSdError, StopRequested
-from megatron_sd.run_lock import hold
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from megatron_sd.ops import native
+from megatron_sd.ops.native import cpu_library
 
 MAX_ROWS = 48  # beyond, torch's product is as fast
 MIN_WEIGHTS = 1 << 19  # smaller matrices stay in the processor's caches, where torch's product is as fast
@@ -55,7 +55,7 @@ def native_linear(rows: Tensor, weight: Tensor, *, instruction_set: str | None =
         num_columns=len(weight),
         depth=weight.shape[1],
     )
-    native.run("linear", task, device=rows.device, instruction_set=instruction_set)
+    cpu_library.run("linear", task, device=rows.device, instruction_set=instruction_set)
     return out
 
 
@@ -72,7 +72,7 @@ def _forward(module: torch.nn.Linear, rows: Tensor) -> Tensor:
 
 def _gains(rows: Tensor, weight: Tensor) -> bool:
     return (
-        native.LIBRARY is not None
+        cpu_library.LIBRARY is not None
         and not torch.is_grad_enabled()
         and rows.device.type == weight.device.type == "cpu"
         and rows.dtype == weight.dtype == torch.float32

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from megatron_sd.errors import ConfigError
-from megatron_sd.ops import jsd_native, native, native_cuda, native_rows
 from megatron_sd.ops.jsd_in_place import in_place_rows
 from megatron_sd.ops.jsd_reference import RowDivergence, divergence_rows
+from megatron_sd.ops.native import calls, cpu_library, cuda_library, torch_ops
 
 _LOG = logging.getLogger(__name__)
 
@@ -86,7 +86,7 @@ def _native_rows(  # noqa: PLR0913, PLR0917 (as jsd_rows)
     tail_bucket: bool,
 ) -> RowDivergence:
     wants_gradient = student.requires_grad and torch.is_grad_enabled()
-    values, _ = jsd_native.jsd_rows(
+    values, _ = torch_ops.jsd_rows(
         student, teacher, student_rows, teacher_rows, weights.float(), divergence, beta, temperature, wants_gradient
     )
     return RowDivergence(values, torch.zeros_like(values))
@@ -126,7 +126,7 @@ def _chosen(impl: str, student: Tensor, teacher: Tensor, *, divergence: str, top
     """"cpp", "cuda" or "torch". Raises ValueError if impl is a native one and these tensors or options are not for it."""
     if impl == "torch":
         return impl
-    obstacle = f"top_k={top_k}" if top_k is not None else native_rows.obstacle(student, teacher, teacher_is_difference=False)
+    obstacle = f"top_k={top_k}" if top_k is not None else calls.obstacle(student, teacher, teacher_is_difference=False)
     if divergence not in NATIVE_DIVERGENCES:
         obstacle = f"divergence={divergence!r}"
     if impl != "auto" and student.device.type != NATIVE_DEVICES[impl]:
@@ -138,7 +138,7 @@ def _chosen(impl: str, student: Tensor, teacher: Tensor, *, divergence: str, top
         return impl
     chosen = "torch" if obstacle else "cuda" if student.is_cuda else "cpp"
     if not torch.compiler.is_compiling():
-        _say_once(chosen, obstacle or (native_cuda.architectures() if chosen == "cuda" else native.INSTRUCTION_SET))
+        _say_once(chosen, obstacle or (cuda_library.architectures() if chosen == "cuda" else cpu_library.INSTRUCTION_SET))
     return chosen
 
 
@@ -164,7 +164,7 @@ def check_options(*, divergence: str, beta: float, temperature: float, top_k: in
         raise ConfigError("distill.tail_bucket is true with distill.top_k null, expected a top_k: all tokens leave no tail")
     if impl not in IMPLEMENTATIONS:
         raise ConfigError(f"impl is {impl!r}, expected one of {IMPLEMENTATIONS}")
-    libraries = {"cpp": native, "cuda": native_cuda}
+    libraries = {"cpp": cpu_library, "cuda": cuda_library}
     if impl in libraries and libraries[impl].LIBRARY is None:
         raise ConfigError(f"impl={impl!r} is not part of this build, expected 'auto' or 'torch': {libraries[impl].MISSING}")
 
@@ -189,5 +189,5 @@ def _check_tensors(student: Tensor, teacher: Tensor, student_rows: Tensor, teach
     if len(devices) > 1:
         raise ValueError(f"the tensors lie on {sorted(devices)}, expected one device")
     if student.device.type == "cpu" and not torch.compiler.is_compiling():
-        jsd_native.check_rows("student_rows", student_rows, len(student))
-        jsd_native.check_rows("teacher_rows", teacher_rows, len(teacher))
+        torch_ops.check_rows("student_rows", student_rows, len(student))
+        torch_ops.check_rows("teacher_rows", teacher_rows, len(teacher))

@@ -6,7 +6,7 @@ import importlib.util
 
 from megatron_sd.config import RetrieverConfig
 from megatron_sd.errors import ConfigError
-from megatron_sd.retrieval.corpus import CorpusRetriever
+from megatron_sd.retrieval.corpus.directory import CorpusRetriever
 from megatron_sd.retrieval.retriever import Retriever
 
 
@@ -20,16 +20,16 @@ def open_retriever(config: RetrieverConfig) -> Retriever:
         return _local(config, config.corpus)
     if config.qdrant is not None:
         require_extra("qdrant_client", "qdrant")
-        from megatron_sd.retrieval.qdrant import QdrantRetriever, connect
+        from megatron_sd.retrieval.remote.qdrant import QdrantRetriever, connect
 
         return QdrantRetriever(config.qdrant, connect(config.qdrant))
     if config.opensearch is not None:
         require_extra("opensearchpy", "opensearch")
-        from megatron_sd.retrieval import opensearch
+        from megatron_sd.retrieval.remote import opensearch
 
         return opensearch.OpenSearchRetriever(config.opensearch, opensearch.connect(config.opensearch))
-    from megatron_sd.retrieval.client import HttpRetriever
-    from megatron_sd.retrieval.shards import ShardedRetriever
+    from megatron_sd.retrieval.remote.client import HttpRetriever
+    from megatron_sd.retrieval.remote.shards import ShardedRetriever
 
     if config.sharded:
         return ShardedRetriever([HttpRetriever([url], config.client) for url in config.endpoints])

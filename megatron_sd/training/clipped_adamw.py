@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from megatron_sd.training.norm_gate import GATE
+from megatron_sd.training.safety.norm_limit import GATE
 
 
 class ClippedAdamW(torch.optim.AdamW):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_sd.config import Config, UpdateConfig
-from megatron_sd.training.tensor_parallel import autotp_settings
+from megatron_sd.training.parallel.tensor import autotp_settings
 
 PERSISTENT_PARAMETER_ELEMENTS = 100_000  # smaller parameters (norms, biases) stay gathered between steps
 REDUCE_BUCKET_ELEMENTS = 50_000_000

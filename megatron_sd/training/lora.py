@@ -1,7 +1,7 @@
 """Low-rank adapters (Hu et al. 2021): W stays frozen, W + alpha / rank * B A is what computes, and what is published and saved.
 
-A weight knows its adapter, so that whoever hands weights out (shards.py, publisher.py, the checkpoint's model) merges on the way,
-and nobody else has to know: names and shapes stay Hugging Face's.
+A weight knows its adapter, so that whoever hands weights out (local_shards.py, publisher.py, the checkpoint's model) merges on
+the way, and nobody else has to know: names and shapes stay Hugging Face's.
 """
 
 from __future__ import annotations

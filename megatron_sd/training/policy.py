@@ -20,24 +20,24 @@ from megatron_sd.algorithm.packing import distilled_part, row_share
 from megatron_sd.config import Config, OptimizerConfig
 from megatron_sd.distributed.collectives import sum_floats
 from megatron_sd.distributed.world import World
+from megatron_sd.durable.directories import Seals
 from megatron_sd.errors import ConfigError, GradientSpikeError, NonFiniteError
 from megatron_sd.machine import give_back_memory
-from megatron_sd.ops.head_rows import HeadOptions
+from megatron_sd.ops.head.types import HeadOptions
 from megatron_sd.ops.jsd import check_options
 from megatron_sd.records import Batch, Microbatch, Totals, UpdateResult
 from megatron_sd.training.clipped_adamw import ClippedAdamW
-from megatron_sd.training.commit import Seals
 from megatron_sd.training.deepspeed_config import deepspeed_config
-from megatron_sd.training.identity import check_same_model
 from megatron_sd.training.lora import is_adapter, with_adapters
-from megatron_sd.training.norm_gate import GATE
-from megatron_sd.training.pieces import TrainedState
+from megatron_sd.training.parallel.sequence import sequence_group, split_sequences
+from megatron_sd.training.parallel.tensor import check_model, counts_here, head_shard, mark_cuts, tensor_group
 from megatron_sd.training.placement import check_disk_offload, place, reads_shards, share_masters, zero3_linear
 from megatron_sd.training.policy_module import DeviceMicrobatch, PolicyModule, load_for_training
-from megatron_sd.training.reference import ReferencePolicy
-from megatron_sd.training.sequence_parallel import sequence_group, split_sequences
-from megatron_sd.training.teacher import TEACHERS, Teacher
-from megatron_sd.training.tensor_parallel import check_model, counts_here, head_shard, mark_cuts, tensor_group
+from megatron_sd.training.safety.norm_limit import GATE
+from megatron_sd.training.state.identity import check_same_model
+from megatron_sd.training.state.optimizer_state import TrainedState
+from megatron_sd.training.teacher_side.reference import ReferencePolicy
+from megatron_sd.training.teacher_side.teacher import TEACHERS, Teacher
 from megatron_sd.training.update_metrics import SUM_NAMES, to_metrics
 
 # DeepSpeed 0.19 calls collectives that torch 2.13 renamed, on every microbatch.

@@ -19,9 +19,9 @@ from megatron_sd.algorithm.distill_loss import TermWeights, query_row_weights
 from megatron_sd.algorithm.packed import student_row, teacher_row
 from megatron_sd.algorithm.policy_loss import POLICY_LOSSES, PolicyRows
 from megatron_sd.config import ModelConfig, PolicyLossConfig
-from megatron_sd.ops.head_rows import HeadOptions, HeadRows, RowLoss, RowValues
-from megatron_sd.ops.linear_jsd import linear_jsd
-from megatron_sd.ops.vocab_parallel import own_rows, replicated
+from megatron_sd.ops.head.one_pass import linear_jsd
+from megatron_sd.ops.head.types import HeadOptions, HeadRows, RowLoss, RowValues
+from megatron_sd.ops.head.vocab_parallel import own_rows, replicated
 from megatron_sd.pretrained.loading import check_head, load_causal_lm, load_config
 from megatron_sd.records import Microbatch, Totals
 from megatron_sd.training import varlen_attention  # noqa: F401, registers model.attention varlen

@@ -23,9 +23,9 @@ from megatron_sd.resharding.staging import host_id
 from megatron_sd.resharding.transport import MeetingPoint, publish_host
 from megatron_sd.rollout.engine import WeightReceiver, WeightSharer
 from megatron_sd.training.lora import FullAdapter, adapter_of, merged, with_their_adapters
+from megatron_sd.training.parallel.local_shards import LocalShards, full_numel, shard_layout, whole_shard
+from megatron_sd.training.parallel.tensor import joined
 from megatron_sd.training.policy import Policy
-from megatron_sd.training.shards import LocalShards, full_numel, shard_layout, whole_shard
-from megatron_sd.training.tensor_parallel import joined
 
 log = logging.getLogger(__name__)
 

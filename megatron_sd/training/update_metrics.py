@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from megatron_sd.algorithm.policy_loss import PolicyRows
-from megatron_sd.ops.head_rows import RowValues
+from megatron_sd.ops.head.types import RowValues
 
 _POLICY = ("policy_loss", "kl_loss", "clipped", "logprob_gap", "entropy", "rows")
 _DISTILL = ("jsd_loss", "jsd", "student_entropy", "teacher_entropy", "truncated_mass", "query_rows")

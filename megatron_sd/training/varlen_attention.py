@@ -1,6 +1,7 @@
 """torch's own flash attention over sequences that follow one another in a row, registered with transformers as `varlen`.
 
-torch has it for CUDA alone, in float16 and bfloat16. It has not run: tests/test_packed.py puts an eager stand-in in its place.
+torch has it for CUDA alone, in float16 and bfloat16. It has not run: tests/algorithm/test_packed.py puts an eager stand-in in
+its place.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ import numpy as np
 
 from megatron_sd.algorithm.distill_loss import TermWeights
 from megatron_sd.algorithm.packing import pack
-from megatron_sd.config import load
+from megatron_sd.config.load import load
 from megatron_sd.distributed.world import end_process, join_world
 from megatron_sd.records import TrainingSample
 from megatron_sd.training.policy import load_policy

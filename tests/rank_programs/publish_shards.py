@@ -23,9 +23,9 @@ from megatron_sd.resharding.layout import WorkerId
 from megatron_sd.resharding.staging import num_staged
 from megatron_sd.training.policy import Policy, load_policy
 from megatron_sd.training.publisher import ShardPublisher, gathered_buckets
-from tests.fakes_reshard import WorkerGroup, peak_bytes
-from tests.fakes_train import make_config, make_samples
-from tests.tensor_parallel_oracle import worker_tensors
+from tests.resharding.fakes import WorkerGroup, peak_bytes
+from tests.training.fakes import make_config, make_samples
+from tests.training.tensor_parallel_oracle import worker_tensors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +51,7 @@ def make_publisher(scene: Scene, world: World) -> tuple[Policy, ShardPublisher]:
 
 
 def take_step(policy: Policy) -> None:
-    """One update on samples of fakes_train."""
+    """One update on samples of tests/training/fakes.py."""
     batches = pack(make_samples(4), max_tokens=300, world_size=policy.world.size, aggregation="token")
     batch = batches[policy.world.rank]
     for microbatch in batch:

@@ -18,13 +18,13 @@ from megatron_sd.distributed.collectives import gather_objects
 from megatron_sd.distributed.world import end_process, join_world, leave_world
 from megatron_sd.errors import RolloutError
 from megatron_sd.rollout.engine import awake
-from megatron_sd.rollout.vllm_placement import connect_vllm
+from megatron_sd.rollout.vllm.connect import connect_vllm
 from megatron_sd.search.tokens import load_codec
 from megatron_sd.training.policy import load_policy
 from megatron_sd.training.publisher import ShardPublisher
-from tests.fakes_train import make_config
 from tests.rank_programs.publish_shards import take_step
 from tests.rank_programs.publish_to_vllm import whole_model
+from tests.training.fakes import make_config
 from tests.vllm.servers import BLOCK, ask, gap, limits, prompt, serve
 
 

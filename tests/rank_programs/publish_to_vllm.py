@@ -16,12 +16,12 @@ from transformers import AutoModelForCausalLM
 from megatron_sd.build import choose_publisher
 from megatron_sd.distributed.collectives import gather_objects
 from megatron_sd.distributed.world import World, end_process, join_world, leave_world
-from megatron_sd.rollout.vllm_placement import connect_vllm
+from megatron_sd.rollout.vllm.connect import connect_vllm
 from megatron_sd.search.tokens import load_codec
 from megatron_sd.training.policy import Policy, load_policy
 from megatron_sd.training.publisher import BUCKET_BYTES, ShardPublisher, gathered_buckets
-from tests.fakes_train import make_config
 from tests.rank_programs.publish_shards import take_step
+from tests.training.fakes import make_config
 from tests.vllm.servers import BLOCK, ask, gap, limits, prompt, serve
 
 

@@ -21,16 +21,16 @@ import torch
 from megatron_sd.algorithm.distill_loss import TermWeights
 from megatron_sd.distributed.collectives import gather_objects
 from megatron_sd.distributed.world import join_world
+from megatron_sd.durable import directories
 from megatron_sd.errors import CheckpointError, NonFiniteError
 from megatron_sd.records import Microbatch
 from megatron_sd.rollout.rollouter import Rollouter
 from megatron_sd.train import main
-from megatron_sd.training import commit
-from megatron_sd.training.checkpoint import Checkpoints
 from megatron_sd.training.policy import Policy, load_policy
 from megatron_sd.training.policy_module import RowHead, TeacherRows
-from tests.fakes_train import make_config
+from megatron_sd.training.state.checkpoint import Checkpoints
 from tests.rank_programs.update_steps import Order, batch_of, full_parameters
+from tests.training.fakes import make_config
 
 TAKE = TermWeights(policy=1.0, distill_spread=0.5, distill_no_spread=0.5)
 
@@ -205,7 +205,7 @@ class Disk:
         self._fails_at, self._fault = 0, 0
         sys.addaudithook(self._audit)
         fsync = os.fsync
-        commit.os.fsync = lambda descriptor: (self._count("fsync"), fsync(descriptor))[1]
+        directories.os.fsync = lambda descriptor: (self._count("fsync"), fsync(descriptor))[1]
 
     def watch(self, fails_at: int = 0, fault: int = 0) -> None:
         """From now on. fails_at: which operation, from 1; 0: none. fault: an errno; 0: SIGKILL."""
@@ -266,14 +266,14 @@ def commits(order: dict[str, Any]) -> int:
 
 def _problem(raised: list[bool], root: Path, step: int) -> str | None:
     """What is wrong after a save of `step` that met a fault: all ranks agree, and the newest checkpoint is whole."""
-    newest = commit.committed(root)[0]
+    newest = directories.committed(root)[0]
     if len(set(raised)) != 1:
         return f"ranks disagree: {raised}"
-    if not raised[0] and newest != commit.directory_of(root, step):
+    if not raised[0] and newest != directories.directory_of(root, step):
         return "the fault was swallowed and nothing committed"
-    if commit.find_damage(newest):
-        return f"{newest.name}: {commit.find_damage(newest)}"
-    if raised[0] and commit.staging_of(commit.directory_of(root, step)).exists():
+    if directories.find_damage(newest):
+        return f"{newest.name}: {directories.find_damage(newest)}"
+    if raised[0] and directories.staging_of(directories.directory_of(root, step)).exists():
         return "something half-written stays"
     return None
 

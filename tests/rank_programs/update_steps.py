@@ -1,4 +1,4 @@
-"""Takes update steps on the samples of fakes_train and writes what came of them: one program for one and for several ranks.
+"""Takes update steps on the samples of tests/training/fakes.py and writes what came of them, for one and for several ranks.
 
     python -m tests.rank_programs.update_steps '[{"model": DIR, "output": FILE, ...}, ...]'     (keys: class Order)
 """
@@ -20,13 +20,13 @@ from megatron_sd.algorithm.packing import pack
 from megatron_sd.distributed.world import World, end_process, join_world, leave_world
 from megatron_sd.errors import MegatronSdError
 from megatron_sd.records import Batch
-from megatron_sd.training import checkpoint
-from megatron_sd.training.checkpoint import Checkpoints
-from megatron_sd.training.gradient_ratio import AlphaController
 from megatron_sd.training.policy import Policy, load_policy
 from megatron_sd.training.publisher import gathered_buckets
-from tests.fakes_train import make_config, make_samples
-from tests.same_steps import moments_of
+from megatron_sd.training.state import checkpoint
+from megatron_sd.training.state.checkpoint import Checkpoints
+from megatron_sd.training.teacher_side.gradient_ratio import AlphaController
+from tests.training.fakes import make_config, make_samples
+from tests.training.same_steps import moments_of
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,12 @@ import torch.nn.functional as F  # noqa: N812
 
 from megatron_sd.distributed.collectives import gather_tensors
 from megatron_sd.distributed.world import end_process, leave_world
-from megatron_sd.ops.vocab_parallel import VocabShard, replicated, vocab_parallel_divergence, vocab_parallel_logprobs
+from megatron_sd.ops.head.vocab_parallel import (
+    VocabShard,
+    replicated,
+    vocab_parallel_divergence,
+    vocab_parallel_logprobs,
+)
 
 NUM_RANKS, NUM_ROWS, WIDTH, VOCABULARY, TEMPERATURE = 4, 9, 12, 53, 1.3
 LAYOUTS = {"two": (30, 23), "three": (20, 20, 13), "four": (16, 16, 16, 5), "empty_shards": (28, 0, 25, 0)}

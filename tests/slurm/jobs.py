@@ -8,10 +8,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch.layout import LayoutConfig
-from launch.render import render_files
-from launch.start import write_launch
-from megatron_sd.config import load
+from launch.cluster.layout import LayoutConfig
+from launch.cluster.render import render_files
+from launch.cluster.start import write_launch
+from megatron_sd.config.load import load
 from tests.slurm.cluster import CREDENTIAL_S, free_ports
 
 ATTEMPT_S = 240  # for the longest wait of one attempt

@@ -12,11 +12,11 @@ import sys
 import time
 from pathlib import Path
 
-from launch.attempt import SAVED_EXIT_CODE, newest_step
-from megatron_sd.config import load
+from launch.cluster.attempt import SAVED_EXIT_CODE, newest_step
+from megatron_sd.config.load import load
 from megatron_sd.distributed.collectives import gather_objects
 from megatron_sd.distributed.world import end_process, join_world
-from megatron_sd.training import commit
+from megatron_sd.durable import directories
 
 STEP_S = 0.2
 
@@ -42,12 +42,12 @@ def main(argv: list[str]) -> int:
 
 
 def save(run_dir: Path, step: int, world) -> None:
-    directory = commit.directory_of(run_dir / "checkpoints", step)
+    directory = directories.directory_of(run_dir / "checkpoints", step)
     if world.is_first:
-        staging = commit.staging_of(directory)
+        staging = directories.staging_of(directory)
         staging.mkdir(parents=True, exist_ok=True)
         (staging / "step").write_text(str(step))
-        commit.commit(staging, directory, commit.seal(staging))
+        directories.commit(staging, directory, directories.seal(staging))
         with (run_dir / "steps.txt").open("a") as file:
             file.write(f"{step}\n")
     gather_objects(world, None)

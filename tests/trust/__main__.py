@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from random import Random
 
-from tests.nursery import Nursery
+from tests.retrieval.nursery import Nursery
 from tests.trust.disk import damages, faults, killed_commits
 from tests.trust.faults import KINDS, PLACES, not_finite, refusals, spikes, stuck_ranks
 from tests.trust.kills import kills, newest, stops, straight_or_killed

@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_sd.config import SearchConfig
+from megatron_sd.durable import directories
 from megatron_sd.errors import DataError
-from megatron_sd.retrieval.corpus import CorpusRetriever
-from megatron_sd.training import commit
-from tests.fakes_train import write_model
+from megatron_sd.retrieval.corpus.directory import CorpusRetriever
+from tests.training.fakes import write_model
 from tests.trust.rows import Bench, Row, row
 
 FAULTS = ("ENOSPC", "EACCES", "EIO")
@@ -60,8 +60,8 @@ def killed_commits(bench: Bench, *, stride: int) -> Row:
             ended = codes == [0, 0]  # there is no such operation any more
             if not ended:
                 count += 1
-                found = commit.committed(root)
-                damage = commit.find_damage(found[0])
+                found = directories.committed(root)
+                damage = directories.find_damage(found[0])
                 if damage or _newest(root) < before + 1 or codes[rank] != -signal.SIGKILL:
                     failures.append(f"rank {rank} at {place}: exit codes {codes}, newest {found[0].name}: {damage}")
             place += stride
@@ -77,7 +77,7 @@ def _end(ranks, rank: int) -> list[int]:
 
 
 def _newest(root: Path) -> int:
-    found = commit.committed(root)
+    found = directories.committed(root)
     return int(found[0].name.removeprefix("step_")) if found else -1
 
 
@@ -86,18 +86,18 @@ def damages(bench: Bench, checkpoint: Path, *, offsets: int) -> Row:
     failures, count = [], 0
     for name, damaged in _damaged_files(checkpoint, bench.random, offsets):
         count += 1
-        found = commit.find_damage(checkpoint)
+        found = directories.find_damage(checkpoint)
         if found is None or not found.startswith(name):
             failures.append(f"{name}, {damaged}: {found}")
-    manifest = checkpoint / commit.MANIFEST
+    manifest = checkpoint / directories.MANIFEST
     content = manifest.read_bytes()
     for bit in range(0, len(content) * 8, 1 if offsets > 5 else 97):
         count += 1
         changed = bytearray(content)
         changed[bit // 8] ^= 1 << bit % 8
         manifest.write_bytes(changed)
-        if commit.find_damage(checkpoint) is None:
-            failures.append(f"{commit.MANIFEST}, bit {bit}")
+        if directories.find_damage(checkpoint) is None:
+            failures.append(f"{directories.MANIFEST}, bit {bit}")
     manifest.write_bytes(content)
     in_checkpoint = count
     corpus = bench.world / "corpus"
@@ -116,7 +116,7 @@ def damages(bench: Bench, checkpoint: Path, *, offsets: int) -> Row:
 
 def _damaged_files(directory: Path, chance: random.Random, offsets: int) -> Iterator[tuple[str, str]]:
     """Damage one file after the other, and put it right again; the file's name and what was done to it."""
-    names = [str(path.relative_to(directory)) for path in commit.files_under(directory)]
+    names = [str(path.relative_to(directory)) for path in directories.files_under(directory)]
     for name in names:
         path = directory / name
         content = path.read_bytes()

@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 
 from megatron_sd.distributed.watchdog import LAST_RESORT
-from megatron_sd.training.stability import SpikeGuard
-from tests.test_training import without_clocks
+from megatron_sd.training.safety.stability import SpikeGuard
 from tests.trust.disk import tiny_model
 from tests.trust.kills import FOREVER, _differences
 from tests.trust.rows import Bench, Row, row
+from tests.whole_runs.test_training import without_clocks
 
 KINDS = ("stuck", "held", "broken", "dead")
 PLACES = ("rollout", "update", "save")

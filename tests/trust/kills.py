@@ -12,9 +12,9 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from megatron_sd.distributed.control import STOPPED_EXIT_CODE
-from megatron_sd.training import commit
-from tests.test_training import sampled_ids, without_clocks
+from megatron_sd.durable import directories
 from tests.trust.rows import Bench, Row, row
+from tests.whole_runs.test_training import sampled_ids, without_clocks
 
 START_S, TRAIN_S = 4.0, 5.0  # a kill comes so long after the start (every fourth), or after training has begun
 GRACE_S = 30.0
@@ -23,7 +23,7 @@ FOREVER = "--num_steps=100000"
 
 def newest(run_dir: Path) -> int:
     """The newest committed step, -1 without one."""
-    found = commit.committed(run_dir / "checkpoints")
+    found = directories.committed(run_dir / "checkpoints")
     return int(found[0].name.removeprefix("step_")) if found else -1
 
 
@@ -73,7 +73,7 @@ def _after_kill(run_dir: Path, before: int, trained: bool) -> list[str]:
         problems.append(f"the newest checkpoint went back from {before} to {newest(run_dir)}")
     if trained and attempts(run_dir)[-1] != max(before, 0):
         problems.append(f"resumed from {attempts(run_dir)[-1]}, expected {before}")
-    damage = [commit.find_damage(path) for path in commit.committed(run_dir / "checkpoints")[:1]]
+    damage = [directories.find_damage(path) for path in directories.committed(run_dir / "checkpoints")[:1]]
     return problems + [problem for problem in damage if problem]
 
 

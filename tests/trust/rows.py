@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
-from data_prep.world import WorldConfig
+from data_prep.world.world import WorldConfig
 from launch.programs import make_world
-from tests.nursery import Nursery
-from tests.test_training import arguments
+from tests.retrieval.nursery import Nursery
+from tests.whole_runs.test_training import arguments
 
 SMALL = (
     "--rollout.questions_per_step=2",

@@ -14,13 +14,13 @@ from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM, Qwen3Co
 
 from megatron_sd.config import ModelConfig, RolloutConfig, VllmConfig
 from megatron_sd.rollout.engine import Completion, GenerationRequest
-from megatron_sd.rollout.vllm_command import ModelShape, describe, server_arguments, server_environment
-from megatron_sd.rollout.vllm_engine import Servers, VllmEngine
-from megatron_sd.rollout.vllm_placement import eos_ids, free_port
-from megatron_sd.rollout.vllm_process import ServerProcess
-from megatron_sd.rollout.vllm_request import ServedPolicy
+from megatron_sd.rollout.vllm.connect import eos_ids, free_port
+from megatron_sd.rollout.vllm.options import ModelShape, describe, server_arguments, server_environment
+from megatron_sd.rollout.vllm.request import ServedPolicy
+from megatron_sd.rollout.vllm.server_process import ServerProcess
+from megatron_sd.rollout.vllm.servers_engine import Servers, VllmEngine
 from megatron_sd.search.tokens import TextCodec, load_codec
-from tests.fakes_rollout import byte_level_tokenizer
+from tests.rollout.fakes import byte_level_tokenizer
 
 START_TIMEOUT_S = 900.0
 BLOCK = 32

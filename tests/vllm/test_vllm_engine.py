@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_sd.errors import ConfigError, RolloutError
-from megatron_sd.rollout.vllm_replica import GENERATE
+from megatron_sd.rollout.vllm.server_client import GENERATE
 from tests.vllm.servers import BLOCK, MAX_LENGTH, ask, gap, make_engine, prompt, serve
 
 LENGTHS = (3, BLOCK - 1, BLOCK, 2 * BLOCK + 5, 5 * BLOCK + 1)

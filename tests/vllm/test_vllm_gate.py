@@ -11,8 +11,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from data_prep.world import WorldConfig
-from eval.draws import DRAWS_NAME
+from data_prep.world.world import WorldConfig
+from eval.gate.draws import DRAWS_NAME
 from eval.samples import read_lines
 from launch.programs import make_world
 from megatron_sd.rollout.bank import rollout_of

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.world import WorldConfig
+from data_prep.world.world import WorldConfig
 from launch.local import command_line, free_port
 from launch.programs import make_world
 from megatron_sd.observability.metrics_log import read_metrics

@@ -1,0 +1,178 @@
+"""Which nodes train, which sample, which search; layouts that cannot work are refused before a job queues for them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from megatron_sd.config import Config
+from megatron_sd.config.checks import check_layer_cuts, check_sequence_heads
+from megatron_sd.errors import ConfigError
+from megatron_sd.resharding.names import UnknownArchitectureError, worker_layouts
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayoutConfig:
+    """Where a run goes. Options that are not these are the training run's own, as of `sd-search train`."""
+
+    cluster: Literal["local", "hosts", "slurm"] = "local"
+    nodes: int = 1  # that train; 0 with retriever_nodes: serve the corpus alone
+    rollout_nodes: int = 0  # that serve vLLM and do nothing else
+    retriever_nodes: int = 0  # that serve the corpus and do nothing else
+    gpus_per_node: int = 8  # 0: the ranks run on CPUs
+    ranks_per_node: int | None = None  # None: one for each GPU that no vLLM server of the node has
+    gpu: str = "h100"  # whose memory the ranks must fit (launch/planner/gpus.py)
+    hostfile: str | None = None  # of cluster hosts: the nodes that train, with their slots
+    remote_shell: str = "ssh -o BatchMode=yes"  # of cluster hosts: runs a command on a machine
+    master_port: int = 29500
+    vllm_port: int = 8000  # of a rollout node's first server
+    retriever_port: int = 8741
+    max_attempts_without_progress: int = 3  # in a row, before the run is given up
+    doctor: bool = True  # check the nodes before every attempt
+    dry_run: bool = False  # write everything, start nothing
+    setup: str | None = None  # a line of shell that each node runs first: modules, an environment
+    partition: str | None = None  # this and the rest: of SLURM
+    account: str | None = None
+    qos: str | None = None
+    time: str = "24:00:00"
+    grace_s: int = 600  # before the time is up, the ranks are told to save
+    sbatch: tuple[str, ...] = ()  # further options of sbatch, such as --mem=0
+
+    @property
+    def num_nodes(self) -> int:
+        """Of all kinds."""
+        return self.nodes + self.rollout_nodes + self.retriever_nodes
+
+
+def ranks_per_node(layout: LayoutConfig, config: Config) -> int:
+    """Training ranks of a node: what is asked for, or one for each GPU that is not vLLM's, or one."""
+    return layout.ranks_per_node or max(layout.gpus_per_node - gpus_of_vllm(config), 1)
+
+
+def gpus_of_vllm(config: Config) -> int:
+    """GPUs of a training node that the run's own vLLM servers have."""
+    own = config.rollout.vllm
+    is_beside = config.rollout.engine == "vllm" and own.placement == "process"
+    return own.num_replicas * own.tensor_parallel_size if is_beside else 0
+
+
+def servers_per_node(layout: LayoutConfig, config: Config) -> int:
+    """vLLM servers of a rollout node: as many as its GPUs hold."""
+    return max(layout.gpus_per_node, 1) // config.rollout.vllm.tensor_parallel_size
+
+
+def check_layout(layout: LayoutConfig, config: Config, model: Mapping[str, Any]) -> tuple[str, ...]:
+    """Remarks on a layout that works. Raises ConfigError for one that cannot. Memory is the planner's."""
+    _check_numbers(layout)
+    _check_nodes(layout, config)
+    _check_gpus(layout, config)
+    if config.rollout.engine == "vllm":
+        _check_heads(config, model)
+    heads = model.get("num_attention_heads", 1)
+    check_layer_cuts(config.update, model)
+    check_sequence_heads(config.update, num_heads=heads, num_kv_heads=model.get("num_key_value_heads", heads))
+    return _check_batch(layout, config, model)
+
+
+def _check_numbers(layout: LayoutConfig) -> None:
+    at_least_one = ("master_port", "vllm_port", "retriever_port", "max_attempts_without_progress", "grace_s")
+    least = dict.fromkeys(at_least_one, 1) | dict.fromkeys(("rollout_nodes", "retriever_nodes", "gpus_per_node"), 0)
+    least["nodes"] = 0 if layout.retriever_nodes and not layout.rollout_nodes else 1
+    for name, minimum in least.items():
+        if getattr(layout, name) < minimum:
+            raise ConfigError(f"{name}: found {getattr(layout, name)}, expected {minimum} or more")
+    if layout.ranks_per_node is not None and layout.ranks_per_node < 1:
+        raise ConfigError(f"ranks_per_node: found {layout.ranks_per_node}, expected 1 or more")
+    if layout.cluster == "local" and layout.num_nodes > 1:
+        raise ConfigError(f"nodes: found {layout.num_nodes} on cluster local, expected 1: set cluster to hosts or slurm")
+    if layout.cluster == "hosts" and layout.hostfile is None:
+        raise ConfigError("hostfile: found none with cluster hosts, expected a file with one line `NAME slots=N` a machine")
+    if layout.cluster != "slurm" and layout.rollout_nodes + layout.retriever_nodes:
+        raise ConfigError(
+            f"rollout_nodes, retriever_nodes: found {layout.rollout_nodes} and {layout.retriever_nodes} on cluster "
+            f"{layout.cluster}, expected 0: start the servers there by `sd-search vllm serve` and `sd-search retriever serve`"
+        )
+
+
+def _check_nodes(layout: LayoutConfig, config: Config) -> None:
+    own = config.rollout.vllm
+    wants_servers = config.rollout.engine == "vllm" and own.placement == "server"
+    if layout.rollout_nodes and not wants_servers:
+        raise ConfigError(
+            f"rollout_nodes: found {layout.rollout_nodes} with rollout.engine {config.rollout.engine} and placement "
+            f"{own.placement}, expected --rollout.engine vllm --rollout.vllm.placement server"
+        )
+    if wants_servers and not (layout.rollout_nodes or own.urls):
+        raise ConfigError("rollout.vllm.placement: found server without rollout_nodes or urls, expected one of them")
+    if layout.retriever_nodes and not config.retriever.corpus:
+        raise ConfigError("retriever_nodes: found some without retriever.corpus, expected the corpus directory that they serve")
+
+
+def _check_gpus(layout: LayoutConfig, config: Config) -> None:
+    size, beside = config.rollout.vllm.tensor_parallel_size, gpus_of_vllm(config)
+    if layout.rollout_nodes and layout.gpus_per_node and layout.gpus_per_node % size:
+        raise ConfigError(
+            f"rollout.vllm.tensor_parallel_size: found {size} on nodes of {layout.gpus_per_node} GPUs, expected a divisor: a "
+            "server does not leave its node"
+        )
+    num_ranks = ranks_per_node(layout, config)
+    if config.rollout.engine == "vllm" and config.rollout.vllm.placement == "colocated" and num_ranks % size:
+        raise ConfigError(
+            f"rollout.vllm.tensor_parallel_size: found {size} with placement colocated on nodes of {num_ranks} ranks, expected a "
+            "divisor: that many ranks of one node share an engine"
+        )
+    if layout.gpus_per_node == 0:
+        return
+    if num_ranks + beside > layout.gpus_per_node:
+        raise ConfigError(
+            f"ranks_per_node: found {num_ranks} ranks and {beside} GPUs for vLLM on nodes of {layout.gpus_per_node} GPUs, "
+            f"expected at most {layout.gpus_per_node} together: lower rollout.vllm.num_replicas or tensor_parallel_size"
+        )
+    devices = set(config.rollout.vllm.devices)
+    if beside and (devices & set(range(num_ranks)) or not devices):
+        expected = list(range(num_ranks, num_ranks + beside))
+        raise ConfigError(
+            f"rollout.vllm.devices: found {sorted(devices)}, expected GPUs that no rank has, such as {expected}: the "
+            f"{num_ranks} ranks of a node take the first ones"
+        )
+
+
+def _check_heads(config: Config, model: Mapping[str, Any]) -> None:
+    try:
+        worker_layouts(model, tp_size=config.rollout.vllm.tensor_parallel_size, dtype=config.model.dtype)
+    except UnknownArchitectureError:  # vLLM's own rules decide then
+        return
+    except ConfigError as error:
+        raise ConfigError(f"rollout.vllm.tensor_parallel_size: {error}") from error
+
+
+def _check_batch(layout: LayoutConfig, config: Config, model: Mapping[str, Any]) -> tuple[str, ...]:
+    rollout, world_size = config.rollout, layout.nodes * ranks_per_node(layout, config)
+    if rollout.questions_per_step < world_size:
+        raise ConfigError(
+            f"rollout.questions_per_step: found {rollout.questions_per_step} for {world_size} ranks, expected at least one "
+            "question a rank: raise it, or take fewer nodes"
+        )
+    if world_size % config.update.ranks_per_batch:
+        raise ConfigError(
+            "update.sequence_parallel_size or tensor_parallel_size: found "
+            f"{config.update.ranks_per_batch} for {world_size} ranks, expected a divisor of their number"
+        )
+    positions = model.get("max_position_embeddings", rollout.max_rollout_tokens)
+    if rollout.max_rollout_tokens > positions:
+        raise ConfigError(
+            f"rollout.max_rollout_tokens: found {rollout.max_rollout_tokens}, expected at most {positions}, the model's positions"
+        )
+    remarks = []
+    if rest := rollout.questions_per_step % world_size:
+        remarks.append(
+            f"rollout.questions_per_step {rollout.questions_per_step} is no multiple of {world_size} ranks: {rest} of them "
+            "roll out one question more, and the others wait"
+        )
+    if config.update.max_microbatch_tokens < rollout.max_rollout_tokens:
+        remarks.append(
+            f"update.max_microbatch_tokens {config.update.max_microbatch_tokens} is less than rollout.max_rollout_tokens "
+            f"{rollout.max_rollout_tokens}: a rollout that is longer has a microbatch of its own, and needs its memory"
+        )
+    return tuple(remarks)

@@ -1,0 +1,34 @@
+"""From a command line to the configuration of a training run, and back to YAML."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import yaml
+
+from megatron_sd.config.checks import check
+from megatron_sd.config.command_line import parse
+from megatron_sd.config.run import Config
+
+
+def load(argv: Sequence[str]) -> Config:
+    """The training configuration from `--config FILE.yaml` and `--section.key value` overrides (later wins).
+
+    Raises ConfigError naming the key at fault, what was found and what was expected.
+    """
+    config = parse(Config, argv, "sd-search train")
+    check(config)
+    return config
+
+
+def dump(config: Config) -> str:
+    """The resolved configuration as YAML that `load` reads back to an equal Config."""
+    return yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False, allow_unicode=True)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

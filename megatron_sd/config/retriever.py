@@ -1,0 +1,80 @@
+"""Where passages come from, and how they are asked for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchConfig:
+    """How a corpus directory is searched, in a run's own process or by `sd-search retriever serve`."""
+
+    method: Literal["auto", "bm25", "dense", "hybrid"] = "auto"  # auto: dense where the corpus has vectors, else bm25
+    effort: int | None = None  # HNSW's efSearch, IVF's nprobe; None: as the index was built for
+    # Of the query encoder, and of the vectors where FAISS has GPU code. In a training rank: its own GPU; vectors only with cuda.
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    fusion_depth: int = 100  # hybrid: how many passages of each method are ranked together
+    fusion_constant: int = 60  # hybrid: a passage at rank r counts 1 / (constant + r)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClientConfig:
+    """How endpoints are asked. A search that fails for good makes its rollout `retrieval_failed`: no data, and counted."""
+
+    deadline_s: float = 60.0  # of one search, retries included
+    try_timeout_s: float = 20.0
+    ready_s: float = 600.0  # how long the start of a run waits for a server that is still loading
+    first_pause_s: float = 0.2  # pauses between tries are drawn from [0, p), p doubling from here
+    max_pause_s: float = 5.0
+    gather_s: float = 0.002  # queries asked within this time travel together
+    max_request_queries: int = 64
+    max_connections: int = 16
+    breaker_failures: int = 5  # in a row: the endpoint is left alone
+    breaker_open_s: float = 10.0
+    cache_size: int = 100_000  # searches whose passages are remembered
+    token_file: str | None = None  # a file with the server's secret
+    corpus_version: str | None = None  # a name for the corpus of servers that have no /info
+
+
+@dataclass(frozen=True, kw_only=True)
+class QdrantConfig:
+    """A Qdrant collection that `sd-search data upload` filled."""
+
+    url: str
+    collection: str
+    vectors: str  # the vectors directory it was filled from: its encoder reads the queries, its version is the corpus version
+    deadline_s: float = 60.0
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # of the query encoder
+    token_file: str | None = None  # a file with the server's API key
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenSearchConfig:
+    """An OpenSearch index that `sd-search data upload` filled, searched by BM25 (bm25) or by vectors (knn)."""
+
+    url: str
+    index: str
+    vectors: str | None = None  # for knn: the vectors directory it was filled from, whose encoder reads the queries
+    method: Literal["bm25", "knn"] = "bm25"
+    k1: float = 1.5  # of BM25, for upload
+    b: float = 0.75
+    deadline_s: float = 60.0
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # of the query encoder
+    login_file: str | None = None  # a file with USER:PASSWORD
+    ca_file: str | None = None  # certificates to believe an https server by; None: the public ones
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrieverConfig:
+    """Where passages come from: a corpus directory (`sd-search data index`) in this process, running servers, Qdrant or
+    OpenSearch."""
+
+    corpus: str | None = None
+    endpoints: tuple[str, ...] = ()  # http://host:port of servers of one corpus, which share the load
+    sharded: bool = False  # the endpoints serve different parts of one corpus; each search asks all of them
+    qdrant: QdrantConfig | None = None
+    opensearch: OpenSearchConfig | None = None
+    top_k: int = 3
+    search: SearchConfig = field(default_factory=SearchConfig)
+    client: ClientConfig = field(default_factory=ClientConfig)

@@ -1,0 +1,80 @@
+"""One training run: all sections, and those that only a run has."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from megatron_sd.config.loss import DistillConfig, PolicyLossConfig
+from megatron_sd.config.model import ModelConfig
+from megatron_sd.config.retriever import RetrieverConfig
+from megatron_sd.config.rollout import ProtocolConfig, RewardConfig, RolloutConfig
+from megatron_sd.config.update import OptimizerConfig, PublishConfig, UpdateConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Questions: jsonl, one record a line (`sd-search data import` writes it)."""
+
+    train: str
+    eval: str | None = None
+    train_split: str | None = None  # keep only records whose `split` equals this
+    eval_split: str | None = None
+    max_eval_questions: int = 200
+    shuffle: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """`every` 0 saves only at the end."""
+
+    every: int = 50
+    keep: int = 2
+    resume: bool = True  # continue from the newest checkpoint of run_dir that verifies
+    allow_changes: bool = False  # go on with another plan (learning rate, batch, limits, weights of the loss), and record it
+
+
+@dataclass(frozen=True, kw_only=True)
+class SafetyConfig:
+    """What keeps a run going, or ends it, when something goes wrong (docs/trust.md)."""
+
+    check_memory: Literal["warn", "refuse", "off"] = "warn"  # before `sd-search train` starts, when the planner sees no fit
+    watchdog_s: float = 1800.0  # a rank that does not move for so long ends all ranks, with every rank's stacks; 0: never
+    stop_after_s: float | None = None  # of this start: save and end with exit code 85, as run_dir/control/STOP or SIGUSR1 asks
+    max_idle_attempts: int = 3  # starts in a row that committed no new checkpoint, before the next one is refused; 0: any number
+    roll_back_after_refusals: int = 3  # steps refused (not finite, spike) before the run goes back to its last checkpoint
+    stop_after_refusals: int = 5  # of these, and of steps without a sampled token
+    spike_sigmas: float = 0.0  # refuse a step whose log gradient norm lies so many robust deviations above the median; 0: none
+    spike_window: int = 256  # steps that median and deviation are taken from
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    """TensorBoard, metrics.jsonl and transcripts under run_dir."""
+
+    eval_every: int = 0  # 0: only when asked for by `sd-search eval`
+    transcripts_every: int = 10
+    transcripts_per_step: int = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """One training run."""
+
+    run_dir: str
+    model: ModelConfig
+    data: DataConfig
+    retriever: RetrieverConfig
+    num_steps: int = 200
+    seed: int = 0
+    protocol: ProtocolConfig = field(default_factory=ProtocolConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    policy_loss: PolicyLossConfig = field(default_factory=PolicyLossConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    update: UpdateConfig = field(default_factory=UpdateConfig)
+    publish: PublishConfig = field(default_factory=PublishConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    safety: SafetyConfig = field(default_factory=SafetyConfig)
+    log: LogConfig = field(default_factory=LogConfig)

@@ -1,0 +1,114 @@
+"""A corpus directory, verified, mapped and searched in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from megatron_sd.config import SearchConfig
+from megatron_sd.errors import ConfigError, RetrievalError
+from megatron_sd.records import Hit
+from megatron_sd.retrieval.corpus.bm25 import BM25_FILES, Bm25Index
+from megatron_sd.retrieval.corpus.fusion import Ranking, reciprocal_rank_fusion
+from megatron_sd.retrieval.corpus.manifest import Manifest, read_manifest, verify_files
+from megatron_sd.retrieval.corpus.passages import PASSAGES_NAME, PassageStore
+
+
+class Index(Protocol):
+    """One way to search the rows of a corpus. An object serves one thread."""
+
+    def rank(self, queries: Sequence[str], top_k: int) -> list[Ranking]:
+        """The best rows of each query, best first, ties by row."""
+        ...
+
+
+class CorpusRetriever:
+    """Searches a corpus directory inline, by BM25, by vectors or by both.
+
+    `corpus_version` is the SHA-256 of the manifest, `passages` the store, `method` how it is searched. One object serves one
+    thread.
+    """
+
+    def __init__(
+        self,
+        corpus: Path | str,
+        search: SearchConfig,
+        progress: Callable[[str], None] | None = None,
+        *,
+        shares_gpus: bool = False,
+    ) -> None:
+        """Verify and map the corpus; progress is told, line by line, what is being done. shares_gpus: this process trains or
+        samples, too, so the vectors stay off the GPUs of others (dense.py).
+
+        Raises DataError that names a missing, truncated or corrupt file, ConfigError for a method the corpus was not built for.
+        """
+        directory = Path(corpus)
+        say = progress or (lambda line: None)
+        self.manifest, self.corpus_version = read_manifest(directory, "corpus")
+        self.method = _method(directory, self.manifest, search)
+        required = [PASSAGES_NAME, *(BM25_FILES if self.method != "dense" else ())]
+        verify_files(directory, self.manifest, required, progress)
+        say("mapping the passages")
+        self.passages = PassageStore(directory / PASSAGES_NAME)
+        self._indexes = [
+            OPENERS[name](directory, self.manifest, search, say, shares_gpus=shares_gpus) for name in PARTS[self.method]
+        ]
+        self._search = search
+
+    def find(self, queries: Sequence[str], top_k: int) -> list[tuple[Hit, ...]]:
+        """The best `top_k` passages of each query, best first, ties by passage id; fewer when the corpus matches no more.
+
+        Raises RetrievalError when top_k is below 1.
+        """
+        if top_k < 1:
+            raise RetrievalError(f"top_k is {top_k}, expected at least 1")
+        return [self._hits(ranking) for ranking in self._rank(queries, top_k)]
+
+    async def search(self, queries: Sequence[str], top_k: int) -> list[tuple[Hit, ...]]:
+        """`find`, answered inline: it never waits, so rollouts stay a function of their seed."""
+        return self.find(queries, top_k)
+
+    def _rank(self, queries: Sequence[str], top_k: int) -> list[Ranking]:
+        if len(self._indexes) == 1:
+            return self._indexes[0].rank(queries, top_k)
+        depth = max(top_k, self._search.fusion_depth)
+        rankings = zip(*(index.rank(queries, depth) for index in self._indexes), strict=True)
+        return [reciprocal_rank_fusion(own, top_k, constant=self._search.fusion_constant) for own in rankings]
+
+    def _hits(self, ranking: Ranking) -> tuple[Hit, ...]:
+        passages = self.passages.take(ranking.rows)
+        return tuple(Hit(passage=passage, score=score) for passage, score in zip(passages, ranking.scores, strict=True))
+
+
+def _open_bm25(
+    directory: Path, manifest: Manifest, search: SearchConfig, say: Callable[[str], None], *, shares_gpus: bool
+) -> Index:
+    say("mapping the BM25 index")
+    return Bm25Index(directory, manifest.settings["bm25"], manifest.num_passages)
+
+
+def _open_dense(
+    directory: Path, manifest: Manifest, search: SearchConfig, say: Callable[[str], None], *, shares_gpus: bool
+) -> Index:
+    from megatron_sd.retrieval.corpus.dense import DenseIndex  # imports torch, which a BM25 service does without
+
+    say("opening the encoder and the vector index")
+    return DenseIndex(directory, manifest, search, shares_gpus=shares_gpus)
+
+
+OPENERS = {"bm25": _open_bm25, "dense": _open_dense}
+PARTS = {"bm25": ("bm25",), "dense": ("dense",), "hybrid": ("bm25", "dense")}
+
+
+def _method(directory: Path, manifest: Manifest, search: SearchConfig) -> str:
+    """The method asked for, or the best the corpus has. Raises ConfigError when the corpus was not built for it."""
+    has = [name for name in ("dense", "bm25") if name in manifest.settings]
+    method = has[0] if search.method == "auto" and has else search.method
+    missing = [name for name in PARTS.get(method, ("bm25",)) if name not in has]
+    if missing:
+        raise ConfigError(
+            f"search.method: found {search.method!r}; {directory} has no {missing[0]} index, but {', '.join(has) or 'none'}; "
+            "choose another method or build the corpus with it (`sd-search data index`)"
+        )
+    return method

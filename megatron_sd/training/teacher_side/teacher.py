@@ -1,0 +1,172 @@
+"""Whose weights the teacher has: the student's own (the paper's), the start policy's, or an average that follows the student.
+
+A live teacher is read inside the policy's forward and costs no memory. The other two are a second model, sharded by a DeepSpeed
+engine of its own where the policy is (ZeRO-3), else whole on every rank; it reads what the live teacher would read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Protocol
+
+import deepspeed
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from megatron_sd.config import Config
+from megatron_sd.distributed.world import World
+from megatron_sd.durable.directories import Seals
+from megatron_sd.errors import CheckpointError
+from megatron_sd.training.deepspeed_config import teacher_config
+from megatron_sd.training.parallel.sequence import split_sequences
+from megatron_sd.training.placement import place
+from megatron_sd.training.policy_module import DeviceMicrobatch, TeacherRows, load_for_training, teacher_hidden_rows
+from megatron_sd.training.state.tensor_file import write_tensors
+
+NamedParameters = Iterable[tuple[str, nn.Parameter]]
+
+
+class Teacher(Protocol):
+    """What the policy asks of a teacher. Every rank makes the same calls in the same order."""
+
+    def rows(self, microbatch: DeviceMicrobatch) -> AbstractContextManager[TeacherRows | None]:
+        """What the teacher read, valid within the context; None: the policy's own forward reads it."""
+        ...
+
+    def follow(self, student: NamedParameters) -> None:
+        """The student has taken an optimiser step."""
+        ...
+
+    def save(self, directory: Path, world: World) -> Seals:
+        """Write what a resumed run cannot find elsewhere; this rank's files, by name in the directory. Raises OSError."""
+        ...
+
+    def load(self, directory: Path, world: World) -> None:
+        """Take back what save wrote. Raises CheckpointError."""
+        ...
+
+
+class LiveTeacher:
+    """The student's own weights of this very step: there is nothing to keep."""
+
+    def __init__(self, config: Config, world: World):
+        pass
+
+    def rows(self, microbatch: DeviceMicrobatch) -> AbstractContextManager[None]:
+        """As Teacher says."""
+        return nullcontext()
+
+    def follow(self, student: NamedParameters) -> None:
+        """As Teacher says."""
+
+    def save(self, directory: Path, world: World) -> Seals:
+        """As Teacher says."""
+        return {}
+
+    def load(self, directory: Path, world: World) -> None:
+        """As Teacher says."""
+
+
+class FrozenTeacher:
+    """The start policy, of config.model.path: a resumed run must still find it there."""
+
+    def __init__(self, config: Config, world: World):
+        self._is_sharded = config.update.zero_stage == 3
+        model = load_for_training(config.model, on_demand=self._is_sharded)
+        self._model = split_sequences(model, config.update, world).requires_grad_(False)
+        self._module: nn.Module = TeacherModule(self._model).eval()
+        if self._is_sharded:
+            settings = teacher_config(config, world.size)
+            placed = place(self._module, self._model, settings, world.device)
+            self._module, *_ = deepspeed.initialize(model=placed, config=settings)
+        else:
+            self._module.to(world.device)
+
+    @contextmanager
+    def rows(self, microbatch: DeviceMicrobatch) -> Iterator[TeacherRows]:
+        """As Teacher says; under ZeRO-3 the teacher's head is whole within the context."""
+        head = self._model.get_output_embeddings()
+        with torch.no_grad():
+            hidden = self._module(microbatch=microbatch)
+        with deepspeed.zero.GatheredParameters(list(head.parameters())) if self._is_sharded else nullcontext():
+            bias = getattr(head, "bias", None)
+            yield TeacherRows(hidden, (head.weight.detach(), None if bias is None else bias.detach()))
+
+    def follow(self, student: NamedParameters) -> None:
+        """As Teacher says."""
+
+    def save(self, directory: Path, world: World) -> Seals:
+        """As Teacher says."""
+        return {}
+
+    def load(self, directory: Path, world: World) -> None:
+        """As Teacher says."""
+
+
+class EmaTeacher(FrozenTeacher):
+    """An exponential moving average of the student: decay * teacher + (1 - decay) * student after each step, kept in float32.
+
+    Each rank averages what it owns: two engines shard the same parameters alike.
+    """
+
+    def __init__(self, config: Config, world: World):
+        super().__init__(config, world)
+        self._decay = config.distill.ema_decay
+        self._parts = {name: _own_part(parameter) for name, parameter in self._model.named_parameters()}
+        self._average = {name: part.detach().float().clone() for name, part in self._parts.items()}
+
+    @torch.no_grad()
+    def follow(self, student: NamedParameters) -> None:
+        """As Teacher says."""
+        for name, parameter in student:
+            self._average[name].lerp_(_own_part(parameter).float(), 1.0 - self._decay)
+        self._publish()
+
+    def save(self, directory: Path, world: World) -> Seals:
+        """As Teacher says."""
+        path = _path(directory, world)
+        return {path.name: write_tensors(path, {name: part.cpu() for name, part in self._average.items()}, {})}
+
+    @torch.no_grad()
+    def load(self, directory: Path, world: World) -> None:
+        """As Teacher says."""
+        path = _path(directory, world)
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing, expected the average that distill.teacher ema goes on from")
+        saved = load_file(path)
+        if {name: part.shape for name, part in saved.items()} != {name: part.shape for name, part in self._average.items()}:
+            raise CheckpointError(f"{path} holds other parts than this rank's: resume at as many ranks and the ZeRO stage it had")
+        self._average = {name: part.to(self._average[name].device) for name, part in saved.items()}
+        self._publish()
+
+    def _publish(self) -> None:
+        for name, part in self._parts.items():
+            part.copy_(self._average[name])
+
+
+class TeacherModule(nn.Module):
+    """A frozen causal language model whose forward returns the teacher's hidden states."""
+
+    def __init__(self, model: PreTrainedModel):
+        super().__init__()
+        self.model = model
+
+    def forward(self, microbatch: DeviceMicrobatch) -> Tensor:
+        """[Q, H] last hidden states at the teacher's rows."""
+        return teacher_hidden_rows(self.model, microbatch)
+
+
+TEACHERS: dict[str, Callable[[Config, World], Teacher]] = {"live": LiveTeacher, "ema": EmaTeacher, "frozen": FrozenTeacher}
+
+
+def _own_part(parameter: nn.Parameter) -> Tensor:
+    """This rank's shard under ZeRO-3, else the whole parameter."""
+    return getattr(parameter, "ds_tensor", parameter.data)
+
+
+def _path(directory: Path, world: World) -> Path:
+    return directory / f"teacher_{world.rank:05d}.safetensors"

@@ -1,0 +1,75 @@
+"""The configuration door: overrides, round trip, and errors that name the key, what was found and what was expected."""
+
+from pathlib import Path
+
+import pytest
+
+from megatron_sd.config import Config
+from megatron_sd.config.load import dump, load
+from megatron_sd.errors import ConfigError
+
+REQUIRED = ["--run_dir=r", "--model.path=m", "--data.train=q.jsonl", "--retriever.corpus=c"]
+
+
+def write_yaml(tmp_path: Path, text: str) -> str:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    return f"--config={path}"
+
+
+def test_defaults_are_the_papers():
+    config = load(REQUIRED)
+    assert config.distill.alpha.value == 1e-3
+    assert config.distill.alpha.warmup_steps == 50
+    assert (config.rollout.questions_per_step, config.rollout.group_size) == (256, 5)
+    assert (config.policy_loss.clip, config.policy_loss.kl_weight) == (0.2, 1e-3)
+    assert config.distill.top_k is None
+
+
+def test_command_line_overrides_yaml(tmp_path):
+    file = write_yaml(
+        tmp_path, "run_dir: r\nmodel: {path: m}\ndata: {train: q}\nretriever: {corpus: c, top_k: 5}\nnum_steps: 7\n"
+    )
+    config = load([file, "--num_steps=9", "--distill.alpha.mode=grad_ratio"])
+    assert (config.num_steps, config.retriever.top_k, config.distill.alpha.mode) == (9, 5, "grad_ratio")
+
+
+def test_resolved_yaml_reads_back_equal(tmp_path):
+    config = load([*REQUIRED, "--protocol.search_tags=[<tool>, </tool>]", "--optimizer.betas=[0.8, 0.98]", "--data.eval=null"])
+    again = load([write_yaml(tmp_path, dump(config))])
+    assert isinstance(again, Config)
+    assert again == config
+    assert again.protocol.search_tags == ("<tool>", "</tool>")
+
+
+@pytest.mark.parametrize(
+    ("argument", "fragments"),
+    [
+        ("--model.pth=x", ["model.pth", "unknown", "model.path"]),
+        ("--rollout.group_size=five", ["rollout.group_size", "int", "five"]),
+        ("--distill.block=papers", ["distill.block", "papers", "paper"]),
+        ("--distill.beta=1.0", ["distill.beta", "1.0", "between 0 and 1"]),
+        ("--num_steps=1.5", ["num_steps", "int", "1.5"]),
+        ("--config=nowhere.yaml", ["nowhere.yaml"]),
+    ],
+)
+def test_bad_argument_names_key_found_expected(argument, fragments):
+    with pytest.raises(ConfigError) as caught:
+        load([*REQUIRED, argument])
+    for fragment in fragments:
+        assert fragment in str(caught.value)
+
+
+def test_typo_in_yaml_names_the_nearest_key(tmp_path):
+    with pytest.raises(ConfigError, match="model.dtpe.*model.dtype"):
+        load([write_yaml(tmp_path, "run_dir: r\nmodel: {path: m, dtpe: float32}\ndata: {train: q}\nretriever: {corpus: c}\n")])
+
+
+def test_missing_section_is_named():
+    with pytest.raises(ConfigError, match=r"retriever\.corpus"):
+        load(REQUIRED[:-1])
+
+
+def test_grad_ratio_needs_its_measurement():
+    with pytest.raises(ConfigError, match="measure_every"):
+        load([*REQUIRED, "--distill.alpha.mode=grad_ratio", "--distill.measure_every=0"])

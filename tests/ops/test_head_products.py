@@ -1,0 +1,20 @@
+"""The head's products with float32 results: exact to float32's rounding, from bfloat16 inputs."""
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+
+from megatron_sd.ops.head.products import add_outer_product, head_logits
+
+
+def test_products_in_parts_are_unrounded(monkeypatch):
+    monkeypatch.setattr("megatron_sd.ops.head.products.PART", 20)
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight, bias = (torch.randn(*shape, generator=generator).bfloat16() for shape in ((11, 16), (53, 16), (53,)))
+    exact = F.linear(hidden.double(), weight.double(), bias.double())
+    found = head_logits(hidden, weight, bias, unrounded=True)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), exact, rtol=1e-6, atol=1e-6)
+    assert head_logits(hidden, weight, bias, unrounded=False).dtype == torch.bfloat16
+    total, gradient = torch.ones(53, 16), exact.bfloat16()
+    add_outer_product(total, gradient, hidden)
+    torch.testing.assert_close(total.double(), 1 + gradient.double().t() @ hidden.double(), rtol=1e-5, atol=1e-5)

@@ -1,0 +1,103 @@
+"""The loop itself, over parts that only note what they were asked for; whole runs are in test_training.py."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from megatron_sd.config import SafetyConfig
+from megatron_sd.distributed.world import lone_world
+from megatron_sd.errors import BarrenStepError, ReshardError, RolloutError
+from megatron_sd.observability.progress import SILENT
+from megatron_sd.observability.timers import Timers
+from megatron_sd.trainer import Schedule, Trainer
+from megatron_sd.training.safety.stability import Stability
+
+
+def trainer(events: list, *, fails_at: tuple[str, int]) -> Trainer:
+    """Each step samples nothing and updates nothing; the engine is lost in one phase of one step."""
+
+    def note(phase: str, step: int) -> None:
+        events.append((phase, step))
+        if (phase, step) == fails_at:
+            raise ReshardError("a worker is gone") if phase == "publish" else RolloutError("no server is left")
+
+    def take(step: int) -> list:
+        note("rollout", step)
+        return []
+
+    def publish(policy, engine, version) -> None:
+        note("publish", version)
+
+    update = SimpleNamespace(metrics={}, grad_norm=0.0, learning_rate=0.0)
+    batch = SimpleNamespace(microbatches=[], totals=None, padding_share=0.0)
+    checkpoints = SimpleNamespace(
+        load=lambda policy: None,
+        save=lambda policy, step, state: events.append(("save", step)),
+        refuse_when_resume_is_off=lambda: None,
+        plan_changes=(),
+    )
+    own = Trainer(
+        schedule=Schedule(num_steps=3, eval_every=0, transcripts_every=0, checkpoint_every=0),
+        world=lone_world(torch.device("cpu")),
+        evaluation=None,
+        sampling=SimpleNamespace(take=take, settle=lambda: None),
+        score=lambda groups: groups,
+        advantages=lambda group: [],
+        hindsight=lambda groups, step: [],
+        teacher_prompts=lambda groups, blocks: [],
+        to_samples=lambda groups, advantages, prompts: [],
+        pack=lambda samples: batch,
+        alpha=SimpleNamespace(passes=lambda step: (), observe=lambda policy: None, state=dict, metrics=dict),
+        policy=SimpleNamespace(step=lambda limit: update),
+        publisher=SimpleNamespace(publish=publish),
+        engine=None,
+        checkpoints=checkpoints,
+        recorder=SimpleNamespace(begin=lambda step, changes: None, close=lambda: events.append(("close", None))),
+        timers=Timers(),
+        work=SILENT,
+        stability=SimpleNamespace(
+            norm_limit=lambda: math.inf, taken=lambda step, norm: None, state=dict, refuse_to_end=lambda: None
+        ),
+        attempts=SimpleNamespace(begin=lambda step: None),
+    )
+    own.record = lambda *_: None
+    return own
+
+
+@pytest.mark.parametrize(
+    ("fails_at", "error", "step"),
+    [(("rollout", 2), RolloutError, 2), (("publish", 2), ReshardError, 2), (("rollout", 0), RolloutError, 0)],
+)
+def test_what_was_trained_is_saved_when_the_engine_is_lost(fails_at, error, step):
+    events: list = []
+    with pytest.raises(error):
+        trainer(events, fails_at=fails_at).train()
+    assert events[-2:] == [fails_at, ("save", step)]
+
+
+def test_a_run_without_failures_publishes_every_version_and_saves_once():
+    events: list = []
+    trainer(events, fails_at=("never", 0)).train()
+    assert [version for phase, version in events if phase == "publish"] == [0, 1, 2, 3]
+    assert [event for event in events if event[0] in ("save", "close")] == [("save", 3), ("close", None)]
+
+
+def test_a_step_without_a_sampled_token_is_passed_over_and_counted():
+    events: list = []
+    own = trainer(events, fails_at=("never", 0))
+    own.stability = Stability(SafetyConfig())
+    recorded = []
+    own.recorder.record = lambda step, metrics: recorded.append((step, metrics))
+
+    def barren_once(groups, advantages, prompts):
+        if own.step == 1:
+            raise BarrenStepError("none of the step's 8 rollouts has a sampled token")
+        return []
+
+    own.to_samples = barren_once
+    own.train()
+    assert recorded == [(2, {"optim/refused_steps": 1.0})]
+    assert [step for name, step in events if name == "rollout"] == [0, 1, 2]
+    assert ("publish", 2) in events and events[-2:] == [("save", 3), ("close", None)]

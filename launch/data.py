@@ -79,9 +79,9 @@ def recall(argv: Sequence[str]) -> None:
 
 def plan(argv: Sequence[str]) -> None:
     """`sd-search data plan`."""
-    from data_prep.passages.index_sizes import PlanConfig, estimates, render_plan
+    from data_prep.passages.index_sizes import IndexSizesConfig, estimates, render_plan
 
-    config = parse(PlanConfig, argv, "sd-search data plan")
+    config = parse(IndexSizesConfig, argv, "sd-search data plan")
     print(render_plan(config, estimates(config)))
 
 

@@ -12,7 +12,7 @@ import torch
 from megatron_sd.config.load import load
 from megatron_sd.errors import ConfigError
 from megatron_sd.rollout.vllm.connect import share_of_card
-from megatron_sd.rollout.vllm.options import ModelShape, check_server, server_arguments, server_environment
+from megatron_sd.rollout.vllm.options import ServedModel, check_server, server_arguments, server_environment
 from megatron_sd.rollout.vllm.server_process import require_vllm
 
 
@@ -33,7 +33,7 @@ def server_command(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     if not own.port.isdecimal():
         raise ConfigError(f"--port: found {own.port!r}, expected a number")
     config = load(rest)
-    check_server(ModelShape.read(config.model.path), config.model, config.rollout, on_cpu=own.cpu)
+    check_server(ServedModel.read(config.model.path), config.model, config.rollout, on_cpu=own.cpu)
     has_gpu = not own.cpu and torch.cuda.is_available()
     share = share_of_card(config.model, config.rollout) if has_gpu else None
     arguments = server_arguments(config.model, config.rollout, host=own.host, port=int(own.port), on_cpu=own.cpu, share=share)

@@ -252,3 +252,13 @@ def test_nothing_else_lies_at_the_top():
     known = {*PACKAGES, "kernels", "benchmarks", "results", "tests", "docs", "setup.py", "pyproject.toml", "Makefile", "LICENSE"}
     tops = {path.name for path in ROOT.iterdir() if path.suffix in (".py", ".toml", ".cfg") or (path / "__init__.py").exists()}
     assert tops <= known, f"unexpected at the top level: {sorted(tops - known)}"
+
+
+def test_a_public_class_name_means_one_thing():
+    places: dict[str, list[str]] = {}
+    for path in LIBRARY:
+        for node in parse(path).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                places.setdefault(node.name, []).append(where(path))
+    repeated = {name: found for name, found in places.items() if len(found) > 1}
+    assert repeated == {}, "rename all but one after what it is"

@@ -24,7 +24,7 @@ from data_prep.episodes.selection import (
     EpisodeMaker,
     Prompt,
     Selection,
-    Tally,
+    SelectionTally,
     is_held_out,
     is_within,
     without_tokens,
@@ -78,7 +78,7 @@ def main(argv: Sequence[str]) -> None:
     print(f"episodes in {config.output}: {TRAIN_NAME}, {VALIDATION_NAME}, {QUESTIONS_NAME}\n{tally.line()}")
 
 
-def select(config: SelectConfig) -> Tally:
+def select(config: SelectConfig) -> SelectionTally:
     """Write the episodes; what was kept and dropped. Raises DataError for rollouts that are none of ours, or not of this
     tokenizer, ConfigError for a selection or protocol that cannot be."""
     check_ranges(config)
@@ -96,7 +96,7 @@ def select(config: SelectConfig) -> Tally:
     if config.protocol is None:
         _check_prompt(groups, prompt, source)
     with hold(output):
-        tally = Tally()
+        tally = SelectionTally()
         splits = _split(groups, config)
         (output / EPISODES_NAME).unlink(missing_ok=True)  # until all is written again
         for split, name in (("train", TRAIN_NAME), ("validation", VALIDATION_NAME)):
@@ -121,7 +121,7 @@ def _split(groups: Iterable[RolloutGroup], config: SelectConfig) -> dict[str, li
     return splits
 
 
-def _episodes(groups: StoredGroups, maker: EpisodeMaker, split: str, tally: Tally) -> Iterator[dict[str, Any]]:
+def _episodes(groups: StoredGroups, maker: EpisodeMaker, split: str, tally: SelectionTally) -> Iterator[dict[str, Any]]:
     """The lines of a split."""
     places = {group.question.id: place for place, group in enumerate(maker.bare)}
     with Work(sys.stderr).on(f"select, {split}", len(groups), "questions") as task:
@@ -172,7 +172,7 @@ def check_same_form(own: Protocol, then: Protocol) -> None:
             )
 
 
-def _describe(output: Path, config: SelectConfig, sampled: Mapping[str, Any], tally: Tally) -> None:
+def _describe(output: Path, config: SelectConfig, sampled: Mapping[str, Any], tally: SelectionTally) -> None:
     record = {
         **{name: sampled[name] for name in _KEPT},
         "protocol": sampled["protocol"] if config.protocol is None else dataclasses.asdict(config.protocol),

@@ -55,7 +55,7 @@ class Episode:
 
 
 @dataclass(kw_only=True)
-class Tally:
+class SelectionTally:
     """What was kept, by split and kind, and which rollouts were dropped, by reason."""
 
     kept: Counter[tuple[str, str]] = field(default_factory=Counter)
@@ -92,7 +92,7 @@ def is_within(group: RolloutGroup, selection: Selection) -> str | None:
     return "too_easy" if rate > selection.max_pass_rate else None
 
 
-def select_rollouts(group: RolloutGroup, selection: Selection, tally: Tally) -> list[Rollout]:
+def select_rollouts(group: RolloutGroup, selection: Selection, tally: SelectionTally) -> list[Rollout]:
     """The rollouts of a scored group that are kept, fewest searches first; the others are counted by reason."""
     tally.dropped["infrastructure"] += len(group.rollouts) - len(group.usable)
     reason = is_within(group, selection)
@@ -132,7 +132,7 @@ class EpisodeMaker:
     bare: Sequence[RolloutGroup]
     seed: int
 
-    def __call__(self, group: RolloutGroup, place: int, tally: Tally) -> list[Episode]:
+    def __call__(self, group: RolloutGroup, place: int, tally: SelectionTally) -> list[Episode]:
         """place: of the group in `bare`. Same arguments, same episodes."""
         kept = select_rollouts(group, self.selection, tally)
         plans: list[tuple[Rollout, Kind]] = [(rollout, "plain") for rollout in kept]

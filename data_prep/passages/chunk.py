@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from data_prep.passages.runs import ROWS_PER_RUN, Runs, Taken
+from data_prep.passages.runs import ROWS_PER_RUN, SortedRuns, Taken
 from data_prep.passages.sourced import SourcedPassage, from_batch
 from data_prep.passages.table import Origin, PassageTable, write_resumable
 from megatron_sd.errors import ConfigError, DataError
@@ -46,7 +46,7 @@ def chunk_passages(config: ChunkConfig) -> str:
     spans = token_spans(config.tokenizer) if config.unit == "tokens" else SPANS[config.unit]
     table = PassageTable(Path(config.passages))
 
-    def rest(runs: Runs) -> Iterator[Taken]:
+    def rest(runs: SortedRuns) -> Iterator[Taken]:
         passages = (passage for batch in table.batches(runs.num_read) for passage in from_batch(batch))
         return (Taken(passages=tuple(cut(own, spans(own.text), size=config.size, stride=stride))) for own in passages)
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_prep.passages.runs import Runs, Taken
+from data_prep.passages.runs import SortedRuns, Taken
 from data_prep.passages.sourced import SourcedPassage
 from data_prep.passages.table import Origin, PassageTable, is_table, write_resumable
 from data_prep.sources.jsonl import Line, Reject, Row, RowError, check_rejects, read_lines, write_rejects
@@ -58,7 +58,7 @@ def _label(row: Row, name: str) -> str:
 
 
 @dataclass
-class Tally:
+class ImportTally:
     """What became of the rows of one file so far."""
 
     num_kept: int = 0
@@ -73,8 +73,8 @@ def import_passages(
     Killed and started again it goes on where it was. Raises DataError, and then leaves no directory.
     """
 
-    def rest(runs: Runs) -> Iterator[Taken]:
-        tally = Tally(num_kept=runs.num_rows, rejects=runs.rejects)
+    def rest(runs: SortedRuns) -> Iterator[Taken]:
+        tally = ImportTally(num_kept=runs.num_rows, rejects=runs.rejects)
         met = IdsOnDisk(runs.directory / "ids.sqlite", runs.places())
         try:
             yield from _take(path, rules, tally, num_done=runs.num_read, met=met)
@@ -101,7 +101,9 @@ def _input_entries(path: Path) -> dict[str, Any]:
     return {name: dataclasses.asdict(entry) for name, entry in entries.items()}
 
 
-def _take(path: Path, rules: PassageRules, tally: Tally, *, num_done: int = 0, met: MetIds | None = None) -> Iterator[Taken]:
+def _take(
+    path: Path, rules: PassageRules, tally: ImportTally, *, num_done: int = 0, met: MetIds | None = None
+) -> Iterator[Taken]:
     """What each row of a file or folder becomes, after `num_done` rows whose ids are `met`; the tally counts on."""
     parse = functools.partial(parse_sourced, rules=rules)
     for line, result in parse_rows(path, parse, num_done=num_done, met=met):
@@ -115,7 +117,7 @@ def _take(path: Path, rules: PassageRules, tally: Tally, *, num_done: int = 0, m
 
 def read_passages(path: Path, *, rejects: Path, max_reject_share: float) -> list[Passage]:
     """The passages of a file; broken rows go to the `rejects` file. Raises DataError when too many are broken."""
-    tally = Tally()
+    tally = ImportTally()
     try:
         passages = list(_passages(path, tally, max_reject_share))
     finally:
@@ -127,10 +129,10 @@ def read_passages(path: Path, *, rejects: Path, max_reject_share: float) -> list
 
 def any_passages(path: Path, max_reject_share: float = 0.0) -> Iterable[Passage]:
     """The passages of a passages directory or of any accepted file. Raises DataError, at the end for too many broken rows."""
-    return PassageTable(path) if is_table(path) else _passages(path, Tally(), max_reject_share)
+    return PassageTable(path) if is_table(path) else _passages(path, ImportTally(), max_reject_share)
 
 
-def _passages(path: Path, tally: Tally, max_reject_share: float) -> Iterator[Passage]:
+def _passages(path: Path, tally: ImportTally, max_reject_share: float) -> Iterator[Passage]:
     rules = PassageRules(source="", license="", max_text_bytes=1 << 30)
     for own in _take(path, rules, tally):
         yield from own.passages

@@ -21,7 +21,7 @@ LIST_ID_BYTES = 8  # IVF keeps the row of every code
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlanConfig:
+class IndexSizesConfig:
     """The corpus and the machine."""
 
     passages: float
@@ -32,7 +32,7 @@ class PlanConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Estimate:
+class IndexEstimate:
     """One choice of index. ram_gb: what has to stay in the page cache for searches at this speed; qps: queries a second."""
 
     name: str
@@ -84,7 +84,7 @@ def _depth(n: float) -> float:
     return math.log(max(2.0, n * MEASURED_PASSAGES)) / math.log(MEASURED_PASSAGES)
 
 
-def estimates(config: PlanConfig) -> list[Estimate]:
+def estimates(config: IndexSizesConfig) -> list[IndexEstimate]:
     """One estimate for each choice. Raises ConfigError for a corpus or machine that cannot be."""
     for name in ("passages", "dim", "words_per_passage", "cores", "encoded_per_s"):
         if not 0 < getattr(config, name) < math.inf:
@@ -92,7 +92,7 @@ def estimates(config: PlanConfig) -> list[Estimate]:
     n, d = config.passages / MEASURED_PASSAGES, config.dim / MEASURED_DIM
     text_gb = config.passages * config.words_per_passage * ARROW_BYTES_PER_WORD / 1e9
     words = config.words_per_passage / 100
-    bm25 = Estimate(
+    bm25 = IndexEstimate(
         name="bm25",
         index="postings",
         ram_gb=text_gb + config.passages * config.words_per_passage * BM25_BYTES_PER_WORD / 1e9,
@@ -103,10 +103,10 @@ def estimates(config: PlanConfig) -> list[Estimate]:
     return [bm25, *(_dense(measured, config, (n, d), text_gb) for measured in _MEASURED)]
 
 
-def _dense(measured: _Measured, config: PlanConfig, growth: tuple[float, float], text_gb: float) -> Estimate:
+def _dense(measured: _Measured, config: IndexSizesConfig, growth: tuple[float, float], text_gb: float) -> IndexEstimate:
     n, d = growth
     build_s = measured.build_core_s * n * d * (_depth(n) if measured.kind.startswith("hnsw") else 1.0) / config.cores
-    return Estimate(
+    return IndexEstimate(
         name=measured.kind,
         index=factory_string(VectorIndexConfig(kind=measured.kind), int(config.passages), config.dim),
         ram_gb=text_gb + config.passages * measured.bytes_per_vector(config.dim) / 1e9,
@@ -116,7 +116,7 @@ def _dense(measured: _Measured, config: PlanConfig, growth: tuple[float, float],
     )
 
 
-def render_plan(config: PlanConfig, found: Sequence[Estimate]) -> str:
+def render_plan(config: IndexSizesConfig, found: Sequence[IndexEstimate]) -> str:
     """The table, and what it rests on."""
     words = config.passages * config.words_per_passage
     head = f"{'index':<10}{'FAISS name':<34}{'RAM, disk GB':>13}{'build h':>10}{'queries/s':>12}   remark"

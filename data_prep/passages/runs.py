@@ -55,7 +55,7 @@ class _Run:
     file: FileEntry
 
 
-class Runs:
+class SortedRuns:
     """The finished pieces in a directory."""
 
     def __init__(self, directory: Path) -> None:

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_prep.passages.partial import Plan, new_directory, whole_file
-from data_prep.passages.runs import ROWS_PER_RUN, Runs, Taken
+from data_prep.passages.runs import ROWS_PER_RUN, SortedRuns, Taken
 from data_prep.passages.sourced import SourcedPassage, from_batch, to_batches
 from megatron_sd.errors import ConfigError, DataError
 from megatron_sd.retrieval.corpus.manifest import (
@@ -35,7 +35,7 @@ from megatron_sd.retrieval.corpus.passages import ROWS_PER_BATCH, SCHEMA
 ROWS_PER_SHARD = 64 * ROWS_PER_BATCH  # 262,144 rows: about 80 MB of Wikipedia
 _RUNS = "runs"
 
-Source = Callable[[Runs], Iterator[Taken]]  # the rows that come after those of the finished runs
+Source = Callable[[SortedRuns], Iterator[Taken]]  # the rows that come after those of the finished runs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +77,7 @@ def write_resumable(
 def _fill(partial: Path, source: Source, origin: Origin, rows_per_run: int) -> str:
     """From wherever the last start was killed: runs, then shards, then the manifest; the runs go last."""
     if not (partial / MANIFEST_NAME).exists():
-        runs = Runs(partial / _RUNS)
+        runs = SortedRuns(partial / _RUNS)
         runs.extend(source(runs), rows_per_run)
         if runs.num_rows == 0:
             raise DataError(f"no passage to write to {partial}: expected at least one")
@@ -97,7 +97,7 @@ def _fill(partial: Path, source: Source, origin: Origin, rows_per_run: int) -> s
     return read_manifest(partial, "passages")[1]
 
 
-def _write_shards(partial: Path, runs: Runs) -> list[Path]:
+def _write_shards(partial: Path, runs: SortedRuns) -> list[Path]:
     """The shards that are not there yet; all shards. Raises DataError for a repeated id."""
     shards = sorted(partial.glob("passages-*.parquet"))
     last_id = pq.read_table(shards[-1], columns=["id"]).column("id")[-1].as_py() if shards else None

@@ -22,7 +22,7 @@ from transformers import Qwen2ForCausalLM, Qwen2Tokenizer
 
 from data_prep.world.demonstrations import BlockKind, Demonstration, DemonstratorConfig, make_demonstration
 from data_prep.world.reading_probe import ReadingProbe
-from data_prep.world.small_qwen import ATTENTION, ModelShape, build_model
+from data_prep.world.small_qwen import ATTENTION, SmallQwenShape, build_model
 from data_prep.world.tokenizer import save_tokenizer, train_tokenizer
 from megatron_sd.errors import DataError
 from megatron_sd.search.protocol import PRESETS
@@ -35,7 +35,7 @@ COMMAND = "sd-search coldstart --seed {seed} --num_steps {num_steps}"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stage:
+class CurriculumStage:
     """A part of the curriculum: it ends at `until` (share of all steps); shares of episodes by kind of block."""
 
     until: float
@@ -45,10 +45,10 @@ class Stage:
 # Copying from CORRECT attempts first; then one CORRECT against one INCORRECT attempt, where nothing but the label tells whom to
 # follow; then whole groups with both outcomes; last, blocks as rollouts will produce them, all wrong and foreign ones included.
 CURRICULUM = (
-    Stage(until=0.08, shares={"none": 0.5, "only_correct": 0.5}),
-    Stage(until=0.25, shares={"none": 0.3, "only_correct": 0.1, "pair": 0.6}),
-    Stage(until=0.5, shares={"none": 0.3, "pair": 0.15, "mixed": 0.45, "natural": 0.1}),
-    Stage(
+    CurriculumStage(until=0.08, shares={"none": 0.5, "only_correct": 0.5}),
+    CurriculumStage(until=0.25, shares={"none": 0.3, "only_correct": 0.1, "pair": 0.6}),
+    CurriculumStage(until=0.5, shares={"none": 0.3, "pair": 0.15, "mixed": 0.45, "natural": 0.1}),
+    CurriculumStage(
         until=1.0,
         shares={
             "none": 0.35,
@@ -85,9 +85,9 @@ class ColdstartConfig:
     probe_every: int = 200
     num_probe_episodes: int = 200
     save_every: int = 1000
-    model: ModelShape = field(default_factory=ModelShape)
+    model: SmallQwenShape = field(default_factory=SmallQwenShape)
     demonstrator: DemonstratorConfig = field(default_factory=DemonstratorConfig)
-    curriculum: tuple[Stage, ...] = CURRICULUM
+    curriculum: tuple[CurriculumStage, ...] = CURRICULUM
 
 
 @dataclass(frozen=True, kw_only=True)

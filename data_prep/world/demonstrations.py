@@ -30,7 +30,7 @@ from data_prep.world.world import (
     query_text,
     question_text,
 )
-from megatron_sd.algorithm.hindsight import Attempt, render_outcome_first
+from megatron_sd.algorithm.hindsight import AttemptLine, render_outcome_first
 from megatron_sd.search.protocol import Protocol
 
 BlockKind = Literal["none", "only_correct", "pair", "mixed", "natural", "natural_correct", "wrong_question", "no_labels"]
@@ -56,7 +56,7 @@ class DemonstratorConfig:
 
 
 @dataclass(frozen=True)
-class Finding:
+class QueryResult:
     """What a query returned: the passage, the entity it names, and whether it is the fact that was asked for."""
 
     text: str
@@ -68,18 +68,19 @@ class Finding:
 class Trace:
     """One attempt: its searches in order, its answer, and whether the answer is right."""
 
-    searches: tuple[tuple[Entity, str, Finding], ...]
+    searches: tuple[tuple[Entity, str, QueryResult], ...]
     answer: str
     correct: bool
 
     @property
-    def attempt(self) -> Attempt:
+    def attempt(self) -> AttemptLine:
         """The attempt as a hindsight block shows it."""
-        return Attempt(queries=tuple(query_text(entity, keyword) for entity, keyword, _ in self.searches), correct=self.correct)
+        queries = tuple(query_text(entity, keyword) for entity, keyword, _ in self.searches)
+        return AttemptLine(queries=queries, correct=self.correct)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Task:
+class WorldQuestion:
     """A question: follow `relations` in order from `subject`."""
 
     subject: Entity
@@ -105,7 +106,7 @@ class Universe:
         self.table = draw_table(rng)
         self._names: set[str] = set()
         self._values: dict[tuple[Entity, str], Entity] = {}
-        self._misses: dict[tuple[Entity, str], Finding] = {}
+        self._misses: dict[tuple[Entity, str], QueryResult] = {}
 
     def entity(self, *, unlike: Entity | None = None) -> Entity:
         """A random entity with a name not seen before in this universe, which shares no word with that of `unlike`."""
@@ -121,41 +122,41 @@ class Universe:
             self._values[subject, relation] = self.entity(unlike=subject)
         return self._values[subject, relation]
 
-    def search(self, subject: Entity, keyword: str) -> Finding:
+    def search(self, subject: Entity, keyword: str) -> QueryResult:
         """The best passage for `query_text(subject, keyword)`."""
         relation = RELATION_OF[keyword]
         if self.table[relation, subject.type] == keyword:
             value = self.value(subject, relation)
-            return Finding(fact_text(subject, keyword, value), value, True)
+            return QueryResult(fact_text(subject, keyword, value), value, True)
         if (subject, keyword) not in self._misses:
             self._misses[subject, keyword] = self._miss(subject, keyword)
         return self._misses[subject, keyword]
 
-    def _miss(self, subject: Entity, keyword: str) -> Finding:
+    def _miss(self, subject: Entity, keyword: str) -> QueryResult:
         """Mostly the distractor; sometimes a homonym, another fact of the subject, or a fact about somebody else."""
         kind = self._rng.choices(("met", "homonym", "other_fact", "reverse"), weights=(95, 3, 1, 1))[0]
         other = self.entity(unlike=subject)
         if kind == "homonym":
             homonym = Entity(subject.name, self._rng.choice([t for t in ENTITY_TYPES if t != subject.type]))
-            return Finding(fact_text(homonym, keyword, other), other, False)
+            return QueryResult(fact_text(homonym, keyword, other), other, False)
         if kind == "other_fact":
             relation = self._rng.choice([r for r in RELATIONS if r != RELATION_OF[keyword]])
             value = self.value(subject, relation)
-            return Finding(fact_text(subject, self.table[relation, subject.type], value), value, False)
+            return QueryResult(fact_text(subject, self.table[relation, subject.type], value), value, False)
         if kind == "reverse":
-            return Finding(fact_text(other, keyword, subject), other, False)
+            return QueryResult(fact_text(other, keyword, subject), other, False)
         value = self.value(subject, "met")
-        return Finding(met_text(subject, value), value, False)
+        return QueryResult(met_text(subject, value), value, False)
 
 
-def draw_task(universe: Universe, config: DemonstratorConfig, rng: random.Random) -> Task:
+def draw_task(universe: Universe, config: DemonstratorConfig, rng: random.Random) -> WorldQuestion:
     """A question of 1 to 4 hops about a random entity."""
     num_hops = rng.choices((1, 2, 3, 4), weights=config.hop_shares)[0]
-    return Task(subject=universe.entity(), relations=tuple(rng.choice(RELATIONS) for _ in range(num_hops)))
+    return WorldQuestion(subject=universe.entity(), relations=tuple(rng.choice(RELATIONS) for _ in range(num_hops)))
 
 
 def read_block(
-    attempts: Sequence[Attempt], entity: Entity, relation: str, *, is_last_hop: bool, retry: float
+    attempts: Sequence[AttemptLine], entity: Entity, relation: str, *, is_last_hop: bool, retry: float
 ) -> dict[str, float]:
     """Weight of each keyword of `relation` for `entity`, from what the attempts of this question did and how they ended.
 
@@ -187,11 +188,11 @@ def _evidence(correct: bool | None, following: str | None, label: str, *, is_las
 class Insight:
     """What a demonstrator knows beyond the question: a block's attempts, and its chance to know a keyword outright."""
 
-    attempts: tuple[Attempt, ...] = ()
+    attempts: tuple[AttemptLine, ...] = ()
     skill: float = 0.0
 
 
-def demonstrate(universe: Universe, task: Task, insight: Insight, config: DemonstratorConfig) -> Trace:
+def demonstrate(universe: Universe, task: WorldQuestion, insight: Insight, config: DemonstratorConfig) -> Trace:
     """One attempt at the task."""
     rng = universe._rng
     entity, hop, tried, searches = task.subject, 0, set(), []
@@ -213,18 +214,18 @@ def demonstrate(universe: Universe, task: Task, insight: Insight, config: Demons
     return Trace(searches=tuple(searches), answer=answer, correct=answer == _truth(universe, task).name)
 
 
-def _truth(universe: Universe, task: Task) -> Entity:
+def _truth(universe: Universe, task: WorldQuestion) -> Entity:
     entity = task.subject
     for relation in task.relations:
         entity = universe.value(entity, relation)
     return entity
 
 
-def _attempts(universe: Universe, task: Task, skill: float, config: DemonstratorConfig) -> list[Trace]:
+def _attempts(universe: Universe, task: WorldQuestion, skill: float, config: DemonstratorConfig) -> list[Trace]:
     return [demonstrate(universe, task, Insight(skill=skill), config) for _ in range(config.attempts_per_block)]
 
 
-def _block_traces(kind: BlockKind, universe: Universe, task: Task, config: DemonstratorConfig) -> list[Trace]:
+def _block_traces(kind: BlockKind, universe: Universe, task: WorldQuestion, config: DemonstratorConfig) -> list[Trace]:
     rng = universe._rng
     if kind == "none":
         return []
@@ -244,7 +245,7 @@ def _block_traces(kind: BlockKind, universe: Universe, task: Task, config: Demon
     return [trace for trace in traces if trace.correct] if kind == "natural_correct" else traces
 
 
-def _pair(universe: Universe, task: Task, config: DemonstratorConfig) -> list[Trace]:
+def _pair(universe: Universe, task: WorldQuestion, config: DemonstratorConfig) -> list[Trace]:
     """A CORRECT and an INCORRECT attempt without second tries, in random order: only the labels tell whom to follow."""
     hasty = dataclasses.replace(config, retry=0.0)
     pair = [demonstrate(universe, task, Insight(skill=1.0), hasty)]
@@ -266,7 +267,7 @@ def make_demonstration(kind: BlockKind, protocol: Protocol, config: Demonstrator
     else:
         traces, believed = _block_traces(kind, universe, task, config), True
     attempts = tuple(
-        Attempt(queries=t.attempt.queries, correct=None if kind == "no_labels" else t.correct) for t in traces
+        AttemptLine(queries=t.attempt.queries, correct=None if kind == "no_labels" else t.correct) for t in traces
     )
     trace = demonstrate(universe, task, Insight(attempts=attempts if believed else ()), config)
     block = render_outcome_first(attempts)

@@ -17,7 +17,7 @@ from transformers import Qwen2ForCausalLM, Qwen2Tokenizer
 
 from data_prep.world.demonstrations import Demonstration, DemonstratorConfig, Trace, make_demonstration
 from data_prep.world.world import RELATION_OF
-from megatron_sd.algorithm.hindsight import Attempt, render_outcome_first
+from megatron_sd.algorithm.hindsight import AttemptLine, render_outcome_first
 from megatron_sd.search.protocol import Protocol
 
 _BATCH = 64
@@ -101,4 +101,4 @@ def _shuffled(traces: Sequence[Trace], rng: random.Random) -> str:
     permuted = list(labels)
     while permuted == labels:
         rng.shuffle(permuted)
-    return render_outcome_first([Attempt(queries=t.attempt.queries, correct=label) for t, label in zip(traces, permuted)])
+    return render_outcome_first([AttemptLine(queries=t.attempt.queries, correct=label) for t, label in zip(traces, permuted)])

@@ -13,7 +13,7 @@ ATTENTION = "coldstart_causal"  # its name among transformers' attention impleme
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelShape:
+class SmallQwenShape:
     """A Qwen2 architecture with tied embeddings."""
 
     hidden_size: int = 128
@@ -35,7 +35,7 @@ def _causal_attention(module, query, key, value, attention_mask, scaling=None, *
 AttentionInterface.register(ATTENTION, _causal_attention)
 
 
-def build_model(shape: ModelShape, *, vocab_size: int, seed: int) -> Qwen2ForCausalLM:
+def build_model(shape: SmallQwenShape, *, vocab_size: int, seed: int) -> Qwen2ForCausalLM:
     """A freshly initialised model; the same seed gives the same weights. Raises ConfigError for a head size no engine serves."""
     if shape.hidden_size % shape.num_heads or shape.hidden_size // shape.num_heads not in (32, 64, 128):
         raise ConfigError(

@@ -85,7 +85,7 @@ class Half:
 
 
 @dataclass(frozen=True, kw_only=True)
-class World:
+class SyntheticWorld:
     """A whole universe. Passages are in id order; questions are train first, then eval."""
 
     table: Table
@@ -130,7 +130,7 @@ def met_text(subject: Entity, other: Entity) -> str:
     return f"{subject.label} met {other.label}."
 
 
-def make_world(config: WorldConfig) -> World:
+def make_world(config: WorldConfig) -> SyntheticWorld:
     """Draw the universe of a configuration. Raises ConfigError for sizes that cannot be met."""
     _check(config)
     rng = random.Random(f"world/{config.seed}")
@@ -140,10 +140,10 @@ def make_world(config: WorldConfig) -> World:
     passages = sorted((p for half in halves for p in _passages(half, table)), key=lambda passage: passage.id)
     counts = (config.num_train_questions, config.num_eval_questions)
     questions = [q for half, n in zip(halves, counts, strict=True) for q in _draw_questions(half, n, config.hop_shares, rng)]
-    return World(table=table, halves=halves, passages=tuple(passages), questions=tuple(questions))
+    return SyntheticWorld(table=table, halves=halves, passages=tuple(passages), questions=tuple(questions))
 
 
-def build_world(config: WorldConfig) -> World:
+def build_world(config: WorldConfig) -> SyntheticWorld:
     """Write passages.jsonl, questions.jsonl and world.json (configuration and hidden table) into `config.output`.
 
     The passages are meant for a BM25 index without stop words and stemmer: there the distractors, being shorter, win ties.

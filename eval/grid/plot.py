@@ -9,14 +9,14 @@ import numpy as np
 
 from eval.grid.plan import GridConfig
 from eval.grid.records import RunRecord
-from eval.grid.table import Contrast, Summary
+from eval.grid.table import Contrast, GridSummary
 
 WIDTH, LABEL, ROW, TITLE, MARGIN = 760, 250, 20, 34, 24
 CURVES_HEIGHT, LEGEND_ROW = 260, 16
 COLOURS = ("#222222", "#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#e377c2", "#777777")
 
 
-def draw(records: Sequence[RunRecord], summary: Summary, config: GridConfig) -> str:
+def draw(records: Sequence[RunRecord], summary: GridSummary, config: GridConfig) -> str:
     """The whole picture."""
     parts, y = [], 0
     for outcome in config.outcomes:

@@ -50,14 +50,14 @@ class Contrast:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Summary:
+class GridSummary:
     """Of all finished runs."""
 
     arms: tuple[ArmSummary, ...]
     contrasts: tuple[Contrast, ...]
 
 
-def summarize(records: Sequence[RunRecord], config: GridConfig) -> Summary:
+def summarize(records: Sequence[RunRecord], config: GridConfig) -> GridSummary:
     """Of the finished runs; a contrast without a common pair is left out."""
     by_arm = {arm: [record for record in records if record.arm == arm] for arm in config.arms}
     arms = tuple(_arm(arm, own, config) for arm, own in by_arm.items() if own)
@@ -67,7 +67,7 @@ def summarize(records: Sequence[RunRecord], config: GridConfig) -> Summary:
         found = [contrast for contrast in found if contrast is not None]
         adjusted = holm([contrast.difference.p_value for contrast in found])
         contrasts += [dataclasses.replace(contrast, p_holm=p) for contrast, p in zip(found, adjusted, strict=True)]
-    return Summary(arms=arms, contrasts=tuple(contrasts))
+    return GridSummary(arms=arms, contrasts=tuple(contrasts))
 
 
 def _arm(arm: str, records: Sequence[RunRecord], config: GridConfig) -> ArmSummary:
@@ -129,12 +129,12 @@ def crossed_bootstrap(differences: Mapping[tuple[str, int], float], *, num_resam
     return Difference(value=mean, low=interval.low, high=interval.high, p_value=float(p_value))
 
 
-def to_json(summary: Summary) -> dict[str, Any]:
+def to_json(summary: GridSummary) -> dict[str, Any]:
     """Plain numbers; what does not exist is null."""
     return _without_nan(dataclasses.asdict(summary))
 
 
-def to_markdown(summary: Summary, config: GridConfig, missing: Mapping[str, int]) -> str:
+def to_markdown(summary: GridSummary, config: GridConfig, missing: Mapping[str, int]) -> str:
     """The tables: the arms, then every outcome's contrasts; the unfinished part of the grid is named above them."""
     num_planned = len(config.arms) * len(config.starts) * len(config.seeds)
     num_missing = sum(missing.values())

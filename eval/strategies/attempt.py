@@ -28,7 +28,7 @@ class Tools:
     top_k: int
 
 
-class Attempt:
+class Conversation:
     """What one attempt has read and written so far.
 
     The limits are the environment's: max_turn_tokens a completion, max_observation_tokens a search, max_rollout_tokens a
@@ -135,7 +135,7 @@ class Attempt:
 class Context:
     """One growing text that the engine sees: the model writes in it, and reads what it did not write. Ids stay as sampled."""
 
-    def __init__(self, session: str, prompt_ids: TokenIds, so_far: TokenIds, *, attempt: Attempt, codec: TextCodec):
+    def __init__(self, session: str, prompt_ids: TokenIds, so_far: TokenIds, *, attempt: Conversation, codec: TextCodec):
         self.session = session
         self.prompt_ids = prompt_ids
         self.written = so_far  # everything after the prompt
@@ -171,4 +171,4 @@ class Context:
         return self._codec.decode(i for i in ids if i not in self._codec.control_ids)
 
 
-Solve = Callable[[Attempt], Awaitable[str | None]]  # a strategy: the answer, or None when it gave none
+Solve = Callable[[Conversation], Awaitable[str | None]]  # a strategy: the answer, or None when it gave none

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from eval.strategies.attempt import Attempt, Context
+from eval.strategies.attempt import Context, Conversation
 from eval.strategies.reading import after
 from megatron_sd.records import Hit, TokenIds
 
@@ -15,7 +15,7 @@ PROMPT = (
 CONCLUSION = "So the answer is:"
 
 
-async def ircot(attempt: Attempt) -> str | None:
+async def ircot(attempt: Conversation) -> str | None:
     """Search for the question; then think a sentence, search for it, and think on over all passages found so far.
 
     The newest passages stand first, and stay where room is short. After max_search_turns searches, or at an empty thought, the
@@ -42,7 +42,7 @@ async def _conclusion(context: Context) -> str:
     return (await context.write(("\n",))).strip().removesuffix(".")
 
 
-def _context(attempt: Attempt, found: Sequence[Hit], thoughts: TokenIds) -> Context:
+def _context(attempt: Conversation, found: Sequence[Hit], thoughts: TokenIds) -> Context:
     return attempt.begin(PROMPT.format(passages=attempt.passages(found), question=attempt.question), thoughts)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from eval.strategies.attempt import Attempt
+from eval.strategies.attempt import Conversation
 
 PROMPT = (
     "Answer the question below in steps of Thought, Action and Observation. An action is Search[query], which returns passages, "
@@ -17,7 +17,7 @@ NO_ACTION = "That was neither Search[query] nor Finish[answer].\n"
 _ACTION = re.compile(r"(Search|Finish)\[([^\[\]]*)\]")
 
 
-async def react(attempt: Attempt) -> str | None:
+async def react(attempt: Conversation) -> str | None:
     """Think and act until Finish; at most max_search_turns steps and one last, in which only Finish counts."""
     context = attempt.begin(PROMPT.format(question=attempt.question))
     context.read("Thought 1:")

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Sequence
 from typing import Protocol
 
-from eval.strategies.attempt import Attempt, OutOfTokensError, Solve, Tools
+from eval.strategies.attempt import Conversation, OutOfTokensError, Solve, Tools
 from megatron_sd.errors import RetrievalError, RolloutError
 from megatron_sd.observability.progress import SILENT, Task, Work
 from megatron_sd.records import Question, Rollout, RolloutGroup, StopReason
@@ -41,7 +41,7 @@ class PromptedStrategy:
         limits = self._tools.environment.limits
         num_samples = 1 if greedy else limits.group_size
         attempts = [
-            Attempt(
+            Conversation(
                 question,
                 self._tools,
                 session=f"step {step}, question {place} ({question.id}), rollout {index}",
@@ -59,7 +59,7 @@ class PromptedStrategy:
             for place, question in enumerate(questions)
         ]
 
-    async def _run_all(self, attempts: Sequence[Attempt], task: Task) -> list[Rollout]:
+    async def _run_all(self, attempts: Sequence[Conversation], task: Task) -> list[Rollout]:
         try:
             async with asyncio.TaskGroup() as tasks:
                 running = [tasks.create_task(self._attempt(attempt, task)) for attempt in attempts]
@@ -71,12 +71,12 @@ class PromptedStrategy:
             raise errors.exceptions[0] from None
         return [one.result() for one in running]
 
-    async def _attempt(self, attempt: Attempt, task: Task) -> Rollout:
+    async def _attempt(self, attempt: Conversation, task: Task) -> Rollout:
         rollout = await self._rollout(attempt)
         task.add(done=1, tokens=sum(len(turn.completion_ids) for turn in rollout.turns))
         return rollout
 
-    async def _rollout(self, attempt: Attempt) -> Rollout:
+    async def _rollout(self, attempt: Conversation) -> Rollout:
         try:
             answer = await self._solve(attempt)
         except OutOfTokensError:

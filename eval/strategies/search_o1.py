@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from eval.strategies.attempt import Attempt, Context
+from eval.strategies.attempt import Context, Conversation
 from eval.strategies.reading import ANSWER_REQUEST, ANSWER_TAGS, answer_of, between
 
 QUERY_TAGS = ("<|begin_search_query|>", "<|end_search_query|>")
@@ -18,7 +18,7 @@ CONDENSE = (
 )
 
 
-async def search_o1(attempt: Attempt) -> str | None:
+async def search_o1(attempt: Conversation) -> str | None:
     """Reason; at a query search, condense the passages in a context of their own, and reason on with what they yield.
 
     After max_search_turns searches the reasoning goes on without one.
@@ -39,7 +39,7 @@ async def search_o1(attempt: Attempt) -> str | None:
     return answer
 
 
-async def _condensed(attempt: Attempt, context: Context, query: str) -> str:
+async def _condensed(attempt: Conversation, context: Context, query: str) -> str:
     passages = await attempt.search(query)
     prompt = CONDENSE.format(reasoning=context.text.strip(), query=query, passages=passages)
     return " ".join((await attempt.begin(prompt).write(())).split())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from eval.strategies.attempt import Attempt
+from eval.strategies.attempt import Conversation
 from eval.strategies.reading import after
 
 PROMPT = (
@@ -17,7 +17,7 @@ INTERMEDIATE = "Intermediate answer:"
 CONCLUSION = "So the final answer is:"
 
 
-async def self_ask(attempt: Attempt) -> str | None:
+async def self_ask(attempt: Conversation) -> str | None:
     """Ask, search for what was asked, answer it from the passages, and ask again; conclude after max_search_turns questions."""
     context = attempt.begin(PROMPT.format(question=attempt.question))
     context.read(OPENING)

@@ -14,7 +14,7 @@ from typing import Literal
 from megatron_sd.config import Config
 from megatron_sd.config.checks import engine_reads_policy
 from megatron_sd.ops.head.one_pass import BLOCK_ELEMENTS
-from megatron_sd.resharding.names import ModelShape
+from megatron_sd.resharding.names import DecoderSizes
 from megatron_sd.resharding.plan import ITEM_BYTES
 from megatron_sd.training.deepspeed_config import PREFETCH_ELEMENTS, REDUCE_BUCKET_ELEMENTS, SUB_GROUP_ELEMENTS
 
@@ -48,7 +48,7 @@ class Sizes:
     total: int
 
     @classmethod
-    def of(cls, shape: ModelShape) -> Sizes:
+    def of(cls, shape: DecoderSizes) -> Sizes:
         """Counted from the shape."""
         queries, keys = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
         biases = shape.qkv_bias * (queries + 2 * keys) + (shape.out_bias + shape.mlp_bias) * shape.hidden
@@ -59,7 +59,7 @@ class Sizes:
         return cls(layer=layer, num_layers=shape.num_layers, embedding=embedding, total=total)
 
 
-def rank_memory(shape: ModelShape, config: Config, *, world_size: int, on_gpu: bool = True) -> tuple[Part, ...]:
+def rank_memory(shape: DecoderSizes, config: Config, *, world_size: int, on_gpu: bool = True) -> tuple[Part, ...]:
     """The parts of one rank, with a full microbatch of update.max_microbatch_tokens student positions."""
     update = _update(shape, config, world_size=world_size, on_gpu=on_gpu)
     return (*_states(shape, config, world_size), *update, *_rollout(shape, config, world_size))
@@ -73,13 +73,13 @@ def peak(parts: Sequence[Part], where: Place = "device") -> tuple[float, Phase]:
     return sums[worst], worst
 
 
-def checkpoint_bytes(shape: ModelShape, config: Config) -> float:
+def checkpoint_bytes(shape: DecoderSizes, config: Config) -> float:
     """Of one checkpoint on disk: float32 masters and two moments of what is trained, and the whole model."""
     total = Sizes.of(shape).total
     return 12 * (adapter_elements(shape, config) or total) + ITEM_BYTES[config.model.dtype] * total
 
 
-def saved_bytes_per_token(shape: ModelShape, item_bytes: int) -> int:
+def saved_bytes_per_token(shape: DecoderSizes, item_bytes: int) -> int:
     """What autograd keeps of one decoder layer for each token: two norms (their input in float32, scale, and two results),
     attention (queries, keys, values, result, log-sums), and the MLP's gate, its activation, up and their product."""
     queries, keys = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
@@ -88,12 +88,12 @@ def saved_bytes_per_token(shape: ModelShape, item_bytes: int) -> int:
     return norms + attention + 4 * item_bytes * shape.intermediate
 
 
-def kv_bytes_per_token(shape: ModelShape, item_bytes: int) -> int:
+def kv_bytes_per_token(shape: DecoderSizes, item_bytes: int) -> int:
     """Keys and values of one token in all layers."""
     return 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * item_bytes
 
 
-def _states(shape: ModelShape, config: Config, world_size: int) -> list[Part]:
+def _states(shape: DecoderSizes, config: Config, world_size: int) -> list[Part]:
     sizes, item, stage = Sizes.of(shape), ITEM_BYTES[config.model.dtype], config.update.zero_stage
     adapters = adapter_elements(shape, config)
     all_trained = adapters or sizes.total
@@ -119,17 +119,17 @@ def _states(shape: ModelShape, config: Config, world_size: int) -> list[Part]:
     return parts
 
 
-def adapter_elements(shape: ModelShape, config: Config) -> int:
+def adapter_elements(shape: DecoderSizes, config: Config) -> int:
     """Parameters of all adapters; 0 without."""
     return config.model.lora.rank * shape.num_layers * sum(ins + outs for ins, outs in _adapted(shape, config))
 
 
-def adapted_elements(shape: ModelShape, config: Config) -> int:
+def adapted_elements(shape: DecoderSizes, config: Config) -> int:
     """Of the weights that have adapters."""
     return shape.num_layers * sum(ins * outs for ins, outs in _adapted(shape, config))
 
 
-def _adapted(shape: ModelShape, config: Config) -> list[tuple[int, int]]:
+def _adapted(shape: DecoderSizes, config: Config) -> list[tuple[int, int]]:
     """Inputs and outputs of a decoder layer's linear layers that have an adapter."""
     queries, keys, hidden = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim, shape.hidden
     sizes = {
@@ -145,7 +145,7 @@ def _adapted(shape: ModelShape, config: Config) -> list[tuple[int, int]]:
     return [sizes[target] for target in lora.targets if target in sizes] if lora.rank else []
 
 
-def _update(shape: ModelShape, config: Config, *, world_size: int, on_gpu: bool) -> list[Part]:
+def _update(shape: DecoderSizes, config: Config, *, world_size: int, on_gpu: bool) -> list[Part]:
     sizes, item, sharers = Sizes.of(shape), ITEM_BYTES[config.model.dtype], config.update.sequence_parallel_size
     tokens = math.ceil(config.update.max_microbatch_tokens / sharers)
     joined = 2 * item * tokens * sharers * shape.hidden if sharers > 1 else 0  # all slices' last hidden states, and a gradient
@@ -174,7 +174,7 @@ def _update(shape: ModelShape, config: Config, *, world_size: int, on_gpu: bool)
     ]
 
 
-def _rollout(shape: ModelShape, config: Config, world_size: int) -> list[Part]:
+def _rollout(shape: DecoderSizes, config: Config, world_size: int) -> list[Part]:
     """Of the embedded engine, or of vLLM in the rank, which sleeps while the rank trains; the memory of vLLM's servers is their
     own (megatron_sd/rollout/vllm/memory.py). Both give their keys and values back while the rank trains."""
     item, rollout, total = ITEM_BYTES[config.model.dtype], config.rollout, Sizes.of(shape).total

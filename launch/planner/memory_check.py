@@ -10,7 +10,7 @@ from launch.planner.models import model_config
 from megatron_sd.config import Config
 from megatron_sd.config.checks import check
 from megatron_sd.errors import ConfigError
-from megatron_sd.resharding.names import ModelShape, UnknownArchitectureError, model_shape
+from megatron_sd.resharding.names import DecoderSizes, UnknownArchitectureError, model_shape
 
 SMALLEST_MICROBATCH = 1024
 LORA_RANK = 16
@@ -47,7 +47,7 @@ def remarks_on_memory(config: Config, *, num_ranks: int, device_bytes: int, on_c
     return (found, f"no single change fits; the best is {best} ({size / GIB:.1f} GiB): take several, or a smaller model")
 
 
-def needed_bytes(shape: ModelShape, config: Config, num_ranks: int, *, on_cpu: bool) -> tuple[float, str]:
+def needed_bytes(shape: DecoderSizes, config: Config, num_ranks: int, *, on_cpu: bool) -> tuple[float, str]:
     """Bytes of a rank on its device at the worst moment; on CPUs of all ranks, with what they hold in host memory."""
     parts = rank_memory(shape, config, world_size=num_ranks, on_gpu=not on_cpu)
     if on_cpu:

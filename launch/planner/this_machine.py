@@ -14,7 +14,7 @@ from megatron_sd.config import Config
 from megatron_sd.config.load import load
 from megatron_sd.errors import ConfigError
 from megatron_sd.machine import has_gpu
-from megatron_sd.resharding.names import ModelShape, model_shape
+from megatron_sd.resharding.names import DecoderSizes, model_shape
 
 BLANKS = {"--run_dir": "none", "--data.train": "none", "--retriever.corpus": "none"}
 MICROBATCHES = tuple(1 << power for power in range(9, 17))  # tokens, of which the largest that fits is told
@@ -43,7 +43,7 @@ def num_places() -> int:
     return max(torch.cuda.device_count(), 1)
 
 
-def render(config: Config, shape: ModelShape, *, free: int, on_cpu: bool, num_places: int) -> str:
+def render(config: Config, shape: DecoderSizes, *, free: int, on_cpu: bool, num_places: int) -> str:
     """Ways of training down, numbers of ranks across; in each place the planned memory, and the largest microbatch that fits.
 
     free: bytes, of the machine's memory on CPUs, which all ranks share, else of the fullest GPU.
@@ -79,7 +79,7 @@ def ways(config: Config) -> Iterator[tuple[str, Config]]:
             yield words + more, replace(config, model=model)
 
 
-def _place(config: Config, shape: ModelShape, num_ranks: int, *, free: float, on_cpu: bool) -> str:
+def _place(config: Config, shape: DecoderSizes, num_ranks: int, *, free: float, on_cpu: bool) -> str:
     def needed(tokens: int) -> float:
         update = dataclasses.replace(config.update, max_microbatch_tokens=tokens)
         return needed_bytes(shape, dataclasses.replace(config, update=update), num_ranks, on_cpu=on_cpu)[0]

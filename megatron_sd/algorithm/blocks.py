@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 
-from megatron_sd.algorithm.hindsight import HEADLINE, Attempt, BlockBuilder, BlockContext, attempt_of, attempts_of, quoted
+from megatron_sd.algorithm.hindsight import HEADLINE, AttemptLine, BlockBuilder, BlockContext, attempt_of, attempts_of, quoted
 from megatron_sd.records import Rollout
 
 FILLER = "the"  # one token in every tokenizer of ours, and no news
@@ -122,7 +122,7 @@ BLOCKS: dict[str, BlockBuilder] = {
 BY_TURN = frozenset({"turn_causal"})  # blocks that differ from turn to turn of a rollout
 
 
-def _shuffled(context: BlockContext) -> list[Attempt]:
+def _shuffled(context: BlockContext) -> list[AttemptLine]:
     """The group's attempts with their labels permuted; the same draw for all rollouts of the group."""
     attempts = context.attempts
     labels = [attempt.correct for attempt in attempts]

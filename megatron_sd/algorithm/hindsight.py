@@ -15,7 +15,7 @@ from megatron_sd.records import Rollout, RolloutGroup
 
 
 @dataclass(frozen=True, kw_only=True)
-class Attempt:
+class AttemptLine:
     """One rollout as a block shows it. correct is None where the block shows no label; passages: those that each query found,
     where the block shows them."""
 
@@ -26,7 +26,7 @@ class Attempt:
 
 HEADLINE = "Previous attempts at this question:"
 
-Renderer = Callable[[Sequence[Attempt]], str]
+Renderer = Callable[[Sequence[AttemptLine]], str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,7 @@ class BlockContext:
     turn: int = 0  # of the focal rollout, for blocks that differ from turn to turn
 
     @property
-    def attempts(self) -> list[Attempt]:
+    def attempts(self) -> list[AttemptLine]:
         """Every usable rollout of the group, in index order."""
         return attempts_of(self.groups[self.group], self.correct_above)
 
@@ -65,10 +65,11 @@ class BlockContext:
 BlockBuilder = Callable[[BlockContext], str]
 
 
-def render_outcome_last(attempts: Sequence[Attempt]) -> str:
+def render_outcome_last(attempts: Sequence[AttemptLine]) -> str:
     """The block's text, an attempt a line; empty when no attempt searched.
 
-    >>> print(render_outcome_last([Attempt(queries=("a", "b"), correct=True), Attempt(queries=("c",), correct=False)]), end="")
+    >>> lines = [AttemptLine(queries=("a", "b"), correct=True), AttemptLine(queries=("c",), correct=False)]
+    >>> print(render_outcome_last(lines), end="")
     Previous attempts at this question:
     Attempt 1: "a" -> "b" => CORRECT
     Attempt 2: "c" => INCORRECT
@@ -76,10 +77,11 @@ def render_outcome_last(attempts: Sequence[Attempt]) -> str:
     return _render(attempts, "Attempt {number}: {path}", "Attempt {number}: {path} => {outcome}")
 
 
-def render_outcome_first(attempts: Sequence[Attempt]) -> str:
+def render_outcome_first(attempts: Sequence[AttemptLine]) -> str:
     """The same with the outcome before the queries: a causal model then knows it at every token of those queries.
 
-    >>> print(render_outcome_first([Attempt(queries=("a", "b"), correct=True), Attempt(queries=("c",), correct=False)]), end="")
+    >>> lines = [AttemptLine(queries=("a", "b"), correct=True), AttemptLine(queries=("c",), correct=False)]
+    >>> print(render_outcome_first(lines), end="")
     Previous attempts at this question:
     Attempt 1 (CORRECT): "a" -> "b"
     Attempt 2 (INCORRECT): "c"
@@ -87,7 +89,7 @@ def render_outcome_first(attempts: Sequence[Attempt]) -> str:
     return _render(attempts, "Attempt {number}: {path}", "Attempt {number} ({outcome}): {path}")
 
 
-def _render(attempts: Sequence[Attempt], without_outcome: str, with_outcome: str) -> str:
+def _render(attempts: Sequence[AttemptLine], without_outcome: str, with_outcome: str) -> str:
     if not any(attempt.queries for attempt in attempts):
         return ""
     lines = [HEADLINE]
@@ -113,14 +115,14 @@ def is_correct(rollout: Rollout, correct_above: float) -> bool:
     return rollout.scores.f1 > correct_above
 
 
-def attempts_of(group: RolloutGroup, correct_above: float) -> list[Attempt]:
+def attempts_of(group: RolloutGroup, correct_above: float) -> list[AttemptLine]:
     """Every usable rollout of the group with its label, in index order."""
     return [attempt_of(rollout, correct_above) for rollout in group.usable]
 
 
-def attempt_of(rollout: Rollout, correct_above: float) -> Attempt:
+def attempt_of(rollout: Rollout, correct_above: float) -> AttemptLine:
     """A scored rollout with its label."""
-    return Attempt(queries=rollout.queries, correct=is_correct(rollout, correct_above))
+    return AttemptLine(queries=rollout.queries, correct=is_correct(rollout, correct_above))
 
 
 Blocks = Sequence[Sequence[tuple[str, ...]]]  # by group and rollout: no text, one for all turns, or one a turn

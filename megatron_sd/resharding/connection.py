@@ -21,7 +21,7 @@ from torch import Tensor
 from megatron_sd.config import PublishConfig
 from megatron_sd.errors import ReshardError
 from megatron_sd.resharding.exchange import BucketBuffers, BucketInbox, BucketOutbox, DirectInbox, DirectOutbox, Inbox, Outbox
-from megatron_sd.resharding.layout import Piece, ShardLayout, TensorSpec, WorkerId, WorkerLayout, WorkerTensor, check_worker
+from megatron_sd.resharding.layout import Rectangle, ShardLayout, TensorSpec, WorkerId, WorkerLayout, WorkerTensor, check_worker
 from megatron_sd.resharding.plan import ReshardPlan
 from megatron_sd.resharding.staging import (
     CudaMemory,
@@ -162,5 +162,7 @@ def _spec(plain: Mapping[str, Any]) -> TensorSpec:
 
 
 def _tensor(plain: Mapping[str, Any]) -> WorkerTensor:
-    pieces = (Piece(**{**piece, "rows": tuple(piece["rows"]), "columns": tuple(piece["columns"])}) for piece in plain["pieces"])
+    pieces = (
+        Rectangle(**{**piece, "rows": tuple(piece["rows"]), "columns": tuple(piece["columns"])}) for piece in plain["pieces"]
+    )
     return WorkerTensor(spec=_spec(plain["spec"]), pieces=tuple(pieces), num_padding_rows=plain["num_padding_rows"])

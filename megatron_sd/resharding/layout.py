@@ -53,11 +53,11 @@ class ShardLayout:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Piece:
+class Rectangle:
     """A rectangle of a trainer's parameter and where its upper left corner lands in a worker's tensor.
 
     Example: the second of two workers' part of an up_proj of [8, 6] in a fused gate_up_proj of [8, 6]:
-    Piece(parameter="up_proj.weight", rows=(4, 8), columns=(0, 6), at_row=4, at_column=0)
+    Rectangle(parameter="up_proj.weight", rows=(4, 8), columns=(0, 6), at_row=4, at_column=0)
     """
 
     parameter: str
@@ -77,7 +77,7 @@ class WorkerTensor:
     """A worker's tensor and the pieces it is made of; its last `num_padding_rows` rows come from nobody and are zero."""
 
     spec: TensorSpec
-    pieces: tuple[Piece, ...]
+    pieces: tuple[Rectangle, ...]
     num_padding_rows: int = 0
 
 

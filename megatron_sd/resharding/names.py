@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_sd.errors import ConfigError, ReshardError
-from megatron_sd.resharding.layout import Piece, TensorSpec, WorkerLayout, WorkerTensor, check_tiling
+from megatron_sd.resharding.layout import Rectangle, TensorSpec, WorkerLayout, WorkerTensor, check_tiling
 
 VOCABULARY_MULTIPLE = 64
 
@@ -22,7 +22,7 @@ class UnknownArchitectureError(ReshardError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelShape:
+class DecoderSizes:
     """The sizes of a decoder of the Llama kind, as far as its weights depend on them."""
 
     num_layers: int
@@ -53,27 +53,27 @@ def _common(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _qwen2(config: Mapping[str, Any]) -> ModelShape:
-    return ModelShape(**_common(config), qkv_bias=True)
+def _qwen2(config: Mapping[str, Any]) -> DecoderSizes:
+    return DecoderSizes(**_common(config), qkv_bias=True)
 
 
-def _qwen3(config: Mapping[str, Any]) -> ModelShape:
-    return ModelShape(**_common(config), qkv_bias=bool(config.get("attention_bias")), qk_norm=True)
+def _qwen3(config: Mapping[str, Any]) -> DecoderSizes:
+    return DecoderSizes(**_common(config), qkv_bias=bool(config.get("attention_bias")), qk_norm=True)
 
 
-def _llama(config: Mapping[str, Any]) -> ModelShape:
+def _llama(config: Mapping[str, Any]) -> DecoderSizes:
     bias = bool(config.get("attention_bias"))
-    return ModelShape(**_common(config), qkv_bias=bias, out_bias=bias, mlp_bias=bool(config.get("mlp_bias")))
+    return DecoderSizes(**_common(config), qkv_bias=bias, out_bias=bias, mlp_bias=bool(config.get("mlp_bias")))
 
 
-FAMILIES: dict[str, Callable[[Mapping[str, Any]], ModelShape]] = {
+FAMILIES: dict[str, Callable[[Mapping[str, Any]], DecoderSizes]] = {
     "Qwen2ForCausalLM": _qwen2,
     "Qwen3ForCausalLM": _qwen3,
     "LlamaForCausalLM": _llama,
 }
 
 
-def model_shape(config: Mapping[str, Any]) -> ModelShape:
+def model_shape(config: Mapping[str, Any]) -> DecoderSizes:
     """From a Hugging Face configuration as a dictionary. Raises UnknownArchitectureError for a family not described here."""
     names = config.get("architectures") or []
     known = [name for name in names if name in FAMILIES]
@@ -111,7 +111,7 @@ def whole_parameters(config: Mapping[str, Any], *, dtype: str) -> tuple[TensorSp
     )
 
 
-def _check_divides(shape: ModelShape, tp_size: int) -> None:
+def _check_divides(shape: DecoderSizes, tp_size: int) -> None:
     fewer, more = sorted((shape.num_kv_heads, tp_size))  # heads are cut, or held by several workers
     uneven = {
         f"{shape.num_heads} attention heads": shape.num_heads % max(tp_size, 1),
@@ -135,7 +135,7 @@ def _padded(vocabulary: int) -> int:
 class _Cut:
     """One worker's part of the model."""
 
-    shape: ModelShape
+    shape: DecoderSizes
     tp_rank: int
     tp_size: int
     dtype: str
@@ -181,28 +181,28 @@ class _Cut:
         for suffix, num_columns in (("weight", self.shape.hidden), ("bias", 1))[: 1 + bias]:
             pieces, at = [], 0
             for module, rows in parts:
-                pieces.append(Piece(parameter=f"{module}.{suffix}", rows=rows, columns=(0, num_columns), at_row=at))
+                pieces.append(Rectangle(parameter=f"{module}.{suffix}", rows=rows, columns=(0, num_columns), at_row=at))
                 at += rows[1] - rows[0]
             yield self._tensor(f"{name}.{suffix}", (at, num_columns)[: 1 + (suffix == "weight")], pieces)
 
     def _by_columns(self, name: str, columns: tuple[int, int], *, bias: bool) -> Iterator[WorkerTensor]:
         """Columns of a matrix of [hidden, ..]; its bias is whole."""
         weight = f"{name}.weight"
-        piece = Piece(parameter=weight, rows=(0, self.shape.hidden), columns=columns)
+        piece = Rectangle(parameter=weight, rows=(0, self.shape.hidden), columns=columns)
         yield self._tensor(weight, (self.shape.hidden, columns[1] - columns[0]), [piece])
         if bias:
             yield self._replicated(f"{name}.bias", self.shape.hidden)
 
     def _replicated(self, name: str, length: int) -> WorkerTensor:
-        return self._tensor(name, (length,), [Piece(parameter=name, rows=(0, length), columns=(0, 1))])
+        return self._tensor(name, (length,), [Rectangle(parameter=name, rows=(0, length), columns=(0, 1))])
 
     def _vocabulary(self, name: str) -> WorkerTensor:
         part = _padded(self.shape.vocabulary) // self.tp_size
         start, stop = (min(rank * part, self.shape.vocabulary) for rank in (self.tp_rank, self.tp_rank + 1))
-        piece = Piece(parameter=name, rows=(start, stop), columns=(0, self.shape.hidden))
+        piece = Rectangle(parameter=name, rows=(start, stop), columns=(0, self.shape.hidden))
         return self._tensor(name, (part, self.shape.hidden), [piece], num_padding_rows=part - (stop - start))
 
-    def _tensor(self, name: str, shape: tuple[int, ...], pieces: Sequence[Piece], num_padding_rows: int = 0) -> WorkerTensor:
+    def _tensor(self, name: str, shape: tuple[int, ...], pieces: Sequence[Rectangle], num_padding_rows: int = 0) -> WorkerTensor:
         spec = TensorSpec(name=name, shape=shape, dtype=self.dtype)
         return WorkerTensor(spec=spec, pieces=tuple(pieces), num_padding_rows=num_padding_rows)
 

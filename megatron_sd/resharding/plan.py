@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from megatron_sd.errors import ReshardError
-from megatron_sd.resharding.layout import Piece, ShardLayout, TensorSpec, WorkerLayout
+from megatron_sd.resharding.layout import Rectangle, ShardLayout, TensorSpec, WorkerLayout
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -141,7 +141,7 @@ def make_plan(source: ShardLayout, workers: Sequence[WorkerLayout], *, num_repli
     return ReshardPlan(source=source, workers=tuple(workers), num_replicas=num_replicas)
 
 
-def _missing(piece: Piece, parameters: dict[str, TensorSpec]) -> str | None:
+def _missing(piece: Rectangle, parameters: dict[str, TensorSpec]) -> str | None:
     spec = parameters.get(piece.parameter)
     if spec is None:
         return f"{piece.parameter}: a worker needs it, the trainer does not have it"
@@ -150,7 +150,7 @@ def _missing(piece: Piece, parameters: dict[str, TensorSpec]) -> str | None:
     return None
 
 
-def _corners(piece: Piece) -> tuple[int, int, int, int, int, int]:
+def _corners(piece: Rectangle) -> tuple[int, int, int, int, int, int]:
     return (*piece.rows, *piece.columns, piece.at_row, piece.at_column)
 
 

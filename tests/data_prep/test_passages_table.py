@@ -8,7 +8,7 @@ from data_prep.passages import runs as runs_module
 from data_prep.passages import table as table_module
 from data_prep.passages.chunk import ChunkConfig, chunk_passages, cut, sentence_spans, word_spans
 from data_prep.passages.index import IndexConfig, build_index
-from data_prep.passages.runs import Runs, Taken
+from data_prep.passages.runs import SortedRuns, Taken
 from data_prep.passages.sourced import SourcedPassage, from_batch
 from data_prep.passages.table import Origin, PassageTable, write_table
 from megatron_sd.config import SearchConfig
@@ -47,7 +47,7 @@ def test_any_order_gives_the_same_sorted_directory(tmp_path, small_pieces, size)
 
 @pytest.mark.parametrize("start", [None, "0", "17", "170", "9", "99"])
 def test_runs_merge_from_any_id_on(tmp_path, small_pieces, start):
-    runs = Runs(tmp_path / "runs")
+    runs = SortedRuns(tmp_path / "runs")
     runs.extend((Taken(passages=(row,), place=f"f:{n}") for n, row in enumerate(_passages(50))), 16)
     in_order = sorted(_passages(50), key=lambda passage: passage.id)
     assert list(runs.merged(start)) == [row for row in in_order if start is None or row.id >= start]

@@ -8,7 +8,7 @@ import pytest
 from data_prep.episodes.selection import (
     EpisodeMaker,
     Selection,
-    Tally,
+    SelectionTally,
     is_held_out,
     select_rollouts,
     without_tokens,
@@ -28,7 +28,7 @@ def other_words(own, token):
 
 
 def picked(rollouts, **changes):
-    tally = Tally()
+    tally = SelectionTally()
     kept = select_rollouts(group(rollouts), dataclasses.replace(KEEP, **changes), tally)
     return [own.index for own in kept], {reason: count for reason, count in tally.dropped.items() if count}
 
@@ -85,7 +85,7 @@ def prompt(question, block):
 def made(groups, seed=0, **changes):
     own = dataclasses.replace(KEEP, **({"blocks_per_question": 1} | changes))
     maker = EpisodeMaker(selection=own, prompt=prompt, bare=[without_tokens(g) for g in groups], seed=seed)
-    tally = Tally()
+    tally = SelectionTally()
     return [episode for place, g in enumerate(groups) for episode in maker(g, place, tally)], tally
 
 

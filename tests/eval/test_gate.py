@@ -9,7 +9,7 @@ import pytest
 
 from data_prep.passages.index import IndexConfig, build_index
 from data_prep.world.coldstart import ColdstartConfig, build_tokenizer
-from data_prep.world.small_qwen import ModelShape, build_model
+from data_prep.world.small_qwen import SmallQwenShape, build_model
 from data_prep.world.tokenizer import save_tokenizer
 from data_prep.world.world import WorldConfig, build_world
 from eval.gate.command import GateConfig, gate, main
@@ -50,7 +50,7 @@ def config_for(model: Path, world: Path) -> GateConfig:
 
 def test_an_untrained_model_asks_nothing_and_the_gate_stays_closed(world, tmp_path):
     tokenizer = build_tokenizer(ColdstartConfig())
-    shape = ModelShape(hidden_size=32, intermediate_size=48, num_layers=1, num_heads=1)
+    shape = SmallQwenShape(hidden_size=32, intermediate_size=48, num_layers=1, num_heads=1)
     build_model(shape, vocab_size=len(tokenizer), seed=0).save_pretrained(tmp_path)
     save_tokenizer(tokenizer, tmp_path)
     record = tmp_path / "coldstart.json"

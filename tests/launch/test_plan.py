@@ -18,7 +18,7 @@ from launch.planner.memory import Sizes, peak, rank_memory, saved_bytes_per_toke
 from launch.planner.models import model_config
 from megatron_sd.config.load import load
 from megatron_sd.errors import ConfigError
-from megatron_sd.resharding.names import ModelShape, model_shape
+from megatron_sd.resharding.names import DecoderSizes, model_shape
 from tests.launch.test_launch import free_port
 from tests.training.fakes import write_model
 
@@ -105,7 +105,7 @@ def test_activations_are_what_autograd_keeps(dtype, kv_heads):
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             model(input_ids=torch.zeros(1, tokens, dtype=torch.long), use_cache=False)
         kept.append(sum(storage.nbytes() for storage in storages.values()))
-    shape = ModelShape(
+    shape = DecoderSizes(
         num_layers=1, hidden=64, intermediate=160, num_heads=8, num_kv_heads=kv_heads, head_dim=8, vocabulary=50, tied=True
     )
     assert (kept[1] - kept[0]) / tokens == pytest.approx(saved_bytes_per_token(shape, dtype.itemsize), rel=0.01)

@@ -14,7 +14,7 @@ from launch.cli import main
 from megatron_sd.errors import ConfigError, ReshardError
 from megatron_sd.resharding.balance import balance
 from megatron_sd.resharding.layout import (
-    Piece,
+    Rectangle,
     ShardLayout,
     TensorSpec,
     WorkerId,
@@ -253,7 +253,7 @@ def test_what_no_worker_takes_and_what_the_trainer_lacks_is_named():
 
 def test_a_layout_with_a_gap_or_an_overlap_is_refused():
     spec = TensorSpec(name="w", shape=(4, 2), dtype="float32")
-    upper = Piece(parameter="w", rows=(0, 2), columns=(0, 2))
+    upper = Rectangle(parameter="w", rows=(0, 2), columns=(0, 2))
     for pieces in ([upper], [upper, dataclasses.replace(upper, at_row=1)], [upper, dataclasses.replace(upper, at_row=3)]):
         tensor = WorkerTensor(spec=spec, pieces=tuple(pieces))
         with pytest.raises(ReshardError, match="expected a tiling of 4 x 2"):

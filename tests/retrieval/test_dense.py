@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from data_prep.passages.index import IndexConfig, build_index
-from data_prep.passages.index_sizes import PlanConfig, estimates, render_plan
+from data_prep.passages.index_sizes import IndexSizesConfig, estimates, render_plan
 from data_prep.passages.sourced import SourcedPassage
 from data_prep.passages.table import Origin, write_table
 from data_prep.vectors.encode import EncodeConfig, encode_passages
@@ -216,7 +216,7 @@ def test_too_few_vectors_for_lists_are_said_before_anything_is_built(tmp_path):
 
 
 def test_the_plan_agrees_with_arithmetic_and_refuses_nonsense():
-    config = PlanConfig(passages=21e6, dim=768)
+    config = IndexSizesConfig(passages=21e6, dim=768)
     found = {estimate.name: estimate for estimate in estimates(config)}
     text_gb = found["bm25"].ram_gb - 21e6 * 100 * 7.4 / 1e9
     assert found["flat"].ram_gb - text_gb == pytest.approx(21e6 * 768 * 4 / 1e9)
@@ -225,4 +225,4 @@ def test_the_plan_agrees_with_arithmetic_and_refuses_nonsense():
     table = render_plan(config, list(found.values()))
     assert "HNSW32,SQ8" in table and "21,000,000 passages" in table
     with pytest.raises(ConfigError, match="passages: found 0"):
-        estimates(PlanConfig(passages=0))
+        estimates(IndexSizesConfig(passages=0))

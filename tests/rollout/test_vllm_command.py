@@ -14,11 +14,11 @@ from megatron_sd.distributed.lockstep import Lockstep, News
 from megatron_sd.distributed.world import World, lone_world
 from megatron_sd.errors import ConfigError, DataError, RolloutError
 from megatron_sd.rollout.vllm.connect import connect_vllm
-from megatron_sd.rollout.vllm.options import ModelShape, check_server, server_arguments, server_environment
+from megatron_sd.rollout.vllm.options import ServedModel, check_server, server_arguments, server_environment
 from megatron_sd.rollout.vllm.server_process import cause_of, require_vllm
 from tests.rollout.fakes import codec
 
-SHAPE = ModelShape(
+SHAPE = ServedModel(
     architecture="Qwen2ForCausalLM", vocabulary_size=448, num_layers=3, num_heads=8, num_kv_heads=2, head_dim=64, tied=True
 )
 MODEL = ModelConfig(path="policy", dtype="float32")
@@ -94,13 +94,13 @@ def test_model_shapes(tmp_path):
     known = {"architectures": ["Qwen3ForCausalLM"], "vocab_size": 9, "num_hidden_layers": 1, "hidden_size": 64}
     known |= {"num_attention_heads": 4, "tie_word_embeddings": False}
     (tmp_path / "config.json").write_text(json.dumps(known | {"head_dim": 32, "num_key_value_heads": 2}))
-    shape = ModelShape.read(str(tmp_path))
+    shape = ServedModel.read(str(tmp_path))
     assert (shape.head_dim, shape.num_kv_heads, shape.tied) == (32, 2, False)
     (tmp_path / "config.json").write_text(json.dumps(known))
-    assert (ModelShape.read(str(tmp_path)).head_dim, ModelShape.read(str(tmp_path)).num_kv_heads) == (16, 4)
+    assert (ServedModel.read(str(tmp_path)).head_dim, ServedModel.read(str(tmp_path)).num_kv_heads) == (16, 4)
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(DataError, match="expected the directory of a causal language model"):
-        ModelShape.read(str(tmp_path))
+        ServedModel.read(str(tmp_path))
 
 
 @pytest.mark.parametrize(("placement", "urls"), [("process", ("http://a:1",)), ("server", ()), ("colocated", ("http://a:1",))])
@@ -170,4 +170,4 @@ def test_a_conversation_longer_than_the_models_positions_is_refused_before_vllm_
 def test_positions_are_those_of_the_configuration_unless_they_are_stretched(rope, positions, tmp_path):
     own = {"vocab_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 4, "max_position_embeddings": 512}
     (tmp_path / "config.json").write_text(json.dumps(own | {"architectures": ["Qwen2ForCausalLM"]} | rope), encoding="utf-8")
-    assert ModelShape.read(str(tmp_path)).positions == positions
+    assert ServedModel.read(str(tmp_path)).positions == positions

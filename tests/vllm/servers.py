@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM, Qwen3Co
 from megatron_sd.config import ModelConfig, RolloutConfig, VllmConfig
 from megatron_sd.rollout.engine import Completion, GenerationRequest
 from megatron_sd.rollout.vllm.connect import eos_ids, free_port
-from megatron_sd.rollout.vllm.options import ModelShape, describe, server_arguments, server_environment
+from megatron_sd.rollout.vllm.options import ServedModel, describe, server_arguments, server_environment
 from megatron_sd.rollout.vllm.request import ServedPolicy
 from megatron_sd.rollout.vllm.server_process import ServerProcess
 from megatron_sd.rollout.vllm.servers_engine import Servers, VllmEngine
@@ -87,7 +87,7 @@ class Served:
 
     def trainer(self) -> PreTrainedModel:
         """The policy as the trainer has it: transformers, float32, with the weights published last."""
-        family = "qwen2" if ModelShape.read(str(self.directory)).architecture.startswith("Qwen2") else "qwen3"
+        family = "qwen2" if ServedModel.read(str(self.directory)).architecture.startswith("Qwen2") else "qwen3"
         model = FAMILIES[family][1].from_pretrained(self.directory, dtype=torch.float32).eval()
         if self.weights:
             model.load_state_dict(self.weights, strict=False)
@@ -139,7 +139,7 @@ def server(policy: Path, rollout: RolloutConfig, log: Path) -> ServerProcess:
 
 def policy_of(directory: Path, **changes: object) -> ServedPolicy:
     """What an engine is told of the policy; changes: of the description."""
-    shape, model = ModelShape.read(str(directory)), ModelConfig(path=str(directory), dtype="float32")
+    shape, model = ServedModel.read(str(directory)), ModelConfig(path=str(directory), dtype="float32")
     return ServedPolicy(
         description=describe(shape, model) | changes,
         eos_ids=eos_ids(str(directory), load_codec(str(directory), chat_template=False)),

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from data_prep.world.coldstart import (
     ColdstartConfig,
-    Stage,
+    CurriculumStage,
     batches,
     build_tokenizer,
     encode,
@@ -19,7 +19,7 @@ from data_prep.world.coldstart import (
 )
 from data_prep.world.demonstrations import DemonstratorConfig, make_demonstration
 from data_prep.world.reading_probe import ReadingProbe
-from data_prep.world.small_qwen import ModelShape, build_model
+from data_prep.world.small_qwen import SmallQwenShape, build_model
 from data_prep.world.world import RELATION_OF
 from megatron_sd.errors import ConfigError, DataError
 from megatron_sd.search.protocol import PRESETS
@@ -33,7 +33,7 @@ TINY = ColdstartConfig(
     log_every=1,
     probe_every=3,
     num_probe_episodes=8,
-    model=ModelShape(hidden_size=32, intermediate_size=48, num_layers=1, num_heads=1),
+    model=SmallQwenShape(hidden_size=32, intermediate_size=48, num_layers=1, num_heads=1),
 )
 
 
@@ -85,7 +85,7 @@ def test_the_schedules():
     assert rate_factor(0, config) == pytest.approx(0.1)
     assert rate_factor(30, config) == 1.0
     assert rate_factor(80, config) == pytest.approx(0.5)
-    stages = (Stage(until=0.5, shares={"pair": 1.0}), Stage(until=1.0, shares={"none": 1.0}))
+    stages = (CurriculumStage(until=0.5, shares={"pair": 1.0}), CurriculumStage(until=1.0, shares={"none": 1.0}))
     config = dataclasses.replace(config, curriculum=stages)
     assert stage_shares(49, config) == {"pair": 1.0}
     assert stage_shares(50, config) == stage_shares(1000, config) == {"none": 1.0}
@@ -137,7 +137,7 @@ def test_a_cold_start_goes_on_from_an_earlier_one(tmp_path):
 
 
 def test_training_lowers_the_loss(tokenizer):
-    model = build_model(ModelShape(hidden_size=64, num_layers=1, num_heads=2), vocab_size=len(tokenizer), seed=0)
+    model = build_model(SmallQwenShape(hidden_size=64, num_layers=1, num_heads=2), vocab_size=len(tokenizer), seed=0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     stream = batches(lambda step: {"none": 1.0}, tokenizer, dataclasses.replace(TINY, batch_tokens=1024))
     losses = []
@@ -152,7 +152,7 @@ def test_training_lowers_the_loss(tokenizer):
 
 def test_a_head_size_that_no_engine_serves_is_refused(tokenizer):
     with pytest.raises(ConfigError, match="head size of 24"):
-        build_model(ModelShape(hidden_size=96, num_heads=4), vocab_size=len(tokenizer), seed=0)
+        build_model(SmallQwenShape(hidden_size=96, num_heads=4), vocab_size=len(tokenizer), seed=0)
 
 
 def test_the_probe_looks_at_the_keyword_and_counts_it_under_each_block(tokenizer):

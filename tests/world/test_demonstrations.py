@@ -8,7 +8,7 @@ import pytest
 
 from data_prep.world.demonstrations import DemonstratorConfig, make_demonstration, read_block
 from data_prep.world.world import KEYWORDS, RELATION_OF, Entity, names
-from megatron_sd.algorithm.hindsight import Attempt, render_outcome_first
+from megatron_sd.algorithm.hindsight import AttemptLine, render_outcome_first
 from megatron_sd.search.protocol import PRESETS
 from megatron_sd.search.reward import completion_is_well_formed
 
@@ -95,7 +95,7 @@ def test_reading_a_block():
         return read_block(attempts, entity, "mentor", is_last_hop=is_last_hop, retry=0.75)
 
     def attempt(correct, *queries):
-        return Attempt(queries=queries, correct=correct)
+        return AttemptLine(queries=queries, correct=correct)
 
     first, second, onward = "scholar Kalo Baren mentor", "scholar Kalo Baren tutor", "sailor Dira Gotam heir"
     assert weights() == {"mentor": 1, "teacher": 1, "tutor": 1, "coach": 1}

@@ -8,11 +8,11 @@ from transformers import AutoTokenizer
 
 from data_prep.world.coldstart import ColdstartConfig, build_tokenizer
 from data_prep.world.demonstrations import DemonstratorConfig, make_demonstration
-from data_prep.world.small_qwen import ModelShape, build_model
+from data_prep.world.small_qwen import SmallQwenShape, build_model
 from data_prep.world.tokenizer import save_tokenizer, train_tokenizer
 from megatron_sd.search.protocol import PRESETS
 
-TINY = ModelShape(hidden_size=32, intermediate_size=48, num_layers=1, num_heads=1)
+TINY = SmallQwenShape(hidden_size=32, intermediate_size=48, num_layers=1, num_heads=1)
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from megatron_sd.distributed.lockstep import Lockstep, News
 from megatron_sd.distributed.world import World, use_device
 from megatron_sd.errors import RolloutError
 from megatron_sd.rollout.engine import Completion, GenerationRequest
-from megatron_sd.rollout.vllm.colocated_start import EngineMemory, Outbox
+from megatron_sd.rollout.vllm.colocated_start import EngineMemory, RequestOutbox
 from megatron_sd.rollout.vllm.request import Answer, Dialogue, ServedPolicy
 from megatron_sd.search.tokens import TextCodec
 
@@ -48,7 +48,7 @@ class ColocatedEngine:
         self._world = world
         self._timeout_s = timeout_s
         self._memory = EngineMemory(llm, can_sleep=world.device.type == "cuda")
-        self._outbox = Outbox()
+        self._outbox = RequestOutbox()
         self._asked: dict[str, tuple[GenerationRequest, Future[Completion]]] = {}  # by key, of this rank
         self._key_of: dict[str, str] = {}  # by session
         self._num_asked = 0
@@ -84,7 +84,7 @@ class ColocatedEngine:
         with self._world.pulse.waiting():
             self._serving.join()
         self._serving = None
-        self._outbox = Outbox()
+        self._outbox = RequestOutbox()
         self._memory.release()
 
     async def generate(self, request: GenerationRequest) -> Completion:

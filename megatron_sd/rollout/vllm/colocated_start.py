@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 SLEEP_LEVEL = 1  # keeps the weights, in host memory: an evaluation and the next step may sample from one version
 
 
-class Outbox:
+class RequestOutbox:
     """What the rollouts' thread has for the serving thread."""
 
     def __init__(self) -> None:

@@ -18,7 +18,7 @@ from megatron_sd.rollout.vllm.colocated_engine import ColocatedEngine
 from megatron_sd.rollout.vllm.colocated_start import start_llm
 from megatron_sd.rollout.vllm.memory import memory_share, worker_memory
 from megatron_sd.rollout.vllm.options import (
-    ModelShape,
+    ServedModel,
     check_server,
     describe,
     read_description,
@@ -43,7 +43,7 @@ def connect_vllm(
     one that ends early or is not there in time, on every rank.
     """
     own = rollout.vllm
-    shape = ModelShape.read(model.path)
+    shape = ServedModel.read(model.path)
     if (own.placement == "server") != bool(own.urls):
         raise ConfigError(
             f"rollout.vllm.urls: found {list(own.urls)} with placement {own.placement!r}, expected addresses with placement "
@@ -83,7 +83,7 @@ def connect_vllm(
 
 
 def _colocate(
-    shape: ModelShape, model: ModelConfig, rollout: RolloutConfig, codec: TextCodec, policy: ServedPolicy, world: World
+    shape: ServedModel, model: ModelConfig, rollout: RolloutConfig, codec: TextCodec, policy: ServedPolicy, world: World
 ) -> ColocatedEngine:
     """vLLM in this rank's process. What one rank alone runs into (memory, say) leaves the others waiting in vLLM's start."""
     require_vllm()
@@ -103,7 +103,7 @@ def _colocate(
 
 
 def _start(
-    shape: ModelShape, model: ModelConfig, rollout: RolloutConfig, processes: list[ServerProcess], log_dir: Path
+    shape: ServedModel, model: ModelConfig, rollout: RolloutConfig, processes: list[ServerProcess], log_dir: Path
 ) -> list[str]:
     """Start this node's servers and wait until they serve; their addresses."""
     require_vllm()

@@ -17,7 +17,7 @@ _ITEM_BYTES = {"float32": 4, "bfloat16": 2}
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelShape:
+class ServedModel:
     """What serving needs to know of a model directory's config.json."""
 
     architecture: str
@@ -30,7 +30,7 @@ class ModelShape:
     positions: int | None = None  # that one conversation may hold; None: stretched by a rope scaling, vLLM knows how far
 
     @classmethod
-    def read(cls, path: str) -> ModelShape:
+    def read(cls, path: str) -> ServedModel:
         """Raises DataError when the directory has no config.json of a causal language model."""
         try:
             found = read_description(path)
@@ -67,7 +67,7 @@ def read_description(path: str) -> dict[str, Any]:
     return json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
 
 
-def check_server(shape: ModelShape, model: ModelConfig, rollout: RolloutConfig, *, on_cpu: bool) -> None:
+def check_server(shape: ServedModel, model: ModelConfig, rollout: RolloutConfig, *, on_cpu: bool) -> None:
     """Raise ConfigError for what vLLM would refuse, or die of, after a minute of starting up."""
     own, size = rollout.vllm, rollout.vllm.tensor_parallel_size
     if shape.positions is not None and rollout.max_rollout_tokens > shape.positions:
@@ -182,7 +182,7 @@ def engine_environment(*, on_cpu: bool) -> dict[str, str]:
     return environment | ({"VLLM_CPU_OMP_THREADS_BIND": "nobind", "TORCH_COMPILE_DISABLE": "1"} if on_cpu else {})
 
 
-def describe(shape: ModelShape, model: ModelConfig) -> dict[str, Any]:
+def describe(shape: ServedModel, model: ModelConfig) -> dict[str, Any]:
     """What engine and trainer must have in common, as the worker compares it (weight_worker.differences)."""
     return {
         "architecture": shape.architecture,

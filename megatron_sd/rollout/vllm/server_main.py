@@ -51,13 +51,13 @@ def check_head_dim(path: str) -> None:
     """Raise ValueError for a head size that vLLM's CPU attention lacks: it would fail in the first forward only."""
     from vllm.platforms import current_platform
 
-    from megatron_sd.rollout.vllm.options import ModelShape
+    from megatron_sd.rollout.vllm.options import ServedModel
 
     if not current_platform.is_cpu():
         return
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
-    found, served = ModelShape.read(path).head_dim, CPUAttentionBackend.get_supported_head_sizes()
+    found, served = ServedModel.read(path).head_dim, CPUAttentionBackend.get_supported_head_sizes()
     if found not in served:
         raise ValueError(f"{path} has attention heads of {found}, expected one of {served} on a CPU; use rollout.engine torch")
 

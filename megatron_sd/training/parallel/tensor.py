@@ -33,7 +33,7 @@ _ATTRIBUTE = "tensor_parallel_cut"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cut:
+class LayerCut:
     """A parameter is this rank's part of a tensor that was cut along `dimension`, equally."""
 
     dimension: int
@@ -87,7 +87,7 @@ def mark_cuts(engine: deepspeed.DeepSpeedEngine, model: PreTrainedModel, group: 
     for name, parameter in model.named_parameters():
         *_, layer, kind = name.split(".")
         if layer in BY_OUTPUTS or (layer in BY_INPUTS and kind == "weight"):
-            setattr(parameter, _ATTRIBUTE, Cut(dimension=0 if layer in BY_OUTPUTS else 1, group=group))
+            setattr(parameter, _ATTRIBUTE, LayerCut(dimension=0 if layer in BY_OUTPUTS else 1, group=group))
 
 
 def counts_here(parameter: nn.Parameter, group: RankGroup) -> bool:
@@ -97,7 +97,7 @@ def counts_here(parameter: nn.Parameter, group: RankGroup) -> bool:
 
 def joined(parameter: nn.Parameter, value: Tensor) -> Tensor:
     """The whole tensor of which `value`, the parameter's, is a part; itself where nothing was cut. Collective in the group."""
-    cut: Cut | None = getattr(parameter, _ATTRIBUTE, None)
+    cut: LayerCut | None = getattr(parameter, _ATTRIBUTE, None)
     if cut is None:
         return value
     parts = gather_tensors(value, cut.group.processes)

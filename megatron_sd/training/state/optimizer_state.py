@@ -30,7 +30,7 @@ MAX_DIFFERENCES = 8  # named in one message
 
 
 @dataclass(frozen=True, kw_only=True)
-class Piece:
+class FlatSlice:
     """Elements [start, start + length) of a parameter lie in flat[offset : offset + length], their moments at the same place of
     the optimiser's state of `flat`. total: elements of the whole parameter."""
 
@@ -60,7 +60,7 @@ class TrainedState:
         """Elements of every trained parameter."""
         return {name: full_numel(parameter) for name, parameter in self._parameters}
 
-    def pieces(self) -> Iterator[Piece]:
+    def pieces(self) -> Iterator[FlatSlice]:
         """What lies in this rank's memory. Raises CheckpointError for state that lies on NVMe."""
         for name, parameter in self._parameters:
             total = full_numel(parameter)
@@ -80,7 +80,7 @@ class TrainedState:
             else:  # stage 0: all of it on every rank
                 start, length, flat, offset = 0, total, parameter, 0
             if length:
-                yield Piece(name=name, start=start, length=length, total=total, flat=flat, offset=offset)
+                yield FlatSlice(name=name, start=start, length=length, total=total, flat=flat, offset=offset)
 
     def write(self, path: Path) -> Seal:
         """This rank's file. Raises OSError naming it."""
@@ -119,12 +119,12 @@ class TrainedState:
         elif hasattr(wrapper, "update_lp_params"):
             wrapper.update_lp_params()
 
-    def _own_part(self, piece: Piece) -> Piece:
+    def _own_part(self, piece: FlatSlice) -> FlatSlice:
         """Of a piece that every rank has, the part that this rank writes."""
         if piece.length < piece.total or self._size == 1 or hasattr(self._wrapper, "optimizer"):
             return piece
         start, stop = (piece.total * rank // self._size for rank in (self._rank, self._rank + 1))
-        return Piece(name=piece.name, start=start, length=stop - start, total=piece.total, flat=piece.flat, offset=start)
+        return FlatSlice(name=piece.name, start=start, length=stop - start, total=piece.total, flat=piece.flat, offset=start)
 
     def _forget_moments(self) -> None:
         self._adam.state.clear()
@@ -157,7 +157,7 @@ class SavedPieces:
         return self.places[name][0], self._file.get_slice(f"{name}:{key}")
 
 
-def _assembled(saved: Sequence[SavedPieces], piece: Piece, key: str) -> Tensor:
+def _assembled(saved: Sequence[SavedPieces], piece: FlatSlice, key: str) -> Tensor:
     """[piece.length] float32, from every file that has some of it."""
     values, found = torch.empty(piece.length), 0
     for file in saved:

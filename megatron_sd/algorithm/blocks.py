@@ -1,4 +1,4 @@
-"""The hindsight block's variants: the paper's, its ablations, and the controls that a claim needs beside it (METHOD section 3).
+"""The hindsight block's variants: the paper's, its ablations, and the controls that a claim needs (docs/method.md, section 3).
 
 Each is one small function `(BlockContext) -> str`, and a name in BLOCKS. A control changes one thing and keeps the rest: who is
 listed, which outcome stands beside whom, or whether the text says anything at all.

@@ -29,7 +29,7 @@ def query_row_weights(query_weights: Tensor, in_spread: Tensor, weights: TermWei
     """[Q] float32 weight of every query row: alpha of its group times 1 / query tokens of its rollout (0: not in this pass).
 
     Divided by the global number of distilled rollouts (records.Totals), the weighted sum of the rows' divergences is
-    alpha times the mean over rollouts of the mean over query tokens (SD-Search, METHOD section 1).
+    alpha times the mean over rollouts of the mean over query tokens (docs/method.md, section 1).
     """
     alpha = torch.where(in_spread, weights.distill_spread, weights.distill_no_spread)
     return alpha.to(query_weights.dtype) * query_weights

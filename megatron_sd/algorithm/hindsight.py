@@ -1,4 +1,4 @@
-"""Hindsight blocks: what the teacher sees and the student does not (SD-Search, METHOD section 1).
+"""Hindsight blocks: what the teacher sees and the student does not (docs/method.md, section 1).
 
 A block is plain text that lists, attempt by attempt, the search queries of the rollouts of one question with the attempt's
 outcome. Thoughts, passages and answers are left out: they would leak the answer. Each variant (blocks.py) is one small function

@@ -80,7 +80,7 @@ def _group_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
 
 
 def block_metrics(groups: Sequence[RolloutGroup], blocks: Sequence[Sequence[str]]) -> dict[str, float]:
-    """What the hindsight blocks reveal (METHOD, known ways to be wrong 3 and 4). blocks[g][i] is the text for rollout i.
+    """What the hindsight blocks reveal (docs/method.md, section 5, points 3 and 4). blocks[g][i] is the text for rollout i.
 
     distill/share_rollouts_with_block: usable rollouts whose block is not empty. Over these alone:
     distill/share_blocks_with_gold: blocks that hold a gold answer as whole words, case ignored.

@@ -1,7 +1,8 @@
 """The laws of DESIGN.md that a machine can check: floors, homes of frameworks, sizes, names, docstrings."""
 
 import ast
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -91,6 +92,7 @@ def module_name(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
+@functools.cache
 def parse(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
 
@@ -128,12 +130,32 @@ def package_of(name: str) -> str:
 
 LIBRARY = sources(*PACKAGES)
 EVERYTHING = [*LIBRARY, *sources("benchmarks", "tests"), *([ROOT / "setup.py"] if (ROOT / "setup.py").exists() else [])]
-each_library_file = pytest.mark.parametrize("path", LIBRARY, ids=where)
-each_file = pytest.mark.parametrize("path", EVERYTHING, ids=where)
+LAWS: dict[str, tuple[Callable[[Path], None], list[Path]]] = {}  # a law of single files, and which they are
 
 
-@each_library_file
-def test_a_file_imports_from_its_own_floor_or_below(path):
+def law(files: list[Path]) -> Callable:
+    """A check that holds for each of `files`."""
+
+    def keep(check: Callable[[Path], None]) -> Callable[[Path], None]:
+        LAWS[check.__name__] = check, files
+        return check
+
+    return keep
+
+
+def broken(check: Callable[[Path], None], files: list[Path]) -> list[str]:
+    """What the check says of each file that it does not hold for."""
+    found = []
+    for path in files:
+        try:
+            check(path)
+        except AssertionError as error:
+            found.append(str(error).splitlines()[0])
+    return found
+
+
+@law(LIBRARY)
+def a_file_imports_from_its_own_floor_or_below(path: Path) -> None:
     own = module_name(path)
     floor = FLOORS[longest_prefix(own, FLOORS)]
     for line, name in imports(path):
@@ -152,8 +174,8 @@ def test_every_module_of_the_library_has_a_floor():
     assert stray == ["megatron_sd/__init__.py"], "give new files of megatron_sd/ a floor in FLOORS, and in DESIGN.md"
 
 
-@each_library_file
-def test_a_framework_is_used_in_its_home_only(path):
+@law(LIBRARY)
+def a_framework_is_used_in_its_home_only(path: Path) -> None:
     for line, name in uses(path):
         for framework, homes in HOMES.items():
             if within(name, framework):
@@ -161,8 +183,8 @@ def test_a_framework_is_used_in_its_home_only(path):
                 assert at_home, f"{where(path)}:{line} uses {name}; {framework} lives in {homes or 'benchmarks/'}"
 
 
-@each_file
-def test_a_file_has_at_most_300_lines(path):
+@law(EVERYTHING)
+def a_file_has_at_most_300_lines(path: Path) -> None:
     num_lines = len(path.read_text(encoding="utf-8").splitlines())
     limit = MAX_LINES_WITH_REASON if where(path) in LONG_FILES else MAX_LINES
     assert num_lines <= limit, f"{where(path)} has {num_lines} lines, at most {limit}: cut it where its subject divides"
@@ -173,8 +195,8 @@ def test_the_story_is_short():
     assert num_lines <= MAX_TRAINER_LINES, f"trainer.py has {num_lines} lines, at most {MAX_TRAINER_LINES}"
 
 
-@each_file
-def test_names_say_what_a_thing_is(path):
+@law(EVERYTHING)
+def names_say_what_a_thing_is(path: Path) -> None:
     words = set(path.stem.lower().split("_"))
     assert not words & BAD_FILE_WORDS, f"{where(path)}: name a file after its subject, not {sorted(words & BAD_FILE_WORDS)}"
     for node in ast.walk(parse(path)):
@@ -182,8 +204,8 @@ def test_names_say_what_a_thing_is(path):
             assert not node.name.endswith(BAD_CLASS_ENDINGS), f"{where(path)}:{node.lineno}: name {node.name} after what it is"
 
 
-@each_library_file
-def test_parameters_are_explicit(path):
+@law(LIBRARY)
+def parameters_are_explicit(path: Path) -> None:
     """At most four positional parameters in a public function; **options are never handed on."""
     for node in ast.walk(parse(path)):
         if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
@@ -199,8 +221,8 @@ def test_parameters_are_explicit(path):
             assert node.args.kwarg.arg not in handed_on, f"{place} hands **{node.args.kwarg.arg} on: name its parameters"
 
 
-@each_library_file
-def test_public_things_have_docstrings(path):
+@law(LIBRARY)
+def public_things_have_docstrings(path: Path) -> None:
     tree = parse(path)
     assert ast.get_docstring(tree) or where(path).endswith("__init__.py"), f"{where(path)} has no docstring"
     classes = [node for node in tree.body if isinstance(node, ast.ClassDef) and not node.name.startswith("_")]
@@ -210,16 +232,17 @@ def test_public_things_have_docstrings(path):
             assert ast.get_docstring(node), f"{where(path)}:{node.lineno}: {node.name} is public and has no docstring"
 
 
-@pytest.mark.parametrize("name", ["megatron_sd/records.py", *map(where, sources("megatron_sd/config"))])
-def test_records_are_frozen(name):
-    for node in parse(ROOT / name).body:
+@law([ROOT / "megatron_sd/records.py", *sources("megatron_sd/config")])
+def records_are_frozen(path: Path) -> None:
+    for node in parse(path).body:
         decorators = [ast.unparse(decorator) for decorator in getattr(node, "decorator_list", [])]
         if any(decorator.startswith("dataclass") for decorator in decorators):
-            assert "dataclass(frozen=True, kw_only=True)" in decorators, f"{name}:{node.lineno}: {node.name} must be frozen"
+            message = f"{where(path)}:{node.lineno}: {node.name} must be frozen"
+            assert "dataclass(frozen=True, kw_only=True)" in decorators, message
 
 
-@pytest.mark.parametrize("folder", sorted({path.parent for path in [*LIBRARY, *sources("benchmarks")]}), ids=where)
-def test_a_folder_has_at_most_12_files(folder):
+@law(sorted({path.parent for path in [*LIBRARY, *sources("benchmarks")]}))
+def a_folder_has_at_most_12_files(folder: Path) -> None:
     names = [path.name for path in folder.glob("*.py") if path.name != "__init__.py"]
     assert len(names) <= MAX_FILES, f"{where(folder)} has {len(names)} files, at most {MAX_FILES}: give some a room of their own"
 
@@ -262,3 +285,8 @@ def test_a_public_class_name_means_one_thing():
                 places.setdefault(node.name, []).append(where(path))
     repeated = {name: found for name, found in places.items() if len(found) > 1}
     assert repeated == {}, "rename all but one after what it is"
+
+
+@pytest.mark.parametrize("name", LAWS)
+def test_every_file_keeps_the_law(name):
+    assert broken(*LAWS[name]) == []

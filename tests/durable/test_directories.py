@@ -21,11 +21,11 @@ def write(root, step, content="weights"):
 
 
 def test_committed_directories_verify_and_are_found_newest_first(tmp_path):
-    directories = [write(tmp_path, step) for step in (4, 100, 20)]
-    assert directories.committed(tmp_path) == [directories[1], directories[2], directories[0]]
-    assert all(directories.find_damage(directory) is None for directory in directories)
-    manifest = json.loads((directories[0] / "manifest.json").read_text())["files"]
-    assert manifest["model/a.bin"] == {"bytes": 7, "sha256": directories.sha256(directories[0] / "model" / "a.bin")}
+    written = [write(tmp_path, step) for step in (4, 100, 20)]
+    assert directories.committed(tmp_path) == [written[1], written[2], written[0]]
+    assert all(directories.find_damage(directory) is None for directory in written)
+    manifest = json.loads((written[0] / "manifest.json").read_text())["files"]
+    assert manifest["model/a.bin"] == {"bytes": 7, "sha256": directories.sha256(written[0] / "model" / "a.bin")}
     assert set(manifest) == {"model/a.bin", "state.json"}
     assert directories.committed(tmp_path / "nowhere") == []
 

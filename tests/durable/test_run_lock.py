@@ -19,7 +19,7 @@ from megatron_sd.errors import ConfigError
 HOLD = """
 import sys, time
 from pathlib import Path
-from megatron_sd.run_lock import hold
+from megatron_sd.durable.run_lock import hold
 with hold(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(600)

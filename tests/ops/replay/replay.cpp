@@ -16,7 +16,7 @@
 #include <string>
 #include <vector>
 
-#include "../../kernels/csrc/jsd_launch.h"
+#include "../../../kernels/csrc/jsd_launch.h"
 
 namespace jsd {
 

@@ -2,11 +2,13 @@
 
     python -m megatron_sd.sft --model.path DIR --episodes EPISODES --run_dir RUN
 
+With `--eval.questions FILE` and sections retriever, protocol and rollout it answers questions on the way.
 The model directory of the last checkpoint (adapters merged) is what `gate`, `train` and `eval` start from.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import sys
 from collections.abc import Sequence
@@ -23,13 +25,18 @@ from megatron_sd.config import (
     ModelConfig,
     OptimizerConfig,
     PolicyLossConfig,
+    ProtocolConfig,
+    PublishConfig,
     RetrieverConfig,
+    RewardConfig,
     RolloutConfig,
     SafetyConfig,
     UpdateConfig,
+    VllmConfig,
 )
 from megatron_sd.config.checks import check, check_ranges
 from megatron_sd.config.command_line import parse
+from megatron_sd.errors import ConfigError
 from megatron_sd.rollout.stored import EPISODES_NAME, TRAIN_NAME, VALIDATION_NAME, StoredGroups, read_record
 from megatron_sd.train import run_door, train_run
 
@@ -39,10 +46,28 @@ if TYPE_CHECKING:
     from megatron_sd.trainer import Trainer
 
 
+EVALUATION_SECTIONS = ("retriever", "protocol", "rollout")  # that an evaluation cannot do without
+
+
+@dataclass(frozen=True, kw_only=True)
+class SftEvalConfig:
+    """Greedy rollouts on the first `limit` questions of a file, or of a split of it: before the first step,
+    every `every` steps, and at the end."""
+
+    questions: str
+    split: str | None = None
+    limit: int = 200
+    every: int = 0  # 0: before the first step and at the end alone
+
+
 @dataclass(frozen=True, kw_only=True)
 class SftConfig:
-    """Train `model` on the directory `episodes`, which `sd-search select` wrote, by the likelihood of the tokens that were
-    sampled: none of the prompt, of a block or of the environment. The sections are those of `sd-search train`."""
+    """Train `model` on the directory `episodes`, which `sd-search select` wrote, by the likelihood of the
+    tokens that were sampled: none of the prompt, of a block or of the environment. The sections are those of
+    `sd-search train`.
+
+    eval: what the policy does on questions, by `retriever`, `protocol`, `rollout`, `reward` and `publish`.
+    These are of the evaluation alone: without it no retriever is opened and no engine is built."""
 
     run_dir: str
     model: ModelConfig
@@ -58,16 +83,46 @@ class SftConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     safety: SafetyConfig = field(default_factory=SafetyConfig)
     log: LogConfig = field(default_factory=lambda: LogConfig(eval_every=10))
+    eval: SftEvalConfig | None = None
+    retriever: RetrieverConfig | None = None
+    protocol: ProtocolConfig | None = None
+    rollout: RolloutConfig | None = None
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    publish: PublishConfig = field(default_factory=PublishConfig)
 
 
 def load(argv: Sequence[str]) -> tuple[SftConfig, Config]:
     """What `sd-search sft` was asked for, and the training configuration it stands for. Raises ConfigError, and DataError for
     episodes that are none."""
     own = parse(SftConfig, argv, "sd-search sft")
-    check_ranges(own)
-    config = training_config(own)
+    check_sft(own)
+    return own, _checked(own, training_config(own))
+
+
+def load_unread(argv: Sequence[str]) -> tuple[SftConfig, Config]:
+    """The same for a planner: the episodes need not exist yet, and nobody counts them. Raises ConfigError."""
+    own = parse(SftConfig, argv, "sd-search sft")
+    check_sft(own)
+    return own, _checked(own, _as_training(own, own.num_steps or 1))
+
+
+def _checked(own: SftConfig, config: Config) -> Config:
     check(config)
-    return own, config
+    if own.eval is not None:
+        check(evaluation_config(own, config))
+    return config
+
+
+def check_sft(own: SftConfig) -> None:
+    """Raise ConfigError for a value out of range, and for an evaluation without what it needs. Reads no
+    file."""
+    check_ranges(own)
+    missing = [name for name in EVALUATION_SECTIONS if getattr(own, name) is None]
+    if own.eval is not None and missing:
+        raise ConfigError(
+            f"eval: found it without {', '.join(missing)}, expected the sections "
+            f"{', '.join(EVALUATION_SECTIONS)} beside it, as the episodes were sampled with; or no eval"
+        )
 
 
 def training_config(own: SftConfig) -> Config:
@@ -78,6 +133,11 @@ def training_config(own: SftConfig) -> Config:
     num_steps = own.num_steps
     if num_steps is None:
         num_steps = math.ceil(own.num_epochs * len(StoredGroups(directory / TRAIN_NAME)) / own.episodes_per_step)
+    return _as_training(own, num_steps)
+
+
+def _as_training(own: SftConfig, num_steps: int) -> Config:
+    directory = Path(own.episodes)
     return Config(
         run_dir=own.run_dir,
         model=own.model,
@@ -100,6 +160,31 @@ def training_config(own: SftConfig) -> Config:
     )
 
 
+def evaluation_config(own: SftConfig, config: Config) -> Config:
+    """What the engine, its retriever and the publisher of the evaluation are built from: the run with the
+    questions of own.eval (which must be set), and one greedy rollout each. It decides nothing that is
+    trained, so it is no part of the run's identity."""
+    return dataclasses.replace(
+        config,
+        data=dataclasses.replace(
+            config.data, eval=own.eval.questions, eval_split=own.eval.split, max_eval_questions=own.eval.limit
+        ),
+        retriever=own.retriever,
+        protocol=own.protocol,
+        rollout=dataclasses.replace(own.rollout, questions_per_step=own.eval.limit, group_size=1, max_lag=0),
+        reward=own.reward,
+        publish=own.publish,
+    )
+
+
+def planned_config(own: SftConfig, config: Config) -> Config:
+    """What a planner counts memory of: the evaluation's engine, or, without one, none on these ranks."""
+    if own.eval is not None:
+        return evaluation_config(own, config)
+    elsewhere = dataclasses.replace(config.rollout, engine="vllm", vllm=VllmConfig(placement="server"))
+    return dataclasses.replace(config, rollout=elsewhere)
+
+
 def main(argv: Sequence[str]) -> int:
     """Train one run; the exit code is that of `sd-search train`."""
     return run_door(lambda stop: _train(argv, stop))
@@ -111,7 +196,7 @@ def _train(argv: Sequence[str], stop: StopRequest) -> int:
     def build(config: Config, world: World) -> Trainer:
         from megatron_sd.build_sft import build_sft_trainer  # imports DeepSpeed, which must see join_world's device
 
-        return build_sft_trainer(config, Path(own.episodes), world)
+        return build_sft_trainer(config, own, world)
 
     return train_run(training, stop, build)
 

@@ -41,8 +41,10 @@ COMMANDS: dict[str, Command] = {
     "credit": _command("launch.local:credit", "what the teacher says of stored queries, and is it right? [--num-ranks N]"),
     "world": _command("launch.programs:world", "write the synthetic multi-hop world and its BM25 corpus"),
     "coldstart": _command("launch.programs:coldstart", "train the small start policy on mediocre demonstrations"),
-    "launch": _command("launch.cluster.start:main", "a run on one machine, several, or in SLURM: --recipe NAME [--dry-run]"),
-    "plan": _command("launch.planner.estimate:main", "what a run will take: memory of a rank, publishing, tokens, seconds"),
+    "launch": _command(
+        "launch.cluster.start:main", "a run here, on machines or in SLURM: --recipe NAME or --program sft [--dry-run]"
+    ),
+    "plan": _command("launch.planner.estimate:main", "what a run will take: memory, tokens, seconds [--program sft]"),
     "doctor": _command("launch.doctor.checks:main", "check nodes before a run, in two minutes; names the host at fault"),
     "reshard-plan": _command("launch.planner.reshard_plan:main", "what publishing a model to inference workers moves"),
     "grid": _command("eval.grid.main:main", "arms x start policies x seeds from one YAML, resumable; paired tables and plots"),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
-import dataclasses
 import importlib
 import os
 import signal
@@ -18,7 +17,7 @@ from types import FrameType
 
 import psutil
 
-from megatron_sd.config import Config, VllmConfig
+from megatron_sd.config import Config
 from megatron_sd.config.load import load
 from megatron_sd.distributed.control import STARTER, STOPPED_EXIT_CODE
 from megatron_sd.durable.run_lock import refuse_held
@@ -54,13 +53,13 @@ def sample(argv: Sequence[str]) -> None:
 def sft(argv: Sequence[str]) -> None:
     """`sd-search sft`: check the configuration here, then start the ranks; names the model directory that they leave."""
     from megatron_sd.durable.directories import committed
-    from megatron_sd.sft import load as load_sft
+    from megatron_sd.sft_config import load as load_sft
+    from megatron_sd.sft_config import planned_config
 
     num_ranks, rest = split_num_ranks(argv)
-    _, config = load_sft(rest)
+    own, config = load_sft(rest)
     refuse_held(Path(config.run_dir))
-    without_engine = dataclasses.replace(config.rollout, engine="vllm", vllm=VllmConfig(placement="server"))  # as if elsewhere
-    remarks = check_memory(dataclasses.replace(config, rollout=without_engine), num_ranks)
+    remarks = check_memory(planned_config(own, config), num_ranks)
     start_ranks(num_ranks, rest, remarks, program="megatron_sd.sft")
     print(f"model {committed(Path(config.run_dir) / 'checkpoints')[0] / 'model'}")
 

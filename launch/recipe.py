@@ -40,7 +40,7 @@ from megatron_sd.config.command_line import parse
 from megatron_sd.durable.directories import committed
 from megatron_sd.durable.run_lock import hold
 from megatron_sd.errors import ConfigError, DataError, MegatronSdError
-from megatron_sd.sft import SftConfig
+from megatron_sd.sft_config import SftConfig, check_sft
 
 Tree = dict[str, Any]
 
@@ -98,6 +98,9 @@ STAGES: Mapping[str, Stage] = {
     "gate": Stage(record=GateConfig, run=_gate),
     "train": Stage(record=Config, run=_train),
 }
+
+
+CHECKS: Mapping[type, Callable[[Any], None]] = {Config: check, SftConfig: check_sft}  # others: check_ranges
 
 
 def main(argv: Sequence[str]) -> None:
@@ -260,6 +263,6 @@ def _check(name: str, tree: Tree) -> None:
         file.flush()
         try:
             found = parse(STAGES[name].record, [f"--config={file.name}"], f"sd-search {name}")
-            (check if isinstance(found, Config) else check_ranges)(found)
+            CHECKS.get(type(found), check_ranges)(found)
         except ConfigError as error:
             raise ConfigError(f"{name}: {error}") from error

@@ -197,7 +197,7 @@ def schedule_of(config: Config) -> Schedule:
     """When the loop ends and when side work is due."""
     return Schedule(
         num_steps=config.num_steps,
-        eval_every=config.log.eval_every,
+        eval_every=(config.log.eval_every,),
         transcripts_every=config.log.transcripts_every,
         checkpoint_every=config.checkpoint.every,
     )
@@ -280,9 +280,13 @@ def own_batch(config: Config, world: World, samples: Sequence[TrainingSample]) -
 
 
 def _evaluation(config: Config, world: World, side: RolloutSide) -> Callable[[int], dict[str, float]] | None:
-    """Greedy rollouts on the held-out questions, which all ranks share; None without such questions."""
-    if config.data.eval is None or config.log.eval_every == 0:
-        return None
+    is_off = config.data.eval is None or config.log.eval_every == 0
+    return None if is_off else greedy_evaluation(config, world, side)
+
+
+def greedy_evaluation(config: Config, world: World, side: RolloutSide) -> Callable[[int], dict[str, float]]:
+    """Metrics, named eval/..., of greedy rollouts on the questions of data.eval, which all ranks share.
+    Raises DataError for questions that are none."""
     questions = load_questions(config.data.eval, config.data.eval_split, config.data.max_eval_questions)
 
     def evaluate(step: int) -> dict[str, float]:

@@ -39,10 +39,10 @@ class Schedule:
     """When the loop ends and when side work is due, in optimiser steps; 0 means never."""
 
     num_steps: int
-    eval_every: int
+    eval_every: tuple[int, ...]  # of each evaluation that there is
     transcripts_every: int
     checkpoint_every: int
-    evaluates_at_end: bool = False  # beside every eval_every-th step
+    evaluates_at_end: bool = False  # beside the steps of eval_every
 
     def due(self, every: int, step: int) -> bool:
         """True on every `every`-th step."""
@@ -50,7 +50,8 @@ class Schedule:
 
     def evaluation_is_due(self, step: int) -> bool:
         """True when what is held out is looked at after this step."""
-        return self.due(self.eval_every, step) or (self.evaluates_at_end and step == self.num_steps)
+        is_last = self.evaluates_at_end and step == self.num_steps
+        return is_last or any(self.due(every, step) for every in self.eval_every)
 
 
 @dataclass(kw_only=True)

@@ -19,6 +19,7 @@ FLOORS = {
     "megatron_sd.sft": 4,
     "megatron_sd.build": 4,
     "megatron_sd.build_sft": 4,
+    "megatron_sd.sft_config": 4,
     "megatron_sd.trainer": 3,
     "megatron_sd.training": 2,
     "megatron_sd.rollout": 2,

@@ -53,6 +53,7 @@ from megatron_sd.search.protocol import Protocol, build_protocol
 from megatron_sd.search.tokens import load_codec
 
 QUESTIONS_NAME = "questions.jsonl"
+SELECTABLE = ("agent",)  # strategies whose rollouts can become episodes
 # What an episode may have otherwise than it was sampled with: the prompt, and what is said to an action that is none.
 _OF_THE_PROMPT = {"prompt", "chat_template", "template_arguments", "question_end", "invalid_action_message"}
 _KEPT = ("model", "model_version", "tokenizer", "corpus_version", "questions_version")
@@ -87,10 +88,11 @@ def select(config: SelectConfig) -> SelectionTally:
     source, output = Path(config.rollouts), Path(config.output)
     groups = StoredGroups(source / ROLLOUTS_NAME)
     sampled = read_record(source / SAMPLE_NAME, "sd-search sample")
-    if sampled["strategy"] != "agent":
+    if sampled["strategy"] not in SELECTABLE:
         raise DataError(
-            f"{source} holds rollouts of strategy {sampled['strategy']}, whose texts are not one sequence; expected those of "
-            "`sd-search sample --strategy agent`"
+            f"{source} holds rollouts of strategy {sampled['strategy']}, expected one that episodes can be "
+            f"selected from: {', '.join(SELECTABLE)}; the contexts of a prompted strategy are not one "
+            f"sequence, so sample anew by `sd-search sample --strategy {SELECTABLE[0]}`, elsewhere"
         )
     prompt = prompt_of(config, sampled)
     if config.protocol is None:

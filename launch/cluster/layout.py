@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from launch.cluster.job import Job, Program
 from megatron_sd.config import Config
 from megatron_sd.config.checks import check_layer_cuts, check_sequence_heads
 from megatron_sd.errors import ConfigError
@@ -14,8 +15,9 @@ from megatron_sd.resharding.names import UnknownArchitectureError, worker_layout
 
 @dataclass(frozen=True, kw_only=True)
 class LayoutConfig:
-    """Where a run goes. Options that are not these are the training run's own, as of `sd-search train`."""
+    """Where a run of `program` goes. Options that are not these are that program's own."""
 
+    program: Program = "train"
     cluster: Literal["local", "hosts", "slurm"] = "local"
     nodes: int = 1  # that train; 0 with retriever_nodes: serve the corpus alone
     rollout_nodes: int = 0  # that serve vLLM and do nothing else
@@ -62,17 +64,23 @@ def servers_per_node(layout: LayoutConfig, config: Config) -> int:
     return max(layout.gpus_per_node, 1) // config.rollout.vllm.tensor_parallel_size
 
 
-def check_layout(layout: LayoutConfig, config: Config, model: Mapping[str, Any]) -> tuple[str, ...]:
+def check_layout(layout: LayoutConfig, job: Job, model: Mapping[str, Any]) -> tuple[str, ...]:
     """Remarks on a layout that works. Raises ConfigError for one that cannot. Memory is the planner's."""
+    config = job.config
     _check_numbers(layout)
-    _check_nodes(layout, config)
+    _check_servers_of_sft(layout, job)
+    if job.samples:
+        _check_nodes(layout, config)
     _check_gpus(layout, config)
-    if config.rollout.engine == "vllm":
+    if job.samples and config.rollout.engine == "vllm":
         _check_heads(config, model)
     heads = model.get("num_attention_heads", 1)
     check_layer_cuts(config.update, model)
     check_sequence_heads(config.update, num_heads=heads, num_kv_heads=model.get("num_key_value_heads", heads))
-    return _check_batch(layout, config, model)
+    _check_batch(layout, job)
+    if job.samples:
+        _check_positions(config, model)
+    return _remarks_on_rollouts(layout, config) if job.program == "train" else ()
 
 
 def _check_numbers(layout: LayoutConfig) -> None:
@@ -92,6 +100,20 @@ def _check_numbers(layout: LayoutConfig) -> None:
         raise ConfigError(
             f"rollout_nodes, retriever_nodes: found {layout.rollout_nodes} and {layout.retriever_nodes} on cluster "
             f"{layout.cluster}, expected 0: start the servers there by `sd-search vllm serve` and `sd-search retriever serve`"
+        )
+
+
+def _check_servers_of_sft(layout: LayoutConfig, job: Job) -> None:
+    if job.program == "sft" and layout.rollout_nodes:
+        raise ConfigError(
+            f"rollout_nodes: found {layout.rollout_nodes} with program sft, expected 0: its evaluation "
+            "samples in the ranks (rollout.engine torch), beside them (vllm), or on servers that already run "
+            "(rollout.vllm.urls)"
+        )
+    if not job.samples and layout.retriever_nodes:
+        raise ConfigError(
+            f"retriever_nodes: found {layout.retriever_nodes} with program sft and no eval, expected 0, "
+            "since nobody searches; or an eval"
         )
 
 
@@ -147,23 +169,34 @@ def _check_heads(config: Config, model: Mapping[str, Any]) -> None:
         raise ConfigError(f"rollout.vllm.tensor_parallel_size: {error}") from error
 
 
-def _check_batch(layout: LayoutConfig, config: Config, model: Mapping[str, Any]) -> tuple[str, ...]:
-    rollout, world_size = config.rollout, layout.nodes * ranks_per_node(layout, config)
-    if rollout.questions_per_step < world_size:
+def _check_batch(layout: LayoutConfig, job: Job) -> None:
+    world_size = layout.nodes * ranks_per_node(layout, job.config)
+    key, size, unit = job.batch
+    if size < world_size:
         raise ConfigError(
-            f"rollout.questions_per_step: found {rollout.questions_per_step} for {world_size} ranks, expected at least one "
-            "question a rank: raise it, or take fewer nodes"
+            f"{key}: found {size} for {world_size} ranks, expected at least one {unit} a rank: "
+            "raise it, or take fewer nodes"
         )
-    if world_size % config.update.ranks_per_batch:
+    if world_size % job.config.update.ranks_per_batch:
         raise ConfigError(
             "update.sequence_parallel_size or tensor_parallel_size: found "
-            f"{config.update.ranks_per_batch} for {world_size} ranks, expected a divisor of their number"
+            f"{job.config.update.ranks_per_batch} for {world_size} ranks, expected a divisor of their number"
         )
-    positions = model.get("max_position_embeddings", rollout.max_rollout_tokens)
-    if rollout.max_rollout_tokens > positions:
+
+
+def _check_positions(config: Config, model: Mapping[str, Any]) -> None:
+    longest = config.rollout.max_rollout_tokens
+    positions = model.get("max_position_embeddings", longest)
+    if longest > positions:
         raise ConfigError(
-            f"rollout.max_rollout_tokens: found {rollout.max_rollout_tokens}, expected at most {positions}, the model's positions"
+            f"rollout.max_rollout_tokens: found {longest}, expected at most {positions}, "
+            "the model's positions"
         )
+
+
+def _remarks_on_rollouts(layout: LayoutConfig, config: Config) -> tuple[str, ...]:
+    """Of a step that samples what it trains on."""
+    rollout, world_size = config.rollout, layout.nodes * ranks_per_node(layout, config)
     remarks = []
     if rest := rollout.questions_per_step % world_size:
         remarks.append(

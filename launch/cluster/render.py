@@ -14,16 +14,15 @@ from pathlib import Path
 
 import yaml
 
+from launch.cluster.job import Job
 from launch.cluster.layout import LayoutConfig, ranks_per_node
 from launch.planner.memory import GIB, checkpoint_bytes
 from launch.planner.models import model_config
 from megatron_sd.config import Config
-from megatron_sd.config.load import dump
 from megatron_sd.errors import ConfigError, MegatronSdError
 from megatron_sd.resharding.names import model_shape
 
 _PLACE = re.compile(r"@(\w+)@")
-TRAINING_MODULE = "megatron_sd.train"
 
 
 def render(template: str, values: Mapping[str, str | None]) -> str:
@@ -42,21 +41,18 @@ def render(template: str, values: Mapping[str, str | None]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def render_files(layout: LayoutConfig, config: Config, launch_dir: Path, *, module: str = TRAINING_MODULE) -> dict[str, str]:
-    """File name in launch_dir -> text. job.sbatch or job.sh is what is started; the others are what it reads.
-
-    module: what the ranks run.
-    """
-    layout = dataclasses.replace(layout, ranks_per_node=ranks_per_node(layout, config))
+def render_files(layout: LayoutConfig, job: Job, launch_dir: Path) -> dict[str, str]:
+    """File name in launch_dir -> text. job.sbatch or job.sh is what is started; it reads the others."""
+    layout = dataclasses.replace(layout, ranks_per_node=ranks_per_node(layout, job.config))
     if layout.hostfile:
         layout = dataclasses.replace(layout, hostfile=str(Path(layout.hostfile).resolve()))
-    values = _values(layout, config, launch_dir, module)
+    values = _values(layout, job, launch_dir)
     values["header"] = render(_template("slurm/header.sbatch"), values).rstrip()
     name, template = script_of(layout)
     rendered = {name: render(_template(template), values)}
     for shell in ("common.sh", "node.sh", "server.sh", "doctor.sh"):
         rendered[shell] = render(_template(f"slurm/{shell}"), values)
-    rendered["config.yaml"] = dump(config)
+    rendered["config.yaml"] = job.text
     rendered["layout.yaml"] = yaml.safe_dump(dataclasses.asdict(layout) | {"sbatch": list(layout.sbatch)}, sort_keys=False)
     return rendered
 
@@ -71,11 +67,12 @@ def script_of(layout: LayoutConfig) -> tuple[str, str]:
     return "job.sbatch", f"slurm/{kind}.sbatch"
 
 
-def _values(layout: LayoutConfig, config: Config, launch_dir: Path, module: str) -> dict[str, str | None]:
+def _values(layout: LayoutConfig, job: Job, launch_dir: Path) -> dict[str, str | None]:
+    config = job.config
     quoted = {"directory": str(Path.cwd()), "python": sys.executable, "launch_dir": str(launch_dir)}
     plain = {
         "job_name": f"sd-search-{Path(config.run_dir).name}",
-        "module": module,
+        "module": job.module,
         "num_nodes": str(layout.num_nodes),
         "gpus_per_node": str(layout.gpus_per_node) if layout.gpus_per_node else None,
         "tensor_parallel_size": str(config.rollout.vllm.tensor_parallel_size),

@@ -1,6 +1,7 @@
 """`sd-search launch`: a run on a machine, on several, or in SLURM's queue. Checks the layout, writes RUN/launch, starts it.
 
     sd-search launch --recipe 72b-64gpu --dry-run --model.path models/Qwen2.5-72B --run_dir runs/72b
+    sd-search launch --program sft --cluster slurm --config sft.yaml
 """
 
 from __future__ import annotations
@@ -12,28 +13,27 @@ from importlib.resources import files
 from pathlib import Path
 
 from launch.cluster.hostfile import Host, read_environment, read_hostfile, render_hostfile
+from launch.cluster.job import JOBS, Job
 from launch.cluster.layout import LayoutConfig, check_layout, ranks_per_node
 from launch.cluster.render import render_files, script_of
 from launch.options import split_options
 from launch.planner.estimate import check_memory
 from launch.planner.models import model_config
-from megatron_sd.config import Config
 from megatron_sd.config.command_line import parse
-from megatron_sd.config.load import load
 from megatron_sd.errors import ConfigError, MegatronSdError
 
 
 def main(argv: Sequence[str]) -> None:
     """Raises ConfigError for a run that could not work where it is sent, MegatronSdError when it ends badly or is not taken."""
-    layout, config = read_launch_options(argv)
-    launch_dir = Path(config.run_dir).resolve() / "launch"
-    remarks = check_launch(layout, config)
-    rendered = write_launch(layout, config, launch_dir)
+    layout, job = read_launch_options(argv)
+    launch_dir = Path(job.config.run_dir).resolve() / "launch"
+    remarks = check_launch(layout, job)
+    rendered = write_launch(layout, job, launch_dir)
     for remark in remarks:
         print(f"note: {remark}")
     script = launch_dir / script_of(layout)[0]
     if layout.dry_run:
-        print(describe(rendered, layout, config, launch_dir))
+        print(describe(rendered, layout, job, launch_dir))
         return
     command = ["sbatch", str(script)] if layout.cluster == "slurm" else ["bash", str(script)]
     try:
@@ -44,13 +44,18 @@ def main(argv: Sequence[str]) -> None:
         raise MegatronSdError(f"{' '.join(command)} ended with exit code {done.returncode}; its own message stands above")
 
 
-def read_launch_options(argv: Sequence[str]) -> tuple[LayoutConfig, Config]:
-    """The layout's options (and `--layout FILE.yaml`), and with what is left the training configuration. `--recipe NAME` stands
-    for both files of launch/configs."""
+def read_launch_options(argv: Sequence[str]) -> tuple[LayoutConfig, Job]:
+    """The layout's options (and `--layout FILE.yaml`), and with what is left the run. `--recipe NAME` stands
+    for both files of launch/configs. Raises ConfigError, and DataError for episodes that are none."""
     own, rest = split_options(expand_recipe(argv), LayoutConfig, {"layout": "config"})
     layout = parse(LayoutConfig, own, "sd-search launch")
+    if layout.program != "train" and any(word.partition("=")[0] == "--recipe" for word in argv):
+        raise ConfigError(
+            f"--recipe: found one with program {layout.program}, expected none, since recipes are of train: "
+            "give --config, and --layout FILE or its options"
+        )
     there = ["--model.dtype=bfloat16"] if layout.gpus_per_node else []  # auto would speak of this machine, not of the nodes
-    return layout, load([*there, *rest])
+    return layout, JOBS[layout.program]([*there, *rest])
 
 
 def expand_recipe(argv: Sequence[str]) -> list[str]:
@@ -70,14 +75,14 @@ def expand_recipe(argv: Sequence[str]) -> list[str]:
     return expanded
 
 
-def check_launch(layout: LayoutConfig, config: Config) -> tuple[str, ...]:
+def check_launch(layout: LayoutConfig, job: Job) -> tuple[str, ...]:
     """Remarks. Raises ConfigError for an impossible layout, a rank larger than its GPU, a bad hostfile or `.deepspeed_env`."""
     if layout.nodes == 0:
         return ()
-    model = model_config(config.model.path)
+    model = model_config(job.config.model.path)
     if layout.cluster == "hosts":
         hosts = read_hostfile(Path(layout.hostfile or ""))
-        wanted = layout.nodes * ranks_per_node(layout, config)
+        wanted = layout.nodes * ranks_per_node(layout, job.config)
         if (found := sum(host.num_slots for host in hosts)) != wanted or len(hosts) != layout.nodes:
             raise ConfigError(
                 f"{layout.hostfile}: found {len(hosts)} machines with {found} slots, expected {layout.nodes} with {wanted}: set "
@@ -86,13 +91,13 @@ def check_launch(layout: LayoutConfig, config: Config) -> tuple[str, ...]:
     environment = Path(os.environ.get("DS_ENV_FILE", ".deepspeed_env"))
     if environment.exists():
         read_environment(environment)
-    remarks = check_layout(layout, config, model)
-    return (*remarks, *check_memory(layout, config, model))
+    remarks = check_layout(layout, job, model)
+    return (*remarks, *check_memory(layout, job, model))
 
 
-def write_launch(layout: LayoutConfig, config: Config, launch_dir: Path) -> dict[str, str]:
+def write_launch(layout: LayoutConfig, job: Job, launch_dir: Path) -> dict[str, str]:
     """Write the files of a launch; their texts by name."""
-    rendered = render_files(layout, config, launch_dir)
+    rendered = render_files(layout, job, launch_dir)
     launch_dir.mkdir(parents=True, exist_ok=True)
     for name, text in rendered.items():
         (launch_dir / name).write_text(text, encoding="utf-8")
@@ -104,10 +109,10 @@ def write_launch(layout: LayoutConfig, config: Config, launch_dir: Path) -> dict
     return rendered
 
 
-def describe(rendered: dict[str, str], layout: LayoutConfig, config: Config, launch_dir: Path) -> str:
+def describe(rendered: dict[str, str], layout: LayoutConfig, job: Job, launch_dir: Path) -> str:
     """What --dry-run prints: script, hostfile, environment, resolved configuration."""
     name, _ = script_of(layout)
-    num_ranks = ranks_per_node(layout, config)
+    num_ranks = ranks_per_node(layout, job.config)
     hosts = [Host(name=f"NODE{n}", num_slots=num_ranks) for n in range(layout.nodes)]
     hostfile = Path(layout.hostfile).read_text(encoding="utf-8") if layout.hostfile else render_hostfile(hosts)
     environment = f"MEGATRON_SD_WORLD_SIZE={layout.nodes * num_ranks}\n"

@@ -62,7 +62,7 @@ class Topology:
 
 
 def find_topology(layout: LayoutConfig, config: Mapping[str, Any], attempt: int) -> Topology:
-    """On this machine, on the hostfile's, or on the nodes that SLURM gave. config: the resolved training configuration.
+    """On this machine, on the hostfile's, or on the nodes that SLURM gave. config: the run's, resolved.
 
     Raises ConfigError when there are other nodes than the layout wants.
     """
@@ -85,8 +85,9 @@ def assign(
 ) -> Topology:
     """Roles by the hosts' order."""
     num_retrievers, num_servers = layout.retriever_nodes, layout.retriever_nodes + layout.rollout_nodes
-    size = config["rollout"]["vllm"]["tensor_parallel_size"]
-    per_node = max(layout.gpus_per_node, 1) // size if layout.rollout_nodes else 0
+    per_node = 0
+    if layout.rollout_nodes:
+        per_node = max(layout.gpus_per_node, 1) // config["rollout"]["vllm"]["tensor_parallel_size"]
     retrievers = tuple(Host(name=h.name, num_slots=1) for h in hosts[:num_retrievers])
     rollouts = tuple(Host(name=h.name, num_slots=per_node) for h in hosts[num_retrievers:num_servers])
     trainers = tuple(hosts[num_servers:])

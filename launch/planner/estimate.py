@@ -2,20 +2,23 @@
 
     sd-search plan --model qwen2.5-72b --gpus 64
     sd-search plan --model models/Qwen2.5-0.5B --this-machine       what fits the memory that is free here
+    sd-search plan --program sft --model qwen2.5-7b --gpus 8        a warm-up, before there are episodes
 
-Memory is counted (launch/planner/memory.py); seconds follow from data sheets' peak figures and the efficiencies below, and say
-which choices are out of the question. Without `--config` the run has gradient checkpointing, and vLLM on nodes of its own.
+Memory is counted (memory.py). Seconds follow from data sheets' peak figures and stated efficiencies
+(step_plan.py), and say which choices are out of the question. Without `--config` the run has gradient
+checkpointing, and `train` has vLLM on nodes of its own.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from launch.cluster.layout import LayoutConfig, gpus_of_vllm, ranks_per_node, servers_per_node
+from launch.cluster.job import PLANNED_JOBS, Job, Program
+from launch.cluster.layout import LayoutConfig, ranks_per_node
 from launch.options import split_options
+from launch.planner import this_machine
 from launch.planner.gpus import Gpu, find_gpu
 from launch.planner.memory import (
     GIB,
@@ -28,57 +31,54 @@ from launch.planner.memory import (
     rank_memory,
 )
 from launch.planner.models import model_config
-from launch.planner.this_machine import plan_here
+from launch.planner.step_estimate import (
+    DECODE_EFFICIENCY,
+    NETWORK_GB_S,
+    UPDATE_EFFICIENCY,
+    step_plan,
+    tokens_of_full_microbatches,
+    update_seconds,
+)
 from megatron_sd.config import Config
 from megatron_sd.config.command_line import parse
-from megatron_sd.config.load import load
 from megatron_sd.errors import ConfigError
-from megatron_sd.resharding.balance import balance
-from megatron_sd.resharding.layout import ShardLayout
-from megatron_sd.resharding.names import UnknownArchitectureError, model_shape, whole_parameters, worker_layouts
-from megatron_sd.resharding.plan import ITEM_BYTES, make_plan
+from megatron_sd.resharding.names import UnknownArchitectureError, model_shape
+from megatron_sd.resharding.plan import ITEM_BYTES
 from megatron_sd.rollout.vllm.memory import WorkerMemory, memory_share, worker_memory
 
-# Tokens of a rollout's parts, beside observations of rollout.max_observation_tokens.
-PROMPT_TOKENS, TURN_TOKENS, ANSWER_TOKENS = 200, 90, 60
-BLOCK_TOKENS = 350  # a hindsight block of five rollouts
-UPDATE_EFFICIENCY = 0.40  # of peak products, ZeRO-3 over NVLink and InfiniBand
-DECODE_EFFICIENCY = 0.60  # of peak memory bandwidth
 DISK_GB_S = 2.0  # that a node reads from a shared file system
-NETWORK_GB_S = 200.0  # of a node, one direction: eight links of 400 Gbit/s at half their peak
-BLANKS = {
-    "--run_dir": "none",
-    "--data.train": "none",
-    "--retriever.corpus": "none",
-    "--model.gradient_checkpointing": "true",
-    "--model.dtype": "bfloat16",
-    "--rollout.engine": "vllm",
-    "--rollout.vllm.placement": "server",
-    "--rollout.vllm.urls": '["http://elsewhere:8000"]',
+Blanks = Mapping[Program, Mapping[str, str]]  # by program: options of a run without a configuration file
+BLANKS: Blanks = {
+    "train": {
+        "--run_dir": "none",
+        "--data.train": "none",
+        "--retriever.corpus": "none",
+        "--model.gradient_checkpointing": "true",
+        "--model.dtype": "bfloat16",
+        "--rollout.engine": "vllm",
+        "--rollout.vllm.placement": "server",
+        "--rollout.vllm.urls": '["http://elsewhere:8000"]',
+    },
+    "sft": {
+        "--run_dir": "none",
+        "--episodes": "none",
+        "--model.gradient_checkpointing": "true",
+        "--model.dtype": "bfloat16",
+    },
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlanConfig:
     """model: a directory, or a name such as qwen2.5-72b. Either `gpus` of a cluster, or this_machine: what fits here. Further
-    options are the run's, as of `sd-search train`."""
+    options are the run's, as of `sd-search train`, or of `sd-search sft`."""
 
     model: str
+    program: Program = "train"
     gpus: int = 0
     this_machine: bool = False
     gpu: str = "h100"
     gpus_per_node: int = 8
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepPlan:
-    """Of one optimiser step. publish_bytes: over all links. Seconds: expected, from peak figures."""
-
-    rollout_tokens: int
-    sampled_tokens: int
-    teacher_tokens: int
-    publish_bytes: float
-    seconds: Mapping[str, float]
 
 
 def main(argv: Sequence[str]) -> None:
@@ -86,7 +86,8 @@ def main(argv: Sequence[str]) -> None:
     own, rest = split_options(argv, PlanConfig)
     plan = parse(PlanConfig, own, "sd-search plan")
     if plan.this_machine:
-        print(plan_here(plan.model, rest, model_config(plan.model)))
+        job = planned_job(plan, rest, this_machine.BLANKS)
+        print(this_machine.plan_here(job, model_config(plan.model)))
         return
     if plan.gpus < 1 or plan.gpus_per_node < 1:
         raise ConfigError(
@@ -96,22 +97,24 @@ def main(argv: Sequence[str]) -> None:
     if plan.gpus % per_node:
         raise ConfigError(f"gpus: found {plan.gpus}, expected a multiple of gpus_per_node {per_node}")
     layout = LayoutConfig(cluster="slurm", nodes=plan.gpus // per_node, gpus_per_node=per_node, gpu=plan.gpu)
-    print(render_plan(layout, run_config(plan.model, rest), model_config(plan.model)))
+    print(render_plan(layout, planned_job(plan, rest, BLANKS), model_config(plan.model)))
 
 
-def run_config(model: str, argv: Sequence[str]) -> Config:
-    """The run that is planned: the options given, BLANKS where there is no configuration file, everything else at its default."""
+def planned_job(plan: PlanConfig, argv: Sequence[str], blanks: Blanks) -> Job:
+    """The run that is planned: the options given, blanks where there is no configuration file, defaults for
+    the rest. Raises ConfigError."""
     given = {word.partition("=")[0] for word in argv if word.startswith("--")}
-    blanks = {} if "--config" in given else BLANKS
-    return load([*(f"{name}={value}" for name, value in blanks.items() if name not in given), *argv, f"--model.path={model}"])
+    own = {} if "--config" in given else blanks[plan.program]
+    words = [f"{name}={value}" for name, value in own.items() if name not in given]
+    return PLANNED_JOBS[plan.program]([*words, *argv, f"--model.path={plan.model}"])
 
 
-def check_memory(layout: LayoutConfig, config: Config, model: Mapping[str, Any]) -> tuple[str, ...]:
+def check_memory(layout: LayoutConfig, job: Job, model: Mapping[str, Any]) -> tuple[str, ...]:
     """A remark when the fit is close, or when a model's family is not described. Raises ConfigError for a rank that does not fit
     its GPU, or an unknown GPU."""
     if layout.gpus_per_node == 0:
         return ()
-    gpu = find_gpu(layout.gpu)
+    config, gpu = job.config, find_gpu(layout.gpu)
     try:
         shape = model_shape(model)
     except UnknownArchitectureError as error:
@@ -127,7 +130,8 @@ def check_memory(layout: LayoutConfig, config: Config, model: Mapping[str, Any])
             f"of it: {names}. More nodes, model.gradient_checkpointing, update.offload_optimizer or a smaller "
             "update.max_microbatch_tokens help; `sd-search plan` lists all"
         )
-    check_servers(config, model, gpu)
+    if job.samples:
+        check_servers(config, model, gpu)
     is_close = needed_gib > 0.9 * free_gib
     return (f"memory: {needed_gib:.1f} of {free_gib:.1f} GiB a rank, which is close",) if is_close else ()
 
@@ -147,119 +151,79 @@ def _size(part: Part) -> float:
     return part.num_bytes
 
 
-def step_plan(layout: LayoutConfig, config: Config, model: Mapping[str, Any], gpu: Gpu) -> StepPlan:
-    """Tokens, bytes and seconds of a step in which every rollout searches config.rollout.max_search_turns times."""
-    rollout, distils = config.rollout, config.distill.block != "none"
-    num_rollouts = rollout.questions_per_step * rollout.group_size
-    sampled = rollout.max_search_turns * TURN_TOKENS + ANSWER_TOKENS
-    observed = rollout.max_search_turns * rollout.max_observation_tokens
-    length = min(PROMPT_TOKENS + sampled + observed, rollout.max_rollout_tokens)
-    shared = rollout.questions_per_step * (PROMPT_TOKENS + BLOCK_TOKENS)
-    num_servers, tp_size, moved = _publish(layout, config, model)
-    plan = StepPlan(
-        rollout_tokens=num_rollouts * length,
-        sampled_tokens=num_rollouts * sampled,
-        teacher_tokens=num_rollouts * length + shared if distils else 0,
-        publish_bytes=moved,
-        seconds={},
-    )
-    rows = num_rollouts / num_servers
-    sampling = _Sampling(rows=rows, sampled=sampled, length=length, tp_size=tp_size)
-    num_receivers = min(-(-num_servers * tp_size // max(layout.gpus_per_node, 1)), layout.nodes)  # nodes; the bottleneck
-    node_gb_s = NETWORK_GB_S if layout.nodes > 1 else gpu.link_gb_s
-    seconds = {
-        "rollout": _rollout_seconds(sampling, config, model, gpu),
-        **_update_seconds(plan, layout, config, model),
-        "publish": moved / (num_receivers * node_gb_s * 1e9),
-    }
-    return dataclasses.replace(plan, seconds=seconds)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Sampling:
-    """What one server has to do: rollouts, tokens sampled and in all of each, GPUs."""
-
-    rows: float
-    sampled: int
-    length: int
-    tp_size: int
-
-
-def _rollout_seconds(work: _Sampling, config: Config, model: Mapping[str, Any], gpu: Gpu) -> float:
-    """Prompts and observations are read at the speed of products; a token reads the weights, and the keys and values so far."""
-    shape, item = model_shape(model), ITEM_BYTES[config.model.dtype]
-    total, most = Sizes.of(shape).total, config.rollout.max_concurrent_sequences
-    cached = min(work.rows, most) * work.length / 2 * kv_bytes_per_token(shape, item)
-    a_token = (item * total + cached) / work.tp_size / (gpu.memory_tb_s * 1e12 * DECODE_EFFICIENCY)
-    reading = 2 * total * work.rows * work.length / (work.tp_size * gpu.tflops * 1e12 * UPDATE_EFFICIENCY)
-    return max(work.rows / most, 1.0) * work.sampled * a_token + reading
-
-
-def _update_seconds(plan: StepPlan, layout: LayoutConfig, config: Config, model: Mapping[str, Any]) -> dict[str, float]:
-    """Products of the student (forward and backward, and again under checkpointing), the start policy and the teacher; and what
-    ZeRO-3 gathers for them."""
-    gpu, world_size = find_gpu(layout.gpu), layout.nodes * ranks_per_node(layout, config)
-    total, item = Sizes.of(model_shape(model)).total, ITEM_BYTES[config.model.dtype]
-    passes = 3 + config.model.gradient_checkpointing + (config.policy_loss.kl_weight > 0.0)
-    products = 2 * total * (passes * plan.rollout_tokens + plan.teacher_tokens)
-    positions = plan.rollout_tokens + plan.teacher_tokens
-    num_batches = world_size // config.update.ranks_per_batch
-    num_microbatches = max(-(-positions // (config.update.max_microbatch_tokens * num_batches)), 1)
-    num_gathers = 2 + (config.policy_loss.kl_weight > 0.0) + 2 * (plan.teacher_tokens > 0)
-    gathered = num_microbatches * num_gathers * item * total * (1 - 1 / world_size)
-    link = gpu.link_gb_s if layout.nodes == 1 else NETWORK_GB_S  # each node receives all that its ranks do not have
-    return {
-        "update: products": products / (world_size * gpu.tflops * 1e12 * UPDATE_EFFICIENCY),
-        "update: gathering parameters": gathered / (link * 1e9),
-    }
-
-
-def _publish(layout: LayoutConfig, config: Config, model: Mapping[str, Any]) -> tuple[int, int, float]:
-    """Servers of the run, the GPUs of one, and the bytes of a publish to all."""
-    own, dtype = config.rollout.vllm, config.model.dtype
-    world_size = layout.nodes * ranks_per_node(layout, config)
-    if config.rollout.engine == "torch":
-        return world_size, 1, float(ITEM_BYTES[dtype] * Sizes.of(model_shape(model)).total * world_size)
-    beside = layout.nodes * own.num_replicas if gpus_of_vllm(config) else 0
-    if own.placement == "colocated":
-        beside = world_size // own.tensor_parallel_size
-    num_servers = beside or layout.rollout_nodes * servers_per_node(layout, config) or max(len(own.urls), 1)
-    source = ShardLayout(parameters=whole_parameters(model, dtype=dtype), world_size=world_size)
-    workers = worker_layouts(model, tp_size=own.tensor_parallel_size, dtype=dtype)
-    moved = balance(make_plan(source, workers, num_replicas=num_servers)).moved
-    return num_servers, own.tensor_parallel_size, float(moved)
-
-
-def render_plan(layout: LayoutConfig, config: Config, model: Mapping[str, Any]) -> str:
+def render_plan(layout: LayoutConfig, job: Job, model: Mapping[str, Any]) -> str:
     """The tables that are printed."""
-    gpu, shape, rollout = find_gpu(layout.gpu), model_shape(model), config.rollout
+    config, gpu, shape = job.config, find_gpu(layout.gpu), model_shape(model)
     world_size = layout.nodes * ranks_per_node(layout, config)
-    parts = rank_memory(shape, config, world_size=world_size)
-    needed, phase = peak(parts)
-    verdict = "fits" if needed / GIB <= gpu.memory_gib - RESERVED_GIB else "DOES NOT FIT"
-    step = step_plan(layout, config, model, gpu)
-    kv = kv_bytes_per_token(shape, ITEM_BYTES[config.model.dtype])
     disk = checkpoint_bytes(shape, config) / 1e9
-    lines = [
-        f"{Sizes.of(shape).total / 1e9:.2f} G parameters, {config.model.dtype}, ZeRO-{config.update.zero_stage}, {world_size} "
-        f"training ranks on {layout.nodes} nodes, {gpu.name}; rollouts by {rollout.engine}",
-        f"\nmemory of a rank{'':<26}GiB   when",
-        *(f"  {p.name:<36}{p.num_bytes / GIB:>8.2f}   {_when(p)}" for p in parts if p.num_bytes),
-        f"  {'worst moment':<36}{needed / GIB:>8.2f}   {phase}; {verdict} in {gpu.memory_gib:g} less {RESERVED_GIB:g} reserved",
-        *_server_lines(config, model, gpu),
-        f"\nkeys and values   {kv / 2**20:.3f} MiB a token, {kv * rollout.max_rollout_tokens / GIB:.2f} GiB a rollout of "
-        f"{rollout.max_rollout_tokens} tokens",
+    kept = [
         f"checkpoint        {disk:.0f} GB each with its model, {disk * (config.checkpoint.keep + 1):.0f} GB for the "
         f"{config.checkpoint.keep} kept and one being written",
         f"loading           {_loading(layout, config, model)}",
+    ]
+    lines = [
+        f"{Sizes.of(shape).total / 1e9:.2f} G parameters, {config.model.dtype}, ZeRO-{config.update.zero_stage}, {world_size} "
+        f"training ranks on {layout.nodes} nodes, {gpu.name}; {_who_samples(job)}",
+        *_memory_lines(rank_memory(shape, config, world_size=world_size), gpu),
+        *(_server_lines(config, model, gpu) if job.samples else ()),
+        *(_cache_lines(config, model) if job.samples else ("",)),
+        *kept,
+        *(_step_lines if job.program == "train" else _episode_lines)(layout, config, model),
+    ]
+    return "\n".join(lines)
+
+
+def _who_samples(job: Job) -> str:
+    if job.program == "train":
+        return f"rollouts by {job.config.rollout.engine}"
+    if not job.samples:
+        return "episodes: nobody samples"
+    return f"episodes, and an evaluation by {job.config.rollout.engine}"
+
+
+def _memory_lines(parts: Sequence[Part], gpu: Gpu) -> list[str]:
+    needed, phase = peak(parts)
+    verdict = "fits" if needed / GIB <= gpu.memory_gib - RESERVED_GIB else "DOES NOT FIT"
+    return [
+        f"\nmemory of a rank{'':<26}GiB   when",
+        *(f"  {p.name:<36}{p.num_bytes / GIB:>8.2f}   {_when(p)}" for p in parts if p.num_bytes),
+        f"  {'worst moment':<36}{needed / GIB:>8.2f}   {phase}; {verdict} in {gpu.memory_gib:g} less {RESERVED_GIB:g} reserved",
+    ]
+
+
+def _cache_lines(config: Config, model: Mapping[str, Any]) -> list[str]:
+    kv = kv_bytes_per_token(model_shape(model), ITEM_BYTES[config.model.dtype])
+    longest = config.rollout.max_rollout_tokens
+    of_rollout = f"{kv * longest / GIB:.2f} GiB a rollout of {longest} tokens"
+    return [f"\nkeys and values   {kv / 2**20:.3f} MiB a token, {of_rollout}"]
+
+
+def _step_lines(layout: LayoutConfig, config: Config, model: Mapping[str, Any]) -> list[str]:
+    """Of a step that samples rollouts, trains on them and publishes."""
+    gpu = find_gpu(layout.gpu)
+    step = step_plan(layout, config, model, gpu)
+    return [
         f"publish           {step.publish_bytes / 1e9:.1f} GB a step",
         f"tokens of a step  {step.rollout_tokens / 1e6:.2f} M in rollouts, of them {step.sampled_tokens / 1e6:.2f} M sampled; "
         f"{step.teacher_tokens / 1e6:.2f} M read by the teacher",
         f"\nexpected seconds of a step ({UPDATE_EFFICIENCY:.0%} of {gpu.tflops:g} TFLOP/s, {DECODE_EFFICIENCY:.0%} of "
         f"{gpu.memory_tb_s:g} TB/s, {NETWORK_GB_S:g} GB/s a node)",
-        *(f"  {name:<36}{seconds:>8.1f}" for name, seconds in step.seconds.items()),
+        *_second_lines(step.seconds),
     ]
-    return "\n".join(lines)
+
+
+def _episode_lines(layout: LayoutConfig, config: Config, model: Mapping[str, Any]) -> list[str]:
+    """Of a warm-up: how long its episodes are is known when they are selected."""
+    gpu, tokens = find_gpu(layout.gpu), tokens_of_full_microbatches(layout, config)
+    return [
+        f"\nexpected seconds of {tokens / 1e6:.2f} M tokens of episodes, a full microbatch on every rank "
+        f"({UPDATE_EFFICIENCY:.0%} of {gpu.tflops:g} TFLOP/s, {NETWORK_GB_S:g} GB/s a node)",
+        *_second_lines(update_seconds(layout, config, model, rollout_tokens=tokens, teacher_tokens=0)),
+    ]
+
+
+def _second_lines(seconds: Mapping[str, float]) -> list[str]:
+    return [f"  {name:<36}{value:>8.1f}" for name, value in seconds.items()]
 
 
 def _loading(layout: LayoutConfig, config: Config, model: Mapping[str, Any]) -> str:

@@ -4,34 +4,33 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+from launch.cluster.job import Job, Program
 from launch.local import free_bytes
 from launch.planner.memory import GIB, RESERVED_GIB, Sizes
 from launch.planner.memory_check import LORA_RANK, needed_bytes
 from megatron_sd.config import Config
-from megatron_sd.config.load import load
 from megatron_sd.errors import ConfigError
 from megatron_sd.machine import has_gpu
 from megatron_sd.resharding.names import DecoderSizes, model_shape
 
-BLANKS = {"--run_dir": "none", "--data.train": "none", "--retriever.corpus": "none"}
+BLANKS: Mapping[Program, Mapping[str, str]] = {
+    "train": {"--run_dir": "none", "--data.train": "none", "--retriever.corpus": "none"},
+    "sft": {"--run_dir": "none", "--episodes": "none"},
+}
 MICROBATCHES = tuple(1 << power for power in range(9, 17))  # tokens, of which the largest that fits is told
 MOST_COLUMNS = 3
 
 
-def plan_here(model: str, argv: Sequence[str], description: Mapping[str, Any]) -> str:
-    """The table that is printed. Raises ConfigError where the free memory cannot be told, UnknownArchitectureError for a family
-    that is not described."""
-    given = {word.partition("=")[0] for word in argv if word.startswith("--")}
-    blanks = {} if "--config" in given else BLANKS
-    options = [f"{name}={value}" for name, value in blanks.items() if name not in given]
-    config = load([*options, *argv, f"--model.path={model}"])
+def plan_here(job: Job, description: Mapping[str, Any]) -> str:
+    """The table that is printed; description: the model's config.json. Raises ConfigError where the free
+    memory cannot be told, UnknownArchitectureError for a family that is not described."""
     free = free_bytes()
     if free is None:
         raise ConfigError("this_machine: nvidia-smi does not say how much memory the GPUs have free, expected it to work here")
-    return render(config, model_shape(description), free=free, on_cpu=not has_gpu(), num_places=num_places())
+    return render(job, model_shape(description), free=free, on_cpu=not has_gpu(), num_places=num_places())
 
 
 def num_places() -> int:
@@ -43,11 +42,12 @@ def num_places() -> int:
     return max(torch.cuda.device_count(), 1)
 
 
-def render(config: Config, shape: DecoderSizes, *, free: int, on_cpu: bool, num_places: int) -> str:
+def render(job: Job, shape: DecoderSizes, *, free: int, on_cpu: bool, num_places: int) -> str:
     """Ways of training down, numbers of ranks across; in each place the planned memory, and the largest microbatch that fits.
 
     free: bytes, of the machine's memory on CPUs, which all ranks share, else of the fullest GPU.
     """
+    config = job.config
     free -= 0 if on_cpu else int(RESERVED_GIB * GIB)
     ranks = [number for number in (1, 2, 4, 8) if number <= num_places][-MOST_COLUMNS:]
     where = f"{num_places} cores, {free / GIB:.1f} GiB of host memory free for all ranks together"
@@ -59,10 +59,12 @@ def render(config: Config, shape: DecoderSizes, *, free: int, on_cpu: bool, num_
     heads = ["", *(f"{number} rank{'s' if number > 1 else ''}" for number in ranks)]
     widths = [max(len(row[column]) for row in (heads, *rows)) for column in range(len(heads))]
     lines = ["   ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in (heads, *rows)]
-    rollouts = config.rollout.questions_per_step * config.rollout.group_size
+    size = f"{config.rollout.questions_per_step * config.rollout.group_size} rollouts"
+    if job.program == "sft":
+        size = f"{job.batch[1]} episodes"
     return "\n".join([
         f"{Sizes.of(shape).total / 1e9:.2f} G parameters in {config.model.dtype}; this machine: {where}",
-        f"planned GiB at the worst moment of a step of {rollouts} rollouts, with microbatches of "
+        f"planned GiB at the worst moment of a step of {size}, with microbatches of "
         f"{config.update.max_microbatch_tokens} tokens; in brackets the largest microbatch that fits",
         "",
         *lines,

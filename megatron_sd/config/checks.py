@@ -1,4 +1,4 @@
-"""What values of the configuration tree are in range, and which go together."""
+"""What values of the configuration tree (config.py) are in range, and which go together."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ _RANGES: dict[str, tuple[str, ...]] = {
         "log.transcripts_every",
         "log.transcripts_per_step",
         "num_transcripts",  # of an evaluation
+        "eval.every",  # of `sd-search sft`
         "selection.min_searches",  # of `sd-search select`, as the next
         "selection.blocks_per_question",
     ),
@@ -79,6 +80,7 @@ _RANGES: dict[str, tuple[str, ...]] = {
         "selection.per_question",
         "episodes_per_step",  # of `sd-search sft`, as the next
         "max_validation_episodes",
+        "eval.limit",
         "selection.max_tokens",
     ),
     "more than 0": (
@@ -108,6 +110,7 @@ _RANGES: dict[str, tuple[str, ...]] = {
         "rollout.max_failed_share",
         "rollout.vllm.gpu_memory_share",
         "optimizer.betas",
+        "optimizer.final_ratio",
         "distill.ema_decay",
         "selection.min_pass_rate",
         "selection.max_pass_rate",
@@ -142,6 +145,13 @@ def check_ranges(config: Any) -> None:
             value = _value(config, key)
             if not all(map(in_range, value if isinstance(value, tuple) else [] if value is None else [value])):
                 raise ConfigError(f"{key}: found {value!r}, expected {expected}")
+    optimizer = _value(config, "optimizer")
+    if optimizer is not None and optimizer.final_ratio is not None and not optimizer.decays:
+        raise ConfigError(
+            f"optimizer.final_ratio: found {optimizer.final_ratio} with optimizer.schedule "
+            f"{optimizer.schedule}, expected none, since a constant rate has no end to fall to; or schedule "
+            "linear or cosine"
+        )
 
 
 def check(config: Config) -> None:

@@ -26,6 +26,8 @@ def parse(record: type[Parameters], argv: Sequence[str], program: str) -> Parame
     argv = [f"{word}=true" if is_switch else word for word, is_switch in zip(argv, _switches(record, argv), strict=True)]
     for path in _config_files(argv):
         _check_keys(record, _read_mapping(path))
+    for word in argv:
+        _check_option(record, word)
     parser = jsonargparse.ArgumentParser(prog=program, exit_on_error=False, description=record.__doc__)
     parser.add_argument("--config", action="config", help="YAML file; command-line values override it")
     parser.add_class_arguments(record)
@@ -86,20 +88,38 @@ def _check_keys(record: type, tree: Mapping[Any, Any], section: str = "") -> Non
         annotation = _annotation(record, name)
         if annotation is None:
             raise ConfigError(_unknown(name, record))
-        is_section = dataclasses.is_dataclass(annotation)
-        if (is_section and not isinstance(value, dict)) or (value is None and type(None) not in get_args(annotation)):
+        if value is None and type(None) in get_args(annotation):
+            continue
+        is_section = _section_of(annotation) is not None
+        if value is None or (is_section and not isinstance(value, dict)):
             raise ConfigError(_mismatch(name, value, annotation))
         if is_section:
             _check_keys(record, value, f"{name}.")
+
+
+def _check_option(record: type, word: str) -> None:
+    """Raise ConfigError for a key that an optional section lacks; the parser would name it without its
+    section."""
+    name = word.removeprefix("--").partition("=")[0]
+    above = _annotation(record, name.rpartition(".")[0]) if word.startswith("--") else None
+    is_optional = _section_of(above) is not None and type(None) in get_args(above)
+    if is_optional and _annotation(record, name) is None:
+        raise ConfigError(_unknown(name, record))
 
 
 def _annotation(record: type, name: str) -> Any:
     """The type of a dotted key, None when there is no such key."""
     annotation: Any = record
     for part in name.split("."):
-        fields = get_type_hints(annotation) if dataclasses.is_dataclass(annotation) else {}
-        annotation = fields.get(part)
+        section = _section_of(annotation)
+        annotation = get_type_hints(section).get(part) if section else None
     return annotation
+
+
+def _section_of(annotation: Any) -> type | None:
+    """The record that a section is, or may be where it may also be null; None for another type."""
+    members = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
+    return next((member for member in members if dataclasses.is_dataclass(member)), None)
 
 
 def _names(record: type, section: str = "") -> list[str]:
@@ -107,8 +127,8 @@ def _names(record: type, section: str = "") -> list[str]:
     names = []
     for name, annotation in get_type_hints(record).items():
         names.append(f"{section}{name}")
-        if dataclasses.is_dataclass(annotation):
-            names += _names(annotation, f"{section}{name}.")
+        if (inner := _section_of(annotation)) is not None:
+            names += _names(inner, f"{section}{name}.")
     return names
 
 
@@ -156,7 +176,10 @@ def _explain(message: str, record: type) -> str:
     """jsonargparse's message as one line, with the key first, what was found and what was expected."""
     missing = re.search(r"arguments are required: (.+)", message)
     if missing:
-        return f"missing from the configuration: {missing[1]}; set it in the YAML file or as --{missing[1].split(',')[0]} VALUE"
+        sections = re.findall(r'Parser key "([\w.]+)"', message)  # of an optional one
+        names = [".".join([*sections, name]) for name in missing[1].split(", ")]
+        how = f"set it in the YAML file or as --{names[0]} VALUE"
+        return f"missing from the configuration: {', '.join(names)}; {how}"
     unrecognized = re.search(r"unrecognized arguments: (\S+)", message)
     if unrecognized:
         word = unrecognized[1]
@@ -165,9 +188,9 @@ def _explain(message: str, record: type) -> str:
     nested = re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'|(?:Key|Option) '([\w.]+)' is not", message)
     if nested:
         return _unknown(nested[3] or f"{nested[1]}.{nested[2]}", record)
-    key = re.search(r'(?:Parser key "|argument --)([\w.]+)', message)
-    annotation = _annotation(record, key[1]) if key else None
-    if annotation is not None:
+    keys = re.findall(r'(?:Parser key "|argument --)([\w.]+)', message)  # an optional section, then its key
+    key = next((name for name in (".".join(keys), *keys[:1]) if _annotation(record, name) is not None), None)
+    if key is not None:
         given = re.search(r"(?:Got value:|Given value:|Unable to load config) (.*)", message)
-        return _mismatch(key[1], given[1].strip("'\"") if given else "", annotation)
+        return _mismatch(key, given[1].strip("'\"") if given else "", _annotation(record, key))
     return re.sub(r"\s*\n\s*", "; ", message.strip())

@@ -23,8 +23,8 @@ def load(argv: Sequence[str]) -> Config:
     return config
 
 
-def dump(config: Config) -> str:
-    """The resolved configuration as YAML that `load` reads back to an equal Config."""
+def dump(config: Any) -> str:
+    """A resolved record of parameters, such as a Config, as YAML that `parse` reads back to an equal one."""
     return yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False, allow_unicode=True)
 
 

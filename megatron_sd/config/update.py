@@ -11,10 +11,17 @@ class OptimizerConfig:
     """AdamW under ZeRO-3."""
 
     learning_rate: float = 1e-6
+    schedule: Literal["constant", "linear", "cosine"] = "constant"  # algorithm/learning_rate.py
+    final_ratio: float | None = None  # of one that decays: the last step's share of learning_rate; None: 0
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.0
     warmup_steps: int = 0
     max_grad_norm: float = 1.0
+
+    @property
+    def decays(self) -> bool:
+        """Whether rates depend on the number of steps."""
+        return self.schedule != "constant"
 
 
 @dataclass(frozen=True, kw_only=True)

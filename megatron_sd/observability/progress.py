@@ -26,6 +26,8 @@ _SHOWN = {
     "distill/divergence_nats": "jsd",
     "eval/reward/em": "eval em",
     "eval/reward/f1": "eval f1",
+    "eval/reward/format_valid": "eval form",
+    "eval/rollout/searches": "eval searches",
     "eval/loss_nats": "eval loss",
 }
 

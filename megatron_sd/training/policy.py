@@ -16,6 +16,7 @@ from deepspeed.utils import safe_get_local_grad
 from torch import Tensor, nn
 
 from megatron_sd.algorithm.distill_loss import TermWeights
+from megatron_sd.algorithm.learning_rate import learning_rate
 from megatron_sd.algorithm.packing import distilled_part, row_share
 from megatron_sd.config import Config, OptimizerConfig
 from megatron_sd.distributed.collectives import sum_floats
@@ -62,6 +63,7 @@ class Policy:
         self.world = world
         self.version = 0  # optimiser steps taken
         self._optimizer_config: OptimizerConfig = config.optimizer
+        self._num_steps = config.num_steps
         self._zero_stage = config.update.zero_stage
         self._sharers = sequence_group(config.update, world)
         self._parts = tensor_group(config.update, world)
@@ -143,9 +145,8 @@ class Policy:
         )
 
     def learning_rate(self) -> float:
-        """Of the next step: linear warm-up to a constant."""
-        warmup = max(self._optimizer_config.warmup_steps, 1)
-        return self._optimizer_config.learning_rate * min((self.version + 1) / warmup, 1.0)
+        """Of the next step: a function of the steps taken, so that a resumed run goes on with it."""
+        return learning_rate(self.version, self._num_steps, self._optimizer_config)
 
     def local_gradients(self) -> list[Tensor]:
         """What has been accumulated since the last step: this rank's partition of every parameter's gradient, float32, summed

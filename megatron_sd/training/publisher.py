@@ -49,6 +49,22 @@ class NoPublisher:
         """Nothing."""
 
 
+class SparePublisher:
+    """Publishes where somebody samples from the weights, and spares the other steps their publish.
+
+    is_due: by policy version, equal on all ranks.
+    """
+
+    def __init__(self, publisher: Publisher, is_due: Callable[[int], bool]):
+        self._publisher = publisher
+        self._is_due = is_due
+
+    def publish(self, policy: Policy, receiver: WeightReceiver, policy_version: int) -> None:
+        """Collective, as the publisher's own; raises what it raises."""
+        if self._is_due(policy_version):
+            self._publisher.publish(policy, receiver, policy_version)
+
+
 class GatherPublisher:
     """Gathers full parameters on every rank, a bucket at a time, and hands them to that rank's engine.
 

@@ -67,6 +67,27 @@ def test_a_broken_command_line(arguments, expected):
     assert expected in message(arguments)
 
 
+QDRANT = "expected a section with url, collection, vectors, deadline_s, device, token_file or null"
+
+
+@pytest.mark.parametrize(
+    ("text", "argument", "expected"),
+    [
+        ("{colection: c}", "colection=c", "retriever.qdrant.colection: unknown key; did you mean "),
+        ("{device: gpu}", "device=gpu", "retriever.qdrant.device: found 'gpu', expected one of auto, cpu"),
+        ("{deadline_s: x}", "deadline_s=x", "retriever.qdrant.deadline_s: found 'x', expected float"),
+        ("{url: u}", "url=u", "missing from the configuration: retriever.qdrant.collection, retriever."),
+        ("3", "=3", f"retriever.qdrant: found 3, {QDRANT}"),
+    ],
+)
+def test_a_mistake_in_an_optional_section(tmp_path, text, argument, expected):
+    path = tmp_path / "run.yaml"
+    path.write_text(f"run_dir: r\nmodel: {{path: m}}\ndata: {{train: q}}\nretriever: {{qdrant: {text}}}\n")
+    assert message([f"--config={path}"]).startswith(expected)
+    option = f"--retriever.qdrant{argument}" if argument.startswith("=") else f"--retriever.qdrant.{argument}"
+    assert message([*REQUIRED[:3], option]).replace("'3'", "3").startswith(expected)
+
+
 def test_a_ratio_that_cannot_be_measured_is_refused_before_the_run():
     """It would otherwise stop the run at the first measurement, after the warm-up."""
     assert "update.zero_stage: found 2, expected 3" in message([*REQUIRED, "--update.zero_stage=2"])

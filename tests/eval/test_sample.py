@@ -251,7 +251,7 @@ def test_what_cannot_be_selected_is_said_in_one_line(sampled, world, tmp_path, c
         select(SelectConfig(rollouts=str(tmp_path / "half"), output=str(tmp_path / "z")))
     single = sample(config_for(world, tmp_path / "rag", strategy="rag", limit=2, num_samples=2))
     assert single["strategy"] == "rag" and single["num_rollouts"] == 4
-    with pytest.raises(DataError, match="holds rollouts of strategy rag, whose texts are not one sequence"):
+    with pytest.raises(DataError, match="rag, expected one that episodes can be selected from: agent;"):
         select(SelectConfig(rollouts=str(tmp_path / "rag"), output=str(tmp_path / "z")))
     assert command(["select", f"--rollouts={sampled}", output, "--selection.validation_share=0.2"]) == 0
     assert capsys.readouterr().out.splitlines()[-1].startswith("kept ")

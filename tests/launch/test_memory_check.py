@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from launch.cluster.job import training_job
 from launch.cluster.layout import LayoutConfig
 from launch.cluster.start import read_launch_options
 from launch.local import split_num_ranks
@@ -48,9 +49,9 @@ def test_every_gpu_command_of_readme_fits_an_h100(num_ranks, options):
 
 @pytest.mark.parametrize("recipe", ["paper-3b", "paper-7b", "14b", "72b-64gpu", "smoke-1gpu"])
 def test_every_recipe_fits_its_card_with_what_its_servers_stage(recipe):
-    layout, config = read_launch_options([f"--recipe={recipe}"])
-    check_memory(layout, config, model_config(config.model.path))
-    assert "DOES NOT FIT" not in render_plan(layout, config, model_config(config.model.path))
+    layout, job = read_launch_options([f"--recipe={recipe}"])
+    check_memory(layout, job, model_config(job.config.model.path))
+    assert "DOES NOT FIT" not in render_plan(layout, job, model_config(job.config.model.path))
 
 
 BFLOAT16 = "--model.dtype=bfloat16"  # what auto is on a GPU; these tests run where there is none
@@ -116,14 +117,13 @@ def test_a_server_that_cannot_stage_the_next_weights_is_refused_before_it_starts
     model, config = served("Qwen2.5-14B", "--rollout.vllm.gpu_memory_share=0.6", "--rollout.vllm.publish=gather")
     assert check_servers(config, model, find_gpu("h100")).staged == 0
     with pytest.raises(ConfigError, match="expected .* or more for weights"):
-        check_memory(
-            LayoutConfig(cluster="slurm", gpu="rtx4090", rollout_nodes=1), *reversed(served("Qwen2.5-7B", "--model.lora.rank=4"))
-        )
+        model, config = served("Qwen2.5-7B", "--model.lora.rank=4")
+        layout = LayoutConfig(cluster="slurm", gpu="rtx4090", rollout_nodes=1)
+        check_memory(layout, training_job(config), model)
 
 
 def test_a_plan_says_what_checkpoints_take_on_disk():
     """72.7 G parameters: 872 GB of masters and moments and 145 GB of weights, three times."""
-    layout, config = read_launch_options(["--recipe=72b-64gpu"])
-    assert "checkpoint        1018 GB each with its model, 3054 GB for the 2 kept" in render_plan(
-        layout, config, model_config(config.model.path)
-    )
+    layout, job = read_launch_options(["--recipe=72b-64gpu"])
+    printed = render_plan(layout, job, model_config(job.config.model.path))
+    assert "checkpoint        1018 GB each with its model, 3054 GB for the 2 kept" in printed

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,12 @@ from transformers import Qwen2Config, Qwen2Model
 
 from launch.cli import main as command_line
 from launch.cluster.layout import LayoutConfig
-from launch.planner.estimate import run_config, step_plan
+from launch.planner.estimate import BLANKS, PlanConfig, planned_job
 from launch.planner.gpus import GPUS, find_gpu
 from launch.planner.memory import Sizes, peak, rank_memory, saved_bytes_per_token
 from launch.planner.models import model_config
+from launch.planner.step_estimate import step_plan
+from megatron_sd.config import Config
 from megatron_sd.config.load import load
 from megatron_sd.errors import ConfigError
 from megatron_sd.resharding.names import DecoderSizes, model_shape
@@ -39,6 +42,10 @@ REQUIRED = PATHS | {"model.dtype": "float32", "policy_loss.kl_weight": 0}
 def model(tmp_path_factory):
     """50 million parameters."""
     return write_model(tmp_path_factory.mktemp("plan") / "model", **SHAPE, max_position_embeddings=2048)
+
+
+def run_config(model: str, options: Sequence[str]) -> Config:
+    return planned_job(PlanConfig(model=model), options, BLANKS).config
 
 
 def measured(model: Path, *options: str, num_samples: int, num_ranks: int = 1) -> dict[str, int]:

@@ -110,6 +110,7 @@ def test_recipes_are_complete_and_their_stages_fit(name):
     assert {json.dumps(stages[stage]["protocol"]) for stage in ("sample", "select", "gate", "train")} == {
         '{"preset": "few_shot", "chat_template": true}'
     }
+    assert stages["sft"]["optimizer"]["schedule"] == "cosine" and "optimizer" not in stages["gate"]
     assert stages["sft"]["model"]["path"] == stages["sample"]["model"]["path"] == "/m"
     assert stages["gate"]["lift"]["block_format"] == stages["train"]["distill"]["block_format"] == "outcome_first"
     assert stages["select"]["selection"]["block_format"] == "outcome_first"
@@ -133,6 +134,9 @@ def test_recipes_are_complete_and_their_stages_fit(name):
         (["real-0.5b", "--num-ranks=0"], "num_ranks: found 0, expected 1 or more"),
         (["real-0.5b", "--train.num_steps=-1"], "train: num_steps: found -1, expected 0 or more"),
         (["real-0.5b", "--train.model.attention=varlen"], "train: model.attention: found varlen without update.pack_sequences"),
+        (["real-0.5b", "--sft.eval.questions=q", "--sft.eval.limit=0"], "sft: eval.limit: found 0, expect"),
+        (["real-0.5b", "--sft.eval.questions=q", "--sft.retriever.corpus=null"], "sft: retriever.corpus, "),
+        (["real-0.5b", "--sft.eval.split=x"], "sft: missing from the configuration: eval.questions"),
         (["real-0.5b", "--sample=3"], "sample: found 3, expected a section"),
         (["real-0.5b", "x"], "found 'x' on the command line, expected --key value"),
     ],

@@ -3,6 +3,7 @@
 import pytest
 
 from launch.cli import main as command_line
+from launch.cluster.job import training_job
 from launch.planner.memory import GIB, adapted_elements, adapter_elements, rank_memory
 from launch.planner.memory_check import needed_bytes
 from launch.planner.models import MODELS
@@ -12,7 +13,8 @@ from megatron_sd.config.load import load
 from megatron_sd.resharding.names import model_shape
 
 SHAPE = model_shape(MODELS["qwen2.5-0.5b"])
-OWN = BLANKS | {"--model.dtype": "float32", "--rollout.questions_per_step": "4", "--update.max_microbatch_tokens": "2048"}
+SIZES = {"--rollout.questions_per_step": "4", "--update.max_microbatch_tokens": "2048"}
+OWN = BLANKS["train"] | SIZES | {"--model.dtype": "float32"}
 
 
 def config_with(**options: object) -> Config:
@@ -21,7 +23,7 @@ def config_with(**options: object) -> Config:
 
 
 def test_ways_down_ranks_across_with_the_largest_microbatch_that_fits():
-    text = render(config_with(), SHAPE, free=12 * GIB, on_cpu=True, num_places=2)
+    text = render(training_job(config_with()), SHAPE, free=12 * GIB, on_cpu=True, num_places=2)
     head, _, _, columns, *rows = text.splitlines()
     assert head == "0.49 G parameters in float32; this machine: 2 cores, 12.0 GiB of host memory free for all ranks together"
     assert columns.split() == ["1", "rank", "2", "ranks"]
@@ -38,7 +40,7 @@ def test_ways_down_ranks_across_with_the_largest_microbatch_that_fits():
 
 
 def test_on_gpus_each_has_its_own_memory_less_what_is_reserved():
-    text = render(config_with(), SHAPE, free=12 * GIB, on_cpu=False, num_places=8)
+    text = render(training_job(config_with()), SHAPE, free=12 * GIB, on_cpu=False, num_places=8)
     assert "this machine: 8 GPUs, 8.0 GiB free on the fullest" in text
     assert text.splitlines()[3].split() == ["2", "ranks", "4", "ranks", "8", "ranks"]
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import subprocess
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from launch.cluster.job import training_job
 from launch.cluster.layout import LayoutConfig
-from launch.cluster.render import render_files
 from launch.cluster.start import write_launch
 from megatron_sd.config.load import load
 from tests.slurm.cluster import CREDENTIAL_S, free_ports
@@ -29,9 +30,7 @@ class Job:
         ports = dict(zip(("master_port", "retriever_port", "vllm_port"), free_ports(3)))
         places = LayoutConfig(cluster="slurm", **ports, **own)
         launch_dir = run_dir / "launch"
-        write_launch(places, config, launch_dir)
-        for name, text in render_files(places, config, launch_dir, module=module).items():
-            (launch_dir / name).write_text(text)
+        write_launch(places, dataclasses.replace(training_job(config), module=module), launch_dir)
         self.id = re.search(r"\d+", self.run("sbatch", str(launch_dir / "job.sbatch")))[0]
 
     def run(self, *command: str) -> str:

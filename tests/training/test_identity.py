@@ -68,6 +68,7 @@ def test_a_knob_may_always_be_another(paths, override):
         ("--rollout.questions_per_step=8", "rollout.questions_per_step was 256 and is now 8"),
         ("--policy_loss.kl_weight=0", "policy_loss.kl_weight was 0.001 and is now 0.0"),
         ("--distill.alpha.value=0.1", "distill.alpha.value was 0.001 and is now 0.1"),
+        ("--optimizer.schedule=cosine", "optimizer.schedule was 'constant' and is now 'cosine'"),
     ],
 )
 def test_the_plan_may_be_changed_on_purpose_and_each_change_is_recorded(paths, override, line):
@@ -75,6 +76,26 @@ def test_the_plan_may_be_changed_on_purpose_and_each_change_is_recorded(paths, o
     assert change.identity == () and [str(c) for c in change.plan] == [line] and change.plan[0].step == 7
     assert f"has another plan: {line}; restore it, or go on" in why_refused(change, allow_changes=False)
     assert why_refused(change, allow_changes=True) is None
+
+
+@pytest.mark.parametrize(
+    ("then", "now"), [("cosine", "cosine"), ("constant", "cosine"), ("linear", "constant")]
+)
+def test_the_number_of_steps_is_of_the_plan_where_the_learning_rate_decays_towards_the_last(paths, then, now):
+    state = saved(configured(paths, f"--optimizer.schedule={then}", "--num_steps=100"))
+    change = found(state, configured(paths, f"--optimizer.schedule={now}", "--num_steps=120"))
+    assert "num_steps was 100 and is now 120" in map(str, change.plan) and change.identity == ()
+    assert "num_steps was 100 and is now 120" in why_refused(change, allow_changes=False)
+    assert why_refused(change, allow_changes=True) is None
+    assert not found(state, configured(paths, f"--optimizer.schedule={then}", "--num_steps=100"))
+
+
+def test_rollouts_banked_under_other_rates_are_of_another_plan(paths):
+    """The bank's digest is of run_identity."""
+    ways = [(schedule, steps) for schedule in ("constant", "cosine") for steps in (100, 120)]
+    configs = [configured(paths, f"--optimizer.schedule={s}", f"--num_steps={n}") for s, n in ways]
+    found = [run_identity(config, "v") for config in configs]
+    assert found[0] == found[1] != found[2] != found[3] != found[1]
 
 
 @pytest.mark.parametrize("override", ["--seed=5", "--reward.answer=em", "--protocol.preset=compact", "--data.train_split=x"])
@@ -119,6 +140,7 @@ def test_one_changed_line_in_a_large_questions_file_is_another_run(paths):
 def test_a_key_that_did_not_exist_when_the_run_began_counts_as_its_default(paths):
     state = saved(configured(paths))
     del state["contents"], state["config"]["rollout"]["max_query_bytes"], state["config"]["update"]["tensor_parallel_size"]
+    del state["config"]["optimizer"]["schedule"], state["config"]["optimizer"]["final_ratio"]
     assert not found(state, configured(paths))
     (change,) = found(state, configured(paths, "--rollout.max_query_bytes=5")).plan
     assert str(change) == "rollout.max_query_bytes was 4096 and is now 5"

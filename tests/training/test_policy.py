@@ -128,14 +128,23 @@ def test_block_none_is_grpo_bit_for_bit(world, model_path, monkeypatch):
     assert_same_steps([grpo], [plain])  # packed for a teacher that never runs: equal up to rounding
 
 
-def test_warm_up_of_the_learning_rate_and_version(world, model_path):
-    policy = load_policy(make_config(model_path, optimizer={"learning_rate": 1e-3, "warmup_steps": 4}), world)
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, [0.25e-3, 0.5e-3, 0.75e-3, 1e-3, 1e-3, 1e-3]),
+        ({"schedule": "linear", "final_ratio": 0.2}, [0.25e-3, 0.5e-3, 0.75e-3, 1e-3, 0.6e-3, 0.2e-3]),
+    ],
+)
+def test_the_learning_rate_of_each_step_and_the_version(world, model_path, fields, expected):
+    optimizer = {"learning_rate": 1e-3, "warmup_steps": 4} | fields
+    policy = load_policy(make_config(model_path, optimizer=optimizer, num_steps=6), world)
     batch = batch_of(Order(model="", max_tokens=ONE_MICROBATCH), world, "token")
     rates = []
     for _ in range(6):
         policy.accumulate(batch.microbatches[0], batch.totals, TermWeights(policy=1.0, distill_spread=0.0, distill_no_spread=0.0))
         rates.append(policy.step().learning_rate)
-    assert rates == pytest.approx([0.25e-3, 0.5e-3, 0.75e-3, 1e-3, 1e-3, 1e-3])
+        assert {group["lr"] for group in policy.engine.optimizer.param_groups} == {rates[-1]}
+    assert rates == pytest.approx(expected)
     assert policy.version == 6
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import time
-from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
@@ -14,64 +12,29 @@ import torch
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM
 
-from data_prep.episodes.select import SelectConfig, select
-from data_prep.episodes.selection import Selection
 from data_prep.world.tokenizer import save_tokenizer, train_tokenizer
-from data_prep.world.world import WorldConfig
-from eval.sample import SampleConfig, sample
 from launch import local
 from launch.cli import main as command_line_of
-from launch.programs import make_world
-from megatron_sd.config import ModelConfig, ProtocolConfig, RetrieverConfig, RewardConfig, RolloutConfig
 from megatron_sd.observability.metrics_log import read_metrics
 from megatron_sd.rollout.stored import StoredGroups
-from megatron_sd.sft import load
+from megatron_sd.sft_config import load
 from tests.training.same_steps import assert_same_moments, assert_same_movement, saved_moments
 from tests.whole_runs.runs import parameters, run, start, without_clocks
-
-START_POLICY = Path(str(files("data_prep"))) / "coldstart_model"
-SFT = "megatron_sd.sft"
-NUM_STEPS = 4
-LAST = f"step_{NUM_STEPS:08}"
+from tests.whole_runs.sft_runs import (
+    LAST,
+    SFT,
+    START_POLICY,
+    arguments,
+    figures,
+    looking,
+    make_episodes,
+    wait_for_step,
+)
 
 
 @pytest.fixture(scope="module")
 def episodes(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("sft")
-    make_world(WorldConfig(output=str(folder / "world"), num_train_questions=30, num_eval_questions=5))
-    limits = {"max_search_turns": 4, "max_turn_tokens": 24, "max_observation_tokens": 48, "max_rollout_tokens": 640}
-    sample(
-        SampleConfig(
-            model=ModelConfig(path=str(START_POLICY), dtype="float32"),
-            retriever=RetrieverConfig(corpus=str(folder / "world" / "corpus"), top_k=1),
-            questions=str(folder / "world" / "questions.jsonl"),
-            limit=20,
-            num_samples=5,
-            output=str(folder / "sample"),
-            protocol=ProtocolConfig(preset="compact"),
-            rollout=RolloutConfig(questions_per_step=20, **limits),
-            reward=RewardConfig(answer="em"),
-        )
-    )
-    wanted = Selection(block_format="outcome_first", validation_share=0.25)
-    select(SelectConfig(rollouts=str(folder / "sample"), output=str(folder / "episodes"), selection=wanted))
-    return folder / "episodes"
-
-
-def arguments(episodes: Path, run_dir: Path, *overrides: str) -> list[str]:
-    return [
-        f"--model.path={START_POLICY}",
-        "--model.dtype=float32",
-        f"--episodes={episodes}",
-        f"--run_dir={run_dir}",
-        f"--num_steps={NUM_STEPS}",
-        "--episodes_per_step=6",
-        "--optimizer.learning_rate=1e-3",
-        "--optimizer.warmup_steps=0",
-        "--log.eval_every=2",
-        "--log.transcripts_every=2",
-        *overrides,
-    ]
+    return make_episodes(tmp_path_factory.mktemp("sft"))
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +74,8 @@ def test_the_losses_are_nats_a_sampled_token_and_fall(episodes, straight):
     assert nats_a_token(trained, learnt) < 0.95 * nats_a_token(START_POLICY, learnt)
     lines = (straight / "transcripts" / "step_00000002.jsonl").read_text().splitlines()
     assert len(lines) == 4 and json.loads(lines[0])["question"]["text"].startswith("Who")
+    rates = [metrics["optim/learning_rate"] for step, metrics in steps.items() if step]
+    assert rates == pytest.approx([2e-3, 1.55e-3, 0.65e-3, 0.2e-3]), "1, 3/4, 1/4, 0 above the floor"
     assert all(metrics["loss/clipped_share"] == 0 and metrics["loss/kl"] == 0 for step, metrics in steps.items() if step)
 
 
@@ -119,7 +84,10 @@ def test_the_first_steps_loss_is_that_of_its_episodes(episodes, straight):
     """One step over the whole file, which is every episode once: no token of prompt, block or environment is in it."""
     groups = list(StoredGroups(episodes / "train.jsonl"))
     run_dir = straight / "whole"
-    run(1, arguments(episodes, run_dir, "--num_steps=1", f"--episodes_per_step={len(groups)}", "--log.eval_every=0"), SFT)
+    nobody_looks = ("--log.eval_every=0", "--retriever.corpus=nowhere", "--rollout.engine=vllm")
+    size = ("--num_steps=1", f"--episodes_per_step={len(groups)}")
+    run(1, arguments(episodes, run_dir, *size, *nobody_looks), SFT)
+    assert list(read_metrics(run_dir / "metrics.jsonl")) == [1], "without eval its sections are not looked at"
     found = read_metrics(run_dir / "metrics.jsonl")[1]["loss/policy"]
     assert found == pytest.approx(nats_a_token(START_POLICY, groups), rel=1e-5)
 
@@ -128,12 +96,7 @@ def test_the_first_steps_loss_is_that_of_its_episodes(episodes, straight):
 def test_killed_and_resumed_equals_straight_bit_for_bit(episodes, straight, tmp_path):
     argv = arguments(episodes, tmp_path, "--checkpoint.every=2")
     process = start(1, argv, SFT)
-    deadline = time.monotonic() + 240
-    while time.monotonic() < deadline:
-        log = tmp_path / "metrics.jsonl"
-        if log.exists() and '"step": 3' in log.read_text():
-            break
-        time.sleep(0.02)
+    wait_for_step(3, tmp_path)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (tmp_path / "checkpoints" / LAST).exists()
@@ -143,6 +106,10 @@ def test_killed_and_resumed_equals_straight_bit_for_bit(episodes, straight, tmp_
     for name in expected:
         assert np.array_equal(expected[name], found[name]), name
     assert without_clocks(tmp_path) == without_clocks(straight)
+    longer = start(1, [*argv, "--num_steps=9"], SFT)
+    said = longer.communicate(timeout=300)[0]
+    assert longer.returncode == 1
+    assert "has another plan: num_steps was 4 and is now 9; restore it, or go on" in said
 
 
 @pytest.mark.slow
@@ -158,7 +125,7 @@ def test_looking_at_what_is_held_out_changes_nothing(episodes, straight, tmp_pat
 @pytest.mark.ranks
 @pytest.mark.parametrize("sharing", [(), ("--update.tensor_parallel_size=2",)])
 def test_two_ranks_equal_one(episodes, straight, tmp_path, sharing):
-    run(2, arguments(episodes, tmp_path, *sharing), SFT)
+    run(2, arguments(episodes, tmp_path, *sharing, *looking(episodes)), SFT)
     expected, found, began = (
         {name: torch.from_numpy(array) for name, array in arrays.items()}
         for arrays in (parameters(straight, LAST), parameters(tmp_path, LAST), load_file(START_POLICY / "model.safetensors"))
@@ -168,6 +135,9 @@ def test_two_ranks_equal_one(episodes, straight, tmp_path, sharing):
         assert_same_moments(*(saved_moments(directory / "checkpoints" / LAST / "shards") for directory in (tmp_path, straight)))
     one, two = without_clocks(straight), without_clocks(tmp_path)
     assert one.keys() == two.keys()
+    looked = figures(episodes, START_POLICY, tmp_path / "eval")
+    assert {name: two[0][name] for name in looked} == pytest.approx(looked)
+    assert [step for step in two if "eval/reward/em" in two[step]] == [0, 3, 4]
     for step in one:
         for name in {"loss/policy", "eval/loss_nats"} & one[step].keys():
             assert two[step][name] == pytest.approx(one[step][name], abs=2e-5, rel=1e-3), (step, name)
@@ -176,7 +146,8 @@ def test_two_ranks_equal_one(episodes, straight, tmp_path, sharing):
 @pytest.mark.slow
 def test_adapters_are_merged_into_the_model_that_is_left(episodes, tmp_path, capsys):
     options = ("--model.lora.rank=4", "--num_epochs=0.5", "--update.pack_sequences=true")
-    argv = [word for word in arguments(episodes, tmp_path, *options) if not word.startswith("--num_steps")]
+    argv = arguments(episodes, tmp_path, *options, *looking(episodes), "--eval.every=0")
+    argv = [word for word in argv if not word.startswith("--num_steps")]
     num_steps = load(argv)[1].num_steps
     assert num_steps == -(-len(StoredGroups(episodes / "train.jsonl")) // 12)
     assert command_line_of(["sft", *argv]) == 0
@@ -189,6 +160,10 @@ def test_adapters_are_merged_into_the_model_that_is_left(episodes, tmp_path, cap
     held_out = list(StoredGroups(episodes / "validation.jsonl"))
     losses = [metrics["eval/loss_nats"] for metrics in without_clocks(tmp_path).values() if "eval/loss_nats" in metrics]
     assert losses[-1] == pytest.approx(nats_a_token(model, held_out), rel=1e-4)
+    looks = {step: own for step, own in without_clocks(tmp_path).items() if "eval/reward/em" in own}
+    one = figures(episodes, model, tmp_path / "eval")
+    assert list(looks) == [0, num_steps]
+    assert {name: looks[num_steps][name] for name in one} == pytest.approx(one)
 
 
 def test_errors_of_a_run_are_one_line(episodes, tmp_path, capfd, monkeypatch):
@@ -202,7 +177,8 @@ def test_errors_of_a_run_are_one_line(episodes, tmp_path, capfd, monkeypatch):
     monkeypatch.setattr(local, "free_bytes", lambda: 1 << 20)
     assert command_line_of(["sft", *arguments(episodes, tmp_path / "run", "--safety.check_memory=refuse")]) == 2
     said = capfd.readouterr().err
-    assert "safety.check_memory: memory: planned" in said and "engine" not in said, "nobody samples"
+    assert "safety.check_memory: memory: planned" in said
+    assert "concurrent_sequences" not in said, "nobody samples"
     assert command_line_of(["sft", *arguments(tmp_path, tmp_path / "run")]) == 1
     assert "holds no episodes.json, expected a directory that `sd-search select` finished" in capfd.readouterr().err
     assert command_line_of(["sft", *arguments(episodes, tmp_path / "run", "--episodes_per_step=0")]) == 2

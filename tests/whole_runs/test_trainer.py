@@ -39,7 +39,7 @@ def trainer(events: list, *, fails_at: tuple[str, int]) -> Trainer:
         plan_changes=(),
     )
     own = Trainer(
-        schedule=Schedule(num_steps=3, eval_every=0, transcripts_every=0, checkpoint_every=0),
+        schedule=Schedule(num_steps=3, eval_every=(), transcripts_every=0, checkpoint_every=0),
         world=lone_world(torch.device("cpu")),
         evaluation=None,
         sampling=SimpleNamespace(take=take, settle=lambda: None),

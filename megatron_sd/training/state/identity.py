@@ -7,6 +7,9 @@ Every key of the configuration is of one of three kinds:
   change is kept in the checkpoints from then on;
 - all others are identity: another value is another run.
 
+num_steps is a knob while the learning rate is constant, and of the plan under one that decays towards the
+last step.
+
 A path is no identity: what lies there is, by digest (`contents`). A key that an old checkpoint does not have counts as its
 default, so that new keys divide no run.
 """
@@ -102,23 +105,29 @@ def check_same_model(path: str, world: World) -> None:
 
 def run_identity(config: Config, corpus_version: str) -> dict[str, Any]:
     """All that decides what is computed, plan included: by dotted key, as JSON values."""
-    values = _flat(json.loads(json.dumps(dataclasses.asdict(config))))
-    return {key: value for key, value in values.items() if kind_of(key) != "knob"} | {"corpus_version": corpus_version}
+    return _decisive(_values(config), decays=config.optimizer.decays) | {"corpus_version": corpus_version}
 
 
-def kind_of(key: str) -> str:
-    """knob, plan or identity."""
+def _decisive(values: Mapping[str, Any], *, decays: bool) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if kind_of(key, decays=decays) != "knob"}
+
+
+def kind_of(key: str, *, decays: bool = False) -> str:
+    """knob, plan or identity. decays: the learning rate does, towards the last step."""
     if key == "data.train_split":
         return "identity"
+    if key == "num_steps" and decays:
+        return "plan"
     return "knob" if key.startswith(KNOBS) else "plan" if key.startswith(PLAN) else "identity"
 
 
 def differences(saved: Mapping[str, Any], config: Config, corpus_version: str, contents: Mapping[str, str]) -> Differences:
     """saved: a checkpoint's state.json."""
-    defaults = {key: value for key, value in _flat(_defaults()).items() if kind_of(key) != "knob"}
-    then = {key: value for key, value in _flat(saved["config"]).items() if kind_of(key) != "knob"}
-    then = defaults | then | {"corpus_version": saved["corpus_version"]}
-    now = defaults | run_identity(config, corpus_version)
+    defaults = _values(_defaults())
+    before, after = defaults | _flat(saved["config"]), defaults | _values(config)
+    decays = before["optimizer.schedule"] != "constant" or config.optimizer.decays
+    then = _decisive(before, decays=decays) | {"corpus_version": saved["corpus_version"]}
+    now = _decisive(after, decays=decays) | {"corpus_version": corpus_version}
     changes = tuple(
         Change(step=saved["step"], key=key, was=then.get(key), now=now.get(key))
         for key in sorted(then.keys() | now.keys())
@@ -129,8 +138,10 @@ def differences(saved: Mapping[str, Any], config: Config, corpus_version: str, c
         for key, digest in contents.items()
         if key in saved.get("contents", {}) and saved["contents"][key] != digest
     )
-    other = tuple(str(change) for change in changes if kind_of(change.key) == "identity")
-    return Differences(identity=(*other, *strangers), plan=tuple(c for c in changes if kind_of(c.key) == "plan"))
+    kinds = [kind_of(change.key, decays=decays) for change in changes]
+    other = [str(change) for change, kind in zip(changes, kinds, strict=True) if kind == "identity"]
+    plan = tuple(change for change, kind in zip(changes, kinds, strict=True) if kind == "plan")
+    return Differences(identity=(*other, *strangers), plan=plan)
 
 
 def why_refused(found: Differences, *, allow_changes: bool) -> str | None:
@@ -146,10 +157,15 @@ def why_refused(found: Differences, *, allow_changes: bool) -> str | None:
     return None
 
 
-def _defaults() -> dict[str, Any]:
+def _defaults() -> Config:
     """The configuration that names nothing but what it must."""
-    config = Config(run_dir="", model=ModelConfig(path=""), data=DataConfig(train=""), retriever=RetrieverConfig())
-    return json.loads(json.dumps(dataclasses.asdict(config)))
+    model, data = ModelConfig(path=""), DataConfig(train="")
+    return Config(run_dir="", model=model, data=data, retriever=RetrieverConfig())
+
+
+def _values(config: Config) -> dict[str, Any]:
+    """By dotted key, as JSON values."""
+    return _flat(json.loads(json.dumps(dataclasses.asdict(config))))
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -48,6 +48,7 @@ trust: $(READY)
 lint: $(READY)
 	@echo "== style"
 	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check --quiet .
 
 bench: $(BENCH)
 	@set -e; for name in $(BENCHMARKS); do echo "== $$name"; $(BIN)/python -m benchmarks.$$name --json $(JSON); done

@@ -1,7 +1,8 @@
 """Packaging of megatron-sd. Versions are those that were run together; tool settings live in pyproject.toml.
 
-The native code (kernels/csrc) needs a C++17 compiler and nothing else, neither torch nor Python's headers; the library lies at
-megatron_sd/_C.so. Where it cannot be compiled a warning says so, and megatron_sd/ops computes with torch.
+The native code (kernels/csrc) needs a C++17 compiler and nothing else, neither torch nor Python's headers;
+the library lies at megatron_sd/_C.so. Where it cannot be compiled a warning says so, and megatron_sd/ops
+computes with torch.
 
 Code for NVIDIA GPUs is a second library, megatron_sd/_C_cuda.so, compiled where nvcc is found ($CUDA_HOME, $CUDA_PATH, PATH,
 /usr/local/cuda). In the environment:
@@ -72,7 +73,8 @@ EXTRAS = {
     ],
 }
 
-# No option that changes results but fused a * b + c, and none that ties the library to this machine's processor.
+# No option that changes results but fused a * b + c, and none that ties the library to this machine's
+# processor.
 COMPILE = ["-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
 OPENMP = [] if sys.platform == "darwin" else ["-fopenmp"]
 CUDA_SOURCE = ROOT / "kernels/csrc/jsd_cuda.cu"
@@ -100,10 +102,15 @@ def nvcc_candidates() -> list[str]:
 
 
 def cuda_targets(nvcc: str) -> list[str]:
-    """Compute capabilities to compile for, oldest first: those asked for, or the defaults that this nvcc knows."""
+    """Compute capabilities to compile for, oldest first: those asked for, or the defaults that this nvcc
+    knows."""
     if asked := os.environ.get("MEGATRON_SD_CUDA_ARCHS"):
-        return sorted((arch.strip() for arch in asked.replace(",", ";").split(";") if arch.strip()), key=number_of)
-    listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
+        return sorted(
+            (arch.strip() for arch in asked.replace(",", ";").split(";") if arch.strip()), key=number_of
+        )
+    listed = subprocess.run(
+        [nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True
+    ).stdout.split()
     return [arch for arch in CUDA_ARCHS.split(";") if f"compute_{number_of(arch)}" in listed]
 
 
@@ -118,7 +125,16 @@ def nvcc_command(nvcc: str, archs: list[str], out: str) -> list[str]:
     code = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
     ptx = f"-gencode=arch=compute_{newest},code=compute_{newest}"
     described = f"{', '.join(archs)}, PTX {newest}"
-    return [nvcc, *CUDA_COMPILE, *code, ptx, f'-DMEGATRON_SD_CUDA_ARCHS="{described}"', str(CUDA_SOURCE), "-o", out]
+    return [
+        nvcc,
+        *CUDA_COMPILE,
+        *code,
+        ptx,
+        f'-DMEGATRON_SD_CUDA_ARCHS="{described}"',
+        str(CUDA_SOURCE),
+        "-o",
+        out,
+    ]
 
 
 class BuildNative(build_ext):
@@ -141,10 +157,13 @@ class BuildNative(build_ext):
         nvcc = next((path for path in candidates if os.access(path, os.X_OK)), None)
         if wish == "1" and nvcc is None:
             raise SystemExit(
-                f"MEGATRON_SD_CUDA=1 but no nvcc: looked for {', '.join(candidates)}; install the CUDA toolkit or set CUDA_HOME"
+                f"MEGATRON_SD_CUDA=1 but no nvcc: looked for {', '.join(candidates)}; install the CUDA"
+                " toolkit or set CUDA_HOME"
             )
         if wish == "0" or nvcc is None:
-            return print(f"no CUDA library: MEGATRON_SD_CUDA={wish}, nvcc {'not found' if nvcc is None else nvcc}")
+            return print(
+                f"no CUDA library: MEGATRON_SD_CUDA={wish}, nvcc {'not found' if nvcc is None else nvcc}"
+            )
         out = Path(self.get_ext_fullpath(NATIVE_CUDA.name))
         out.parent.mkdir(parents=True, exist_ok=True)
         command = nvcc_command(nvcc, cuda_targets(nvcc), str(out))
@@ -168,7 +187,9 @@ class NativeWheel(bdist_wheel):
 setup(
     name="megatron-sd",
     version="0.1.0",
-    description="Trains search agents with GRPO and on-policy hindsight self-distillation (SD-Search) on DeepSpeed",
+    description=(
+        "Trains search agents with GRPO and on-policy hindsight self-distillation (SD-Search) on DeepSpeed"
+    ),
     long_description=README.read_text(encoding="utf-8") if README.exists() else "",
     long_description_content_type="text/markdown",
     license="Apache-2.0",

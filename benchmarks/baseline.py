@@ -42,7 +42,9 @@ def report(benchmark: str, comparisons: Sequence[Comparison], json_path: Path | 
     """Print the comparisons and, with a path, merge them into its JSON under the benchmark's name."""
     for c in comparisons:
         print(
-            f"{c.name:<44} ours {c.ours:9.4g} {c.unit}   {c.against} {c.theirs:9.4g} {c.unit}   ratio {c.ratio:6.2f}", flush=True
+            f"{c.name:<44} ours {c.ours:9.4g} {c.unit}   {c.against} {c.theirs:9.4g} {c.unit}   ratio"
+            f" {c.ratio:6.2f}",
+            flush=True,
         )
     if json_path is None:
         return

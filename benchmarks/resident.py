@@ -25,8 +25,10 @@ def anonymous_bytes() -> int:
 def extra_mib(
     action: Callable[[], object], num_bytes: Callable[[], int] = resident_bytes, every_s: float = 0.001
 ) -> float:
-    """Peak memory while the action runs over that before it, by `num_bytes`, sampled every `every_s` seconds."""
-    ctypes.CDLL(None).malloc_trim(0)  # what the allocator keeps of earlier actions would hide what this one takes
+    """Peak memory while the action runs over that before it, by `num_bytes`, sampled every `every_s`
+    seconds."""
+    # what the allocator keeps of earlier actions would hide what this one takes
+    ctypes.CDLL(None).malloc_trim(0)
     before = peak = num_bytes()
     done = threading.Event()
 

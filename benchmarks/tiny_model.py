@@ -1,4 +1,5 @@
-"""A random Qwen2 model with a byte-level tokenizer of exactly the wanted size, for benchmarks that need no trained weights."""
+"""A random Qwen2 model with a byte-level tokenizer of exactly the wanted size, for benchmarks that need no
+trained weights."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ CONTROL_TOKENS = ("<|endoftext|>", "<|pad|>")  # the names that Qwen2 tokenizers
 
 
 def write_model(path: Path, *, vocabulary: int, hidden: int, layers: int, seed: int = 0) -> None:
-    """Save a Qwen2 model (heads of 32, tied embeddings, float32) and its tokenizer. Lower-case letters are one token each."""
+    """Save a Qwen2 model (heads of 32, tied embeddings, float32) and its tokenizer. Lower-case letters are
+    one token each."""
     torch.manual_seed(seed)
     shape = Qwen2Config(
         vocab_size=vocabulary,
@@ -41,12 +43,17 @@ def random_prompts(count: int, length: int, seed: int = 0) -> list[str]:
 
 
 def _tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
-    """All bytes, then as many merges as fill the vocabulary; the merges join characters that prompts do not use."""
+    """All bytes, then as many merges as fill the vocabulary; the merges join characters that prompts do not
+    use."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     others = [character for character in alphabet if character not in string.ascii_lowercase]
-    merges = list(itertools.islice(itertools.product(others, others), vocabulary - NUM_BYTES - len(CONTROL_TOKENS)))
+    merges = list(
+        itertools.islice(itertools.product(others, others), vocabulary - NUM_BYTES - len(CONTROL_TOKENS))
+    )
     tokens = [*alphabet, *("".join(merge) for merge in merges)]
     bpe = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(tokens)}, merges=merges))
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=CONTROL_TOKENS[0], pad_token=CONTROL_TOKENS[1])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, eos_token=CONTROL_TOKENS[0], pad_token=CONTROL_TOKENS[1]
+    )

@@ -37,9 +37,10 @@ class CompareConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """One set. first, second: means. p_value: McNemar's where every question was answered once and the metric is yes or no, else
-    the paired bootstrap's. p_holm: adjusted over the sets; NaN for all questions together, which are no further test.
-    smallest: the difference that these questions, with the spread they showed, find with probability 0.8 at level 0.05."""
+    """One set. first, second: means. p_value: McNemar's where every question was answered once and the
+    metric is yes or no, else the paired bootstrap's. p_holm: adjusted over the sets; NaN for all questions
+    together, which are no further test. smallest: the difference that these questions, with the spread they
+    showed, find with probability 0.8 at level 0.05."""
 
     num_questions: int
     first: float
@@ -61,19 +62,22 @@ def main(argv: Sequence[str]) -> None:
 
 
 def compare(config: CompareConfig) -> dict[str, Comparison]:
-    """A comparison for each set, and for all questions together. Raises DataError for runs that do not go together: other
-    questions, another corpus, a run that is not finished or that failed on some question."""
+    """A comparison for each set, and for all questions together. Raises DataError for runs that do not go
+    together: other questions, another corpus, a run that is not finished or that failed on some question."""
     first, second = (_finished(Path(path)) for path in (config.first, config.second))
     for key, meaning in (("questions_version", "questions"), ("corpus_version", "corpus")):
         found = [identity.get(key) for identity, _ in (first, second)]
         if found[0] != found[1]:
             raise DataError(
-                f"{config.first} and {config.second} are evaluations over different {meaning} ({key} {found[0]} and {found[1]}); "
-                f"expected the same {meaning}: evaluate both again"
+                f"{config.first} and {config.second} are evaluations over different {meaning} ({key}"
+                f" {found[0]} and {found[1]}); expected the same {meaning}: evaluate both again"
             )
     if first[1].keys() != second[1].keys():
         names = sorted(first[1].keys() ^ second[1].keys())
-        raise DataError(f"only one of {config.first} and {config.second} answered {names[:3]}; finish both by their own commands")
+        raise DataError(
+            f"only one of {config.first} and {config.second} answered {names[:3]}; finish both by their own"
+            " commands"
+        )
     by_set: dict[str, list[str]] = defaultdict(list)
     for name, result in sorted(first[1].items()):
         by_set[set_name(result.source)].append(name)
@@ -88,17 +92,27 @@ def _finished(path: Path) -> tuple[dict[str, Any], dict[str, QuestionResult]]:
     failed = [result.question_id for result in results.values() if result.failed]
     if failed or len(results) != identity["num_questions"]:
         missing = identity["num_questions"] - len(results)
-        raise DataError(f"{path} is not finished: {missing} questions unanswered, {len(failed)} failed; run its command again")
+        raise DataError(
+            f"{path} is not finished: {missing} questions unanswered, {len(failed)} failed; run its command"
+            " again"
+        )
     return identity, results
 
 
 def _compare(
-    config: CompareConfig, first: Mapping[str, QuestionResult], second: Mapping[str, QuestionResult], ids: Sequence[str]
+    config: CompareConfig,
+    first: Mapping[str, QuestionResult],
+    second: Mapping[str, QuestionResult],
+    ids: Sequence[str],
 ) -> Comparison:
-    before, after = (np.array([_mean(results[name], config.metric) for name in ids]) for results in (first, second))
+    before, after = (
+        np.array([_mean(results[name], config.metric) for name in ids]) for results in (first, second)
+    )
     difference = paired_bootstrap(before, after, num_resamples=config.num_resamples, seed=config.seed)
     is_binary = set(before) | set(after) <= {0.0, 1.0}
-    p_value = mcnemar(int((before > after).sum()), int((after > before).sum())) if is_binary else difference.p_value
+    p_value = (
+        mcnemar(int((before > after).sum()), int((after > before).sum())) if is_binary else difference.p_value
+    )
     spread = float(np.std(after - before, ddof=1)) if len(ids) > 1 else math.nan
     return Comparison(
         num_questions=len(ids),
@@ -130,7 +144,10 @@ def render(comparisons: Mapping[str, Comparison], config: CompareConfig) -> str:
         p_holm = "" if math.isnan(own.p_holm) else f"{own.p_holm:.4f}"
         means = f"{own.first:.3f} | {own.second:.3f}"
         smallest = "" if math.isnan(own.smallest) else f"{own.smallest:.3f}"
-        lines.append(f"| {name} | {own.num_questions} | {means} | {change} | {own.p_value:.4f} | {p_holm} | {smallest} |")
+        lines.append(
+            f"| {name} | {own.num_questions} | {means} | {change} | {own.p_value:.4f} | {p_holm} |"
+            f" {smallest} |"
+        )
     return "\n".join(lines)
 
 

@@ -1,4 +1,5 @@
-"""What an evaluation is of: versions of models and questions, and the file that keeps two evaluations apart."""
+"""What an evaluation is of: versions of models and questions, and the file that keeps two evaluations
+apart."""
 
 from __future__ import annotations
 
@@ -16,7 +17,13 @@ from megatron_sd.errors import ConfigError, DataError
 from megatron_sd.records import Question
 from megatron_sd.retrieval.corpus.manifest import file_entry
 
-_LIMITS = ("max_search_turns", "max_turn_tokens", "max_observation_tokens", "max_rollout_tokens", "max_query_bytes")
+_LIMITS = (
+    "max_search_turns",
+    "max_turn_tokens",
+    "max_observation_tokens",
+    "max_rollout_tokens",
+    "max_query_bytes",
+)
 IDENTITY_NAME = "evaluation.json"
 
 
@@ -37,7 +44,12 @@ def model_version(path: str) -> str:
 
 
 def rollouts_identity(
-    model: ModelConfig, retriever: RetrieverConfig, protocol: ProtocolConfig, rollout: RolloutConfig, *, corpus_version: str
+    model: ModelConfig,
+    retriever: RetrieverConfig,
+    protocol: ProtocolConfig,
+    rollout: RolloutConfig,
+    *,
+    corpus_version: str,
 ) -> dict[str, Any]:
     """What rollouts depend on, beside questions and sampling: model, passages, protocol, limits."""
     return {
@@ -46,25 +58,30 @@ def rollouts_identity(
         "dtype": model.dtype,
         "corpus_version": corpus_version,
         "top_k": retriever.top_k,
-        "search": {name: value for name, value in dataclasses.asdict(retriever.search).items() if name != "device"},
+        "search": {
+            name: value for name, value in dataclasses.asdict(retriever.search).items() if name != "device"
+        },
         "protocol": dataclasses.asdict(protocol),
         "limits": {name: getattr(rollout, name) for name in _LIMITS},
     }
 
 
 def check_causal(path: str) -> None:
-    """Raise DataError for a directory whose config.json names another kind of model (an encoder would load, and babble)."""
+    """Raise DataError for a directory whose config.json names another kind of model (an encoder would load,
+    and babble)."""
     config = Path(path) / "config.json"
     if not config.is_file():
-        raise DataError(f"model.path: found no config.json in {path}, expected a directory with a causal language model")
+        raise DataError(
+            f"model.path: found no config.json in {path}, expected a directory with a causal language model"
+        )
     try:
         architectures = dict(json.loads(config.read_text(encoding="utf-8"))).get("architectures") or []
     except (ValueError, TypeError) as error:
         raise DataError(f"{config} is no JSON object ({error}); expected a model's configuration") from error
     if architectures and not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures):
         raise DataError(
-            f"model.path: {path} holds a {architectures[0]}, which is no causal language model; expected one that generates "
-            "text, such as Qwen2ForCausalLM"
+            f"model.path: {path} holds a {architectures[0]}, which is no causal language model; expected one"
+            " that generates text, such as Qwen2ForCausalLM"
         )
 
 
@@ -77,8 +94,8 @@ def claim(output: Path, identity: Mapping[str, Any]) -> None:
         for key in wanted.keys() | found.keys():
             if found.get(key) != wanted.get(key):
                 raise ConfigError(
-                    f"--output: {output} holds an evaluation whose {key} is {found.get(key)!r}, now it is {wanted.get(key)!r}: "
-                    "finish it as it was begun, or choose another directory"
+                    f"--output: {output} holds an evaluation whose {key} is {found.get(key)!r}, now it is"
+                    f" {wanted.get(key)!r}: finish it as it was begun, or choose another directory"
                 )
         return
     temporary = path.with_name(path.name + ".tmp")
@@ -87,10 +104,14 @@ def claim(output: Path, identity: Mapping[str, Any]) -> None:
 
 
 def read_identity(output: Path) -> dict[str, Any]:
-    """What the evaluation in a directory is of. Raises DataError when there is none, or its file is broken."""
+    """What the evaluation in a directory is of. Raises DataError when there is none, or its file is
+    broken."""
     path = output / IDENTITY_NAME
     if not path.is_file():
-        raise DataError(f"{output} is no evaluation: found no {IDENTITY_NAME}, expected a directory that `sd-search eval` wrote")
+        raise DataError(
+            f"{output} is no evaluation: found no {IDENTITY_NAME}, expected a directory that `sd-search eval`"
+            " wrote"
+        )
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:

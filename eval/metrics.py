@@ -1,4 +1,5 @@
-"""What one rollout of an evaluation earned and did, as pure functions; the comparison of answers is search/reward.py's."""
+"""What one rollout of an evaluation earned and did, as pure functions; the comparison of answers is
+search/reward.py's."""
 
 from __future__ import annotations
 
@@ -22,13 +23,15 @@ PROPORTIONS = ("em", "em_strict", "sub_em", "sub_em_strict", "answer_in_passages
 _WORD_OR_MARK = regex.compile(r"[\p{L}\p{N}\p{M}]+|[^\p{Z}\p{C}]")
 
 
-def rollout_figures(rollout: Rollout, question: Question, format_valid: Callable[[Rollout], float]) -> dict[str, float | None]:
+def rollout_figures(
+    rollout: Rollout, question: Question, format_valid: Callable[[Rollout], float]
+) -> dict[str, float | None]:
     """All figures of one rollout. An infrastructure failure is no data and has no figures.
 
-    em, f1, sub_em and the same with _strict: of `Rollout.answer`, 0 without an answer. answer_in_passages, supporting_recall:
-    over the passages of all searches, 0 without a search; supporting_recall is None where the question names no passage.
-    searches: how many.
-    turns: completions. completion_tokens: sampled; observation_tokens: read after the prompt. format_valid: by the function.
+    em, f1, sub_em and the same with _strict: of `Rollout.answer`, 0 without an answer. answer_in_passages,
+    supporting_recall: over the passages of all searches, 0 without a search; supporting_recall is None
+    where the question names no passage. searches: how many. turns: completions. completion_tokens: sampled;
+    observation_tokens: read after the prompt. format_valid: by the function.
     """
     if rollout.stop_reason.is_infrastructure:
         return {}
@@ -50,13 +53,14 @@ def rollout_figures(rollout: Rollout, question: Question, format_valid: Callable
 
 
 def answered_in_form(rollout: Rollout) -> float:
-    """1.0 when the rollout ended with a non-empty answer and every completion did what its prompt asked for."""
+    """1.0 when the rollout ended with a non-empty answer and every completion did what its prompt asked
+    for."""
     return float(bool(rollout.answer) and all(turn.well_formed for turn in rollout.turns))
 
 
 def answer_in_passages(hits: Sequence[Hit], golden_answers: Sequence[str]) -> float:
-    """1.0 when any passage's text holds a gold answer as a run of whole words (DPR's `has_answer`): decomposed, lower case,
-    punctuation marks counting as words of their own."""
+    """1.0 when any passage's text holds a gold answer as a run of whole words (DPR's `has_answer`):
+    decomposed, lower case, punctuation marks counting as words of their own."""
     golds = [words for gold in golden_answers if (words := _words(gold))]
     return float(any(_holds_run(_words(hit.passage.text), gold) for hit in hits for gold in golds))
 
@@ -72,19 +76,25 @@ def _words(text: str) -> list[str]:
 
 
 def _holds_run(words: Sequence[str], run: Sequence[str]) -> bool:
-    return any(words[start : start + len(run)] == run for start in range(len(words) - len(run) + 1) if words[start] == run[0])
+    return any(
+        words[start : start + len(run)] == run
+        for start in range(len(words) - len(run) + 1)
+        if words[start] == run[0]
+    )
 
 
 def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
-    """Chance that at least one of k of the samples, drawn without replacement, is right: 1 - C(n-c, k) / C(n, k), the unbiased
-    estimate of pass@k (Chen et al., 2021). Raises ValueError unless 1 <= k <= num_samples."""
+    """Chance that at least one of k of the samples, drawn without replacement, is right: 1 - C(n-c, k) /
+    C(n, k), the unbiased estimate of pass@k (Chen et al., 2021). Raises ValueError unless 1 <= k <=
+    num_samples."""
     if not 1 <= k <= num_samples:
         raise ValueError(f"pass@{k} of {num_samples} samples; expected k from 1 to {num_samples}")
     return 1.0 - math.comb(num_samples - num_correct, k) / math.comb(num_samples, k)
 
 
 def pass_figures(correct: Sequence[float]) -> Mapping[str, float]:
-    """pass@1, 2, 4, ... up to the number of samples of one question, and pass@ all of them; none for a single sample."""
+    """pass@1, 2, 4, ... up to the number of samples of one question, and pass@ all of them; none for a
+    single sample."""
     num_samples, num_correct = len(correct), sum(value == 1.0 for value in correct)
     if num_samples < 2:
         return {}

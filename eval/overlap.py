@@ -13,7 +13,8 @@ from megatron_sd.search.reward import normalize_strict
 
 @dataclass(frozen=True, kw_only=True)
 class Overlap:
-    """num_shared of the evaluation's questions are training questions too. by_set: how many of each set; ids: which."""
+    """num_shared of the evaluation's questions are training questions too. by_set: how many of each set;
+    ids: which."""
 
     num_training_questions: int
     num_shared: int
@@ -22,8 +23,8 @@ class Overlap:
 
 
 def measure_overlap(questions: Sequence[Question], training: Sequence[Question]) -> Overlap:
-    """Questions are the same when their texts are, case, punctuation, articles and white space left out (the strict
-    normalisation)."""
+    """Questions are the same when their texts are, case, punctuation, articles and white space left out
+    (the strict normalisation)."""
     known = {normalize_strict(question.text) for question in training}
     shared = [question for question in questions if normalize_strict(question.text) in known]
     counts = Counter(set_name(question.source) for question in shared)

@@ -1,7 +1,8 @@
-"""`sd-search report RUN_DIR`: a training run or an evaluation as one HTML page: no server, no network, no script.
+"""`sd-search report RUN_DIR`: a training run or an evaluation as one HTML page: no server, no network, no
+script.
 
-The page carries a policy that forbids scripts and every request, and all text from outside is escaped, so what a model or a
-passage says cannot act. Filtering is done by the style sheet.
+The page carries a policy that forbids scripts and every request, and all text from outside is escaped, so
+what a model or a passage says cannot act. Filtering is done by the style sheet.
 """
 
 from __future__ import annotations
@@ -24,15 +25,19 @@ from megatron_sd.observability.metrics_log import METRICS_NAME, read_metrics
 from megatron_sd.observability.recorder import CHANGES_NAME, TRANSCRIPTS_NAME
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
-LEGEND = (("policy trained", "policy, in the loss"), ("observed", "environment"), ("block", "hindsight block, teacher only"))
+LEGEND = (
+    ("policy trained", "policy, in the loss"),
+    ("observed", "environment"),
+    ("block", "hindsight block, teacher only"),
+)
 
 JUDGED_LEGEND = (("more2", "likelier to the teacher"), ("less2", "less likely"))
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReportConfig:
-    """Make a page of what `run_dir` (of training, `sd-search eval` or `sd-search credit`) holds: transcripts/*.jsonl,
-    metrics.jsonl, report.md of an evaluation."""
+    """Make a page of what `run_dir` (of training, `sd-search eval` or `sd-search credit`) holds:
+    transcripts/*.jsonl, metrics.jsonl, report.md of an evaluation."""
 
     run_dir: str
     seeds: tuple[str, ...] = ()  # runs of the same configuration with other seeds: their curves join the band
@@ -47,15 +52,16 @@ def main(argv: Sequence[str]) -> None:
 
 
 def make_report(config: ReportConfig) -> Path:
-    """Write the page and return its path. Raises DataError for a directory with nothing to show, or with broken files."""
+    """Write the page and return its path. Raises DataError for a directory with nothing to show, or with
+    broken files."""
     run_dir = Path(config.run_dir)
     groups = _newest(read_groups(run_dir), config.max_rollouts)
     runs = [read_metrics(path) for path in _metrics_files(config)]
     tables = [path.read_text(encoding="utf-8") for path in [run_dir / "report.md"] if path.is_file()]
     if not (groups or runs or tables):
         raise DataError(
-            f"{run_dir} holds neither {TRANSCRIPTS_NAME}/*.jsonl nor {METRICS_NAME} nor report.md, expected the run_dir of a "
-            "training run or the output of an evaluation"
+            f"{run_dir} holds neither {TRANSCRIPTS_NAME}/*.jsonl nor {METRICS_NAME} nor report.md, expected"
+            " the run_dir of a training run or the output of an evaluation"
         )
     changes = _plan_changes(run_dir)
     curves = [_curves(*render_curves(runs, changes), len(runs), changes)] if runs else []
@@ -69,7 +75,8 @@ def make_report(config: ReportConfig) -> Path:
 
 @dataclass(frozen=True, kw_only=True)
 class Shown:
-    """A group and where it comes from: a step of training, on which it was trained, or a question of an evaluation."""
+    """A group and where it comes from: a step of training, on which it was trained, or a question of an
+    evaluation."""
 
     place: str
     group: Record
@@ -80,12 +87,16 @@ class Shown:
         try:
             return render_group(self.group, self.place, trained=self.trained)
         except (KeyError, TypeError, ValueError) as error:
-            message = f"the transcript of {self.place} lacks {error}; expected what training or `sd-search eval` writes"
+            message = (
+                f"the transcript of {self.place} lacks {error}; expected what training or `sd-search eval`"
+                " writes"
+            )
             raise DataError(message) from error
 
 
 def read_groups(run_dir: Path) -> list[Shown]:
-    """The groups of all transcripts, oldest first; of a question that one file holds twice, the newer. Raises DataError."""
+    """The groups of all transcripts, oldest first; of a question that one file holds twice, the newer.
+    Raises DataError."""
     groups = []
     for path in sorted((run_dir / TRANSCRIPTS_NAME).glob("*.jsonl")):
         newest = {}
@@ -94,10 +105,14 @@ def read_groups(run_dir: Path) -> list[Shown]:
                 newest[record["question"]["id"]] = record
                 outcome(record)
             except (KeyError, TypeError, ValueError) as error:
-                raise DataError(f"{path}:{number} is no transcript ({type(error).__name__}: {error})") from error
+                raise DataError(
+                    f"{path}:{number} is no transcript ({type(error).__name__}: {error})"
+                ) from error
         step = re.fullmatch(r"step_(\d+)", path.stem)
         for name, record in newest.items():
-            groups.append(Shown(place=f"step {int(step[1])}" if step else name, group=record, trained=step is not None))
+            groups.append(
+                Shown(place=f"step {int(step[1])}" if step else name, group=record, trained=step is not None)
+            )
     return groups
 
 
@@ -133,8 +148,15 @@ def _curves(first: str, others: str, num_runs: int, changes: Sequence[tuple[int,
 def _table(markdown: str) -> str:
     """The report of an evaluation: its list, its table and its notes."""
     rows = [re.split(r"(?<!\\)\|", line)[1:-1] for line in markdown.splitlines() if line.startswith("|")]
-    cells = [[plain(cell.strip().replace("\\|", "|")) for cell in row] for row in rows if not set("".join(row)) <= {"-"}]
-    lines = [element("tr", "".join(element("th" if not n else "td", c) for c in row)) for n, row in enumerate(cells)]
+    cells = [
+        [plain(cell.strip().replace("\\|", "|")) for cell in row]
+        for row in rows
+        if not set("".join(row)) <= {"-"}
+    ]
+    lines = [
+        element("tr", "".join(element("th" if not n else "td", c) for c in row))
+        for n, row in enumerate(cells)
+    ]
     facts = (plain(line[2:]) for line in markdown.splitlines() if line.startswith("- "))
     listed = element("p", "<br>".join(facts), "facts")
     return f"<h2>Evaluation</h2>{listed}{element('div', element('table', ''.join(lines)), 'table')}"
@@ -144,7 +166,9 @@ def _groups(groups: Sequence[Shown]) -> str:
     if not groups:
         return ""
     counts = Counter(outcome(shown.group) for shown in groups)
-    choices = {"all": f"all {len(groups)}"} | {key: f"{title} {counts[key]}" for key, title in OUTCOMES.items() if counts[key]}
+    choices = {"all": f"all {len(groups)}"} | {
+        key: f"{title} {counts[key]}" for key, title in OUTCOMES.items() if counts[key]
+    }
     buttons = "".join(
         f'<input type="radio" name="show" id="show-{key}"{" checked" if key == "all" else ""}>'
         f'<label for="show-{key}">{plain(title)}</label>'

@@ -1,10 +1,11 @@
 """How well a retriever finds what questions need, when the query is the question itself.
 
-    sd-search data recall --retriever.corpus CORPUS --questions QUESTIONS.jsonl [--split eval] [--retriever.top_k 3]
-    sd-search data recall --retriever.endpoints '[http://127.0.0.1:8741]' --questions QUESTIONS.jsonl
+    sd-search data recall --retriever.corpus CORPUS --questions QUESTIONS.jsonl [--split eval]
+    [--retriever.top_k 3] sd-search data recall --retriever.endpoints '[http://127.0.0.1:8741]' --questions
+    QUESTIONS.jsonl
 
-Per data set: `sup`, the mean share of hops of which a serving passage is among the top k, and `all`, the share of questions
-with every hop found.
+Per data set: `sup`, the mean share of hops of which a serving passage is among the top k, and `all`, the
+share of questions with every hop found.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from megatron_sd.search.questions import load_questions
 
 @dataclass(frozen=True, kw_only=True)
 class RetrievalConfig:
-    """What to measure: a retriever against the questions of one split (None: all) that name their passages."""
+    """What to measure: a retriever against the questions of one split (None: all) that name their
+    passages."""
 
     retriever: RetrieverConfig
     questions: str

@@ -1,4 +1,5 @@
-"""`sd-search eval`: answers every question of a file by one strategy, and reports. The same command goes on where it was killed.
+"""`sd-search eval`: answers every question of a file by one strategy, and reports. The same command goes on
+where it was killed.
 
 Below `output`:
 
@@ -40,7 +41,8 @@ TRANSCRIPTS = Path("transcripts") / "evaluation.jsonl"
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
-    """Evaluate a model directory. For the agent, `protocol` and the limits in `rollout` should be those it was trained with.
+    """Evaluate a model directory. For the agent, `protocol` and the limits in `rollout` should be those it
+    was trained with.
 
     rollout.questions_per_step questions are answered at a time, and are on disk before the next ones start.
     """
@@ -52,7 +54,8 @@ class EvalConfig:
     strategy: Literal["agent", "direct", "cot", "rag", "ircot", "search_o1", "react", "self_ask"] = "agent"
     split: str | None = None
     limit: int | None = None
-    num_samples: int = 1  # rollouts a question: 1 is greedy; more are sampled at rollout.temperature, for pass@k
+    # rollouts a question: 1 is greedy; more are sampled at rollout.temperature, for pass@k
+    num_samples: int = 1
     seed: int = 0
     train_questions: str | None = None  # a questions file whose overlap with this one is reported
     train_split: str | None = None
@@ -74,21 +77,24 @@ def main(argv: Sequence[str]) -> None:
 def evaluate(config: EvalConfig) -> dict[str, Any]:
     """Answer what is not answered yet; write and return the report.
 
-    Raises DataError for a missing model, corpus or questions file and for damaged samples, ConfigError when `output` holds
-    another evaluation or another process writes to it, RolloutError when more than rollout.max_failed_share of a slice fail:
-    what was answered is kept.
+    Raises DataError for a missing model, corpus or questions file and for damaged samples, ConfigError when
+    `output` holds another evaluation or another process writes to it, RolloutError when more than
+    rollout.max_failed_share of a slice fail: what was answered is kept.
     """
     with hold(Path(config.output)):
         return _evaluate(config, Path(config.output))
 
 
 def _evaluate(config: EvalConfig, output: Path) -> dict[str, Any]:
-    (output / TRANSCRIPTS).parent.mkdir(parents=True, exist_ok=True)  # what cannot be written fails before the rollouts
+    # what cannot be written fails before the rollouts
+    (output / TRANSCRIPTS).parent.mkdir(parents=True, exist_ok=True)
     questions = load_questions(config.questions, config.split, config.limit)
     check_causal(config.model.path)
     overlap = _overlap(config, questions)
     rollout = dataclasses.replace(config.rollout, group_size=config.num_samples, max_failed_share=1.0)
-    side = build_rollout_side(config.model, config.protocol, rollout, config.retriever, seed=config.seed, output=output)
+    side = build_rollout_side(
+        config.model, config.protocol, rollout, config.retriever, seed=config.seed, output=output
+    )
     with contextlib.closing(side):
         identity = _identity(config, questions, side)
         claim(output, identity)
@@ -107,7 +113,9 @@ def _evaluate(config: EvalConfig, output: Path) -> dict[str, Any]:
 
 def _identity(config: EvalConfig, questions: Sequence[Question], side: RolloutSide) -> dict[str, Any]:
     """What two runs must have in common to be one evaluation. A greedy one has no temperature."""
-    sampling = {} if config.num_samples == 1 else {"temperature": config.rollout.temperature, "seed": config.seed}
+    sampling = (
+        {} if config.num_samples == 1 else {"temperature": config.rollout.temperature, "seed": config.seed}
+    )
     return {
         "strategy": config.strategy,
         "questions_version": questions_version(questions),
@@ -130,9 +138,11 @@ def _overlap(config: EvalConfig, questions: Sequence[Question]) -> Overlap | Non
     return measure_overlap(questions, load_questions(config.train_questions, config.train_split))
 
 
-def _answer_missing(config: EvalConfig, questions: Sequence[Question], strategy: Strategy, side: RolloutSide) -> None:
-    """Run what has no result yet or a failed one, slice by slice. Slices do not depend on what is done already: a resumed
-    evaluation batches the same questions together, and rounding is the same."""
+def _answer_missing(
+    config: EvalConfig, questions: Sequence[Question], strategy: Strategy, side: RolloutSide
+) -> None:
+    """Run what has no result yet or a failed one, slice by slice. Slices do not depend on what is done
+    already: a resumed evaluation batches the same questions together, and rounding is the same."""
     samples = Path(config.output) / SAMPLES_NAME
     done = {name for name, result in read_results(samples).items() if not result.failed}
     size = config.rollout.questions_per_step
@@ -143,7 +153,9 @@ def _answer_missing(config: EvalConfig, questions: Sequence[Question], strategy:
             missing = [question for question in asked if question.id not in done]
             if missing:
                 groups = score(strategy.run(missing, step=0, greedy=config.num_samples == 1), config.reward)
-                _write_transcripts(config, [group for group in groups if group.question.id in kept_whole], side)
+                _write_transcripts(
+                    config, [group for group in groups if group.question.id in kept_whole], side
+                )
                 append_results(samples, [to_result(group, form_of(config.strategy)) for group in groups])
                 refuse_many_failures(groups, config.rollout.max_failed_share)
             task.add(done=len(asked))
@@ -158,12 +170,14 @@ def _write_transcripts(config: EvalConfig, groups: Sequence[RolloutGroup], side:
 
 
 def refuse_many_failures(groups: Sequence[RolloutGroup], limit: float) -> None:
-    """Raise RolloutError when more than this share of the groups' rollouts failed for infrastructure reasons."""
+    """Raise RolloutError when more than this share of the groups' rollouts failed for infrastructure
+    reasons."""
     reasons = [rollout.stop_reason for group in groups for rollout in group.rollouts]
     failed = [reason for reason in reasons if reason.is_infrastructure]
     if len(failed) > limit * len(reasons):
         counts = {reason.value: failed.count(reason) for reason in sorted(set(failed))}
         raise RolloutError(
-            f"{len(failed)} of {len(reasons)} rollouts failed ({counts}), expected at most {limit:.0%} "
-            "(rollout.max_failed_share); what was answered is kept: see to engine and retriever, then run the same command"
+            f"{len(failed)} of {len(reasons)} rollouts failed ({counts}), expected at most {limit:.0%}"
+            " (rollout.max_failed_share); what was answered is kept: see to engine and retriever, then run"
+            " the same command"
         )

@@ -1,4 +1,5 @@
-"""`sd-search sample`: rollouts of any model, by the agent or a prompted strategy, whole and with their rewards, in a file.
+"""`sd-search sample`: rollouts of any model, by the agent or a prompted strategy, whole and with their
+rewards, in a file.
 
 Below `output`:
 
@@ -43,8 +44,8 @@ RATES_NAME = "pass_rates.jsonl"
 
 @dataclass(frozen=True, kw_only=True)
 class SampleConfig:
-    """Sample `num_samples` rollouts of each question at rollout.temperature. rollout.questions_per_step questions are sampled at
-    a time, by any `rollout.engine`, and are on disk before the next ones start."""
+    """Sample `num_samples` rollouts of each question at rollout.temperature. rollout.questions_per_step
+    questions are sampled at a time, by any `rollout.engine`, and are on disk before the next ones start."""
 
     model: ModelConfig
     retriever: RetrieverConfig
@@ -81,11 +82,12 @@ def main(argv: Sequence[str]) -> None:
 
 
 def sample(config: SampleConfig, world: World | None = None) -> dict[str, Any]:
-    """Sample what is not there yet, on all ranks of `world` (None: this process); write and return the report.
+    """Sample what is not there yet, on all ranks of `world` (None: this process); write and return the
+    report.
 
-    Raises DataError for a missing model, corpus or questions file and for damaged rollouts, ConfigError when `output` holds
-    other rollouts or another process writes to it, RolloutError when more than rollout.max_failed_share of a slice fail: what
-    was sampled is kept.
+    Raises DataError for a missing model, corpus or questions file and for damaged rollouts, ConfigError
+    when `output` holds other rollouts or another process writes to it, RolloutError when more than
+    rollout.max_failed_share of a slice fail: what was sampled is kept.
     """
     check_ranges(config)
     world, output = world or lone_world(), Path(config.output)
@@ -94,10 +96,14 @@ def sample(config: SampleConfig, world: World | None = None) -> dict[str, Any]:
     rollout = dataclasses.replace(config.rollout, group_size=config.num_samples, max_failed_share=1.0)
     parts = config.model, config.protocol, rollout, config.retriever
     with hold_together(world, output):
-        with contextlib.closing(build_rollout_side(*parts, seed=config.seed, output=output, world=world)) as side:
+        with contextlib.closing(
+            build_rollout_side(*parts, seed=config.seed, output=output, world=world)
+        ) as side:
             together(world, lambda: _begin(config, questions, side) if world.is_first else None)
             _sample_missing(config, questions, side, world)
-        return together(world, lambda: write_report(output, form_of(config.strategy)) if world.is_first else {})[0]
+        return together(
+            world, lambda: write_report(output, form_of(config.strategy)) if world.is_first else {}
+        )[0]
 
 
 def _begin(config: SampleConfig, questions: Sequence[Question], side: RolloutSide) -> None:
@@ -121,9 +127,12 @@ def _begin(config: SampleConfig, questions: Sequence[Question], side: RolloutSid
     cut_torn_line(Path(config.output) / ROLLOUTS_NAME)
 
 
-def _sample_missing(config: SampleConfig, questions: Sequence[Question], side: RolloutSide, world: World) -> None:
-    """What has no line yet, slice by slice. Slices do not depend on what is done already: sampling that goes on batches the same
-    questions together, and rounding is the same. A question of which no rollout is data gets no line, and is asked once more."""
+def _sample_missing(
+    config: SampleConfig, questions: Sequence[Question], side: RolloutSide, world: World
+) -> None:
+    """What has no line yet, slice by slice. Slices do not depend on what is done already: sampling that
+    goes on batches the same questions together, and rounding is the same. A question of which no rollout is
+    data gets no line, and is asked once more."""
     path, size = Path(config.output) / ROLLOUTS_NAME, config.rollout.questions_per_step
     done = together(world, lambda: _done(path) if world.is_first else None)[0]
     strategy = build_strategy(config.strategy, side, top_k=config.retriever.top_k, seed=config.seed)
@@ -159,7 +168,9 @@ def write_report(output: Path, form: Callable[[Rollout], float]) -> dict[str, An
         "searches": _mean(rate.searches for rate in rates),
     }
     report = read_identity(output) | report
-    (output / SAMPLE_NAME).write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    (output / SAMPLE_NAME).write_text(
+        json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
     return report
 
 
@@ -187,10 +198,22 @@ def lines_of(report: dict[str, Any], output: Path) -> list[str]:
     """The report for people."""
     if not report["num_sampled"]:
         return ["no rollout is data; the same command asks once more"]
-    sampled = f"{report['num_rollouts']} rollouts of {report['num_sampled']} of {report['num_questions']} questions"
-    shares = f"right {report['pass_rate']:.3f}, of valid form {report['form']:.3f}, searches {report['searches']:.2f}"
-    groups = f"questions with a right rollout {report['any_right']:.3f}, with right and wrong ones {report['mixed']:.3f}"
-    return [f"{sampled}: {shares}", groups, f"written to {output / ROLLOUTS_NAME}; by question: {output / RATES_NAME}"]
+    sampled = (
+        f"{report['num_rollouts']} rollouts of {report['num_sampled']} of {report['num_questions']} questions"
+    )
+    shares = (
+        f"right {report['pass_rate']:.3f}, of valid form {report['form']:.3f}, searches"
+        f" {report['searches']:.2f}"
+    )
+    groups = (
+        f"questions with a right rollout {report['any_right']:.3f}, with right and wrong ones"
+        f" {report['mixed']:.3f}"
+    )
+    return [
+        f"{sampled}: {shares}",
+        groups,
+        f"written to {output / ROLLOUTS_NAME}; by question: {output / RATES_NAME}",
+    ]
 
 
 if __name__ == "__main__":

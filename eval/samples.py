@@ -1,8 +1,10 @@
-"""samples.jsonl: the append-only record of an evaluation, one JSON line a question, from which every report is made.
+"""samples.jsonl: the append-only record of an evaluation, one JSON line a question, from which every report
+is made.
 
-A slice of questions is appended by one write that reaches the disk before the next slice starts, so a killed evaluation loses
-the slice it was working on and nothing else; a line that the kill tore is cut off when the evaluation goes on. A question that
-is run once more (its infrastructure had failed) gets a second line, and the last line of a question counts.
+A slice of questions is appended by one write that reaches the disk before the next slice starts, so a
+killed evaluation loses the slice it was working on and nothing else; a line that the kill tore is cut off
+when the evaluation goes on. A question that is run once more (its infrastructure had failed) gets a second
+line, and the last line of a question counts.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ SAMPLES_NAME = "samples.jsonl"
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """One rollout of a question. retrieved: passage ids of each search, best first. figures: of eval/metrics.py by name."""
+    """One rollout of a question. retrieved: passage ids of each search, best first. figures: of
+    eval/metrics.py by name."""
 
     answer: str | None
     stop_reason: StopReason
@@ -58,7 +61,9 @@ def to_result(group: RolloutGroup, format_valid: Callable[[Rollout], float]) -> 
             answer=rollout.answer,
             stop_reason=rollout.stop_reason,
             queries=rollout.queries,
-            retrieved=tuple(tuple(h.passage.id for h in turn.hits) for turn in rollout.turns if turn.query is not None),
+            retrieved=tuple(
+                tuple(h.passage.id for h in turn.hits) for turn in rollout.turns if turn.query is not None
+            ),
             figures=rollout_figures(rollout, question, format_valid),
         )
         for rollout in group.rollouts
@@ -88,7 +93,8 @@ def append_results(path: Path, results: Sequence[QuestionResult]) -> None:
 
 
 def cut_torn_line(path: Path) -> None:
-    """Remove what follows the last line break: half a line, which a killed evaluation left. A missing file is left alone."""
+    """Remove what follows the last line break: half a line, which a killed evaluation left. A missing file
+    is left alone."""
     if not path.exists():
         return
     with path.open("r+b") as file:
@@ -96,8 +102,9 @@ def cut_torn_line(path: Path) -> None:
 
 
 def read_lines(path: Path, *, is_ours: bool = True) -> list[dict[str, Any]]:
-    """The JSON objects of a jsonl file. is_ours: what follows the last line break is half a line that a kill left, and is left
-    out; other programs may end their files without one. Raises DataError for any other line that is none."""
+    """The JSON objects of a jsonl file. is_ours: what follows the last line break is half a line that a
+    kill left, and is left out; other programs may end their files without one. Raises DataError for any
+    other line that is none."""
     records = []
     for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
         if is_ours and not line.endswith(b"\n"):
@@ -107,14 +114,18 @@ def read_lines(path: Path, *, is_ours: bool = True) -> list[dict[str, Any]]:
             if not isinstance(record, dict):
                 raise ValueError("not an object")
         except ValueError as error:
-            message = f"{path}:{number} is no JSON object ({error}): {line[:80]!r}; the file was changed by hand or is damaged"
+            message = (
+                f"{path}:{number} is no JSON object ({error}): {line[:80]!r}; the file was changed by hand or"
+                " is damaged"
+            )
             raise DataError(f"{message}: remove this line and run the same command again") from error
         records.append(record)
     return records
 
 
 def read_results(path: Path) -> dict[str, QuestionResult]:
-    """The newest result of every question, in order of first appearance; none when there is no file yet. Raises DataError."""
+    """The newest result of every question, in order of first appearance; none when there is no file yet.
+    Raises DataError."""
     if not path.exists():
         return {}
     results = {}
@@ -136,9 +147,11 @@ def _to_result(record: Mapping[str, Any], place: str) -> QuestionResult:
             )
             for sample in record["samples"]
         )
-        return QuestionResult(**{**record, "golden_answers": tuple(record["golden_answers"]), "samples": samples})
+        return QuestionResult(
+            **{**record, "golden_answers": tuple(record["golden_answers"]), "samples": samples}
+        )
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(
-            f"{place} is no line of an evaluation ({type(error).__name__}: {error}); expected what `sd-search eval` writes: "
-            "choose another --output"
+            f"{place} is no line of an evaluation ({type(error).__name__}: {error}); expected what `sd-search"
+            " eval` writes: choose another --output"
         ) from error

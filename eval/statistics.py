@@ -1,7 +1,8 @@
-"""How sure a figure is, and whether two runs differ: intervals and tests as pure functions of per-question values.
+"""How sure a figure is, and whether two runs differ: intervals and tests as pure functions of per-question
+values.
 
-Questions are the units that were drawn, so they are what is resampled: several rollouts of one question say the same thing
-several times, and an interval over rollouts would be too narrow.
+Questions are the units that were drawn, so they are what is resampled: several rollouts of one question say
+the same thing several times, and an interval over rollouts would be too narrow.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ class Difference:
 
 
 def wilson(num_successes: int, num_trials: int, confidence: float = 0.95) -> Interval:
-    """Wilson's score interval of a proportion (Wilson, 1927): right at 0, at 1 and for few trials, where value +- z sd is not."""
+    """Wilson's score interval of a proportion (Wilson, 1927): right at 0, at 1 and for few trials, where
+    value +- z sd is not."""
     if num_trials == 0:
         return Interval(value=math.nan, low=math.nan, high=math.nan)
     z, share = NormalDist().inv_cdf((1 + confidence) / 2), num_successes / num_trials
@@ -50,8 +52,9 @@ def wilson(num_successes: int, num_trials: int, confidence: float = 0.95) -> Int
 def bootstrap_means(sums: np.ndarray, counts: np.ndarray, *, num_resamples: int, seed: int) -> np.ndarray:
     """[R, F] means of F figures over questions drawn with replacement, the same draw for all figures.
 
-    sums: [N, F] float, each question's values added up; counts: [N, F], how many they are (0: the question has none). A mean is
-    sum / count over the drawn questions, NaN when that count is 0: the bootstrap of clustered data, a question being a cluster.
+    sums: [N, F] float, each question's values added up; counts: [N, F], how many they are (0: the question
+    has none). A mean is sum / count over the drawn questions, NaN when that count is 0: the bootstrap of
+    clustered data, a question being a cluster.
     """
     rng = np.random.default_rng(seed)
     num_questions = len(sums)
@@ -76,7 +79,8 @@ def percentile_interval(value: float, resampled: np.ndarray, confidence: float =
 def clustered_bootstrap(
     values: Sequence[Sequence[float]], *, num_resamples: int, seed: int, confidence: float = 0.95
 ) -> Interval:
-    """The mean of all values with its interval over resampled questions. values[q]: what the rollouts of question q earned."""
+    """The mean of all values with its interval over resampled questions. values[q]: what the rollouts of
+    question q earned."""
     sums = np.array([[sum(own)] for own in values], dtype=np.float64).reshape(-1, 1)
     counts = np.array([[len(own)] for own in values]).reshape(-1, 1)
     if not counts.sum():
@@ -88,7 +92,8 @@ def clustered_bootstrap(
 def paired_bootstrap(first: np.ndarray, second: np.ndarray, *, num_resamples: int, seed: int) -> Difference:
     """Mean of `second - first`, [N] each, question by question, with its 95 % interval and p-value.
 
-    The p-value doubles the smaller share of resampled means on one side of 0, counting the sample itself, so it is never 0.
+    The p-value doubles the smaller share of resampled means on one side of 0, counting the sample itself,
+    so it is never 0.
     """
     differences = np.asarray(second, dtype=np.float64) - np.asarray(first, dtype=np.float64)
     ones = np.ones((len(differences), 1))
@@ -100,19 +105,24 @@ def paired_bootstrap(first: np.ndarray, second: np.ndarray, *, num_resamples: in
 
 
 def mcnemar(only_first: int, only_second: int) -> float:
-    """Two-sided exact p-value of McNemar's test: of the questions that exactly one run got right, half are expected each.
+    """Two-sided exact p-value of McNemar's test: of the questions that exactly one run got right, half are
+    expected each.
 
     only_first, only_second: how many only that run got right. 1.0 when there are none.
     """
     num_discordant = only_first + only_second
     fewer = min(only_first, only_second)
     log_all = num_discordant * math.log(2)
-    logs = (math.lgamma(num_discordant + 1) - math.lgamma(k + 1) - math.lgamma(num_discordant - k + 1) for k in range(fewer + 1))
+    logs = (
+        math.lgamma(num_discordant + 1) - math.lgamma(k + 1) - math.lgamma(num_discordant - k + 1)
+        for k in range(fewer + 1)
+    )
     return min(1.0, 2 * sum(math.exp(log - log_all) for log in logs))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's step-down adjustment (Holm, 1979), in the order given: reject where the adjusted value is below the level."""
+    """Holm's step-down adjustment (Holm, 1979), in the order given: reject where the adjusted value is
+    below the level."""
     adjusted = [0.0] * len(p_values)
     largest = 0.0
     for rank, place in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
@@ -121,10 +131,14 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def smallest_detectable_difference(spread: float, num_questions: int, *, level: float = 0.05, power: float = 0.8) -> float:
-    """The smallest true mean difference that a two-sided paired test over this many questions finds with probability `power`.
+def smallest_detectable_difference(
+    spread: float, num_questions: int, *, level: float = 0.05, power: float = 0.8
+) -> float:
+    """The smallest true mean difference that a two-sided paired test over this many questions finds with
+    probability `power`.
 
-    spread: standard deviation of the paired differences, taken as known: (z_{1 - level/2} + z_power) * spread / sqrt(N).
+    spread: standard deviation of the paired differences, taken as known: (z_{1 - level/2} + z_power) *
+    spread / sqrt(N).
     """
     if num_questions == 0:
         return math.nan

@@ -1,4 +1,5 @@
-"""From the results of an evaluation to its report: figures of each set with intervals, and averages over sets."""
+"""From the results of an evaluation to its report: figures of each set with intervals, and averages over
+sets."""
 
 from __future__ import annotations
 
@@ -12,7 +13,13 @@ import numpy as np
 
 from eval.metrics import ANSWER_FIGURES, PROPORTIONS, pass_figures
 from eval.samples import QuestionResult, Sample
-from eval.statistics import Interval, bootstrap_means, percentile_interval, smallest_detectable_difference, wilson
+from eval.statistics import (
+    Interval,
+    bootstrap_means,
+    percentile_interval,
+    smallest_detectable_difference,
+    wilson,
+)
 
 BENCHMARKS = {  # Search-R1's seven, by every name they go by
     "nq": ("nq", "natural_questions", "naturalquestions"),
@@ -23,7 +30,10 @@ BENCHMARKS = {  # Search-R1's seven, by every name they go by
     "musique": ("musique",),
     "bamboogle": ("bamboogle",),
 }
-AVERAGES = {"seven": tuple(BENCHMARKS), "six_without_bamboogle": tuple(name for name in BENCHMARKS if name != "bamboogle")}
+AVERAGES = {
+    "seven": tuple(BENCHMARKS),
+    "six_without_bamboogle": tuple(name for name in BENCHMARKS if name != "bamboogle"),
+}
 UNNAMED_SET = "unnamed"
 INFRASTRUCTURE = "infrastructure_error"
 
@@ -34,8 +44,8 @@ Figures = dict[str, Interval]
 class Summary:
     """sets: figures by set; averages: macro averages, by name, of the sets they need. num_questions: by set.
 
-    questions: over all questions alike. sets: the plain mean over whatever sets there are. seven and six_without_bamboogle stand
-    only where every set of theirs does.
+    questions: over all questions alike. sets: the plain mean over whatever sets there are. seven and
+    six_without_bamboogle stand only where every set of theirs does.
     """
 
     num_questions: Mapping[str, int]
@@ -45,21 +55,31 @@ class Summary:
     def to_json(self) -> dict:
         """Plain numbers; what is not known is null."""
         sets = {
-            name: {"num_questions": self.num_questions[name]}
-            | {figure: _numbers(interval) for figure, interval in figures.items()}
-            | {"smallest_detectable_em_difference": _number(detectable(figures["em"].value, self.num_questions[name]))}
+            name: (
+                {"num_questions": self.num_questions[name]}
+                | {figure: _numbers(interval) for figure, interval in figures.items()}
+                | {
+                    "smallest_detectable_em_difference": _number(
+                        detectable(figures["em"].value, self.num_questions[name])
+                    )
+                }
+            )
             for name, figures in self.sets.items()
         }
-        averages = {name: {f: _numbers(interval) for f, interval in own.items()} for name, own in self.averages.items()}
+        averages = {
+            name: {f: _numbers(interval) for f, interval in own.items()}
+            for name, own in self.averages.items()
+        }
         return {"sets": sets, "averages": averages}
 
 
 def summarize(results: Sequence[QuestionResult], *, num_resamples: int, seed: int) -> Summary:
-    """Figures of every set and of the averages over sets; the same results give the same numbers, whatever their order.
+    """Figures of every set and of the averages over sets; the same results give the same numbers, whatever
+    their order.
 
     A figure is the mean over all samples that have it; infrastructure failures have none and are counted as
-    infrastructure_error. Shares of yes and no with one sample a question get Wilson's interval, all else the 95 % percentile
-    interval over resampled questions. Averages weigh sets equally.
+    infrastructure_error. Shares of yes and no with one sample a question get Wilson's interval, all else
+    the 95 % percentile interval over resampled questions. Averages weigh sets equally.
     """
     by_set: dict[str, list[QuestionResult]] = defaultdict(list)
     for result in sorted(results, key=lambda result: result.question_id):
@@ -75,8 +95,13 @@ def summarize(results: Sequence[QuestionResult], *, num_resamples: int, seed: in
     sets = {name: _intervals(names, values[name], resampled[name]) for name in values}
     for name, own in by_set.items():
         sets[name] |= _proportions(own, names)
-    chosen = {"sets": tuple(values), **{name: needed for name, needed in AVERAGES.items() if set(needed) <= set(values)}}
-    over_questions = _intervals(names, _ratio(sums.sum(axis=0), counts.sum(axis=0)), pooled) | _proportions(results, names)
+    chosen = {
+        "sets": tuple(values),
+        **{name: needed for name, needed in AVERAGES.items() if set(needed) <= set(values)},
+    }
+    over_questions = _intervals(names, _ratio(sums.sum(axis=0), counts.sum(axis=0)), pooled) | _proportions(
+        results, names
+    )
     averages = {"questions": over_questions}
     for name, members in chosen.items():
         value = np.mean([values[member] for member in members], axis=0)
@@ -95,9 +120,10 @@ def set_name(source: str) -> str:
 
 
 def detectable(em: float, num_questions: int) -> float:
-    """The smallest EM difference that a comparison with another run over these questions finds 4 times in 5 (level 0.05), were
-    the two runs' answers independent: an upper bound, since runs that agree on questions differ less. The share is Agresti and
-    Coull's, so that a set without a right answer does not look like one without noise."""
+    """The smallest EM difference that a comparison with another run over these questions finds 4 times in 5
+    (level 0.05), were the two runs' answers independent: an upper bound, since runs that agree on questions
+    differ less. The share is Agresti and Coull's, so that a set without a right answer does not look like
+    one without noise."""
     share = (em * num_questions + 2) / (num_questions + 4)
     return smallest_detectable_difference(math.sqrt(2 * share * (1 - share)), num_questions)
 
@@ -130,7 +156,9 @@ def _sample_figures(sample: Sample) -> dict[str, float | None]:
 
 
 def _pass_figures(result: QuestionResult) -> Mapping[str, float]:
-    return pass_figures([sample.figures["em"] for sample in result.samples if not sample.stop_reason.is_infrastructure])
+    return pass_figures(
+        [sample.figures["em"] for sample in result.samples if not sample.stop_reason.is_infrastructure]
+    )
 
 
 def _proportions(results: Sequence[QuestionResult], names: Sequence[str]) -> Figures:
@@ -185,11 +213,24 @@ NOTES = (
 
 def to_markdown(report: Mapping) -> str:
     """report.json for people: what was evaluated, a row a set and average, EM with its interval."""
-    facts = ("strategy", "model", "model_version", "corpus_version", "questions_version", "num_questions", "num_samples")
+    facts = (
+        "strategy",
+        "model",
+        "model_version",
+        "corpus_version",
+        "questions_version",
+        "num_questions",
+        "num_samples",
+    )
     lines = ["# Evaluation", "", *(f"- {name.replace('_', ' ')}: {report[name]}" for name in facts)]
     if report.get("overlap"):
-        lines.append(f"- {report['overlap']['num_shared']} of these questions are training questions too, by normalised text")
-    columns = {name: title for name, title in COLUMNS.items() if any(name in own for own in report["sets"].values())}
+        lines.append(
+            f"- {report['overlap']['num_shared']} of these questions are training questions too, by"
+            " normalised text"
+        )
+    columns = {
+        name: title for name, title in COLUMNS.items() if any(name in own for own in report["sets"].values())
+    }
     depths = [name for name in report["averages"]["sets"] if name.startswith("pass@")]
     columns |= {name: name for name in depths}
     head = ["set", "questions", *columns.values(), "EM difference it could show"]

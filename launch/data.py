@@ -1,4 +1,5 @@
-"""The command lines of `sd-search data`: parse, run, say what was done. What a command needs is imported when it runs."""
+"""The command lines of `sd-search data`: parse, run, say what was done. What a command needs is imported
+when it runs."""
 
 from __future__ import annotations
 
@@ -18,7 +19,10 @@ def import_(argv: Sequence[str]) -> None:
     config = parse(ImportConfig, argv, "sd-search data import")
     report = import_file(config)
     print(f"{report.num_kept} {config.kind} -> {config.output}")
-    counted = [f"{report.num_rejected} rejected", *(f"{number} {what}" for what, number in report.noted.items())]
+    counted = [
+        f"{report.num_rejected} rejected",
+        *(f"{number} {what}" for what, number in report.noted.items()),
+    ]
     if report.num_rejected or report.noted:
         print(", ".join(counted) + (f": see {report.rejects}" if report.rejects else ""))
 

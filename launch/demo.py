@@ -1,7 +1,7 @@
 """`sd-search demo`: the main job on embedded defaults, on a CPU, in minutes.
 
-World and index, start policy, GRPO and SD-Search from the same start and seed under DeepSpeed ZeRO-3, greedy evaluation of all
-three on held-out entities, one table.
+World and index, start policy, GRPO and SD-Search from the same start and seed under DeepSpeed ZeRO-3,
+greedy evaluation of all three on held-out entities, one table.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ PHASES = ("rollout", "assemble", "update", "publish")
 
 @dataclass(frozen=True, kw_only=True)
 class DemoConfig:
-    """The whole story on one machine. Everything is written below `output`, which is cleared of an earlier demo first."""
+    """The whole story on one machine. Everything is written below `output`, which is cleared of an earlier
+    demo first."""
 
     output: str = "runs/demo"
     num_steps: int | None = None  # None: what the recipe says
@@ -59,7 +60,10 @@ def main(argv: Sequence[str]) -> None:
     make_world(WorldConfig(output=str(output / "world")))
     say("2/4  the start policy")
     model = start_policy(config, output)
-    say(f"3/4  training from the same start and seed: {', '.join(ARMS)} (DeepSpeed ZeRO-3, {config.num_ranks} ranks)")
+    say(
+        f"3/4  training from the same start and seed: {', '.join(ARMS)} (DeepSpeed ZeRO-3, {config.num_ranks}"
+        " ranks)"
+    )
     runs = {name: train(name, overrides, config, model) for name, overrides in ARMS.items()}
     say("4/4  greedy evaluation on held-out entities")
     report = compare(model, runs, config)
@@ -71,12 +75,18 @@ def main(argv: Sequence[str]) -> None:
 
 
 def clear(output: Path) -> None:
-    """Remove what an earlier demo wrote. Raises ConfigError, and removes nothing, when `output` holds anything else."""
+    """Remove what an earlier demo wrote. Raises ConfigError, and removes nothing, when `output` holds
+    anything else."""
     if output.exists() and not output.is_dir():
-        raise ConfigError(f"--output: found a file at {output}, expected a directory of an earlier demo, or a new one")
+        raise ConfigError(
+            f"--output: found a file at {output}, expected a directory of an earlier demo, or a new one"
+        )
     foreign = sorted({path.name for path in output.iterdir()} - WRITTEN) if output.exists() else []
     if foreign:
-        raise ConfigError(f"--output: {output} holds {foreign[0]!r}, which no demo wrote, and would be emptied: choose another")
+        raise ConfigError(
+            f"--output: {output} holds {foreign[0]!r}, which no demo wrote, and would be emptied: choose"
+            " another"
+        )
     shutil.rmtree(output, ignore_errors=True)
 
 
@@ -125,7 +135,8 @@ def run_dir(config: DemoConfig, name: str) -> Path:
 
 
 def compare(model: Path, runs: Mapping[str, Config], config: DemoConfig) -> dict[str, dict[str, float]]:
-    """For the start policy and every arm: held-out metrics, and for the arms the median seconds of each phase."""
+    """For the start policy and every arm: held-out metrics, and for the arms the median seconds of each
+    phase."""
     any_run = next(iter(runs.values()))
     report = {"start policy": held_out(model, any_run, config)}
     for name, run in runs.items():
@@ -169,10 +180,17 @@ def render(report: Mapping[str, Mapping[str, float]]) -> str:
     times = (*(f"{phase}_s" for phase in PHASES), "step_s")
     lines = [f"\n{'held out, greedy':<16}" + "".join(f"{name:>11}" for name in (*quality, *times))]
     for name, figures in report.items():
-        cells = [f"{figures[column]:>11.3f}" if column in figures else f"{'':>11}" for column in (*quality, *times)]
+        cells = [
+            f"{figures[column]:>11.3f}" if column in figures else f"{'':>11}" for column in (*quality, *times)
+        ]
         lines.append(f"{name:<16}" + "".join(cells))
     plain, distilled = (report[name] for name in ARMS)
     update, step = (distilled[column] / plain[column] - 1 for column in ("update_s", "step_s"))
-    lines.append(f"\nSD-Search over GRPO: update {update:+.1%}, whole step {step:+.1%} (median of a step's seconds)")
-    lines.append("One world, one start policy, one seed: the table shows that training works, not which method is better.")
+    lines.append(
+        f"\nSD-Search over GRPO: update {update:+.1%}, whole step {step:+.1%} (median of a step's seconds)"
+    )
+    lines.append(
+        "One world, one start policy, one seed: the table shows that training works, not which method is"
+        " better."
+    )
     return "\n".join(lines)

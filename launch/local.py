@@ -1,4 +1,5 @@
-"""Ranks on this machine: one process, or several through DeepSpeed's own launcher. Training, and the checks before it."""
+"""Ranks on this machine: one process, or several through DeepSpeed's own launcher. Training, and the checks
+before it."""
 
 from __future__ import annotations
 
@@ -25,14 +26,16 @@ from megatron_sd.errors import ConfigError, MegatronSdError
 from megatron_sd.machine import has_gpu, process_start
 
 TRAIN = "megatron_sd.train"
-PROGRAMS = frozenset({TRAIN, "megatron_sd.sft", "eval.sample", "eval.gate.command", "eval.credit.main"})  # what a rank may be
+# what a rank may be
+PROGRAMS = frozenset({TRAIN, "megatron_sd.sft", "eval.sample", "eval.gate.command", "eval.credit.main"})
 _KILLED_CODES = frozenset({-9, 137, 247})  # by SIGKILL: as python, a shell and DeepSpeed's launcher say it
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _PARENT_DIED = 1  # PR_SET_PDEATHSIG of prctl(2)
 
 
 def main(argv: Sequence[str]) -> None:
-    """`sd-search train`: check the configuration here, then start the ranks. Raises what the ranks' failure means."""
+    """`sd-search train`: check the configuration here, then start the ranks. Raises what the ranks' failure
+    means."""
     num_ranks, rest = split_num_ranks(argv)
     config = load(rest)  # a typo ends here, once, before any process starts
     refuse_held(Path(config.run_dir))
@@ -51,7 +54,8 @@ def sample(argv: Sequence[str]) -> None:
 
 
 def sft(argv: Sequence[str]) -> None:
-    """`sd-search sft`: check the configuration here, then start the ranks; names the model directory that they leave."""
+    """`sd-search sft`: check the configuration here, then start the ranks; names the model directory that
+    they leave."""
     from megatron_sd.durable.directories import committed
     from megatron_sd.sft_config import load as load_sft
     from megatron_sd.sft_config import planned_config
@@ -78,25 +82,30 @@ def _on_ranks(program: str, argv: Sequence[str]) -> None:
 
 
 def split_num_ranks(argv: Sequence[str]) -> tuple[int, list[str]]:
-    """The value of --num-ranks (1 without it) and the other arguments. Raises ConfigError when it is no whole number above 0."""
+    """The value of --num-ranks (1 without it) and the other arguments. Raises ConfigError when it is no
+    whole number above 0."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--num-ranks", "--num_ranks", nargs="?", default="1")
     known, rest = parser.parse_known_args(list(argv))
     found = known.num_ranks or "nothing"
     if not found.isdecimal() or int(found) < 1:
-        raise ConfigError(f"--num-ranks: found {found!r}, expected the number of ranks on this machine, 1 or more")
+        raise ConfigError(
+            f"--num-ranks: found {found!r}, expected the number of ranks on this machine, 1 or more"
+        )
     return int(found), rest
 
 
 def check_memory(config: Config, num_ranks: int) -> tuple[str, ...]:
-    """What the planner remarks on the ranks in this machine's memory; nothing where they fit, or where nobody knows.
+    """What the planner remarks on the ranks in this machine's memory; nothing where they fit, or where
+    nobody knows.
 
     By safety.check_memory a run that does not fit is refused (ConfigError), or warned of on stderr.
     """
     device_bytes = free_bytes()
     if config.safety.check_memory == "off" or device_bytes is None:
         return ()
-    from launch.planner.memory_check import remarks_on_memory  # imports torch, which other commands do without
+    # imports torch, which other commands do without
+    from launch.planner.memory_check import remarks_on_memory
 
     remarks = remarks_on_memory(config, num_ranks=num_ranks, device_bytes=device_bytes, on_cpu=not has_gpu())
     if remarks and config.safety.check_memory == "refuse":
@@ -117,12 +126,14 @@ def free_bytes() -> int | None:
     return None
 
 
-def start_ranks(num_ranks: int, argv: Sequence[str], remarks: Sequence[str] = (), *, program: str = TRAIN) -> None:
-    """Run a program on `num_ranks` ranks of this machine and wait. Raises MegatronSdError when a rank fails, and SystemExit(85)
-    when a run has saved and stopped as it was asked to.
+def start_ranks(
+    num_ranks: int, argv: Sequence[str], remarks: Sequence[str] = (), *, program: str = TRAIN
+) -> None:
+    """Run a program on `num_ranks` ranks of this machine and wait. Raises MegatronSdError when a rank
+    fails, and SystemExit(85) when a run has saved and stopped as it was asked to.
 
-    The cores are shared out among the ranks, unless OMP_NUM_THREADS is set already. Signals are handed on to the ranks, which
-    save and stop; they also do when this process is gone.
+    The cores are shared out among the ranks, unless OMP_NUM_THREADS is set already. Signals are handed on
+    to the ranks, which save and stop; they also do when this process is gone.
     """
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // num_ranks))
     choose_accelerator()
@@ -145,9 +156,10 @@ def killed_message(num_ranks: int, remarks: Sequence[str]) -> str:
     """What is known when a rank was ended by SIGKILL: it could not say anything itself."""
     expected = f" The planner says: {'; '.join(remarks)}." if remarks else ""
     return (
-        f"a rank of {num_ranks} was ended by the system (SIGKILL) without a word, most likely because memory ran out: `dmesg` "
-        f"says so.{expected} What was saved stays; the same command goes on with less memory by model.lora.rank, "
-        "model.gradient_checkpointing, a smaller update.max_microbatch_tokens or rollout.max_concurrent_sequences"
+        f"a rank of {num_ranks} was ended by the system (SIGKILL) without a word, most likely because memory"
+        f" ran out: `dmesg` says so.{expected} What was saved stays; the same command goes on with less"
+        " memory by model.lora.rank, model.gradient_checkpointing, a smaller update.max_microbatch_tokens or"
+        " rollout.max_concurrent_sequences"
     )
 
 
@@ -161,7 +173,8 @@ def end_with(parent: int) -> None:
 
 @contextlib.contextmanager
 def _handing_on(pid: int) -> Iterator[None]:
-    """Signals of this process become requests to the ranks to save and stop; a second SIGINT or SIGTERM ends them at once."""
+    """Signals of this process become requests to the ranks to save and stop; a second SIGINT or SIGTERM
+    ends them at once."""
     heard: list[int] = []
 
     def hand_on(number: int, _frame: FrameType | None) -> None:
@@ -172,7 +185,11 @@ def _handing_on(pid: int) -> Iterator[None]:
                 os.killpg(pid, signal.SIGKILL)
             return
         name = signal.Signals(number).name
-        print(f"sd-search: {name}: the ranks save and stop; {name} again ends them at once", file=sys.stderr, flush=True)
+        print(
+            f"sd-search: {name}: the ranks save and stop; {name} again ends them at once",
+            file=sys.stderr,
+            flush=True,
+        )
         ranks = ranks_under(pid)
         if not ranks:  # they have not started: there is nothing to save
             with contextlib.suppress(ProcessLookupError):
@@ -190,7 +207,8 @@ def _handing_on(pid: int) -> Iterator[None]:
 
 
 def ranks_under(pid: int) -> list[psutil.Process]:
-    """The processes at or below `pid` that are ranks; DeepSpeed's launchers above them end when they have ended."""
+    """The processes at or below `pid` that are ranks; DeepSpeed's launchers above them end when they have
+    ended."""
     with contextlib.suppress(psutil.NoSuchProcess):
         top = psutil.Process(pid)
         return [process for process in (top, *top.children(recursive=True)) if _is_rank(process)]
@@ -200,12 +218,15 @@ def ranks_under(pid: int) -> list[psutil.Process]:
 def _is_rank(process: psutil.Process) -> bool:
     with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
         words = process.cmdline()
-        return not PROGRAMS.isdisjoint(words) and not any(word.startswith("deepspeed.launcher") for word in words)
+        return not PROGRAMS.isdisjoint(words) and not any(
+            word.startswith("deepspeed.launcher") for word in words
+        )
     return False
 
 
 def choose_accelerator() -> None:
-    """Tell DeepSpeed, before it is imported anywhere, when this machine has no GPU; or it warns that it had to guess."""
+    """Tell DeepSpeed, before it is imported anywhere, when this machine has no GPU; or it warns that it had
+    to guess."""
     if not has_gpu():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
@@ -214,7 +235,15 @@ def command_line(num_ranks: int, port: int, argv: Sequence[str], program: str = 
     """The process to start: python itself for one rank, DeepSpeed's launcher for more."""
     if num_ranks == 1:
         return [sys.executable, "-m", program, *argv]
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(num_ranks), "--master_port", str(port)]
+    launcher = [
+        sys.executable,
+        "-m",
+        "deepspeed.launcher.runner",
+        "--num_gpus",
+        str(num_ranks),
+        "--master_port",
+        str(port),
+    ]
     return [*launcher, "--log_level", "error", "--no_local_rank", "--module", program, *argv]
 
 

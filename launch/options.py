@@ -1,4 +1,5 @@
-"""A command line that belongs to two records: a program's own options, and those of the training run it is about."""
+"""A command line that belongs to two records: a program's own options, and those of the training run it is
+about."""
 
 from __future__ import annotations
 
@@ -7,14 +8,16 @@ from collections.abc import Mapping, Sequence
 
 
 def split_options(
-    argv: Sequence[str], record: type, renamed: Mapping[str, str] = {}  # noqa: B006 (it is only read)
+    argv: Sequence[str],
+    record: type,
+    renamed: Mapping[str, str] = {},  # noqa: B006 (it is only read)
 ) -> tuple[list[str], list[str]]:
-    """The words of `record`'s options, and the others. renamed: further options of the record's, and what they become. A `-` in
-    the name of one of its options becomes `_`.
+    """The words of `record`'s options, and the others. renamed: further options of the record's, and what
+    they become. A `-` in the name of one of its options becomes `_`.
 
-    >>> from launch.cluster.layout import LayoutConfig
-    >>> split_options(["--layout=a.yaml", "--dry-run", "--nodes", "2", "--num_steps", "9"], LayoutConfig, {"layout": "config"})
-    (['--config=a.yaml', '--dry_run', '--nodes', '2'], ['--num_steps', '9'])
+    >>> from launch.cluster.layout import LayoutConfig >>> split_options(["--layout=a.yaml", "--dry-run",
+    "--nodes", "2", "--num_steps", "9"], LayoutConfig, {"layout": "config"}) (['--config=a.yaml',
+    '--dry_run', '--nodes', '2'], ['--num_steps', '9'])
     """
     names = {field.name: field.name for field in dataclasses.fields(record)} | dict(renamed)
     own: list[str] = []

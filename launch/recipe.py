@@ -1,11 +1,12 @@
-"""`sd-search recipe NAME`: a pretrained model warms up and trains: sample, select, sft, gate, train, in one command.
+"""`sd-search recipe NAME`: a pretrained model warms up and trains: sample, select, sft, gate, train, in one
+command.
 
     sd-search recipe real-0.5b --model.path DIR --questions FILE --retriever.corpus DIR --output runs/real
 
-A recipe is a YAML file: a section for each stage, with the keys of its program, and beside them what stages have in common
-(model, retriever, protocol, ...), which a stage's own section overrides; `base` names a recipe that it changes. In texts {output}
-is the recipe's directory and {sft_model} the model that sft left. Any key may be given on the command line, a stage's as
---sft.num_epochs 3.
+A recipe is a YAML file: a section for each stage, with the keys of its program, and beside them what stages
+have in common (model, retriever, protocol, ...), which a stage's own section overrides; `base` names a
+recipe that it changes. In texts {output} is the recipe's directory and {sft_model} the model that sft left.
+Any key may be given on the command line, a stage's as --sft.num_epochs 3.
 
     output/stages/sft.yaml    what a stage was run with
     output/stages/sft.done    it finished: it is passed over until it, or a stage before it, is asked for otherwise
@@ -47,7 +48,8 @@ Tree = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class RecipeConfig:
-    """What is the recipe's own. gate_may_be_closed: train even from a model that does not read blocks (claim nothing of it)."""
+    """What is the recipe's own. gate_may_be_closed: train even from a model that does not read blocks
+    (claim nothing of it)."""
 
     output: str
     num_ranks: int = 1
@@ -84,7 +86,10 @@ def _gate(own: RecipeConfig, path: Path) -> None:
         is_closed = report.exists() and json.loads(report.read_text(encoding="utf-8"))["gate"] == "closed"
         if not (is_closed and own.gate_may_be_closed):
             raise
-        say("the gate is closed, and may be (gate_may_be_closed): what follows is no evidence for self-distillation")
+        say(
+            "the gate is closed, and may be (gate_may_be_closed): what follows is no evidence for"
+            " self-distillation"
+        )
 
 
 def _train(own: RecipeConfig, path: Path) -> None:
@@ -132,14 +137,17 @@ def say(line: str) -> None:
 
 
 def read_recipe(argv: Sequence[str]) -> tuple[RecipeConfig, dict[str, Tree]]:
-    """The recipe's own keys, and the parameters of each of its stages, checked before any is run. Raises ConfigError."""
+    """The recipe's own keys, and the parameters of each of its stages, checked before any is run. Raises
+    ConfigError."""
     if not argv or argv[0].startswith("-"):
         raise ConfigError(f"recipe: found no name, expected one of {', '.join(_known())}, or a YAML file")
     tree = _read(argv[0])
     for key, value in overrides(argv[1:]):
         _put(tree, key, value)
     names = [field.name for field in dataclasses.fields(RecipeConfig)]
-    own = parse(RecipeConfig, [f"--{name}={tree[name]}" for name in names if name in tree], "sd-search recipe")
+    own = parse(
+        RecipeConfig, [f"--{name}={tree[name]}" for name in names if name in tree], "sd-search recipe"
+    )
     if own.num_ranks < 1:
         raise ConfigError(f"num_ranks: found {own.num_ranks}, expected 1 or more")
     common = {key: value for key, value in tree.items() if key not in STAGES and key not in names}
@@ -151,7 +159,8 @@ def read_recipe(argv: Sequence[str]) -> tuple[RecipeConfig, dict[str, Tree]]:
 
 
 def overrides(argv: Sequence[str]) -> list[tuple[str, Any]]:
-    """(dotted key, YAML value) of `--key value`, `--key=value` and `--switch`; --num-ranks is num_ranks. Raises ConfigError.
+    """(dotted key, YAML value) of `--key value`, `--key=value` and `--switch`; --num-ranks is num_ranks.
+    Raises ConfigError.
 
     >>> overrides(["--sft.num_epochs", "3", "--model.path=x", "--gate_may_be_closed"])
     [('sft.num_epochs', 3), ('model.path', 'x'), ('gate_may_be_closed', True)]
@@ -181,7 +190,8 @@ def _value(key: str, text: str) -> Any:
 
 
 def filled(tree: Any, own: RecipeConfig, stages: Mapping[str, Tree]) -> Any:
-    """The tree with {output} and {sft_model} in its texts. Raises DataError when there is no such model yet."""
+    """The tree with {output} and {sft_model} in its texts. Raises DataError when there is no such model
+    yet."""
     if isinstance(tree, dict):
         return {key: filled(value, own, stages) for key, value in tree.items()}
     if isinstance(tree, list):
@@ -194,7 +204,9 @@ def filled(tree: Any, own: RecipeConfig, stages: Mapping[str, Tree]) -> Any:
 
 def _sft_model(own: RecipeConfig, stages: Mapping[str, Tree]) -> Path:
     if "sft" not in stages:
-        raise ConfigError("{sft_model} stands in a recipe without a stage sft, expected a model's directory in its place")
+        raise ConfigError(
+            "{sft_model} stands in a recipe without a stage sft, expected a model's directory in its place"
+        )
     root = Path(stages["sft"]["run_dir"].replace("{output}", own.output)) / "checkpoints"
     found = committed(root) if root.is_dir() else []
     if not found:
@@ -207,7 +219,11 @@ def _known() -> list[str]:
 
 
 def _read(name: str) -> Tree:
-    path = Path(name) if name.endswith((".yaml", ".yml")) else Path(str(files("launch"))) / "configs" / "recipes" / f"{name}.yaml"
+    path = (
+        Path(name)
+        if name.endswith((".yaml", ".yml"))
+        else Path(str(files("launch"))) / "configs" / "recipes" / f"{name}.yaml"
+    )
     if not path.is_file():
         raise ConfigError(f"recipe: found {name!r}, expected one of {', '.join(_known())}, or a YAML file")
     try:
@@ -215,7 +231,9 @@ def _read(name: str) -> Tree:
     except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{path} is no YAML ({error}); mend the file") from error
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: found a {type(tree).__name__}, expected a mapping with sections {', '.join(STAGES)}")
+        raise ConfigError(
+            f"{path}: found a {type(tree).__name__}, expected a mapping with sections {', '.join(STAGES)}"
+        )
     base = tree.pop("base", None)
     return tree if base is None else merged(_read(str(base)), tree)
 
@@ -236,8 +254,14 @@ def _fields(name: str) -> set[str]:
 def _refuse_strangers(common: Tree) -> None:
     known = set().union(*map(_fields, STAGES))
     for key in common.keys() - known:
-        near = difflib.get_close_matches(key, [*known, *STAGES, "output", "num_ranks", "gate_may_be_closed"], n=1)
-        hint = f"did you mean {near[0]}?" if near else f"expected a stage ({', '.join(STAGES)}) or a key that a stage has"
+        near = difflib.get_close_matches(
+            key, [*known, *STAGES, "output", "num_ranks", "gate_may_be_closed"], n=1
+        )
+        hint = (
+            f"did you mean {near[0]}?"
+            if near
+            else f"expected a stage ({', '.join(STAGES)}) or a key that a stage has"
+        )
         raise ConfigError(f"{key}: unknown key of a recipe; {hint}")
 
 

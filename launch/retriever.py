@@ -34,7 +34,8 @@ class ServeConfig:
     max_batch_queries: int = 64
     max_connections: int = 4096
     idle_timeout_s: int = 60
-    strict: bool = False  # refuse blank and long queries, an empty list, a topk out of range; else they are answered
+    # refuse blank and long queries, an empty list, a topk out of range; else they are answered
+    strict: bool = False
 
 
 def main(argv: Sequence[str]) -> None:
@@ -42,7 +43,9 @@ def main(argv: Sequence[str]) -> None:
     config = parse(ServeConfig, argv, "sd-search retriever serve")
     check_ranges(config)
     service = RetrievalService(
-        lambda progress: CorpusRetriever(config.corpus, config.search, progress), service_settings(config), _say
+        lambda progress: CorpusRetriever(config.corpus, config.search, progress),
+        service_settings(config),
+        _say,
     )
     serve(service, None if config.port_file is None else Path(config.port_file), _say)
 

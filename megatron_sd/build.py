@@ -1,4 +1,5 @@
-"""The composition root: the only file that knows every class. Configuration in, objects out; nothing runs here."""
+"""The composition root: the only file that knows every class. Configuration in, objects out; nothing runs
+here."""
 
 from __future__ import annotations
 
@@ -95,12 +96,12 @@ def build_rollout_side(
     world: World | None = None,
     on_demand: bool = False,
 ) -> RolloutSide:
-    """Engine, environment, retriever and the rollouter over them. output: of the run, for the engine's logs. world: None is this
-    process alone, on the first CUDA device or the CPU. on_demand: the embedded engine need not load weights, since a policy will
-    be published to it.
+    """Engine, environment, retriever and the rollouter over them. output: of the run, for the engine's
+    logs. world: None is this process alone, on the first CUDA device or the CPU. on_demand: the embedded
+    engine need not load weights, since a policy will be published to it.
 
-    Raises DataError for a missing model or corpus, RetrievalError for servers that cannot be reached, ConfigError for an engine
-    that cannot be had as configured.
+    Raises DataError for a missing model or corpus, RetrievalError for servers that cannot be reached,
+    ConfigError for an engine that cannot be had as configured.
     """
     world = world or lone_world()
     codec = load_codec(
@@ -110,8 +111,12 @@ def build_rollout_side(
     passages = open_retriever(retriever)
     engine = build_engine(model, rollout, codec, world, output=output, on_demand=on_demand)
     work = Work(sys.stderr if world.is_first else None)
-    rollouter = Rollouter(engine, passages, environment, top_k=retriever.top_k, seed=seed, world=world, work=work)
-    return RolloutSide(engine=engine, environment=environment, retriever=passages, rollouter=rollouter, work=work)
+    rollouter = Rollouter(
+        engine, passages, environment, top_k=retriever.top_k, seed=seed, world=world, work=work
+    )
+    return RolloutSide(
+        engine=engine, environment=environment, retriever=passages, rollouter=rollouter, work=work
+    )
 
 
 def _torch_engine(
@@ -122,16 +127,23 @@ def _torch_engine(
     engine = TorchEngine(weights, codec, max_rows=rollout.max_concurrent_sequences)
     if rollout.max_rollout_tokens > engine.max_length:
         raise ConfigError(
-            f"rollout.max_rollout_tokens is {rollout.max_rollout_tokens}, expected at most {engine.max_length}, "
-            f"the positions of the model in {model.path}"
+            f"rollout.max_rollout_tokens is {rollout.max_rollout_tokens}, expected at most"
+            f" {engine.max_length}, the positions of the model in {model.path}"
         )
     return engine
 
 
 def build_engine(
-    model: ModelConfig, rollout: RolloutConfig, codec: TextCodec, world: World, *, output: Path, on_demand: bool = False
+    model: ModelConfig,
+    rollout: RolloutConfig,
+    codec: TextCodec,
+    world: World,
+    *,
+    output: Path,
+    on_demand: bool = False,
 ) -> Engine:
-    """The engine that rollout.engine names; collective. Raises ConfigError for one that cannot be had as configured."""
+    """The engine that rollout.engine names; collective. Raises ConfigError for one that cannot be had as
+    configured."""
     if rollout.engine == "torch":
         return _torch_engine(model, rollout, codec, world, on_demand=on_demand)
     return connect_vllm(model, rollout, codec, world, log_dir=output / "vllm")
@@ -176,7 +188,9 @@ def build_trainer(config: Config, world: World) -> Trainer:
         policy=policy,
         publisher=publisher,
         engine=side.engine,
-        checkpoints=Checkpoints(run_dir / "checkpoints", config, world, corpus_version=side.retriever.corpus_version),
+        checkpoints=Checkpoints(
+            run_dir / "checkpoints", config, world, corpus_version=side.retriever.corpus_version
+        ),
         recorder=recorder_of(config, world, side.environment.codec),
         timers=Timers(world.pulse.move),
         work=side.work,
@@ -189,7 +203,9 @@ def check_run_dir(config: Config) -> Path:
     """Where the run writes. Raises ConfigError for a file."""
     run_dir = Path(config.run_dir)
     if run_dir.exists() and not run_dir.is_dir():
-        raise ConfigError(f"run_dir: found a file at {run_dir}, expected a directory of this run, or a new one")
+        raise ConfigError(
+            f"run_dir: found a file at {run_dir}, expected a directory of this run, or a new one"
+        )
     return run_dir
 
 
@@ -220,8 +236,12 @@ def build_watchdog(config: Config, world: World) -> Watchdog:
     return Watchdog(world, timeout_s=config.safety.watchdog_s, directory=Path(config.run_dir) / "watchdog")
 
 
-def _sampling_order(config: Config, world: World, questions: QuestionStream, side: RolloutSide) -> SamplingOrder:
-    identity = json.dumps(run_identity(config, side.retriever.corpus_version) | contents_of(config), sort_keys=True)
+def _sampling_order(
+    config: Config, world: World, questions: QuestionStream, side: RolloutSide
+) -> SamplingOrder:
+    identity = json.dumps(
+        run_identity(config, side.retriever.corpus_version) | contents_of(config), sort_keys=True
+    )
     digest = hashlib.sha256(identity.encode()).hexdigest()
     mode = config.rollout.bank
     only_whole = mode == "whole" or (mode == "auto" and isinstance(side.engine, TorchEngine))
@@ -240,8 +260,8 @@ def _sampling_order(config: Config, world: World, questions: QuestionStream, sid
 
 
 def choose_publisher(policy: Policy, config: Config, world: World, engine: Engine) -> Publisher:
-    """Shards straight into vLLM's workers; whole parameters into the embedded engine, below ZeRO stage 3, or when asked for; none
-    where the embedded engine reads the policy's own."""
+    """Shards straight into vLLM's workers; whole parameters into the embedded engine, below ZeRO stage 3,
+    or when asked for; none where the embedded engine reads the policy's own."""
     if engine_reads_policy(config, world.size):
         return InPlacePublisher()
     own, stage = config.rollout.vllm, config.update.zero_stage
@@ -290,7 +310,10 @@ def greedy_evaluation(config: Config, world: World, side: RolloutSide) -> Callab
     questions = load_questions(config.data.eval, config.data.eval_split, config.data.max_eval_questions)
 
     def evaluate(step: int) -> dict[str, float]:
-        groups = score(shared_out(world, questions, lambda mine: side.rollouter.run(mine, step=step, greedy=True)), config.reward)
+        groups = score(
+            shared_out(world, questions, lambda mine: side.rollouter.run(mine, step=step, greedy=True)),
+            config.reward,
+        )
         return {f"eval/{name}": value for name, value in rollout_metrics(groups).items()}
 
     return evaluate

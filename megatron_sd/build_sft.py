@@ -1,4 +1,5 @@
-"""The composition root of `sd-search sft`: the trainer of build.py with stored episodes in the place of sampled rollouts."""
+"""The composition root of `sd-search sft`: the trainer of build.py with stored episodes in the place of
+sampled rollouts."""
 
 from __future__ import annotations
 
@@ -78,8 +79,8 @@ class _Sampling:
 
 def build_sft_trainer(config: Config, own: SftConfig, world: World) -> Trainer:
     """The trainer of own.episodes, and the engine of own.eval where it is set; config: of
-    sft_config.training_config. Raises ConfigError, and DataError for episodes that are none, or whose ids another
-    tokenizer made."""
+    sft_config.training_config. Raises ConfigError, and DataError for episodes that are none, or whose ids
+    another tokenizer made."""
     for group in (sequence_group, tensor_group):
         group(config.update, world)  # raises at once when the ranks do not divide into groups
     run_dir, directory = check_run_dir(config), Path(own.episodes)
@@ -120,7 +121,9 @@ def build_sft_trainer(config: Config, own: SftConfig, world: World) -> Trainer:
         policy=policy,
         publisher=sampling.publisher,
         engine=None if side is None else side.engine,
-        checkpoints=Checkpoints(run_dir / "checkpoints", config, world, corpus_version=record["corpus_version"]),
+        checkpoints=Checkpoints(
+            run_dir / "checkpoints", config, world, corpus_version=record["corpus_version"]
+        ),
         recorder=recorder_of(config, world, codec),
         timers=Timers(world.pulse.move),
         work=Work(sys.stderr if world.is_first else None) if side is None else side.work,

@@ -12,7 +12,8 @@ class ConfigError(MegatronSdError):
 
 
 class DataError(MegatronSdError):
-    """An input file (questions, corpus, index, model directory) is missing, broken or does not fit the run."""
+    """An input file (questions, corpus, index, model directory) is missing, broken or does not fit the
+    run."""
 
 
 class RetrievalError(MegatronSdError):
@@ -24,12 +25,12 @@ class RolloutError(MegatronSdError):
 
 
 class RefusedStepError(MegatronSdError):
-    """No rank took the optimiser step; the parameters are as they were. remedy: for a run that ends because too many of its steps
-    were. older_weights_help: the fault may lie in the weights."""
+    """No rank took the optimiser step; the parameters are as they were. remedy: for a run that ends because
+    too many of its steps were. older_weights_help: the fault may lie in the weights."""
 
     remedy = (
-        "lower optimizer.learning_rate, try float32 parameters, or look at what the step's transcripts and metrics show; the "
-        "last checkpoint is good"
+        "lower optimizer.learning_rate, try float32 parameters, or look at what the step's transcripts and"
+        " metrics show; the last checkpoint is good"
     )
     older_weights_help = True
 
@@ -37,7 +38,10 @@ class RefusedStepError(MegatronSdError):
 class BarrenStepError(RefusedStepError):
     """No rollout of the step has a token to train on."""
 
-    remedy = "look at what prompts and rollouts are, and how long: rollout.max_rollout_tokens must hold the prompt and an answer"
+    remedy = (
+        "look at what prompts and rollouts are, and how long: rollout.max_rollout_tokens must hold the prompt"
+        " and an answer"
+    )
     older_weights_help = False
 
 

@@ -1,4 +1,5 @@
-"""What this machine computes with, told by files alone: configuration is read before any framework is loaded. And its memory."""
+"""What this machine computes with, told by files alone: configuration is read before any framework is
+loaded. And its memory."""
 
 from __future__ import annotations
 
@@ -19,8 +20,8 @@ def has_gpu() -> bool:
 
 @functools.cache
 def preferred_dtype() -> str:
-    """What model.dtype auto stands for: bfloat16 on a GPU and on processors with instructions for it, else float32, since
-    emulated bfloat16 is many times slower. Said once."""
+    """What model.dtype auto stands for: bfloat16 on a GPU and on processors with instructions for it, else
+    float32, since emulated bfloat16 is many times slower. Said once."""
     flags = processor_flags(Path("/proc/cpuinfo"))
     if has_gpu():
         found, why = "bfloat16", "there is a GPU"
@@ -33,16 +34,19 @@ def preferred_dtype() -> str:
 
 
 def process_start(pid: int) -> int | None:
-    """Clock ticks from boot to the process's start; None when there is no such process, or it only waits to be reaped."""
+    """Clock ticks from boot to the process's start; None when there is no such process, or it only waits to
+    be reaped."""
     with contextlib.suppress(OSError):
-        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+        fields = (
+            Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+        )
         return None if fields[0] in "ZX" else int(fields[19])
     return None
 
 
 def give_back_memory() -> None:
-    """Return to the system what this process has freed in host memory: the C library keeps it, as much as the model's size after
-    loading. Nothing where that library has no such call."""
+    """Return to the system what this process has freed in host memory: the C library keeps it, as much as
+    the model's size after loading. Nothing where that library has no such call."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
 

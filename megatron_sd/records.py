@@ -2,8 +2,8 @@
 
     Question -> Rollout (Turns) -> RolloutGroup -> TrainingSample -> Microbatch -> Batch
 
-Every token of a rollout knows who wrote it: completion ids were sampled by the policy, observation ids were appended by the
-environment. Sampled ids are never decoded and encoded again.
+Every token of a rollout knows who wrote it: completion ids were sampled by the policy, observation ids were
+appended by the environment. Sampled ids are never decoded and encoded again.
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ class Hit:
 class Question:
     """A question with its accepted answers.
 
-    `supporting` holds one tuple per hop: the ids of the passages of which any one serves that hop; empty when unknown.
+    `supporting` holds one tuple per hop: the ids of the passages of which any one serves that hop; empty
+    when unknown.
 
     Example: Question(id="w1", text="Who guides the mentor of Kalo Miren?", golden_answers=("Dava Sul",),
                       supporting=(("p17",), ("p90", "p91")))
@@ -72,12 +73,16 @@ class Question:
 class Turn:
     """One completion of the policy and what the environment appended to it.
 
-    completion_ids / completion_logprobs: [C] sampled ids and their log-probabilities under the sampling distribution (nats).
+    completion_ids / completion_logprobs: [C] sampled ids and their log-probabilities under the sampling
+    distribution (nats).
     observation_ids: [O] ids the environment appended (empty on the last turn).
-    query: the plain text between the search tags (control tags removed), or None if the turn did not search.
-    query_span: [start, stop) offsets into completion_ids of the tokens strictly between the search tags; a token that
+    query: the plain text between the search tags (control tags removed), or None if the turn did not
+    search.
+    query_span: [start, stop) offsets into completion_ids of the tokens strictly between the search tags; a
+    token that
         straddles a tag boundary is outside. Empty (start == stop) when no token lies fully inside.
-    hits: what the retriever returned, best first. policy_version: optimiser step whose weights sampled this turn.
+    hits: what the retriever returned, best first. policy_version: optimiser step whose weights sampled this
+    turn.
     well_formed: the completion is thoughts and then exactly one closed search or answer, nothing else
         (search/reward.py, completion_is_well_formed).
     """
@@ -94,13 +99,15 @@ class Turn:
 
 @dataclass(frozen=True, kw_only=True)
 class Scores:
-    """What a rollout earned. `reward` is what GRPO sees; the others are its parts and diagnostics, all in [0, 1]."""
+    """What a rollout earned. `reward` is what GRPO sees; the others are its parts and diagnostics, all in
+    [0, 1]."""
 
     reward: float
     em: float
     f1: float
     format_valid: float
-    hop_hit_rate: float | None = None  # share of hops whose needed passage was retrieved; None when hops are unknown
+    # share of hops whose needed passage was retrieved; None when hops are unknown
+    hop_hit_rate: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,12 +150,13 @@ class RolloutGroup:
 class TrainingSample:
     """One rollout as the update sees it. L = len(ids), Q = number of query tokens.
 
-    ids: [L] int64, prompt and everything after it. loss_mask: [L] bool, True where the policy sampled the token.
-    rollout_logprobs: [L] float32, the engine's log-probability where loss_mask, else 0.
-    query_positions: [Q] int64, increasing positions in `ids` of search-query tokens; the logits at p-1 predict the token at p.
-    teacher_prompt_ids: the prompt with the hindsight block, or None when this sample is not distilled (no block, gated off).
-    later_prompts: where the block differs from turn to turn, (n, prompt): this one is read from the n-th query position on.
-    group: index of its question in the step. group_has_spread: the group's rewards differ, so GRPO has a gradient there.
+    ids: [L] int64, prompt and everything after it. loss_mask: [L] bool, True where the policy sampled the
+    token. rollout_logprobs: [L] float32, the engine's log-probability where loss_mask, else 0.
+    query_positions: [Q] int64, increasing positions in `ids` of search-query tokens; the logits at p-1
+    predict the token at p. teacher_prompt_ids: the prompt with the hindsight block, or None when this
+    sample is not distilled (no block, gated off). later_prompts: where the block differs from turn to turn,
+    (n, prompt): this one is read from the n-th query position on. group: index of its question in the step.
+    group_has_spread: the group's rewards differ, so GRPO has a gradient there.
     """
 
     ids: np.ndarray
@@ -169,14 +177,20 @@ class TrainingSample:
 
     @property
     def teacher_views(self) -> tuple[TeacherView, ...]:
-        """What the teacher reads of this sample, which must be distilled: one view for each of its prompts."""
+        """What the teacher reads of this sample, which must be distilled: one view for each of its
+        prompts."""
         starts = [0, *(start for start, _ in self.later_prompts)]
         prompts = [self.teacher_prompt_ids, *(prompt for _, prompt in self.later_prompts)]
-        parts = [self.query_positions[start:stop] for start, stop in zip(starts, [*starts[1:], len(self.query_positions)])]
+        parts = [
+            self.query_positions[start:stop]
+            for start, stop in zip(starts, [*starts[1:], len(self.query_positions)])
+        ]
         return tuple(
             TeacherView(
                 prompt_ids=prompt,
-                continuation=np.concatenate([np.array(prompt[-1:]), self.ids[self.prompt_length : int(positions[-1])]]),
+                continuation=np.concatenate(
+                    [np.array(prompt[-1:]), self.ids[self.prompt_length : int(positions[-1])]]
+                ),
                 offsets=positions - self.prompt_length,
             )
             for prompt, positions in zip(prompts, parts, strict=True)
@@ -187,8 +201,10 @@ class TrainingSample:
 class TeacherView:
     """One sequence of the teacher. C = len(continuation), Q = number of query tokens it scores.
 
-    continuation: [C] int64, what the teacher reads after all but the last token of its prompt: that token, then the rollout
-        verbatim up to the token before the last query token it scores. Its state at offset i predicts the rollout's token i.
+    continuation: [C] int64, what the teacher reads after all but the last token of its prompt: that token,
+    then the rollout
+        verbatim up to the token before the last query token it scores. Its state at offset i predicts the
+        rollout's token i.
     offsets: [Q] int64, increasing: the offsets whose states predict query tokens.
     """
 
@@ -202,18 +218,22 @@ class Microbatch:
     """Right-padded sequences of several samples and flat row lists into them; int64 / float32 numpy arrays.
 
     B sequences of padded length S; Bt teacher sequences of padded length St (Bt may be 0).
-    input_ids: [B, S]; lengths: [B]. row_index: [R] flat positions b * S + (p - 1) whose hidden state predicts a completion
-        token; targets, rollout_logprobs, advantages, row_weights: [R] (weights already hold the per-row part of the loss
-        aggregation, see packing.py).
-    The teacher reads each distinct prompt once: teacher_prompts: [U, Sp], all but the last token of a prompt;
-        teacher_prompt_lengths: [U]. Then each rollout as its continuation: teacher_ids: [Bt, St]; teacher_lengths: [Bt];
-        teacher_prompt_of: [Bt] which of the U it continues. teacher_rows: [Q] flat positions b * St + i in the continuations'
-        hidden states.
-    query_rows: [Q] increasing indices into the R rows, of the same tokens; query_weights: [Q] per-row weight (1 / tokens of the
+    input_ids: [B, S]; lengths: [B]. row_index: [R] flat positions b * S + (p - 1) whose hidden state
+    predicts a completion
+        token; targets, rollout_logprobs, advantages, row_weights: [R] (weights already hold the per-row
+        part of the loss aggregation, see packing.py).
+    The teacher reads each distinct prompt once: teacher_prompts: [U, Sp], all but the last token of a
+    prompt;
+        teacher_prompt_lengths: [U]. Then each rollout as its continuation: teacher_ids: [Bt, St];
+        teacher_lengths: [Bt]; teacher_prompt_of: [Bt] which of the U it continues. teacher_rows: [Q] flat
+        positions b * St + i in the continuations' hidden states.
+    query_rows: [Q] increasing indices into the R rows, of the same tokens; query_weights: [Q] per-row
+    weight (1 / tokens of the
         rollout's queries); query_in_spread: [Q] bool, the row's group has reward spread.
-    is_packed: sequences are read one after the other in one row, without their padding (algorithm/packed.py).
-    An empty microbatch has B = 1, S = 1 and R = Q = 0: it still runs, so that collectives stay aligned across ranks. For the
-    same reason a microbatch without query rows may carry a dummy teacher of one token (U = Sp = Bt = St = 1, Q = 0).
+    is_packed: sequences are read one after the other in one row, without their padding
+    (algorithm/packed.py). An empty microbatch has B = 1, S = 1 and R = Q = 0: it still runs, so that
+    collectives stay aligned across ranks. For the same reason a microbatch without query rows may carry a
+    dummy teacher of one token (U = Sp = Bt = St = 1, Q = 0).
     """
 
     input_ids: np.ndarray

@@ -1,4 +1,5 @@
-"""The door of `sd-search sft`: the trainer's own loop on stored episodes, by the likelihood of what the policy sampled in them.
+"""The door of `sd-search sft`: the trainer's own loop on stored episodes, by the likelihood of what the
+policy sampled in them.
 
     python -m megatron_sd.sft --model.path DIR --episodes EPISODES --run_dir RUN
 
@@ -31,7 +32,8 @@ def _train(argv: Sequence[str], stop: StopRequest) -> int:
     own, training = load(argv)
 
     def build(config: Config, world: World) -> Trainer:
-        from megatron_sd.build_sft import build_sft_trainer  # imports DeepSpeed, which must see join_world's device
+        # imports DeepSpeed, which must see join_world's device
+        from megatron_sd.build_sft import build_sft_trainer
 
         return build_sft_trainer(config, own, world)
 

@@ -64,7 +64,9 @@ class SftConfig:
     max_validation_episodes: int = 200  # whose loss is measured first, last, and every log.eval_every steps
     aggregation: Literal["token", "rollout"] = "token"
     seed: int = 0
-    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(learning_rate=1e-5, warmup_steps=10))
+    optimizer: OptimizerConfig = field(
+        default_factory=lambda: OptimizerConfig(learning_rate=1e-5, warmup_steps=10)
+    )
     update: UpdateConfig = field(default_factory=UpdateConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     safety: SafetyConfig = field(default_factory=SafetyConfig)
@@ -78,8 +80,8 @@ class SftConfig:
 
 
 def load(argv: Sequence[str]) -> tuple[SftConfig, Config]:
-    """What `sd-search sft` was asked for, and the training configuration it stands for. Raises ConfigError, and DataError for
-    episodes that are none."""
+    """What `sd-search sft` was asked for, and the training configuration it stands for. Raises ConfigError,
+    and DataError for episodes that are none."""
     own = parse(SftConfig, argv, "sd-search sft")
     check_sft(own)
     return own, _checked(own, training_config(own))
@@ -112,13 +114,15 @@ def check_sft(own: SftConfig) -> None:
 
 
 def training_config(own: SftConfig) -> Config:
-    """The trainer's configuration: episodes in the place of questions, likelihood in the place of the clipped loss, no teacher,
-    no reference policy. Raises DataError for a directory without episodes."""
+    """The trainer's configuration: episodes in the place of questions, likelihood in the place of the
+    clipped loss, no teacher, no reference policy. Raises DataError for a directory without episodes."""
     directory = Path(own.episodes)
     read_record(directory / EPISODES_NAME, "sd-search select")
     num_steps = own.num_steps
     if num_steps is None:
-        num_steps = math.ceil(own.num_epochs * len(StoredGroups(directory / TRAIN_NAME)) / own.episodes_per_step)
+        num_steps = math.ceil(
+            own.num_epochs * len(StoredGroups(directory / TRAIN_NAME)) / own.episodes_per_step
+        )
     return _as_training(own, num_steps)
 
 
@@ -136,7 +140,9 @@ def _as_training(own: SftConfig, num_steps: int) -> Config:
         num_steps=num_steps,
         seed=own.seed,
         rollout=RolloutConfig(questions_per_step=own.episodes_per_step, group_size=1),
-        policy_loss=PolicyLossConfig(objective="likelihood", advantage="one", kl_weight=0.0, aggregation=own.aggregation),
+        policy_loss=PolicyLossConfig(
+            objective="likelihood", advantage="one", kl_weight=0.0, aggregation=own.aggregation
+        ),
         distill=DistillConfig(block="none", measure_every=0),
         optimizer=own.optimizer,
         update=own.update,

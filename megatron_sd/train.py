@@ -19,14 +19,17 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Train one run. An error of ours, or of a disk, ends in one line on stderr: exit code 2 for a configuration error and 1
-    otherwise. A run that saved because it was asked to stop ends with 85: the same command goes on."""
+    """Train one run. An error of ours, or of a disk, ends in one line on stderr: exit code 2 for a
+    configuration error and 1 otherwise. A run that saved because it was asked to stop ends with 85: the
+    same command goes on."""
     return run_door(lambda stop: _train(argv, stop))
 
 
 def run_door(train: Callable[[StopRequest], int]) -> int:
     """The exit code of a training program, which is told of requests to stop."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S"
+    )
     stop = StopRequest.listen()  # before anything that takes its time
     return exit_code_of(lambda: train(stop))
 

@@ -1,4 +1,5 @@
-"""The story: one loop, four phases. Rollout, assemble, update, publish; every part is handed in by build.py."""
+"""The story: one loop, four phases. Rollout, assemble, update, publish; every part is handed in by
+build.py."""
 
 from __future__ import annotations
 
@@ -56,11 +57,13 @@ class Schedule:
 
 @dataclass(kw_only=True)
 class Trainer:
-    """Trains a policy by GRPO with hindsight self-distillation. All ranks run the same loop on the same groups."""
+    """Trains a policy by GRPO with hindsight self-distillation. All ranks run the same loop on the same
+    groups."""
 
     schedule: Schedule
     world: World
-    evaluation: Callable[[int], Mapping[str, float]] | None  # metrics of what is held out, by step; None: nothing is
+    # metrics of what is held out, by step; None: nothing is
+    evaluation: Callable[[int], Mapping[str, float]] | None
     sampling: SamplingOrder
     score: Callable[[Groups], list[RolloutGroup]]
     advantages: Advantages
@@ -90,14 +93,19 @@ class Trainer:
         self.resume()
         self.attempts.begin(self.step)
         if self.step >= self.schedule.num_steps and self.world.is_first:
-            logger.info("step %d of %d is reached: nothing is left to do; more by num_steps", self.step, self.schedule.num_steps)
+            logger.info(
+                "step %d of %d is reached: nothing is left to do; more by num_steps",
+                self.step,
+                self.schedule.num_steps,
+            )
         while self.step < self.schedule.num_steps or self.evaluation_is_due:
             try:
                 agree_to_stop(self.world)
                 self.evaluate() if self.evaluation_is_due else self.take_step()
             except RefusedStepError as error:  # this and the next are raised on every rank
                 self.recover(error)
-            except (StopRequested, RolloutError, ReshardError):  # the engine may be lost, what was trained is not
+            # the engine may be lost, what was trained is not
+            except (StopRequested, RolloutError, ReshardError):
                 self.save()
                 raise
         self.stability.refuse_to_end()
@@ -114,7 +122,8 @@ class Trainer:
             advantages = [self.advantages(group) for group in groups]
             batch = self.pack(self.to_samples(groups, advantages, self.teacher_prompts(groups, blocks)))
         with self.timers.phase("update"):
-            for weights in self.alpha.passes(self.step):  # one pass; three on a step that measures the gradient ratio
+            # one pass; three on a step that measures the gradient ratio
+            for weights in self.alpha.passes(self.step):
                 with self.work.on("update", len(batch.microbatches), "microbatches") as task:
                     for microbatch in batch:
                         agree_to_stop(self.world)
@@ -131,15 +140,24 @@ class Trainer:
         self.side_work(groups, shown(blocks))
 
     def gather(self, sample: Callable[[], list[RolloutGroup]]) -> list[RolloutGroup]:
-        """Every rank samples its share; every rank gets all groups, in question order, or the error of one."""
+        """Every rank samples its share; every rank gets all groups, in question order, or the error of
+        one."""
         return [group for part in together(self.world, sample) for group in part]
 
     def record(self, groups: Groups, blocks: Texts, batch: Batch, update: UpdateResult) -> None:
         """One line of metrics for the step that just ended."""
         metrics: dict[str, float] = {}
-        metrics |= rollout_metrics(groups) | lag_metrics(groups, self.step - 1) | block_metrics(groups, blocks) | update.metrics
+        metrics |= (
+            rollout_metrics(groups)
+            | lag_metrics(groups, self.step - 1)
+            | block_metrics(groups, blocks)
+            | update.metrics
+        )
         metrics |= {"optim/grad_norm": update.grad_norm, "optim/learning_rate": update.learning_rate}
-        metrics |= {"update/microbatches": len(batch.microbatches), "update/padding_share": padding_share(batch)}
+        metrics |= {
+            "update/microbatches": len(batch.microbatches),
+            "update/padding_share": padding_share(batch),
+        }
         metrics |= self.alpha.metrics() | self.timers.metrics() | memory_metrics()
         self.recorder.record(self.step, metrics)
 
@@ -148,7 +166,10 @@ class Trainer:
         if self.schedule.due(self.schedule.transcripts_every, self.step):
             self.recorder.transcripts(self.step, groups, blocks)
         self.evaluation_is_due = self.evaluation is not None and self.schedule.evaluation_is_due(self.step)
-        if self.schedule.due(self.schedule.checkpoint_every, self.step) and self.step < self.schedule.num_steps:
+        if (
+            self.schedule.due(self.schedule.checkpoint_every, self.step)
+            and self.step < self.schedule.num_steps
+        ):
             self.save()
 
     def evaluate(self) -> None:
@@ -158,7 +179,8 @@ class Trainer:
         self.evaluation_is_due = False
 
     def recover(self, error: RefusedStepError) -> None:
-        """The step was refused: go back to the last checkpoint, or pass its questions over, or give up and raise."""
+        """The step was refused: go back to the last checkpoint, or pass its questions over, or give up and
+        raise."""
         goes_back = self.stability.refused(self.step, error) and self.checkpoints.newest_step() is not None
         self.sampling.settle()
         if goes_back:
@@ -169,12 +191,18 @@ class Trainer:
             self.publisher.publish(self.policy, self.engine, self.step)
             self.recorder.record(self.step, {"optim/refused_steps": 1.0})
         if self.world.is_first:
-            logger.warning("%s; %s", error, f"back to step {self.step}" if goes_back else "its questions are passed over")
+            logger.warning(
+                "%s; %s", error, f"back to step {self.step}" if goes_back else "its questions are passed over"
+            )
 
     def save(self) -> None:
         """Commit a checkpoint of this step."""
         self.world.pulse.move("save")
-        state = {"alpha": self.alpha.state(), "stability": self.stability.state(), "evaluation_is_due": self.evaluation_is_due}
+        state = {
+            "alpha": self.alpha.state(),
+            "stability": self.stability.state(),
+            "evaluation_is_due": self.evaluation_is_due,
+        }
         self.checkpoints.save(self.policy, step=self.step, state=state)
 
     def resume(self) -> None:

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from megatron_sd.records import Hit, Passage, Question, Rollout, RolloutGroup, Scores, StopReason, Turn
 
 
-def question(number: int = 0, answers: Sequence[str] = ("gold",), supporting: Sequence[Sequence[str]] = ()) -> Question:
+def question(
+    number: int = 0, answers: Sequence[str] = ("gold",), supporting: Sequence[Sequence[str]] = ()
+) -> Question:
     return Question(
         id=f"q{number}",
         text=f"Question {number}?",
@@ -32,7 +34,8 @@ def rollout(
     answer: str | None = None,
     number: int = 0,
 ) -> Rollout:
-    """A rollout that searched for `queries` (three completion tokens a turn, the middle one the query) and then answered."""
+    """A rollout that searched for `queries` (three completion tokens a turn, the middle one the query) and
+    then answered."""
     turns = [
         Turn(
             completion_ids=(5, 10 + i, 6),

@@ -5,7 +5,9 @@ from __future__ import annotations
 from megatron_sd.records import Question, Rollout, RolloutGroup, Scores, StopReason, Turn
 
 
-def make_rollout(reward: float, *, index: int = 0, turns: tuple[Turn, ...] | None = None, failed: bool = False) -> Rollout:
+def make_rollout(
+    reward: float, *, index: int = 0, turns: tuple[Turn, ...] | None = None, failed: bool = False
+) -> Rollout:
     return Rollout(
         question_id="q",
         index=index,

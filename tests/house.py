@@ -1,4 +1,5 @@
-"""The house in figures: `python -m tests.house` prints, by room, how long files and functions are and how they are written.
+"""The house in figures: `python -m tests.house` prints, by room, how long files and functions are and how
+they are written.
 
 test_architecture.py holds the bounds; this shows how far from them the tree is.
 """
@@ -14,12 +15,16 @@ import numpy as np
 
 from tests.test_architecture import PACKAGES, ROOT, module_name, parse, sources, within
 
-HEAD = "files | lines | file med/p90/max | function med/p90/max | public names med/p90/max | width p90 | >100 | own #"
+HEAD = (
+    "files | lines | file med/p90/max | function med/p90/max | public names med/p90/max | width p90 | >100 |"
+    " own #"
+)
 
 
 @dataclass(frozen=True)
 class FileFigures:
-    """Of one file. functions: lines of each; public_names: at its top; widths: of its lines; comments: lines of their own."""
+    """Of one file. functions: lines of each; public_names: at its top; widths: of its lines; comments:
+    lines of their own."""
 
     name: str
     lines: int
@@ -34,7 +39,9 @@ def figures_of(path: Path) -> FileFigures:
     """Read one file."""
     lines, tree = path.read_text(encoding="utf-8").splitlines(), parse(path)
     functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
-    named = [node for node in tree.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)]
+    named = [
+        node for node in tree.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
+    ]
     public = [node for node in named if not node.name.startswith("_")]
     return FileFigures(
         name=module_name(path),
@@ -72,12 +79,16 @@ def spread(values: list[int]) -> str:
 def main() -> None:
     """Print the table."""
     files = [figures_of(path) for path in sources(*PACKAGES) if path.name != "__init__.py"]
-    rooms = sorted({".".join(file.name.split(".")[: 2 if within(file.name, "megatron_sd") else 1]) for file in files})
+    rooms = sorted(
+        {".".join(file.name.split(".")[: 2 if within(file.name, "megatron_sd") else 1]) for file in files}
+    )
     print(f"room | {HEAD}")
     print(f"all | {row(files)}")
     for room in rooms:
         print(f"{room} | {row([file for file in files if within(file.name, room)])}")
-    repeated = {name for name, count in Counter(name for file in files for name in file.classes).items() if count > 1}
+    repeated = {
+        name for name, count in Counter(name for file in files for name in file.classes).items() if count > 1
+    }
     num_classes = sum(len(file.classes) for file in files)
     tests = [figures_of(path) for path in sources("tests")]
     print(f"tests | {row(tests)}")

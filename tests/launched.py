@@ -30,7 +30,14 @@ def outcomes_on(num_ranks: int, orders: Mapping[str, dict], directory: Path) -> 
     """By the order's name: what each rank made of it. All orders run in one launch."""
     work = [{**fields, "output": str(directory / name)} for name, fields in orders.items()]
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(num_ranks)]
-    command = [*launcher, "--master_port", str(free_port()), "--module", "tests.rank_programs.update_steps", json.dumps(work)]
+    command = [
+        *launcher,
+        "--master_port",
+        str(free_port()),
+        "--module",
+        "tests.rank_programs.update_steps",
+        json.dumps(work),
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=LIMIT_S)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]

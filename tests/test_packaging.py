@@ -23,7 +23,9 @@ def wheel(tmp_path_factory):
         if path.is_file() and relative.parts[0] not in ignored and "__pycache__" not in relative.parts:
             (source / relative).parent.mkdir(parents=True, exist_ok=True)
             (source / relative).symlink_to(path)
-    done = subprocess.run([sys.executable, "-c", build, str(out)], cwd=source, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", build, str(out)], cwd=source, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     (path,) = out.glob("*.whl")
     return zipfile.ZipFile(path)
@@ -33,7 +35,9 @@ def test_wheel_holds_the_packages_and_their_data(wheel):
     names = set(wheel.namelist())
     for package in ("megatron_sd", "data_prep", "eval", "launch"):
         for path in (ROOT / package).rglob("*"):
-            is_source = path.suffix in (".py", ".yaml", ".sbatch", ".css") or path.parent.name == "coldstart_model"
+            is_source = (
+                path.suffix in (".py", ".yaml", ".sbatch", ".css") or path.parent.name == "coldstart_model"
+            )
             if path.is_file() and is_source and "__pycache__" not in path.parts:
                 assert path.relative_to(ROOT).as_posix() in names
     tops = {name.split("/")[0] for name in names}
@@ -43,7 +47,9 @@ def test_wheel_holds_the_packages_and_their_data(wheel):
 def test_wheel_declares_command_licence_and_extras(wheel):
     meta = wheel.read("megatron_sd-0.1.0.dist-info/METADATA").decode()
     assert re.search(r"^License(-Expression)?: Apache-2.0$", meta, re.M)
-    assert "sd-search = launch.cli:main" in wheel.read("megatron_sd-0.1.0.dist-info/entry_points.txt").decode()
+    assert (
+        "sd-search = launch.cli:main" in wheel.read("megatron_sd-0.1.0.dist-info/entry_points.txt").decode()
+    )
     extras = set(re.findall(r"^Provides-Extra: (\S+)", meta, re.M))
     assert {"vllm", "retriever-gpu-cu12", "retriever-gpu-cu13", "dev"} <= extras
     base = {name.lower() for name in re.findall(r"^Requires-Dist: ([\w-]+)(?!.*extra ==)", meta, re.M)}
@@ -52,5 +58,7 @@ def test_wheel_declares_command_licence_and_extras(wheel):
 
 def test_every_make_target_expands():
     for target in ("demo", "test", "bench", "lint", "wheel"):
-        done = subprocess.run(["make", "--dry-run", target], cwd=ROOT, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            ["make", "--dry-run", target], cwd=ROOT, capture_output=True, text=True, check=False
+        )
         assert done.returncode == 0, done.stderr

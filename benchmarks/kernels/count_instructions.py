@@ -2,10 +2,10 @@
 
     python -m benchmarks.kernels.count_instructions [--arch 90a] [--tools FOLDER]
 
-Needs nvcc; for the loops also cuobjdump and nvdisasm, in PATH or in FOLDER (NVIDIA's toolkit has them, and so has triton's wheel
-under triton/backends/nvidia/bin). A loop is a backward branch without another inside; straight runs between branches are shown
-apart, because a loop may hold several ways of which a vector takes one. MUFU are the instructions of the special function
-unit, one of which takes as long as eight others.
+Needs nvcc; for the loops also cuobjdump and nvdisasm, in PATH or in FOLDER (NVIDIA's toolkit has them, and
+so has triton's wheel under triton/backends/nvidia/bin). A loop is a backward branch without another inside;
+straight runs between branches are shown apart, because a loop may hold several ways of which a vector takes
+one. MUFU are the instructions of the special function unit, one of which takes as long as eight others.
 """
 
 from __future__ import annotations
@@ -37,7 +37,16 @@ class KernelSize:
 
 def compile_for(arch: str, out: Path, nvcc: str = "nvcc") -> list[KernelSize]:
     """Compile the kernels for one architecture into the cubin `out`. Raises CalledProcessError."""
-    command = [nvcc, "-std=c++17", "-O3", f"-arch=sm_{arch}", "-Xptxas=-v", "-cubin", '-DMEGATRON_SD_CUDA_ARCHS=""', str(SOURCE)]
+    command = [
+        nvcc,
+        "-std=c++17",
+        "-O3",
+        f"-arch=sm_{arch}",
+        "-Xptxas=-v",
+        "-cubin",
+        '-DMEGATRON_SD_CUDA_ARCHS=""',
+        str(SOURCE),
+    ]
     done = subprocess.run([*command, "-o", str(out)], capture_output=True, text=True, check=True)
     return list(kernel_sizes(done.stderr))
 
@@ -59,7 +68,11 @@ def loops(sass: str) -> Iterator[list[list[str]]]:
     """The innermost loops of one kernel's disassembly, each as its straight runs."""
     code = [(int(found[1], 16), found[2]) for found in map(INSTRUCTION.match, sass.splitlines()) if found]
     targets = {int(found[1], 16) for _, text in code if (found := BRANCH.search(text))}
-    backward = [(int(found[1], 16), at) for at, text in code if (found := BRANCH.search(text)) and int(found[1], 16) < at]
+    backward = [
+        (int(found[1], 16), at)
+        for at, text in code
+        if (found := BRANCH.search(text)) and int(found[1], 16) < at
+    ]
     for start, end in backward:
         if any(start <= other_start and other_end <= end and (other_start, other_end) != (start, end)
                for other_start, other_end in backward):  # fmt: skip
@@ -85,12 +98,16 @@ def describe(run: list[str], entries: int) -> str:
 def _name(entry: re.Match) -> str:
     letters = {"f": "fp32", "t": "bf16"}
     kind = entry[2] or entry[4] or ""
-    return " ".join([entry[1], *(letters[letter] for letter in kind), *(["difference"] if entry[3] == "1" else [])])
+    return " ".join(
+        [entry[1], *(letters[letter] for letter in kind), *(["difference"] if entry[3] == "1" else [])]
+    )
 
 
 def main() -> None:
     """Compile and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--arch", default="90a")
     parser.add_argument("--tools", type=Path)
     options = parser.parse_args()
@@ -98,10 +115,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "jsd.cubin"
         for size in compile_for(options.arch, cubin):
-            print(f"sm_{options.arch}  {size.name:<42} {size.registers:3} registers, {size.spill_bytes} bytes spilled")
+            print(
+                f"sm_{options.arch}  {size.name:<42} {size.registers:3} registers, {size.spill_bytes} bytes"
+                " spilled"
+            )
         if not cuobjdump:
             raise SystemExit("no cuobjdump: the loops are not counted (--tools FOLDER)")
-        sass = subprocess.run([cuobjdump, "-sass", str(cubin)], capture_output=True, text=True, check=True).stdout
+        sass = subprocess.run(
+            [cuobjdump, "-sass", str(cubin)], capture_output=True, text=True, check=True
+        ).stdout
     for kernel in sass.split("Function : ")[1:]:
         entry = ENTRY.search(f"Compiling entry function '{kernel.splitlines()[0]}")
         name = _name(entry) if entry else kernel.splitlines()[0]

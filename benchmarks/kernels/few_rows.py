@@ -1,8 +1,10 @@
-"""The product of few rows with a large matrix: ours against torch's linear and against oneDNN's, float32 on the CPU.
+"""The product of few rows with a large matrix: ours against torch's linear and against oneDNN's, float32 on
+the CPU.
 
     python -m benchmarks.kernels.few_rows [--threads N] [--json FILE]
 
-Shapes are the language model head, the widening and the narrowing layer of Qwen2.5-0.5B. All three run in turn; medians.
+Shapes are the language model head, the widening and the narrowing layer of Qwen2.5-0.5B. All three run in
+turn; medians.
 """
 
 from __future__ import annotations
@@ -37,7 +39,9 @@ def medians(sides: Sequence[Callable[[], torch.Tensor]]) -> list[float]:
 @torch.inference_mode()
 def main() -> None:
     """Measure and report."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", type=Path, help="merge the figures into this file")
     arguments = parser.parse_args()
@@ -55,7 +59,9 @@ def main() -> None:
                 ]
             )
             comparisons += [
-                Comparison(name=f"{name}, {num_rows} rows", ours=ours, theirs=theirs, unit="ms", against=against)
+                Comparison(
+                    name=f"{name}, {num_rows} rows", ours=ours, theirs=theirs, unit="ms", against=against
+                )
                 for against, theirs in (("torch", linear), ("oneDNN", onednn))
             ]
     report(f"few_rows, {arguments.threads} threads", comparisons, arguments.json)

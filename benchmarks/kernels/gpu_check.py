@@ -2,9 +2,10 @@
 
     python -m benchmarks.kernels.gpu_check [--json FILE] [--rounds 10] [--no-compile]
 
-Needs a CUDA device, nvcc, a C++ compiler, and Python with torch, numpy and setuptools; pytest and Liger-Kernel are used where
-installed, compute-sanitizer where it is in PATH or beside nvcc. Builds the libraries, runs tests/ops/test_jsd_cuda.py, looks for
-memory errors and races on small shapes, measures this card's floors, and then the kernels against them and against peers.
+Needs a CUDA device, nvcc, a C++ compiler, and Python with torch, numpy and setuptools; pytest and
+Liger-Kernel are used where installed, compute-sanitizer where it is in PATH or beside nvcc. Builds the
+libraries, runs tests/ops/test_jsd_cuda.py, looks for memory errors and races on small shapes, measures this
+card's floors, and then the kernels against them and against peers.
 """
 
 from __future__ import annotations
@@ -37,7 +38,11 @@ def missing() -> str:
 
 def nvcc() -> str | None:
     """Its path."""
-    places = [os.environ.get("CUDA_HOME", "") + "/bin/nvcc", shutil.which("nvcc") or "", "/usr/local/cuda/bin/nvcc"]
+    places = [
+        os.environ.get("CUDA_HOME", "") + "/bin/nvcc",
+        shutil.which("nvcc") or "",
+        "/usr/local/cuda/bin/nvcc",
+    ]
     return next((place for place in places if os.access(place, os.X_OK)), None)
 
 
@@ -54,7 +59,11 @@ def run(title: str, command: list[str], **environment: str) -> int:
     print(f"== {title}", flush=True)
     started = time.monotonic()
     status = subprocess.run(command, cwd=ROOT, env=os.environ | environment, check=False).returncode
-    print(f"   {'passed' if status == 0 else f'FAILED with status {status}'} in {time.monotonic() - started:.0f} s", flush=True)
+    print(
+        f"   {'passed' if status == 0 else f'FAILED with status {status}'} in"
+        f" {time.monotonic() - started:.0f} s",
+        flush=True,
+    )
     return status
 
 
@@ -68,7 +77,9 @@ def check() -> dict[str, int | str]:
     """Build, test, sanitize. A step's exit status, or why it was left out."""
     build = [sys.executable, "setup.py", "build_ext", "--inplace"]
     results: dict[str, int | str] = {}
-    results["build"] = run(f"build for sm_{architecture()}", build, MEGATRON_SD_CUDA="1", MEGATRON_SD_CUDA_ARCHS=architecture())
+    results["build"] = run(
+        f"build for sm_{architecture()}", build, MEGATRON_SD_CUDA="1", MEGATRON_SD_CUDA_ARCHS=architecture()
+    )
     if importlib.util.find_spec("pytest") is None:
         print("== tests: pytest is not installed, so they do not run")
         return results | {"tests": "no pytest"}
@@ -76,7 +87,17 @@ def check() -> dict[str, int | str]:
     results["tests"] = run("tests", tests)
     if tool := sanitizer():
         for kind in ("memcheck", "racecheck"):
-            command = [tool, "--tool", kind, "--error-exitcode", "9", *tests, "-x", "-k", f"({SMALL}) and not 1200000"]
+            command = [
+                tool,
+                "--tool",
+                kind,
+                "--error-exitcode",
+                "9",
+                *tests,
+                "-x",
+                "-k",
+                f"({SMALL}) and not 1200000",
+            ]
             results[kind] = run(kind, command, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
     else:
         print("== memcheck, racecheck: no compute-sanitizer, so they do not run")
@@ -105,7 +126,9 @@ def machine() -> dict[str, str]:
     from megatron_sd.ops import build_info
 
     info = build_info()
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False)
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     return {
         "card": torch.cuda.get_device_name(),
         "torch": torch.__version__,
@@ -118,7 +141,9 @@ def machine() -> dict[str, str]:
 
 def main() -> None:
     """Exit status 1 if a step failed, 2 if this machine cannot run them."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", type=Path, default=ROOT / "runs/gpu_check.json")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--no-compile", action="store_true")

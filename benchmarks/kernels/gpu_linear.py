@@ -1,6 +1,8 @@
-"""The head and the divergence together on a GPU: linear_jsd against TRL's formula on whole logits, and Liger-Kernel's.
+"""The head and the divergence together on a GPU: linear_jsd against TRL's formula on whole logits, and
+Liger-Kernel's.
 
-The floor is that of four products (student's logits, teacher's, the rows' gradient, the head's): 8 N H V operations.
+The floor is that of four products (student's logits, teacher's, the rows' gradient, the head's): 8 N H V
+operations.
 """
 
 from __future__ import annotations
@@ -32,7 +34,12 @@ def fused(hidden: Tensor, teacher: Tensor, weight: Tensor) -> Callable[[], objec
 
     def run() -> object:
         values = linear_jsd(
-            hidden, teacher, (weight, None), rows, row_loss=lambda found, *_: found.divergences.sum(), options=options
+            hidden,
+            teacher,
+            (weight, None),
+            rows,
+            row_loss=lambda found, *_: found.divergences.sum(),
+            options=options,
         )
         return torch.autograd.grad(values.loss, (hidden, weight))
 
@@ -65,9 +72,13 @@ def measure(matmul_flops_a_ms: float, *, rounds: int) -> list[dict]:
     figures = []
     for width in WIDTHS:
         for num_rows in NUM_ROWS:
-            hidden, teacher = (torch.randn(num_rows, width, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+            hidden, teacher = (
+                torch.randn(num_rows, width, dtype=torch.bfloat16, device="cuda") for _ in range(2)
+            )
             hidden, teacher = hidden.requires_grad_(), hidden.detach() + 0.05 * teacher
-            weight = (torch.randn(VOCABULARY, width, dtype=torch.bfloat16, device="cuda") / width**0.5).requires_grad_()
+            weight = (
+                torch.randn(VOCABULARY, width, dtype=torch.bfloat16, device="cuda") / width**0.5
+            ).requires_grad_()
             variants = {"eager": unfused(trl_formula, hidden, teacher, weight)}
             variants["eager, upcast"] = unfused(upcast_formula, hidden, teacher, weight)
             try:
@@ -80,8 +91,8 @@ def measure(matmul_flops_a_ms: float, *, rounds: int) -> list[dict]:
             for variant, ms in median_ms(variants, rounds=rounds).items():
                 peak = peak_mib(variants[variant])
                 print(
-                    f"  H={width} N={num_rows:<5} {variant:<17} {ms:8.2f} ms  {floor_ms / ms:5.1%} of the floor  "
-                    f"extra {peak:7.0f} MiB",
+                    f"  H={width} N={num_rows:<5} {variant:<17} {ms:8.2f} ms  {floor_ms / ms:5.1%} of the"
+                    f" floor  extra {peak:7.0f} MiB",
                     flush=True,
                 )
                 figures.append({

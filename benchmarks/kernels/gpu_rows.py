@@ -1,4 +1,5 @@
-"""The divergence of rows on a GPU: native against TRL's formula, eager and compiled, and Liger-Kernel where it is installed.
+"""The divergence of rows on a GPU: native against TRL's formula, eager and compiled, and Liger-Kernel where
+it is installed.
 
 Floors count what must move: each logit once in, each gradient once out.
 """
@@ -17,7 +18,8 @@ from megatron_sd.ops.native import calls
 
 VOCABULARY, BETA = 151_936, 0.5
 NUM_ROWS = (512, 1024, 2048, 4096, 8192)
-KINDS = {  # (student dtype, teacher dtype, the teacher's matrix holds differences, gradient dtype): bytes an entry
+# (student dtype, teacher dtype, the teacher's matrix holds differences, gradient dtype): bytes an entry
+KINDS = {
     "bf16": (torch.bfloat16, torch.bfloat16, False, torch.bfloat16),
     "fp32": (torch.float32, torch.float32, False, torch.float32),
     "fp32, bf16 gradient": (torch.float32, torch.float32, False, torch.bfloat16),
@@ -43,12 +45,15 @@ def upcast_formula(student: Tensor, teacher: Tensor, divergence: str) -> Tensor:
 
 
 def liger_formula() -> Callable[[Tensor, Tensor, str], Tensor] | None:
-    """Liger-Kernel's JSD on log-probabilities, None where it is not installed. Its betas 0 and 1 are the KL divergences."""
+    """Liger-Kernel's JSD on log-probabilities, None where it is not installed. Its betas 0 and 1 are the KL
+    divergences."""
     try:
         from liger_kernel.transformers import LigerJSD
     except ImportError:
         return None
-    losses = {name: LigerJSD(beta=beta) for name, beta in (("jsd", BETA), ("forward_kl", 0.0), ("reverse_kl", 1.0))}
+    losses = {
+        name: LigerJSD(beta=beta) for name, beta in (("jsd", BETA), ("forward_kl", 0.0), ("reverse_kl", 1.0))
+    }
 
     def formula(student: Tensor, teacher: Tensor, divergence: str) -> Tensor:
         log_q, log_p = F.log_softmax(student.float(), -1), F.log_softmax(teacher.float(), -1)
@@ -75,7 +80,9 @@ def native(pair: tuple[Tensor, Tensor], kind: tuple, divergence: str) -> Callabl
     )
 
 
-def forward_and_backward(formula: Callable, pair: tuple[Tensor, Tensor], divergence: str) -> Callable[[], object]:
+def forward_and_backward(
+    formula: Callable, pair: tuple[Tensor, Tensor], divergence: str
+) -> Callable[[], object]:
     """What autograd makes of a formula."""
     student, teacher = pair[0].detach().requires_grad_(), pair[1]
     return lambda: torch.autograd.grad(formula(student, teacher, divergence), student)
@@ -108,8 +115,12 @@ def measure(copy_bytes_a_ms: float, *, rounds: int, compiled: bool) -> list[dict
             for num_rows in NUM_ROWS if name == "bf16" or divergence == "jsd" else (4096,):
                 pair = pair_of(kind, num_rows)
                 variants = {"native": native(pair, kind, divergence)}
-                if num_rows == 2048 and name in ("bf16", "fp32"):  # the peers' memory allows no more on every card
-                    variants |= {peer: forward_and_backward(formula, pair, divergence) for peer, formula in peers.items()}
+                # the peers' memory allows no more on every card
+                if num_rows == 2048 and name in ("bf16", "fp32"):
+                    variants |= {
+                        peer: forward_and_backward(formula, pair, divergence)
+                        for peer, formula in peers.items()
+                    }
                 floor_ms = num_rows * VOCABULARY * bytes_an_entry(kind) / copy_bytes_a_ms
                 for variant, ms in median_ms(variants, rounds=rounds).items():
                     peak = peak_mib(variants[variant])

@@ -9,8 +9,8 @@ import torch
 
 
 def median_ms(variants: dict[str, Callable[[], object]], *, rounds: int) -> dict[str, float]:
-    """Device time of each variant in milliseconds, the median over rounds in which every variant runs once. One that does not
-    fit into memory is left out, with a line that says so."""
+    """Device time of each variant in milliseconds, the median over rounds in which every variant runs once.
+    One that does not fit into memory is left out, with a line that says so."""
     times: dict[str, list[float]] = {}
     for name, run in variants.items():  # warm up: allocator, compilation
         try:

@@ -1,4 +1,5 @@
-"""Other ways from hidden states to the losses than ops/head/one_pass.py: whole logits; chunks that the backward recomputes."""
+"""Other ways from hidden states to the losses than ops/head/one_pass.py: whole logits; chunks that the
+backward recomputes."""
 
 from __future__ import annotations
 
@@ -15,25 +16,40 @@ from megatron_sd.ops.jsd import jsd_rows
 def whole_logits(
     hidden: Tensor, teacher_hidden: Tensor, weight: Tensor, targets: Tensor, query_rows: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """(logprobs [R], JSD [Q]) as usually written: [R, V] logits in float32, TRL's generalised JSD at beta 0.5."""
+    """(logprobs [R], JSD [Q]) as usually written: [R, V] logits in float32, TRL's generalised JSD at beta
+    0.5."""
     log_q = torch.log_softmax(F.linear(hidden, weight).float(), -1)
     with torch.no_grad():
         log_p = torch.log_softmax(F.linear(teacher_hidden, weight).float(), -1)
     own = log_q[query_rows]
     mixture = torch.logsumexp(torch.stack([own + math.log(0.5), log_p + math.log(0.5)]), 0)
-    to_teacher, to_student = (F.kl_div(mixture, side, reduction="none", log_target=True).sum(-1) for side in (log_p, own))
+    to_teacher, to_student = (
+        F.kl_div(mixture, side, reduction="none", log_target=True).sum(-1) for side in (log_p, own)
+    )
     return log_q.gather(-1, targets[:, None])[:, 0], 0.5 * (to_teacher + to_student)
 
 
 def checkpointed(  # noqa: PLR0913, PLR0917 (as whole_logits, and the chunk)
-    hidden: Tensor, teacher_hidden: Tensor, weight: Tensor, targets: Tensor, query_rows: Tensor, chunk_rows: int
+    hidden: Tensor,
+    teacher_hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    query_rows: Tensor,
+    chunk_rows: int,
 ) -> tuple[Tensor, Tensor]:
-    """The same in chunks of rows, each recomputed in the backward (when there is more than one): this library's former head."""
+    """The same in chunks of rows, each recomputed in the backward (when there is more than one): this
+    library's former head."""
     parts = []
     for start in range(0, len(hidden), chunk_rows):
         first, last = torch.searchsorted(query_rows, torch.tensor([start, start + chunk_rows])).tolist()
         rows = slice(start, start + chunk_rows)
-        arguments = hidden[rows], teacher_hidden[first:last], weight, targets[rows], query_rows[first:last] - start
+        arguments = (
+            hidden[rows],
+            teacher_hidden[first:last],
+            weight,
+            targets[rows],
+            query_rows[first:last] - start,
+        )
         if len(hidden) > chunk_rows:
             parts.append(checkpoint(_chunk, *arguments, use_reentrant=False, preserve_rng_state=False))
         else:
@@ -41,7 +57,9 @@ def checkpointed(  # noqa: PLR0913, PLR0917 (as whole_logits, and the chunk)
     return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
 
-def _chunk(hidden: Tensor, teacher_hidden: Tensor, weight: Tensor, targets: Tensor, query_rows: Tensor) -> tuple[Tensor, Tensor]:
+def _chunk(
+    hidden: Tensor, teacher_hidden: Tensor, weight: Tensor, targets: Tensor, query_rows: Tensor
+) -> tuple[Tensor, Tensor]:
     logits = F.linear(hidden, weight).float()
     logprobs = _TargetLogprobs.apply(logits / 1.0, targets)[0]
     with torch.no_grad():
@@ -49,7 +67,9 @@ def _chunk(hidden: Tensor, teacher_hidden: Tensor, weight: Tensor, targets: Tens
         _entropy(teacher)
     every = torch.arange(len(query_rows))
     ones = torch.ones(len(query_rows))
-    return logprobs, jsd_rows(logits, teacher, query_rows, every, ones, divergence="jsd", beta=0.5, temperature=1.0).values
+    return logprobs, jsd_rows(
+        logits, teacher, query_rows, every, ones, divergence="jsd", beta=0.5, temperature=1.0
+    ).values
 
 
 def _entropy(logits: Tensor) -> Tensor:

@@ -1,11 +1,13 @@
-"""The divergence of 64 rows over 151,936 entries, forward and backward: native code against eager and compiled torch, in turn.
+"""The divergence of 64 rows over 151,936 entries, forward and backward: native code against eager and
+compiled torch, in turn.
 
     python -m benchmarks.kernels.jsd [--json FILE] [--rounds 3] [--no-compile]
 
-The peer is TRL's generalised JSD formula (log_softmax of both, the mixture by logsumexp, two kl_div with log targets), in the
-logits' bfloat16 and upcast to float32, eager and, where there is a C++ compiler, through torch.compile (a minute more). Times are
-process CPU time, medians over rounds in which every variant runs once. "extra" is the peak of resident memory over what was there
-before, sampled every millisecond. The figures that this operation has to reach are printed as met or not met.
+The peer is TRL's generalised JSD formula (log_softmax of both, the mixture by logsumexp, two kl_div with
+log targets), in the logits' bfloat16 and upcast to float32, eager and, where there is a C++ compiler,
+through torch.compile (a minute more). Times are process CPU time, medians over rounds in which every
+variant runs once. "extra" is the peak of resident memory over what was there before, sampled every
+millisecond. The figures that this operation has to reach are printed as met or not met.
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ from megatron_sd.ops import build_info
 from megatron_sd.ops.jsd import jsd_rows
 
 NUM_ROWS, VOCABULARY, BETA = 64, 151_936, 0.5
-# Times that the native code in bfloat16 has to be faster than its peers, and MiB a thread that it may take beside the gradient.
+# Times that the native code in bfloat16 has to be faster than its peers, and MiB a thread that it may take
+# beside the gradient.
 REQUIRED_RATIOS = {"eager, bf16": 20.0, "eager, upcast": 40.0, "compiled, upcast": 10.0}
 ALLOWED_MIB_A_THREAD = 1.0
 
@@ -100,7 +103,8 @@ def main() -> None:
     for loss, kind in variants.values():  # warm up
         cpu_seconds(loss, *inputs[kind])
     memory = {
-        name: extra_mib(lambda loss=loss, kind=kind: cpu_seconds(loss, *inputs[kind])) for name, (loss, kind) in variants.items()
+        name: extra_mib(lambda loss=loss, kind=kind: cpu_seconds(loss, *inputs[kind]))
+        for name, (loss, kind) in variants.items()
     }
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(options.rounds):
@@ -112,11 +116,17 @@ def main() -> None:
         with torch.no_grad():
             error = loss(*inputs[kind]).item() / exact - 1
         print(
-            f"{name:<18} {median[name] * 1e3:8.1f} ms CPU (least {min(seconds[name]) * 1e3:.1f})  extra {memory[name]:6.0f} MiB  "
-            f"value off by {error:+.1e}"
+            f"{name:<18} {median[name] * 1e3:8.1f} ms CPU (least {min(seconds[name]) * 1e3:.1f})  extra"
+            f" {memory[name]:6.0f} MiB  value off by {error:+.1e}"
         )
     comparisons = [
-        Comparison(name=f"JSD, {ours}", ours=median[ours] * 1e3, theirs=median[theirs] * 1e3, unit="ms CPU", against=theirs)
+        Comparison(
+            name=f"JSD, {ours}",
+            ours=median[ours] * 1e3,
+            theirs=median[theirs] * 1e3,
+            unit="ms CPU",
+            against=theirs,
+        )
         for ours, peers in (
             ("native, bf16", ("eager, bf16", "eager, upcast", "compiled, bf16", "compiled, upcast")),
             ("native, fp32", ("eager, fp32", "reference, fp32")),
@@ -135,7 +145,10 @@ def print_verdicts(seconds: dict[str, float], memory: dict[str, float]) -> None:
             print(f"not measured: >= {required:g}x against {peer}")
             continue
         ratio = seconds[peer] / seconds["native, bf16"]
-        print(f"{'met' if ratio >= required else 'NOT met'}: >= {required:g}x against {peer} (found {ratio:.1f}x)")
+        print(
+            f"{'met' if ratio >= required else 'NOT met'}: >= {required:g}x against {peer} (found"
+            f" {ratio:.1f}x)"
+        )
     gradient = NUM_ROWS * VOCABULARY * 2 / 2**20
     beside = memory["native, bf16"] - gradient
     allowed = ALLOWED_MIB_A_THREAD * torch.get_num_threads()

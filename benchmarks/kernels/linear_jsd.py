@@ -1,11 +1,13 @@
-"""From hidden states to the gradients of GRPO and L_SD: the fused head against whole logits, and against recomputed chunks.
+"""From hidden states to the gradients of GRPO and L_SD: the fused head against whole logits, and against
+recomputed chunks.
 
     python -m benchmarks.kernels.linear_jsd [--json FILE] [--rounds 3] [--dtype float32|bfloat16]
 
-Two shapes: a vocabulary of 151,936 in four chunks, and the demo's (623 entries, one chunk); 5 % and 12 % query rows. Times are
-process CPU time of forward and backward, medians over rounds in which every variant runs once. "values, then gradients" is what
-a design costs whose backward recomputes the logits. "extra" is the peak of resident memory over what was there before; the
-gradients of hidden rows and weight are in it. Gradients are compared before anything is timed.
+Two shapes: a vocabulary of 151,936 in four chunks, and the demo's (623 entries, one chunk); 5 % and 12 %
+query rows. Times are process CPU time of forward and backward, medians over rounds in which every variant
+runs once. "values, then gradients" is what a design costs whose backward recomputes the logits. "extra" is
+the peak of resident memory over what was there before; the gradients of hidden rows and weight are in it.
+Gradients are compared before anything is timed.
 """
 
 from __future__ import annotations
@@ -70,7 +72,9 @@ def make_inputs(shape: Shape, dtype: torch.dtype) -> Inputs:
     teacher = hidden[queries] + 0.1 * draw(shape.queries, shape.width)
     weight = draw(shape.vocabulary, shape.width).mul_(3 / shape.width**0.5)
     rows = HeadRows(
-        torch.randint(0, shape.vocabulary, (shape.rows,), generator=generator), torch.from_numpy(queries), queries
+        torch.randint(0, shape.vocabulary, (shape.rows,), generator=generator),
+        torch.from_numpy(queries),
+        queries,
     )
     with torch.no_grad():
         logprobs, _ = checkpointed(hidden, teacher, weight, rows.targets, rows.query_rows, shape.chunk_rows)
@@ -96,7 +100,9 @@ def fused(inputs: Inputs, shape: Shape) -> Tensor:
         return loss_of(inputs, values.logprobs, values.divergences, rows)
 
     head = inputs.weight, None
-    return linear_jsd(inputs.hidden, inputs.teacher, head, inputs.rows, row_loss=row_loss, options=options).loss
+    return linear_jsd(
+        inputs.hidden, inputs.teacher, head, inputs.rows, row_loss=row_loss, options=options
+    ).loss
 
 
 def values_then_gradients(inputs: Inputs, shape: Shape) -> Tensor:
@@ -109,14 +115,18 @@ def values_then_gradients(inputs: Inputs, shape: Shape) -> Tensor:
 def recomputing(inputs: Inputs, shape: Shape) -> Tensor:
     """Chunks under torch's checkpoint."""
     rows = inputs.rows
-    values = checkpointed(inputs.hidden, inputs.teacher, inputs.weight, rows.targets, rows.query_rows, shape.chunk_rows)
+    values = checkpointed(
+        inputs.hidden, inputs.teacher, inputs.weight, rows.targets, rows.query_rows, shape.chunk_rows
+    )
     return loss_of(inputs, *values)
 
 
 def whole(inputs: Inputs, _: Shape) -> Tensor:
     """All logits at once."""
     rows = inputs.rows
-    return loss_of(inputs, *whole_logits(inputs.hidden, inputs.teacher, inputs.weight, rows.targets, rows.query_rows))
+    return loss_of(
+        inputs, *whole_logits(inputs.hidden, inputs.teacher, inputs.weight, rows.targets, rows.query_rows)
+    )
 
 
 VARIANTS = {
@@ -140,8 +150,14 @@ def compare(shape: Shape, dtype: torch.dtype, num_rounds: int) -> list[Compariso
     inputs = make_inputs(shape, dtype)
     expected = run(whole, inputs, shape)
     for name, loss in VARIANTS.items():
-        errors = [((a - b).norm() / b.norm()).item() for a, b in zip(run(loss, inputs, shape), expected, strict=True)]
-        print(f"{shape.name}, {name:<23} gradients off whole logits' by {errors[0]:.1e} (hidden), {errors[1]:.1e} (weight)")
+        errors = [
+            ((a - b).norm() / b.norm()).item()
+            for a, b in zip(run(loss, inputs, shape), expected, strict=True)
+        ]
+        print(
+            f"{shape.name}, {name:<23} gradients off whole logits' by {errors[0]:.1e} (hidden),"
+            f" {errors[1]:.1e} (weight)"
+        )
     del expected
     memory = {name: extra_mib(lambda loss=loss: run(loss, inputs, shape)) for name, loss in VARIANTS.items()}
     seconds: dict[str, list[float]] = {name: [] for name in VARIANTS}
@@ -154,10 +170,15 @@ def compare(shape: Shape, dtype: torch.dtype, num_rounds: int) -> list[Compariso
     median = {name: statistics.median(times) for name, times in seconds.items()}
     for name in VARIANTS:
         least = min(seconds[name]) * 1e3
-        print(f"{shape.name}, {name:<23} {median[name] * 1e3:9.1f} ms CPU (least {least:.1f})  extra {memory[name]:7.0f} MiB")
+        print(
+            f"{shape.name}, {name:<23} {median[name] * 1e3:9.1f} ms CPU (least {least:.1f})  extra"
+            f" {memory[name]:7.0f} MiB"
+        )
     figures = (("head", median, "s CPU"), ("head's memory", memory, "MiB"))
     return [
-        Comparison(name=f"{what}, {shape.name}", ours=figure["fused"], theirs=figure[peer], unit=unit, against=peer)
+        Comparison(
+            name=f"{what}, {shape.name}", ours=figure["fused"], theirs=figure[peer], unit=unit, against=peer
+        )
         for what, figure, unit in figures
         for peer in VARIANTS
         if peer != "fused" and figure["fused"] > 0
@@ -171,7 +192,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     arguments = parser.parse_args()
-    comparisons = [c for shape in SHAPES for c in compare(shape, getattr(torch, arguments.dtype), arguments.rounds)]
+    comparisons = [
+        c for shape in SHAPES for c in compare(shape, getattr(torch, arguments.dtype), arguments.rounds)
+    ]
     report("linear_jsd", comparisons, arguments.json)
 
 

@@ -1,10 +1,12 @@
-"""How wrong the divergence and its gradient become in bfloat16 when teacher and student are close, by `distill.teacher_logits`.
+"""How wrong the divergence and its gradient become in bfloat16 when teacher and student are close, by
+`distill.teacher_logits`.
 
     python -m benchmarks.kernels.teacher_logits [--json FILE]
 
-Hidden states and head in bfloat16, V = 151,936, H = 256, logits of standard deviation 3.5; exact means float64 from the same
-states. The table is Markdown: ratio of the summed divergence to the exact one, and the error of its gradient with respect to the
-student's hidden states, by the standard deviation of the logits' difference.
+Hidden states and head in bfloat16, V = 151,936, H = 256, logits of standard deviation 3.5; exact means
+float64 from the same states. The table is Markdown: ratio of the summed divergence to the exact one, and
+the error of its gradient with respect to the student's hidden states, by the standard deviation of the
+logits' difference.
 """
 
 from __future__ import annotations
@@ -34,7 +36,9 @@ def value_and_gradient(hidden: Tensor, teacher: Tensor, weight: Tensor, choice: 
     )  # fmt: skip
     leaf = hidden.clone().requires_grad_()
     head = weight, None
-    loss = linear_jsd(leaf, teacher, head, rows, row_loss=lambda v, *_: v.divergences.sum(), options=options).loss
+    loss = linear_jsd(
+        leaf, teacher, head, rows, row_loss=lambda v, *_: v.divergences.sum(), options=options
+    ).loss
     loss.backward()
     return loss.item(), leaf.grad.double()
 
@@ -48,12 +52,18 @@ def main() -> None:
     hidden = torch.randn(NUM_ROWS, WIDTH, generator=generator).bfloat16()
     weight = (torch.randn(VOCABULARY, WIDTH, generator=generator) * LOGIT_DEVIATION / WIDTH**0.5).bfloat16()
     noise = torch.randn(NUM_ROWS, WIDTH, generator=generator)
-    print("| logits apart by | " + " | ".join(f"{choice}: value, gradient off by" for choice in TEACHER_LOGITS) + " |")
+    print(
+        "| logits apart by | "
+        + " | ".join(f"{choice}: value, gradient off by" for choice in TEACHER_LOGITS)
+        + " |"
+    )
     print("|---|" + "---|" * len(TEACHER_LOGITS))
     comparisons = []
     for distance in DISTANCES:
         teacher = (hidden.float() + distance * noise).bfloat16()
-        exact, exact_gradient = value_and_gradient(hidden.double(), teacher.double(), weight.double(), "same_dtype")
+        exact, exact_gradient = value_and_gradient(
+            hidden.double(), teacher.double(), weight.double(), "same_dtype"
+        )
         errors, cells = {}, []
         for choice in TEACHER_LOGITS:
             value, gradient = value_and_gradient(hidden, teacher, weight, choice)

@@ -1,9 +1,11 @@
-"""BM25 search against bm25s's own numba backend, on the same index and queries, in turn in one process, one thread each.
+"""BM25 search against bm25s's own numba backend, on the same index and queries, in turn in one process, one
+thread each.
 
     python -m benchmarks.retrieval.bm25 [--json FILE]
 
-60,000 passages of 80 words drawn by Zipf's law from 60,000 words; queries of 4 and of 12 words drawn from a random passage,
-top 3. Both sides start from term ids. Their scores are compared too: they must be equal bit for bit.
+60,000 passages of 80 words drawn by Zipf's law from 60,000 words; queries of 4 and of 12 words drawn from a
+random passage, top 3. Both sides start from term ids. Their scores are compared too: they must be equal bit
+for bit.
 """
 
 from __future__ import annotations
@@ -36,7 +38,10 @@ def zipf_passages(rng: np.random.Generator) -> np.ndarray:
 
 def build(words: np.ndarray, directory: Path) -> Bm25Index:
     """Our index over the passages."""
-    passages = (Passage(id=f"{i:08}", title="", text=" ".join(f"w{word}" for word in row)) for i, row in enumerate(words))
+    passages = (
+        Passage(id=f"{i:08}", title="", text=" ".join(f"w{word}" for word in row))
+        for i, row in enumerate(words)
+    )
     settings = bm25_settings(IndexConfig(passages="", output="", stop_words="none", stemmer="none"))
     write_corpus(directory / "corpus", passages, settings, Labels(sources=("synthetic",)))
     manifest, _ = read_manifest(directory / "corpus", "corpus")
@@ -74,7 +79,13 @@ def compare(index: Bm25Index, queries: list[list[int]], num_words: int) -> Compa
     assert np.array_equal(np.stack(search_ours()), search_theirs()), "scores differ"
     rounds = [(seconds(search_ours), seconds(search_theirs)) for _ in range(NUM_ROUNDS)]
     ours_us, theirs_us = (statistics.median(side) / len(queries) * 1e6 for side in zip(*rounds, strict=True))
-    return Comparison(name=f"BM25 query of {num_words} words", ours=ours_us, theirs=theirs_us, unit="us", against="bm25s numba")
+    return Comparison(
+        name=f"BM25 query of {num_words} words",
+        ours=ours_us,
+        theirs=theirs_us,
+        unit="us",
+        against="bm25s numba",
+    )
 
 
 def main() -> None:

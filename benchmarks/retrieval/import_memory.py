@@ -1,9 +1,11 @@
-"""Memory of an import of passages: the peak of reading the rows alone and of the whole import, by size of the file.
+"""Memory of an import of passages: the peak of reading the rows alone and of the whole import, by size of
+the file.
 
     python -m benchmarks.retrieval.import_memory [--gib 0.25 1] [--folder DIR]
 
-TSV files of passages of about 600 bytes, generated; each figure is the peak resident memory of a process of its own. What must
-hold: the peak does not grow with the file. Not a comparison: it prints what docs/compatibility.md says.
+TSV files of passages of about 600 bytes, generated; each figure is the peak resident memory of a process of
+its own. What must hold: the peak does not grow with the file. Not a comparison: it prints what
+docs/compatibility.md says.
 """
 
 from __future__ import annotations
@@ -34,7 +36,9 @@ def write_tsv(path: Path, num_bytes: int) -> int:
         while handle.tell() < num_bytes:
             for _ in range(1_000):
                 num_rows += 1
-                handle.write(f"{num_rows}\t{' '.join(rng.choices(phrases, k=TEXT_PHRASES))}\t{rng.choice(words)}\n")
+                handle.write(
+                    f"{num_rows}\t{' '.join(rng.choices(phrases, k=TEXT_PHRASES))}\t{rng.choice(words)}\n"
+                )
     return num_rows
 
 
@@ -46,7 +50,11 @@ def read_only(path: Path) -> None:
 
 def import_whole(path: Path) -> None:
     """The import beside the file."""
-    import_file(ImportConfig(kind="passages", input=str(path), output=str(path.with_suffix(".passages")), source="bench"))
+    import_file(
+        ImportConfig(
+            kind="passages", input=str(path), output=str(path.with_suffix(".passages")), source="bench"
+        )
+    )
 
 
 def peak_mb(action: Callable[[Path], None], path: Path) -> float:

@@ -1,11 +1,13 @@
-"""The retrieval service against one of Search-R1's make, on the same BM25 index, in turn, asked over 64 connections.
+"""The retrieval service against one of Search-R1's make, on the same BM25 index, in turn, asked over 64
+connections.
 
     python -m benchmarks.retrieval.service [--json FILE] [--corpus DIR] [--queries FILE.jsonl]
 
-The other server searches as Search-R1's does: a synchronous endpoint in a pool of threads, one blocking search a query, documents
-row by row from a `datasets` table. Both run in processes of their own, with uvicorn and the same loop. Without --corpus the
-passages are synthetic (60,000 of 80 words). Milliseconds a query, wall clock and processor time of the server; p50 and p99 of a
-request are printed beside them. A burst is 2,560 queries at once: forty requests of 64.
+The other server searches as Search-R1's does: a synchronous endpoint in a pool of threads, one blocking
+search a query, documents row by row from a `datasets` table. Both run in processes of their own, with
+uvicorn and the same loop. Without --corpus the passages are synthetic (60,000 of 80 words). Milliseconds a
+query, wall clock and processor time of the server; p50 and p99 of a request are printed beside them. A
+burst is 2,560 queries at once: forty requests of 64.
 """
 
 from __future__ import annotations
@@ -71,7 +73,9 @@ def peer(corpus: Path, port: int) -> None:
     @app.post("/retrieve")
     def retrieve(order: Order):
         found = [search(query, order.topk or TOP_K) for query in order.queries]
-        pairs = [[{"document": d, "score": s} for d, s in zip(documents, scores)] for documents, scores in found]
+        pairs = [
+            [{"document": d, "score": s} for d, s in zip(documents, scores)] for documents, scores in found
+        ]
         return {"result": pairs if order.return_scores else [documents for documents, _ in found]}
 
     @app.get("/readyz")
@@ -97,7 +101,9 @@ class Load:
     request_s: Sequence[float]
 
 
-async def _request(streams: tuple[asyncio.StreamReader, asyncio.StreamWriter], head: bytes, body: bytes) -> tuple[int, bytes]:
+async def _request(
+    streams: tuple[asyncio.StreamReader, asyncio.StreamWriter], head: bytes, body: bytes
+) -> tuple[int, bytes]:
     """One HTTP/1.1 exchange on a kept connection, with as little work as can be."""
     reader, writer = streams
     writer.write(head + b"content-length: %d\r\n\r\n" % len(body) + body)
@@ -182,7 +188,9 @@ def cpu_s(process: subprocess.Popen[bytes]) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def compare(servers: Sequence[Server], queries: Sequence[str], size: int, num_requests: int) -> list[Comparison]:
+def compare(
+    servers: Sequence[Server], queries: Sequence[str], size: int, num_requests: int
+) -> list[Comparison]:
     """Both servers in turn, round by round, on the same requests; medians."""
     rng = random.Random(size)
     loads: tuple[list[Load], list[Load]] = ([], [])
@@ -195,13 +203,17 @@ def compare(servers: Sequence[Server], queries: Sequence[str], size: int, num_re
             spent.append(cpu_s(server.process) - before)
     for name, own in zip(("ours", "peer"), loads, strict=True):
         request_ms = [1000 * seconds for load in own for seconds in load.request_s]
-        figures = ", ".join(f"p{share * 100:.0f} {percentile(request_ms, share):.1f} ms" for share in (0.5, 0.99))
+        figures = ", ".join(
+            f"p{share * 100:.0f} {percentile(request_ms, share):.1f} ms" for share in (0.5, 0.99)
+        )
         qps = size * num_requests / statistics.median(load.wall_s for load in own)
         print(f"  {name}: {size} queries a request, {qps:,.0f} queries/s, {figures} a request", flush=True)
     wall = [[load.wall_s for load in own] for own in loads]
     name = f"/retrieve, {size} queries a request"
     return [
-        _comparison(f"{name}, {what}", [statistics.median(own) / (size * num_requests) * 1000 for own in values])
+        _comparison(
+            f"{name}, {what}", [statistics.median(own) / (size * num_requests) * 1000 for own in values]
+        )
         for what, values in (("wall", wall), ("processor", processor_s))
     ]
 
@@ -223,10 +235,15 @@ def measure(corpus: Path, queries: Sequence[str]) -> list[Comparison]:
         pairs = [compare(servers, queries, size, num_requests) for size, num_requests in SIZES.items()]
         before = rss_mib(servers[0].process)
         rng = random.Random(0)
-        bursts = [asyncio.run(ask(ports[0], orders(queries, 64, BURST // 64, rng), BURST // 64)) for _ in range(5)]
+        bursts = [
+            asyncio.run(ask(ports[0], orders(queries, 64, BURST // 64, rng), BURST // 64)) for _ in range(5)
+        ]
         burst_s = statistics.median(load.wall_s for load in bursts)
         after = rss_mib(servers[0].process)
-        print(f"  ours: bursts of {BURST} queries, {burst_s:.2f} s each, no error; RSS {before:.0f} -> {after:.0f} MiB")
+        print(
+            f"  ours: bursts of {BURST} queries, {burst_s:.2f} s each, no error; RSS {before:.0f} ->"
+            f" {after:.0f} MiB"
+        )
         return [comparison for pair in pairs for comparison in pair]
     finally:
         for server in servers:
@@ -243,7 +260,9 @@ def synthetic(directory: Path) -> tuple[Path, list[str]]:
     rng = np.random.default_rng(0)
     words = zipf_passages(rng)
     build(words, directory)
-    return directory / "corpus", [" ".join(f"w{word}" for word in row[:8]) for row in words[rng.integers(len(words), size=4_000)]]
+    return directory / "corpus", [
+        " ".join(f"w{word}" for word in row[:8]) for row in words[rng.integers(len(words), size=4_000)]
+    ]
 
 
 def main() -> None:

@@ -1,11 +1,13 @@
-"""First turns of rollouts of a real model: the embedded engine against transformers' batched generate, and against vLLM.
+"""First turns of rollouts of a real model: the embedded engine against transformers' batched generate, and
+against vLLM.
 
     python -m benchmarks.rollout.generate MODEL_DIR [--sides embedded transformers vllm] [--json FILE]
 
-40 questions, each once, in the prompt `few_shot` and the model's chat template, float32, temperature 1; a completion ends at a
-closing tag, at the end of sequence, or after 64 tokens. Each side has a process of its own, one after the other, and all the
-machine's threads. Loading is not counted. Seconds are for a sampled token, so a side gains nothing by short completions. vLLM is
-measured where it is installed (make .venv-vllm/ready).
+40 questions, each once, in the prompt `few_shot` and the model's chat template, float32, temperature 1; a
+completion ends at a closing tag, at the end of sequence, or after 64 tokens. Each side has a process of its
+own, one after the other, and all the machine's threads. Loading is not counted. Seconds are for a sampled
+token, so a side gains nothing by short completions. vLLM is measured where it is installed (make
+.venv-vllm/ready).
 """
 
 from __future__ import annotations
@@ -70,17 +72,26 @@ def with_transformers(model_dir: str, codec: TextCodec) -> Callable[[], int]:
     return generate
 
 
-def with_engine(model_dir: str, codec: TextCodec, kind: str, closing: contextlib.ExitStack) -> Callable[[], int]:
+def with_engine(
+    model_dir: str, codec: TextCodec, kind: str, closing: contextlib.ExitStack
+) -> Callable[[], int]:
     """All prompts at once to one of our engines."""
     output = Path(closing.enter_context(tempfile.TemporaryDirectory()))
     rollout = RolloutConfig(engine="torch" if kind == "embedded" else "vllm", vllm=VllmConfig(kv_cache_gib=2))
-    engine = build_engine(ModelConfig(path=model_dir, dtype="float32"), rollout, codec, lone_world(), output=output)
+    engine = build_engine(
+        ModelConfig(path=model_dir, dtype="float32"), rollout, codec, lone_world(), output=output
+    )
     closing.callback(getattr(engine, "close", lambda: None))
 
     async def serve() -> int:
         requests = [
             GenerationRequest(
-                session=str(n), prompt_ids=ids, max_new_tokens=MAX_NEW_TOKENS, temperature=1.0, seed=n, stop=STOP
+                session=str(n),
+                prompt_ids=ids,
+                max_new_tokens=MAX_NEW_TOKENS,
+                temperature=1.0,
+                seed=n,
+                stop=STOP,
             )
             for n, ids in enumerate(prompts_of(codec))
         ]
@@ -97,7 +108,9 @@ def measure_here(model_dir: str, side: str) -> None:
     codec = load_codec(model_dir, chat_template=True)
     with contextlib.ExitStack() as closing:
         run = (
-            with_transformers(model_dir, codec) if side == "transformers" else with_engine(model_dir, codec, side, closing)
+            with_transformers(model_dir, codec)
+            if side == "transformers"
+            else with_engine(model_dir, codec, side, closing)
         )
         started = time.perf_counter()
         num_tokens = run()
@@ -109,7 +122,9 @@ def measure(model_dir: str, side: str) -> float:
     """Milliseconds a sampled token."""
     command = [sys.executable, "-m", __spec__.name, model_dir, "--here", side]
     finished = subprocess.run(command, capture_output=True, text=True, check=False)
-    found = [json.loads(line.removeprefix(MARK)) for line in finished.stdout.splitlines() if line.startswith(MARK)]
+    found = [
+        json.loads(line.removeprefix(MARK)) for line in finished.stdout.splitlines() if line.startswith(MARK)
+    ]
     if finished.returncode or not found:
         raise SystemExit(f"{side} did not come to its end:\n{finished.stdout}{finished.stderr}")
     seconds, tokens = found[0]["seconds"], found[0]["tokens"]
@@ -119,9 +134,13 @@ def measure(model_dir: str, side: str) -> float:
 
 def main() -> None:
     """Measure and report."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model", nargs="?", help="directory of a pretrained model")
-    parser.add_argument("--sides", nargs="+", choices=SIDES, default=[s for s in SIDES if s != "vllm" or find_spec("vllm")])
+    parser.add_argument(
+        "--sides", nargs="+", choices=SIDES, default=[s for s in SIDES if s != "vllm" or find_spec("vllm")]
+    )
     parser.add_argument("--here", choices=SIDES, help="of one process, started by this program")
     parser.add_argument("--json", type=Path, help="merge the figures into this file")
     arguments = parser.parse_args()
@@ -134,7 +153,9 @@ def main() -> None:
     found = {side: measure(arguments.model, side) for side in arguments.sides}
     others = [side for side in arguments.sides if side != "embedded"]
     comparisons = [
-        Comparison(name="first turns", ours=found["embedded"], theirs=found[side], unit="ms/token", against=side)
+        Comparison(
+            name="first turns", ours=found["embedded"], theirs=found[side], unit="ms/token", against=side
+        )
         for side in others
         if "embedded" in found
     ]

@@ -1,11 +1,13 @@
-"""Rollouts: concurrent against lock-step turns, and a KV cache kept across turns against prefilling each conversation again.
+"""Rollouts: concurrent against lock-step turns, and a KV cache kept across turns against prefilling each
+conversation again.
 
     python -m benchmarks.rollout.turns [--json FILE]
 
-40 rollouts (8 questions x 5) of three searches each on a random Qwen2 of 2 layers x 64, float32. Thoughts of 8 to 40 sampled
-tokens; a random model would never search, so the action after a thought is written for it, the same for both sides.
-Lock-step is Search-R1's loop: all rollouts sample a turn, all queries are searched in one batch, which takes as long as its
-slowest query, then all go on. A search takes a log-normal time (median 0.1 s, sigma 1), a function of its query alone.
+40 rollouts (8 questions x 5) of three searches each on a random Qwen2 of 2 layers x 64, float32. Thoughts
+of 8 to 40 sampled tokens; a random model would never search, so the action after a thought is written for
+it, the same for both sides. Lock-step is Search-R1's loop: all rollouts sample a turn, all queries are
+searched in one batch, which takes as long as its slowest query, then all go on. A search takes a log-normal
+time (median 0.1 s, sigma 1), a function of its query alone.
 """
 
 from __future__ import annotations
@@ -43,7 +45,9 @@ NUM_QUESTIONS, GROUP_SIZE, NUM_SEARCHES, PROMPT_TOKENS = 8, 5, 3, 96
 THOUGHT_TOKENS = (8, 40)
 MEDIAN_LATENCY_S, LATENCY_SIGMA = 0.1, 1.0
 NUM_ROUNDS = 3
-LIMITS = RolloutConfig(group_size=GROUP_SIZE, max_search_turns=NUM_SEARCHES, max_turn_tokens=200, max_observation_tokens=400)
+LIMITS = RolloutConfig(
+    group_size=GROUP_SIZE, max_search_turns=NUM_SEARCHES, max_turn_tokens=200, max_observation_tokens=400
+)
 
 
 class SteeredEngine:
@@ -64,9 +68,13 @@ class SteeredEngine:
         thought = await self._engine.generate(replace(request, max_new_tokens=length, stop=()))
         self.num_sampled += len(thought.ids)
         protocol = self._environment.protocol
-        text = f"{request.seed} {turn}".join(protocol.search_tags if turn < NUM_SEARCHES else protocol.answer_tags)
+        text = f"{request.seed} {turn}".join(
+            protocol.search_tags if turn < NUM_SEARCHES else protocol.answer_tags
+        )
         action = self._environment.codec.encode(text)
-        return replace(thought, ids=thought.ids + action, logprobs=thought.logprobs + (0.0,) * len(action), finish="stop")
+        return replace(
+            thought, ids=thought.ids + action, logprobs=thought.logprobs + (0.0,) * len(action), finish="stop"
+        )
 
     def release(self, session: str) -> None:
         """As the engine's."""
@@ -79,17 +87,23 @@ class SlowRetriever:
     corpus_version = "none"
 
     def __init__(self, *, num_letters: int, median_s: float):
-        self._hits = (Hit(passage=Passage(id="p", title="", text=random_prompts(1, num_letters)[0]), score=1.0),)
+        self._hits = (
+            Hit(passage=Passage(id="p", title="", text=random_prompts(1, num_letters)[0]), score=1.0),
+        )
         self._median_s = median_s
 
     async def search(self, queries: Sequence[str], top_k: int) -> list[tuple[Hit, ...]]:
         """A batch takes as long as its slowest query."""
         if self._median_s > 0:
-            await asyncio.sleep(max(self._median_s * random.Random(q).lognormvariate(0, LATENCY_SIGMA) for q in queries))
+            await asyncio.sleep(
+                max(self._median_s * random.Random(q).lognormvariate(0, LATENCY_SIGMA) for q in queries)
+            )
         return [self._hits for _ in queries]
 
 
-async def lock_step(engine: SteeredEngine, retriever: SlowRetriever, environment: Environment, questions: list[Question]) -> None:
+async def lock_step(
+    engine: SteeredEngine, retriever: SlowRetriever, environment: Environment, questions: list[Question]
+) -> None:
     """Search-R1's loop over the same engine: nobody goes on before everybody has searched."""
     live = {(q.id, n): environment.prompt_ids(q.text) for q in questions for n in range(GROUP_SIZE)}
     for turn in range(NUM_SEARCHES + 1):
@@ -106,11 +120,18 @@ async def lock_step(engine: SteeredEngine, retriever: SlowRetriever, environment
         ]
         completions = await asyncio.gather(*(engine.generate(request) for request in requests))
         verdicts = [environment.judge(c.ids, turn=turn, truncated=False) for c in completions]
-        searching = {name: (ids + c.ids, v) for (name, ids), c, v in zip(live.items(), completions, verdicts) if v.query}
+        searching = {
+            name: (ids + c.ids, v)
+            for (name, ids), c, v in zip(live.items(), completions, verdicts)
+            if v.query
+        }
         if not searching:
             return
         found = await retriever.search([v.query for _, v in searching.values()], 1)
-        live = {name: ids + environment.observation_ids(h) for (name, (ids, _)), h in zip(searching.items(), found)}
+        live = {
+            name: ids + environment.observation_ids(h)
+            for (name, (ids, _)), h in zip(searching.items(), found)
+        }
 
 
 class Bench:
@@ -121,7 +142,9 @@ class Bench:
         self._codec = load_codec(str(directory), chat_template=False)
         self._environment = Environment(self._codec, build_protocol(ProtocolConfig(preset="compact")), LIMITS)
         texts = random_prompts(NUM_QUESTIONS, PROMPT_TOKENS - 12)
-        self._questions = [Question(id=str(n), text=text, golden_answers=("",)) for n, text in enumerate(texts)]
+        self._questions = [
+            Question(id=str(n), text=text, golden_answers=("",)) for n, text in enumerate(texts)
+        ]
 
     def engine(self, *, reuse_cache: bool) -> TorchEngine:
         """A fresh engine."""
@@ -154,7 +177,9 @@ def in_turn(ours: Callable[[], int], theirs: Callable[[], int]) -> tuple[float, 
 
 def main() -> None:
     """Run both comparisons and report them."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", type=Path, help="merge the figures into this file")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
@@ -169,8 +194,20 @@ def main() -> None:
     report(
         "rollout",
         [
-            Comparison(name="searches of varying latency", ours=rollouts[0], theirs=rollouts[1], unit=unit, against="lock-step"),
-            Comparison(name="KV cache kept across turns", ours=cache[0], theirs=cache[1], unit=unit, against="re-prefill"),
+            Comparison(
+                name="searches of varying latency",
+                ours=rollouts[0],
+                theirs=rollouts[1],
+                unit=unit,
+                against="lock-step",
+            ),
+            Comparison(
+                name="KV cache kept across turns",
+                ours=cache[0],
+                theirs=cache[1],
+                unit=unit,
+                against="re-prefill",
+            ),
         ],
         arguments.json,
     )

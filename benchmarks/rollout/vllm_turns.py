@@ -1,4 +1,5 @@
-"""Rollouts on vLLM: concurrent multi-turn against lock-step turns, on the same server and with the same searches.
+"""Rollouts on vLLM: concurrent multi-turn against lock-step turns, on the same server and with the same
+searches.
 
     python -m benchmarks.rollout.vllm_turns [--json FILE]        (in an environment with vLLM: make .venv-vllm/ready)
 
@@ -34,7 +35,9 @@ ROLLOUT = RolloutConfig(
 
 def main() -> None:
     """Run the comparison and report it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", type=Path, help="merge the figures into this file")
     arguments = parser.parse_args()
     try:
@@ -44,10 +47,17 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as directory:
         write_model(Path(directory), vocabulary=1024, hidden=64, layers=2)
-        model, codec = ModelConfig(path=directory, dtype="float32"), load_codec(directory, chat_template=False)
+        model, codec = (
+            ModelConfig(path=directory, dtype="float32"),
+            load_codec(directory, chat_template=False),
+        )
         bench, slow = Bench(Path(directory)), SlowRetriever(num_letters=60, median_s=MEDIAN_LATENCY_S)
-        with contextlib.closing(build_engine(model, ROLLOUT, codec, lone_world(), output=Path(directory))) as engine:
-            ours, theirs = in_turn(lambda: bench.concurrent(engine, slow), lambda: bench.lock_step(engine, slow))
+        with contextlib.closing(
+            build_engine(model, ROLLOUT, codec, lone_world(), output=Path(directory))
+        ) as engine:
+            ours, theirs = in_turn(
+                lambda: bench.concurrent(engine, slow), lambda: bench.lock_step(engine, slow)
+            )
     name = "searches of varying latency, vLLM"
     compared = Comparison(name=name, ours=ours, theirs=theirs, unit="ms/token", against="lock-step")
     report("vllm_rollout", [compared], arguments.json)

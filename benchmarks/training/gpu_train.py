@@ -2,10 +2,11 @@
 
     python -m benchmarks.training.gpu_train [--json FILE] [--shapes 0.5b 3b 7b] [--tiny]
 
-ZeRO-3 on one GPU, random weights of Qwen2.5's shapes, rollouts of four searches with observations of 500 tokens: GRPO and
-SD-Search, and (0.5b, stage 2) SD-Search with whole logits in the place of the head's one pass. Prints seconds of forward with
-backward and of the optimiser's step, tokens a second, the share of the card's own matrix products, and peak memory against the
-planner's forecast. Each arm is a process of its own. --tiny runs it at toy sizes, on a CPU too, where no figure means anything.
+ZeRO-3 on one GPU, random weights of Qwen2.5's shapes, rollouts of four searches with observations of 500
+tokens: GRPO and SD-Search, and (0.5b, stage 2) SD-Search with whole logits in the place of the head's one
+pass. Prints seconds of forward with backward and of the optimiser's step, tokens a second, the share of the
+card's own matrix products, and peak memory against the planner's forecast. Each arm is a process of its
+own. --tiny runs it at toy sizes, on a CPU too, where no figure means anything.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ NUM_STEPS = 3  # timed, after one that warms up
 
 @dataclass(frozen=True)
 class Shape:
-    """A model of launch/planner/models.py, or a toy; questions of a step; what else the run needs to fit one GPU."""
+    """A model of launch/planner/models.py, or a toy; questions of a step; what else the run needs to fit
+    one GPU."""
 
     model: str
     num_questions: int
@@ -42,7 +44,13 @@ SHAPES = {
     "3b": Shape("qwen2.5-3b", 4),
     "7b": Shape("qwen2.5-7b", 2, ("--update.offload_optimizer=cpu", "--update.max_microbatch_tokens=8192")),
 }
-TOY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
+TOY = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+}
 
 
 def missing() -> str:
@@ -62,7 +70,9 @@ def write_random_model(directory: Path, shape: Shape, *, tiny: bool, dtype: str)
 
     from launch.planner.models import MODELS
 
-    config = MODELS[shape.model] | ({**TOY, "vocab_size": 512, "max_position_embeddings": 4096} if tiny else {})
+    config = MODELS[shape.model] | (
+        {**TOY, "vocab_size": 512, "max_position_embeddings": 4096} if tiny else {}
+    )
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").write_text(json.dumps(config))
     with torch.device("meta"):
@@ -72,7 +82,9 @@ def write_random_model(directory: Path, shape: Shape, *, tiny: bool, dtype: str)
 
     def draw(name: str, size: torch.Size) -> torch.Tensor:
         values = torch.empty(size, device=device, dtype=getattr(torch, dtype))
-        return values.fill_(1.0).cpu() if "norm" in name else values.normal_(std=0.02, generator=generator).cpu()
+        return (
+            values.fill_(1.0).cpu() if "norm" in name else values.normal_(std=0.02, generator=generator).cpu()
+        )
 
     weights = {name: draw(name, parameter.shape) for name, parameter in model.named_parameters()}
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
@@ -115,7 +127,9 @@ def run_config(shape: Shape, model: Path, *, tiny: bool, options: tuple[str, ...
     return load([*(f"--{key}={value}" for key, value in (paths | chosen).items()), *shape.options, *options])
 
 
-def measure(shape: Shape, model: Path, *, arm: str, tiny: bool, options: tuple[str, ...] = (), fused: bool = True) -> dict:
+def measure(
+    shape: Shape, model: Path, *, arm: str, tiny: bool, options: tuple[str, ...] = (), fused: bool = True
+) -> dict:
     """One arm: grpo or sd. Seconds are medians over NUM_STEPS."""
     import torch
 
@@ -147,12 +161,16 @@ def measure(shape: Shape, model: Path, *, arm: str, tiny: bool, options: tuple[s
         moments.append(now())
         passes.append(moments[1] - moments[0])
         steps.append(moments[2] - moments[1])
-    seconds = {"forward and backward": statistics.median(passes[1:]), "optimiser": statistics.median(steps[1:])}
+    seconds = {
+        "forward and backward": statistics.median(passes[1:]),
+        "optimiser": statistics.median(steps[1:]),
+    }
     return figures(seconds, batch, config, description, distils=arm == "sd") | {"grad_norm": update.grad_norm}
 
 
 def figures(seconds: dict[str, float], batch, config, description: dict, *, distils: bool) -> dict:
-    """What is written of an arm. Products: the student's forward, that again, twice as much backward; the teacher; the head."""
+    """What is written of an arm. Products: the student's forward, that again, twice as much backward; the
+    teacher; the head."""
     import torch
 
     from launch.planner.memory import Sizes, peak, rank_memory
@@ -164,7 +182,9 @@ def figures(seconds: dict[str, float], batch, config, description: dict, *, dist
     read = sum(int(m.teacher_lengths.sum() + m.teacher_prompt_lengths.sum()) for m in batch) if distils else 0
     rows = sum(len(m.row_index) for m in batch)
     products = 2 * sizes.num_layers * sizes.layer * (4 * tokens + read) + 2 * sizes.embedding * 3 * rows
-    parts = [part for part in rank_memory(shape, config, world_size=1, on_gpu=on_gpu) if "engine" not in part.name]
+    parts = [
+        part for part in rank_memory(shape, config, world_size=1, on_gpu=on_gpu) if "engine" not in part.name
+    ]
     return {
         "seconds": seconds,
         "tokens": tokens,
@@ -200,7 +220,16 @@ WHOLE_LOGITS = {
 def run_arm(name: str, arm: str, *, tiny: bool) -> dict:
     """One arm of one shape in a process of its own; its figures, or why there are none."""
     with tempfile.NamedTemporaryFile(suffix=".json") as output:
-        command = [sys.executable, "-m", __spec__.name, "--measure", name, arm, output.name, *(["--tiny"] if tiny else [])]
+        command = [
+            sys.executable,
+            "-m",
+            __spec__.name,
+            "--measure",
+            name,
+            arm,
+            output.name,
+            *(["--tiny"] if tiny else []),
+        ]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
         if done.returncode:
             return {"failed": done.stderr.strip().splitlines()[-1:]}
@@ -224,7 +253,11 @@ def describe(name: str, found: dict[str, dict], rate: float | None) -> str:
             lines.append(f"  {arm:<34} failed: {own['failed']}")
             continue
         share = "" if rate is None else f", {own['tflops'] / rate:.0%} of {rate:.0f} TFLOP/s"
-        memory = "" if own["peak_gib"] is None else f", peak {own['peak_gib']:.1f} GiB (planned {own['planned_gib']:.1f})"
+        memory = (
+            ""
+            if own["peak_gib"] is None
+            else f", peak {own['peak_gib']:.1f} GiB (planned {own['planned_gib']:.1f})"
+        )
         times = " + ".join(f"{seconds:.3f}" for seconds in own["seconds"].values())
         lines.append(f"  {arm:<34} {times} s, {own['tokens_a_second']:,.0f} tokens/s{share}{memory}")
     ratios = (("SD-Search", "GRPO"), ("SD-Search, stage 2, whole logits", "SD-Search, stage 2"))
@@ -237,7 +270,9 @@ def describe(name: str, found: dict[str, dict], rate: float | None) -> str:
 
 def main() -> None:
     """Exit status 1 if an arm failed, 2 if this machine cannot measure."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", type=Path, default=ROOT / "runs/gpu_train.json")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--tiny", action="store_true")
@@ -251,7 +286,9 @@ def main() -> None:
             dtype = "float32" if missing() else "bfloat16"
             write_random_model(Path(directory) / "model", SHAPES[name], tiny=options.tiny, dtype=dtype)
             chosen = (ARMS | WHOLE_LOGITS)[arm]
-            Path(output).write_text(json.dumps(measure(SHAPES[name], Path(directory) / "model", tiny=options.tiny, **chosen)))
+            Path(output).write_text(
+                json.dumps(measure(SHAPES[name], Path(directory) / "model", tiny=options.tiny, **chosen))
+            )
         return
     if lacking := missing():
         print(f"gpu-check-train needs {lacking}; nothing was measured", file=sys.stderr)

@@ -1,4 +1,5 @@
-"""A plain GRPO step (generation and update, no search) by this project and by TRL, of the same model on the same prompts."""
+"""A plain GRPO step (generation and update, no search) by this project and by TRL, of the same model on the
+same prompts."""
 
 from __future__ import annotations
 
@@ -42,7 +43,8 @@ def reward_of(number: int) -> float:
 
 
 def prompts_of(model: Path, count: int, length: int, seed: int = 0) -> list[str]:
-    """Texts of `length` tokens each for the model's tokenizer: letters, or short words, that are one token each."""
+    """Texts of `length` tokens each for the model's tokenizer: letters, or short words, that are one token
+    each."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model)
@@ -55,7 +57,8 @@ def prompts_of(model: Path, count: int, length: int, seed: int = 0) -> list[str]
 
 
 class OurStep:
-    """Generation by the embedded engine, update by the policy under DeepSpeed ZeRO-3, publish back into the engine."""
+    """Generation by the embedded engine, update by the policy under DeepSpeed ZeRO-3, publish back into the
+    engine."""
 
     def __init__(self, model: Path, work: Work):
         from megatron_sd.build import choose_publisher
@@ -102,11 +105,15 @@ class OurStep:
         prompts = prompts_of(self.model, self.work.num_prompts, self.work.prompt_tokens, seed=self.step)
         groups = shared_out(self.world, list(enumerate(prompts)), self.roll_out)
         nothing = [[()] * self.work.group_size for _ in groups]
-        samples = to_samples(groups, [group_advantages(group) for group in groups], nothing, scope=query_tokens)
+        samples = to_samples(
+            groups, [group_advantages(group) for group in groups], nothing, scope=query_tokens
+        )
         limits = {"max_tokens": self.config.update.max_microbatch_tokens, "world_size": self.world.size}
         batch = pack(samples, aggregation="token", **limits)[self.world.rank]
         for microbatch in batch:
-            self.policy.accumulate(microbatch, batch.totals, TermWeights(policy=1.0, distill_spread=0.0, distill_no_spread=0.0))
+            self.policy.accumulate(
+                microbatch, batch.totals, TermWeights(policy=1.0, distill_spread=0.0, distill_no_spread=0.0)
+            )
         self.policy.step()
         self.step += 1
         self.publisher.publish(self.policy, self.engine, self.step)
@@ -148,11 +155,17 @@ class OurStep:
         ]
         question = Question(id="q", text="", golden_answers=("",))
         starts = range(0, len(rollouts), size)
-        return [RolloutGroup(question=question, rollouts=tuple(rollouts[start : start + size])) for start in starts]
+        return [
+            RolloutGroup(question=question, rollouts=tuple(rollouts[start : start + size]))
+            for start in starts
+        ]
 
 
-def run_trl(model: Path, work: Work, num_steps: int, after_each_step: Callable[[], None] = lambda: None) -> list[float]:
-    """Train with TRL; returns the seconds of each step. `after_each_step` runs between steps, outside the clock."""
+def run_trl(
+    model: Path, work: Work, num_steps: int, after_each_step: Callable[[], None] = lambda: None
+) -> list[float]:
+    """Train with TRL; returns the seconds of each step. `after_each_step` runs between steps, outside the
+    clock."""
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
@@ -192,9 +205,13 @@ def run_trl(model: Path, work: Work, num_steps: int, after_each_step: Callable[[
     trainer = GRPOTrainer(
         model=AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
         processing_class=AutoTokenizer.from_pretrained(model),
-        reward_funcs=lambda completions, **_: [reward_of(sum(map(ord, completion))) for completion in completions],
+        reward_funcs=lambda completions, **_: [
+            reward_of(sum(map(ord, completion))) for completion in completions
+        ],
         args=settings,
-        train_dataset=Dataset.from_dict({"prompt": prompts_of(model, work.num_prompts * num_steps, work.prompt_tokens)}),
+        train_dataset=Dataset.from_dict(
+            {"prompt": prompts_of(model, work.num_prompts * num_steps, work.prompt_tokens)}
+        ),
     )
     clock = Clock()
     trainer.add_callback(clock)

@@ -1,9 +1,11 @@
-"""A plain GRPO step (generation and update, no search) against TRL's GRPOTrainer, step by step in turn in one process.
+"""A plain GRPO step (generation and update, no search) against TRL's GRPOTrainer, step by step in turn in
+one process.
 
     python -m benchmarks.training.grpo_step [--json FILE]          needs trl, a benchmark-only dependency
 
-80 completions of 64 tokens (16 prompts x 5) on 96-token prompts; Qwen2 of 4 layers x 128, vocabulary 1,024, float32, two
-threads, no KL, one optimiser step. Ours runs under DeepSpeed ZeRO-3. Neither side pays for its first step.
+80 completions of 64 tokens (16 prompts x 5) on 96-token prompts; Qwen2 of 4 layers x 128, vocabulary 1,024,
+float32, two threads, no KL, one optimiser step. Ours runs under DeepSpeed ZeRO-3. Neither side pays for its
+first step.
 """
 
 from __future__ import annotations
@@ -43,7 +45,8 @@ def main() -> None:
         ours: list[OurStep] = []
 
         def our_turn() -> None:
-            if not ours:  # after TRL was built: a process group would make it wrap its model for several ranks
+            # after TRL was built: a process group would make it wrap its model for several ranks
+            if not ours:
                 ours.append(OurStep(model, WORK))
             started = time.perf_counter()
             ours[0]()

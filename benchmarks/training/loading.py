@@ -1,9 +1,11 @@
-"""Loading a model directory into ZeRO-3's shards: each rank reads what it owns, against each rank loading the whole model first.
+"""Loading a model directory into ZeRO-3's shards: each rank reads what it owns, against each rank loading
+the whole model first.
 
     python -m benchmarks.training.loading MODEL_DIR [--ranks 4] [--json FILE]
 
-The weights become float32, whatever dtype the files have. Memory: what the ranks hold for themselves at the worst moment, over
-what they held before, summed; pages of the mapped files, which they share, do not count (Linux).
+The weights become float32, whatever dtype the files have. Memory: what the ranks hold for themselves at the
+worst moment, over what they held before, summed; pages of the mapped files, which they share, do not count
+(Linux).
 """
 
 from __future__ import annotations
@@ -33,7 +35,13 @@ def load_here(model_dir: str, kind: str) -> None:
     from megatron_sd.training.policy_module import load_for_training
 
     world = join_world()
-    own = {"run_dir": "none", "data.train": "none", "retriever.corpus": "none", "model.path": model_dir, "model.dtype": "float32"}
+    own = {
+        "run_dir": "none",
+        "data.train": "none",
+        "retriever.corpus": "none",
+        "model.path": model_dir,
+        "model.dtype": "float32",
+    }
     config = load([f"--{name}={value}" for name, value in own.items()])
     found: dict[str, float] = {}
     models: list[Any] = []
@@ -56,8 +64,26 @@ def measure(model_dir: str, kind: str, num_ranks: int) -> tuple[float, float, fl
     """GiB of all ranks together, seconds of the slowest, GiB of the model in float32."""
     from launch.local import free_port
 
-    launcher = ["deepspeed.launcher.runner", "--num_gpus", str(num_ranks), "--master_port", str(free_port()), "--no_local_rank"]
-    command = [sys.executable, "-m", *launcher, "--log_level", "error", "--module", __spec__.name, model_dir, "--kind", kind]
+    launcher = [
+        "deepspeed.launcher.runner",
+        "--num_gpus",
+        str(num_ranks),
+        "--master_port",
+        str(free_port()),
+        "--no_local_rank",
+    ]
+    command = [
+        sys.executable,
+        "-m",
+        *launcher,
+        "--log_level",
+        "error",
+        "--module",
+        __spec__.name,
+        model_dir,
+        "--kind",
+        kind,
+    ]
     with tempfile.TemporaryDirectory() as directory:
         finished = subprocess.run(command, capture_output=True, text=True, check=True, cwd=directory)
     lines = [line.partition("FIGURES ")[2] for line in finished.stdout.splitlines()]
@@ -70,7 +96,12 @@ def measure(model_dir: str, kind: str, num_ranks: int) -> tuple[float, float, fl
 def main() -> None:
     """Measure and report."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", nargs="?", type=lambda path: str(Path(path).resolve()), help="directory of a pretrained model")
+    parser.add_argument(
+        "model",
+        nargs="?",
+        type=lambda path: str(Path(path).resolve()),
+        help="directory of a pretrained model",
+    )
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--kind", choices=["shards", "whole"], help="of one rank, started by this program")
     parser.add_argument("--json", type=Path)
@@ -82,9 +113,17 @@ def main() -> None:
         load_here(arguments.model, arguments.kind)
     gib, seconds, model_gib = measure(arguments.model, "shards", arguments.ranks)
     whole_gib, whole_seconds, _ = measure(arguments.model, "whole", arguments.ranks)
-    print(f"{arguments.ranks} ranks, a model of {model_gib:.2f} GiB in float32: {gib / model_gib:.2f} models at the worst moment")
-    rows = [("own memory of all ranks", gib, whole_gib, "GiB"), ("seconds of the slowest", seconds, whole_seconds, "s")]
-    comparisons = [Comparison(name=n, ours=a, theirs=b, unit=unit, against="whole loads") for n, a, b, unit in rows]
+    print(
+        f"{arguments.ranks} ranks, a model of {model_gib:.2f} GiB in float32: {gib / model_gib:.2f} models at"
+        " the worst moment"
+    )
+    rows = [
+        ("own memory of all ranks", gib, whole_gib, "GiB"),
+        ("seconds of the slowest", seconds, whole_seconds, "s"),
+    ]
+    comparisons = [
+        Comparison(name=n, ours=a, theirs=b, unit=unit, against="whole loads") for n, a, b, unit in rows
+    ]
     report("loading", comparisons, arguments.json)
 
 

@@ -1,9 +1,11 @@
-"""Peak memory of an update: rows through the head in chunks, against full [T, V] logits of student and teacher.
+"""Peak memory of an update: rows through the head in chunks, against full [T, V] logits of student and
+teacher.
 
     python -m benchmarks.training.memory [--json FILE]
 
-One microbatch of 8 x 512 tokens, half of them sampled, 5 % query tokens; Qwen2 of 2 layers x 128, vocabulary 32,768, float32.
-Each side runs in a process of its own; the figure is the growth of its peak resident memory over the microbatch.
+One microbatch of 8 x 512 tokens, half of them sampled, 5 % query tokens; Qwen2 of 2 layers x 128,
+vocabulary 32,768, float32. Each side runs in a process of its own; the figure is the growth of its peak
+resident memory over the microbatch.
 """
 
 from __future__ import annotations
@@ -63,13 +65,22 @@ def ours(model: Path) -> float:
     from megatron_sd.distributed.world import join_world
     from megatron_sd.training.policy import load_policy
 
-    required = {"run_dir": model / "run", "model.path": model, "data.train": "none", "retriever.corpus": "none"}
+    required = {
+        "run_dir": model / "run",
+        "model.path": model,
+        "data.train": "none",
+        "retriever.corpus": "none",
+    }
     chosen = {"model.dtype": "float32", "policy_loss.kl_weight": 0, "update.head_chunk_rows": 256}
-    policy = load_policy(load([f"--{key}={value}" for key, value in (required | chosen).items()]), join_world())
+    policy = load_policy(
+        load([f"--{key}={value}" for key, value in (required | chosen).items()]), join_world()
+    )
     (batch,) = pack(samples(), max_tokens=1 << 20, world_size=1, aggregation="token")
     before = peak_gib()
     for microbatch in batch:
-        policy.accumulate(microbatch, batch.totals, TermWeights(policy=1.0, distill_spread=1.0, distill_no_spread=1.0))
+        policy.accumulate(
+            microbatch, batch.totals, TermWeights(policy=1.0, distill_spread=1.0, distill_no_spread=1.0)
+        )
     return peak_gib() - before
 
 
@@ -90,7 +101,9 @@ def naive(model: Path) -> float:
     chosen = student.gather(-1, ids[:, 1:, None])[..., 0]
     loss = -(advantages * torch.exp(chosen - chosen.detach()))[:, PROMPT_LENGTH - 1 :].mean()
     mixture = torch.logsumexp(torch.stack([student, teacher]), 0) - float(np.log(2))
-    divergence = 0.5 * ((teacher.exp() * (teacher - mixture)).sum(-1) + (student.exp() * (student - mixture)).sum(-1))
+    divergence = 0.5 * (
+        (teacher.exp() * (teacher - mixture)).sum(-1) + (student.exp() * (student - mixture)).sum(-1)
+    )
     queries = torch.from_numpy(batch[0].query_positions) - 1
     (loss + divergence[:, queries].mean()).backward()
     return peak_gib() - before
@@ -114,7 +127,11 @@ def main() -> None:
             finished = subprocess.run(command, capture_output=True, text=True, check=True)
             growth[side] = float(finished.stdout.split()[-1])
     figures = {"ours": growth["ours"], "theirs": growth["naive"]}
-    report("memory", [Comparison(name="peak memory of an update", unit="GiB", against="naive", **figures)], arguments.json)
+    report(
+        "memory",
+        [Comparison(name="peak memory of an update", unit="GiB", against="naive", **figures)],
+        arguments.json,
+    )
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
-"""What SD-Search costs over GRPO: one trainer of each, from the same start policy on the synthetic world, step by step in turn.
+"""What SD-Search costs over GRPO: one trainer of each, from the same start policy on the synthetic world,
+step by step in turn.
 
     python -m benchmarks.training.overhead [--json FILE]
 
-Ratios are GRPO's seconds over SD-Search's: 0.90 means that SD-Search takes 1 / 0.90 = 1.11 times as long. In the demo's world
-rollouts are as short as their hindsight blocks, the worst case for the teacher's forward; the second shape has observations of
-400 tokens, as real passages give. Steps that measure the gradient ratio (three updates instead of one) are timed apart.
+Ratios are GRPO's seconds over SD-Search's: 0.90 means that SD-Search takes 1 / 0.90 = 1.11 times as long.
+In the demo's world rollouts are as short as their hindsight blocks, the worst case for the teacher's
+forward; the second shape has observations of 400 tokens, as real passages give. Steps that measure the
+gradient ratio (three updates instead of one) are timed apart.
 """
 
 from __future__ import annotations
@@ -33,7 +35,11 @@ SHAPES = {
         "--rollout.max_rollout_tokens=2048",
     ),
 }
-ARMS = {"GRPO": ("--distill.block=none",), "SD-Search, gated": (), "SD-Search, every group": ("--distill.gate=none",)}
+ARMS = {
+    "GRPO": ("--distill.block=none",),
+    "SD-Search, gated": (),
+    "SD-Search, every group": ("--distill.gate=none",),
+}
 MEASURED = "update with measurement"
 
 
@@ -87,7 +93,11 @@ def compare(shape: str, medians: Mapping[str, Mapping[str, float]]) -> list[Comp
     plain = medians["GRPO"]
     return [
         Comparison(
-            name=f"{shape}, {name}: {phase}", ours=seconds, theirs=plain[phase.split(" with ")[0]], unit="s", against="GRPO"
+            name=f"{shape}, {name}: {phase}",
+            ours=seconds,
+            theirs=plain[phase.split(" with ")[0]],
+            unit="s",
+            against="GRPO",
         )
         for name, own in medians.items()
         if name != "GRPO"

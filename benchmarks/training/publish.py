@@ -1,11 +1,13 @@
-"""Publishing about 200 M parameters from 2 ZeRO-3 ranks to 2 tensor-parallel workers, all in processes of this machine.
+"""Publishing about 200 M parameters from 2 ZeRO-3 ranks to 2 tensor-parallel workers, all in processes of
+this machine.
 
     python -m benchmarks.training.publish [--json FILE] [--rounds N]
 
-ours: each worker's shard from the ranks that own it, over shared memory and over gloo. broadcast: every parameter gathered on all
-ranks, broadcast whole by rank 0 to all workers, each of which keeps its part (what OpenRLHF does). reload: gathered in buckets,
-handed whole to all workers in shared memory, each of which loads its part. Random Qwen2 in bfloat16; workers are plain tensors.
-Figures are medians of wall time over interleaved rounds, and bytes that cross from one process to another.
+ours: each worker's shard from the ranks that own it, over shared memory and over gloo. broadcast: every
+parameter gathered on all ranks, broadcast whole by rank 0 to all workers, each of which keeps its part
+(what OpenRLHF does). reload: gathered in buckets, handed whole to all workers in shared memory, each of
+which loads its part. Random Qwen2 in bfloat16; workers are plain tensors. Figures are medians of wall time
+over interleaved rounds, and bytes that cross from one process to another.
 """
 
 from __future__ import annotations
@@ -55,14 +57,17 @@ class Party:
 
     def group(self, name: str, rank: int, size: int) -> dist.ProcessGroup:
         """A gloo group beside DeepSpeed's."""
-        return dist.ProcessGroupGloo(dist.PrefixStore(name, self.store), rank, size, timedelta(seconds=TIMEOUT_S))
+        return dist.ProcessGroupGloo(
+            dist.PrefixStore(name, self.store), rank, size, timedelta(seconds=TIMEOUT_S)
+        )
 
     def barrier(self) -> None:
         """Everybody is here."""
         self._all.barrier().wait()
 
     def run(self, methods: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
-        """Seconds of every method and round, from everybody ready to everybody done; the first round warms up."""
+        """Seconds of every method and round, from everybody ready to everybody done; the first round warms
+        up."""
         seconds: dict[str, list[float]] = {method: [] for method in METHODS}
         for n in range(rounds + 1):
             for method in METHODS:
@@ -106,11 +111,18 @@ def train(party: Party, model: Path, rounds: int) -> None:
     from megatron_sd.training.publisher import ShardPublisher
 
     world = join_world()
-    required = {"run_dir": model / "run", "model.path": model, "data.train": "none", "retriever.corpus": "none"}
+    required = {
+        "run_dir": model / "run",
+        "model.path": model,
+        "data.train": "none",
+        "retriever.corpus": "none",
+    }
     settings = [f"--{key}={value}" for key, value in (required | {"policy_loss.kl_weight": 0}).items()]
     policy = load_policy(load(settings), world)
     publishers = {
-        wire: ShardPublisher(policy, load([*settings, f"--publish.wire={wire}"]), world, tp_size=NUM_WORKERS, num_replicas=1)
+        wire: ShardPublisher(
+            policy, load([*settings, f"--publish.wire={wire}"]), world, tp_size=NUM_WORKERS, num_replicas=1
+        )
         for wire in WIRES
     }
     plan = publishers["gloo"].plan
@@ -118,11 +130,22 @@ def train(party: Party, model: Path, rounds: int) -> None:
     if world.is_first:
         whole = SharedMemory(sum(spec.numel for spec in plan.source.parameters), torch.bfloat16)
         addresses = {wire: publisher.address for wire, publisher in publishers.items()}
-        offer = {"addresses": addresses, "whole": whole.token, "config": json.loads(policy.model.config.to_json_string(False))}
-        party.store.set("offer", json.dumps(offer | {"names": [spec.name for spec in plan.source.parameters]}))
-    methods = {wire: functools.partial(publisher.publish, policy, NoWorkers(), 0) for wire, publisher in publishers.items()}
+        offer = {
+            "addresses": addresses,
+            "whole": whole.token,
+            "config": json.loads(policy.model.config.to_json_string(False)),
+        }
+        party.store.set(
+            "offer", json.dumps(offer | {"names": [spec.name for spec in plan.source.parameters]})
+        )
+    methods = {
+        wire: functools.partial(publisher.publish, policy, NoWorkers(), 0)
+        for wire, publisher in publishers.items()
+    }
     methods["broadcast"] = functools.partial(broadcast_whole, party, policy)
-    methods["reload"] = functools.partial(hand_over_whole, party, policy, None if whole is None else whole.tensor)
+    methods["reload"] = functools.partial(
+        hand_over_whole, party, policy, None if whole is None else whole.tensor
+    )
     seconds = party.run(methods, rounds)
     if world.is_first:
         moved = plan.item_bytes * sum(layout.numel for layout in plan.workers)
@@ -174,10 +197,14 @@ def serve(party: Party, rounds: int) -> None:
     shapes = [(name, specs[name].shape, specs[name].numel) for name in offer["names"]]
     whole = open_shared_memory(offer["whole"], sum(numel for *_, numel in shapes), torch.bfloat16)
     live = {
-        method: {t.spec.name: torch.full(t.spec.shape, float(n), dtype=torch.bfloat16) for t in layout.tensors}
+        method: {
+            t.spec.name: torch.full(t.spec.shape, float(n), dtype=torch.bfloat16) for t in layout.tensors
+        }
         for n, method in enumerate(METHODS)
     }
-    pieces = {piece.parameter: (tensor.spec.name, piece) for tensor in layout.tensors for piece in tensor.pieces}
+    pieces = {
+        piece.parameter: (tensor.spec.name, piece) for tensor in layout.tensors for piece in tensor.pieces
+    }
 
     def keep(method: str, name: str, full: torch.Tensor) -> None:
         target, piece = pieces[name]
@@ -220,7 +247,9 @@ def main() -> None:
     if arguments.party is not None:
         torch.set_num_threads(1)
         party = Party(arguments.party, arguments.port)
-        train(party, arguments.model, arguments.rounds) if party.number < NUM_RANKS else serve(party, arguments.rounds)
+        train(party, arguments.model, arguments.rounds) if party.number < NUM_RANKS else serve(
+            party, arguments.rounds
+        )
         return
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     with socket.socket() as listener:
@@ -230,9 +259,26 @@ def main() -> None:
         write_model(Path(directory), vocabulary=VOCABULARY, hidden=HIDDEN, layers=LAYERS)
         processes = []
         for number in range(NUM_RANKS + NUM_WORKERS):
-            command = [sys.executable, "-m", __spec__.name, "--party", number, "--port", store.port, "--model", directory]
-            ranks = {"RANK": number, "WORLD_SIZE": NUM_RANKS, "LOCAL_RANK": number, "MASTER_ADDR": "127.0.0.1"}
-            environment = {**ranks, "MASTER_PORT": master_port, "OMP_NUM_THREADS": 1} if number < NUM_RANKS else {}
+            command = [
+                sys.executable,
+                "-m",
+                __spec__.name,
+                "--party",
+                number,
+                "--port",
+                store.port,
+                "--model",
+                directory,
+            ]
+            ranks = {
+                "RANK": number,
+                "WORLD_SIZE": NUM_RANKS,
+                "LOCAL_RANK": number,
+                "MASTER_ADDR": "127.0.0.1",
+            }
+            environment = (
+                {**ranks, "MASTER_PORT": master_port, "OMP_NUM_THREADS": 1} if number < NUM_RANKS else {}
+            )
             processes.append(
                 subprocess.Popen(
                     [*map(str, command), "--rounds", str(arguments.rounds)],
@@ -264,7 +310,9 @@ def compare(seconds: dict[str, list[float]], moved: int, model: int, json_path: 
         for theirs in theirs_bytes
     ]
     comparisons += [
-        Comparison(name="bytes between processes", ours=moved / 1e6, theirs=total / 1e6, unit="MB", against=name)
+        Comparison(
+            name="bytes between processes", ours=moved / 1e6, theirs=total / 1e6, unit="MB", against=name
+        )
         for name, total in theirs_bytes.items()
     ]
     report("publish", comparisons, json_path)

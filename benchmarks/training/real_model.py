@@ -1,12 +1,14 @@
-"""A GRPO step of a real model, full float32 training: seconds and peak memory against TRL's GRPOTrainer on the same tokens.
+"""A GRPO step of a real model, full float32 training: seconds and peak memory against TRL's GRPOTrainer on
+the same tokens.
 
     python -m benchmarks.training.real_model MODEL_DIR [--sides one trl two] [--json FILE]     needs trl
 
-20 rollouts (4 prompts x 5) of 200 prompt tokens and 400 sampled ones; microbatches of at most 2,048 tokens (TRL: as many whole
-rollouts as fit); gradient checkpointing on both sides, no KL, one optimiser step. Each side has a process of its own, one after
-the other; `two` is ours on two ranks, whose memory is summed. Memory is the resident set's peak, libraries included (Linux);
-pages of the model's file that ranks share count for each of them. The generation of both sides is in the step. A minute of work
-on the smallest models, half an hour on one of 0.5B parameters and two cores.
+20 rollouts (4 prompts x 5) of 200 prompt tokens and 400 sampled ones; microbatches of at most 2,048 tokens
+(TRL: as many whole rollouts as fit); gradient checkpointing on both sides, no KL, one optimiser step. Each
+side has a process of its own, one after the other; `two` is ours on two ranks, whose memory is summed.
+Memory is the resident set's peak, libraries included (Linux); pages of the model's file that ranks share
+count for each of them. The generation of both sides is in the step. A minute of work on the smallest
+models, half an hour on one of 0.5B parameters and two cores.
 """
 
 from __future__ import annotations
@@ -26,7 +28,12 @@ from benchmarks.baseline import Comparison, report
 from benchmarks.training.grpo_sides import OurStep, Work, run_trl
 
 WORK = Work(
-    num_prompts=4, group_size=5, prompt_tokens=200, completion_tokens=400, microbatch_tokens=2048, gradient_checkpointing=True
+    num_prompts=4,
+    group_size=5,
+    prompt_tokens=200,
+    completion_tokens=400,
+    microbatch_tokens=2048,
+    gradient_checkpointing=True,
 )
 RANKS = {"one": 1, "trl": 1, "two": 2}
 MARK = "FIGURES "
@@ -56,23 +63,48 @@ def measure(model: Path, side: str) -> tuple[float, float]:
     from launch.local import free_port
 
     ranks = RANKS[side]
-    launcher = ["-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks), "--master_port", str(free_port()), "--no_local_rank"]
+    launcher = [
+        "-m",
+        "deepspeed.launcher.runner",
+        "--num_gpus",
+        str(ranks),
+        "--master_port",
+        str(free_port()),
+        "--no_local_rank",
+    ]
     start = [*launcher, "--log_level", "error"] if ranks > 1 else []
-    command = [sys.executable, *start, "--module" if start else "-m", __spec__.name, str(model), "--here", side]
+    command = [
+        sys.executable,
+        *start,
+        "--module" if start else "-m",
+        __spec__.name,
+        str(model),
+        "--here",
+        side,
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": str(max((os.cpu_count() or 1) // ranks, 1))}
     finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    found = [json.loads(line.removeprefix(MARK)) for line in finished.stdout.splitlines() if line.startswith(MARK)]
+    found = [
+        json.loads(line.removeprefix(MARK)) for line in finished.stdout.splitlines() if line.startswith(MARK)
+    ]
     if len(found) != ranks:
-        raise SystemExit(f"{side}: {len(found)} of {ranks} processes came to the end:\n{finished.stdout}{finished.stderr}")
+        raise SystemExit(
+            f"{side}: {len(found)} of {ranks} processes came to the end:\n{finished.stdout}{finished.stderr}"
+        )
     seconds, gib = max(own["seconds"] for own in found), sum(own["gib"] for own in found)
-    print(f"{side:>4}: {seconds:7.1f} s a step, {WORK.num_tokens / seconds:7.1f} tokens/s, peak {gib:6.2f} GiB", flush=True)
+    print(
+        f"{side:>4}: {seconds:7.1f} s a step, {WORK.num_tokens / seconds:7.1f} tokens/s, peak {gib:6.2f} GiB",
+        flush=True,
+    )
     return seconds, gib
 
 
 def main() -> None:
     """Measure and report."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", nargs="?", type=lambda path: Path(path).resolve(), help="directory of a pretrained model")
+    parser.add_argument(
+        "model", nargs="?", type=lambda path: Path(path).resolve(), help="directory of a pretrained model"
+    )
     parser.add_argument("--sides", nargs="+", choices=RANKS, default=list(RANKS))
     parser.add_argument("--here", choices=RANKS, help="of one process, started by this program")
     parser.add_argument("--json", type=Path)
@@ -93,7 +125,9 @@ def main() -> None:
     theirs = found["trl"]
     names = {"one": "one rank", "two": "two ranks"}
     comparisons = [
-        Comparison(name=f"{names[side]}: {what}", ours=found[side][n], theirs=theirs[n], unit=unit, against="TRL")
+        Comparison(
+            name=f"{names[side]}: {what}", ours=found[side][n], theirs=theirs[n], unit=unit, against="TRL"
+        )
         for side in names
         if side in found
         for n, what, unit in ((0, "GRPO step", "s"), (1, "peak memory", "GiB"))

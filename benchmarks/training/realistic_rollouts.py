@@ -1,4 +1,5 @@
-"""Samples of an update as searching makes them: four searches, observations of 500 tokens, a hindsight block a group."""
+"""Samples of an update as searching makes them: four searches, observations of 500 tokens, a hindsight
+block a group."""
 
 from __future__ import annotations
 
@@ -10,7 +11,9 @@ PROMPT, TURN, QUERY, OBSERVATION, ANSWER, BLOCK, SEARCHES, GROUP = 200, 90, 12, 
 
 
 def samples(num_questions: int, vocabulary: int, *, scale: float) -> list:
-    """Rollouts of SEARCHES searches, all distilled, a group's with one teacher prompt. scale: of every length."""
+    """Rollouts of SEARCHES searches, all distilled, a group's with one teacher prompt. scale: of every
+    length."""
+
     def length(tokens: int) -> int:
         return max(int(tokens * scale), 2)
 

@@ -1,4 +1,5 @@
-"""`sd-search select`: sampled rollouts become training episodes, from file to file; the same seed gives the same bytes.
+"""`sd-search select`: sampled rollouts become training episodes, from file to file; the same seed gives the
+same bytes.
 
 Below `output`:
 
@@ -54,15 +55,17 @@ from megatron_sd.search.tokens import load_codec
 
 QUESTIONS_NAME = "questions.jsonl"
 SELECTABLE = ("agent",)  # strategies whose rollouts can become episodes
-# What an episode may have otherwise than it was sampled with: the prompt, and what is said to an action that is none.
+# What an episode may have otherwise than it was sampled with: the prompt, and what is said to an action
+# that is none.
 _OF_THE_PROMPT = {"prompt", "chat_template", "template_arguments", "question_end", "invalid_action_message"}
 _KEPT = ("model", "model_version", "tokenizer", "corpus_version", "questions_version")
 
 
 @dataclass(frozen=True, kw_only=True)
 class SelectConfig:
-    """Episodes of what `sd-search sample` left in the directory `rollouts`. tokenizer: a model directory that has it; None:
-    the one that sampled. protocol: with another prompt, for a model that shall learn to do without examples; None: as sampled."""
+    """Episodes of what `sd-search sample` left in the directory `rollouts`. tokenizer: a model directory
+    that has it; None: the one that sampled. protocol: with another prompt, for a model that shall learn to
+    do without examples; None: as sampled."""
 
     rollouts: str
     output: str
@@ -80,11 +83,13 @@ def main(argv: Sequence[str]) -> None:
 
 
 def select(config: SelectConfig) -> SelectionTally:
-    """Write the episodes; what was kept and dropped. Raises DataError for rollouts that are none of ours, or not of this
-    tokenizer, ConfigError for a selection or protocol that cannot be."""
+    """Write the episodes; what was kept and dropped. Raises DataError for rollouts that are none of ours,
+    or not of this tokenizer, ConfigError for a selection or protocol that cannot be."""
     check_ranges(config)
     if (both := config.selection.shuffled_share + config.selection.wrong_question_share) > 1.0:
-        raise ConfigError(f"selection.shuffled_share and .wrong_question_share: found {both:g} together, expected at most 1")
+        raise ConfigError(
+            f"selection.shuffled_share and .wrong_question_share: found {both:g} together, expected at most 1"
+        )
     source, output = Path(config.rollouts), Path(config.output)
     groups = StoredGroups(source / ROLLOUTS_NAME)
     sampled = read_record(source / SAMPLE_NAME, "sd-search sample")
@@ -123,7 +128,9 @@ def _split(groups: Iterable[RolloutGroup], config: SelectConfig) -> dict[str, li
     return splits
 
 
-def _episodes(groups: StoredGroups, maker: EpisodeMaker, split: str, tally: SelectionTally) -> Iterator[dict[str, Any]]:
+def _episodes(
+    groups: StoredGroups, maker: EpisodeMaker, split: str, tally: SelectionTally
+) -> Iterator[dict[str, Any]]:
     """The lines of a split."""
     places = {group.question.id: place for place, group in enumerate(maker.bare)}
     with Work(sys.stderr).on(f"select, {split}", len(groups), "questions") as task:
@@ -133,16 +140,21 @@ def _episodes(groups: StoredGroups, maker: EpisodeMaker, split: str, tally: Sele
                 continue
             for episode in maker(group, places[group.question.id], tally):
                 tally.kept[split, episode.kind] += 1
-                yield fields_of(RolloutGroup(question=episode.question, rollouts=(episode.rollout,))) | {"kind": episode.kind}
+                yield fields_of(RolloutGroup(question=episode.question, rollouts=(episode.rollout,))) | {
+                    "kind": episode.kind
+                }
 
 
 def prompt_of(config: SelectConfig, sampled: Mapping[str, Any]) -> Prompt:
-    """How a question and its block become a prompt: the environment's own way. Raises DataError for another tokenizer than the
-    sample's, ConfigError for a protocol that would read or show something else than the rollouts do."""
+    """How a question and its block become a prompt: the environment's own way. Raises DataError for another
+    tokenizer than the sample's, ConfigError for a protocol that would read or show something else than the
+    rollouts do."""
     then = _protocol_of(sampled["protocol"])
     own = config.protocol or then
     codec = load_codec(
-        config.tokenizer or sampled["model"], chat_template=own.chat_template, template_arguments=own.template_arguments
+        config.tokenizer or sampled["model"],
+        chat_template=own.chat_template,
+        template_arguments=own.template_arguments,
     )
     check_tokenizer(codec.fingerprint, sampled, Path(config.rollouts))
     check_same_form(build_protocol(own), build_protocol(then))
@@ -151,17 +163,21 @@ def prompt_of(config: SelectConfig, sampled: Mapping[str, Any]) -> Prompt:
 
 
 def _check_prompt(groups: StoredGroups, prompt: Prompt, source: Path) -> None:
-    """Raise DataError when questions are not asked as they were when they were sampled: the template or a preset has changed."""
+    """Raise DataError when questions are not asked as they were when they were sampled: the template or a
+    preset has changed."""
     for group in itertools.islice(groups, 1):
         if prompt(group.question.text, "") != group.rollouts[0].prompt_ids:
             raise DataError(
-                f"{source}: question {group.question.id} was sampled behind another prompt than its protocol makes now (the chat "
-                "template, or the preset, has changed); give --protocol to have another prompt on purpose, or sample anew"
+                f"{source}: question {group.question.id} was sampled behind another prompt than its protocol"
+                " makes now (the chat template, or the preset, has changed); give --protocol to have another"
+                " prompt on purpose, or sample anew"
             )
 
 
 def _protocol_of(fields: Mapping[str, Any]) -> ProtocolConfig:
-    return ProtocolConfig(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
+    return ProtocolConfig(
+        **{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
+    )
 
 
 def check_same_form(own: Protocol, then: Protocol) -> None:
@@ -169,8 +185,8 @@ def check_same_form(own: Protocol, then: Protocol) -> None:
     for name in (f.name for f in dataclasses.fields(Protocol) if f.name not in _OF_THE_PROMPT):
         if getattr(own, name) != getattr(then, name):
             raise ConfigError(
-                f"protocol.{name}: found {getattr(own, name)!r}, but the rollouts were sampled with {getattr(then, name)!r}; "
-                "expected the same, only the prompt may be another"
+                f"protocol.{name}: found {getattr(own, name)!r}, but the rollouts were sampled with"
+                f" {getattr(then, name)!r}; expected the same, only the prompt may be another"
             )
 
 

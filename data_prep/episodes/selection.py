@@ -1,8 +1,9 @@
-"""Which sampled rollouts become training episodes, and with which hindsight block in front: pure functions on records.
+"""Which sampled rollouts become training episodes, and with which hindsight block in front: pure functions
+on records.
 
-An episode is a right rollout behind a prompt. Without a block it teaches to search; with the attempts of its own group as the
-block it teaches to read one. A model that saw only true labels would take the word CORRECT for a switch, so a share of the blocks
-has permuted labels, and a share is another question's.
+An episode is a right rollout behind a prompt. Without a block it teaches to search; with the attempts of
+its own group as the block it teaches to read one. A model that saw only true labels would take the word
+CORRECT for a switch, so a share of the blocks has permuted labels, and a share is another question's.
 """
 
 from __future__ import annotations
@@ -23,11 +24,13 @@ Prompt = Callable[[str, str], TokenIds]  # question, block ("" without one) -> p
 
 @dataclass(frozen=True, kw_only=True)
 class Selection:
-    """What is kept. Right means exact match; the pass rate of a question is the share of right ones among its usable rollouts.
+    """What is kept. Right means exact match; the pass rate of a question is the share of right ones among
+    its usable rollouts.
 
-    Of a question within the pass rates, the right rollouts of valid form with at least min_searches are kept, fewest searches
-    first, at most per_question; the first blocks_per_question of them once more behind a block: the group's attempts with true
-    labels, but for shuffled_share with permuted ones and wrong_question_share of another question.
+    Of a question within the pass rates, the right rollouts of valid form with at least min_searches are
+    kept, fewest searches first, at most per_question; the first blocks_per_question of them once more
+    behind a block: the group's attempts with true labels, but for shuffled_share with permuted ones and
+    wrong_question_share of another question.
     """
 
     min_pass_rate: float = 0.0
@@ -65,7 +68,10 @@ class SelectionTally:
         """In one line."""
         kept = ", ".join(f"{split} {kind} {count}" for (split, kind), count in sorted(self.kept.items()))
         dropped = ", ".join(f"{reason} {count}" for reason, count in sorted(self.dropped.items()) if count)
-        return f"kept {self.kept.total()} episodes ({kept or 'none'}); dropped {self.dropped.total()} ({dropped or 'none'})"
+        return (
+            f"kept {self.kept.total()} episodes ({kept or 'none'}); dropped {self.dropped.total()}"
+            f" ({dropped or 'none'})"
+        )
 
 
 def is_held_out(question_id: str, share: float, seed: int) -> bool:
@@ -93,7 +99,8 @@ def is_within(group: RolloutGroup, selection: Selection) -> str | None:
 
 
 def select_rollouts(group: RolloutGroup, selection: Selection, tally: SelectionTally) -> list[Rollout]:
-    """The rollouts of a scored group that are kept, fewest searches first; the others are counted by reason."""
+    """The rollouts of a scored group that are kept, fewest searches first; the others are counted by
+    reason."""
     tally.dropped["infrastructure"] += len(group.rollouts) - len(group.usable)
     reason = is_within(group, selection)
     if reason is not None:
@@ -124,8 +131,8 @@ def _why_not(rollout: Rollout, selection: Selection) -> str | None:
 
 @dataclass(frozen=True, kw_only=True)
 class EpisodeMaker:
-    """Makes the episodes of one question after the other. bare: the groups of its split (without_tokens), from which blocks are
-    built."""
+    """Makes the episodes of one question after the other. bare: the groups of its split (without_tokens),
+    from which blocks are built."""
 
     selection: Selection
     prompt: Prompt

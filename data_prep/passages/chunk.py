@@ -17,13 +17,15 @@ from megatron_sd.retrieval.corpus.manifest import file_entry
 
 Span = tuple[int, int]
 _TOKENIZER_FILES = ("*.json", "*.txt", "*.model")
-# A sentence ends at . ! ? or their full-width forms, with closing quotes or brackets, before white space and no small letter.
+# A sentence ends at . ! ? or their full-width forms, with closing quotes or brackets, before white space
+# and no small letter.
 _SENTENCE_END = re.compile(r"[.!?。！？][\"'”’)\]]*\s+(?![a-z])")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ChunkConfig:
-    """`sd-search data chunk`: a passages directory to one of shorter passages. DPR's Wikipedia is words, size 100."""
+    """`sd-search data chunk`: a passages directory to one of shorter passages. DPR's Wikipedia is words,
+    size 100."""
 
     passages: str
     output: str
@@ -35,25 +37,33 @@ class ChunkConfig:
 
 
 def chunk_passages(config: ChunkConfig) -> str:
-    """Write the chunks and return the version of their directory. Killed and started again it goes on where it was.
+    """Write the chunks and return the version of their directory. Killed and started again it goes on where
+    it was.
 
-    A passage that fits one chunk keeps its id; the chunks of a longer one are ID#0000, ID#0001, ... Raises ConfigError for sizes
-    that cannot be, DataError for a damaged input.
+    A passage that fits one chunk keeps its id; the chunks of a longer one are ID#0000, ID#0001, ... Raises
+    ConfigError for sizes that cannot be, DataError for a damaged input.
     """
     stride = config.size if config.stride is None else config.stride
     if not 1 <= stride <= config.size:
-        raise ConfigError(f"stride: found {stride}, expected 1 to size {config.size}, or text would be lost between chunks")
+        raise ConfigError(
+            f"stride: found {stride}, expected 1 to size {config.size}, or text would be lost between chunks"
+        )
     spans = token_spans(config.tokenizer) if config.unit == "tokens" else SPANS[config.unit]
     table = PassageTable(Path(config.passages))
 
     def rest(runs: SortedRuns) -> Iterator[Taken]:
         passages = (passage for batch in table.batches(runs.num_read) for passage in from_batch(batch))
-        return (Taken(passages=tuple(cut(own, spans(own.text), size=config.size, stride=stride))) for own in passages)
+        return (
+            Taken(passages=tuple(cut(own, spans(own.text), size=config.size, stride=stride)))
+            for own in passages
+        )
 
     settings = {"unit": config.unit, "size": config.size, "stride": stride}
     origin = Origin(settings={"chunks": settings}, made_from={"passages": table.version})
     begun_from = {"passages": table.version, "chunks": settings, "tokenizer": _tokenizer_entries(config)}
-    return write_resumable(Path(config.output), rest, origin, begun_from=begun_from, rows_per_run=config.rows_per_run)
+    return write_resumable(
+        Path(config.output), rest, origin, begun_from=begun_from, rows_per_run=config.rows_per_run
+    )
 
 
 def _tokenizer_entries(config: ChunkConfig) -> dict[str, Any]:
@@ -64,7 +74,9 @@ def _tokenizer_entries(config: ChunkConfig) -> dict[str, Any]:
     return {path.name: dataclasses.asdict(file_entry(path)) for path in paths}
 
 
-def cut(passage: SourcedPassage, spans: Sequence[Span], *, size: int, stride: int) -> Iterator[SourcedPassage]:
+def cut(
+    passage: SourcedPassage, spans: Sequence[Span], *, size: int, stride: int
+) -> Iterator[SourcedPassage]:
     """Windows of `size` spans, every `stride` spans, until the last span is covered."""
     if len(spans) <= size:
         yield passage
@@ -96,20 +108,27 @@ SPANS = {"words": word_spans, "sentences": sentence_spans}
 
 
 def token_spans(directory: str | None) -> Callable[[str], list[Span]]:
-    """[start, stop) of the characters of every token. Raises ConfigError without a directory, DataError for a slow tokenizer."""
+    """[start, stop) of the characters of every token. Raises ConfigError without a directory, DataError for
+    a slow tokenizer."""
     if directory is None:
-        raise ConfigError("tokenizer: found nothing, expected a local Hugging Face directory, since unit is tokens")
+        raise ConfigError(
+            "tokenizer: found nothing, expected a local Hugging Face directory, since unit is tokens"
+        )
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise DataError(f"{directory} holds no tokenizer that can be loaded ({str(error).splitlines()[0]})") from error
+        raise DataError(
+            f"{directory} holds no tokenizer that can be loaded ({str(error).splitlines()[0]})"
+        ) from error
     if not tokenizer.is_fast:
         raise DataError(f"{directory} has a tokenizer without offsets; expected a fast one (tokenizer.json)")
 
     def spans(text: str) -> list[Span]:
-        offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
+        offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)[
+            "offset_mapping"
+        ]
         return [(start, stop) for start, stop in offsets if stop > start]
 
     return spans

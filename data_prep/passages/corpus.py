@@ -1,7 +1,7 @@
 """Passages from public files: into a passages directory, or straight into an index when they fit in memory.
 
-Accepted rows: our own {"id", "title", "text"} (a missing title is empty; of further fields `source` and `license` are kept), and
-the forms of passage_rows.py.
+Accepted rows: our own {"id", "title", "text"} (a missing title is empty; of further fields `source` and
+`license` are kept), and the forms of passage_rows.py.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ def parse_sourced(row: Row, line: Line, *, rules: PassageRules) -> SourcedPassag
     num_bytes = len(passage.text.encode())
     if num_bytes > rules.max_text_bytes:
         raise RowError(
-            f"field 'text' has {num_bytes} bytes, expected at most {rules.max_text_bytes}: cut it, or raise max_text_bytes "
-            "and chunk it (`sd-search data chunk`)"
+            f"field 'text' has {num_bytes} bytes, expected at most {rules.max_text_bytes}: cut it, or raise"
+            " max_text_bytes and chunk it (`sd-search data chunk`)"
         )
     labels = {name: _label(row, name) or getattr(rules, name) for name in ("source", "license")}
     return SourcedPassage(**vars(passage), **labels)
@@ -66,7 +66,13 @@ class ImportTally:
 
 
 def import_passages(
-    path: Path, output: Path, *, rejects: Path, rules: PassageRules, max_reject_share: float, rows_per_run: int
+    path: Path,
+    output: Path,
+    *,
+    rejects: Path,
+    rules: PassageRules,
+    max_reject_share: float,
+    rows_per_run: int,
 ) -> tuple[int, int]:
     """Write a passages directory; broken rows go to the `rejects` file. Passages kept, and rows rejected.
 
@@ -104,7 +110,8 @@ def _input_entries(path: Path) -> dict[str, Any]:
 def _take(
     path: Path, rules: PassageRules, tally: ImportTally, *, num_done: int = 0, met: MetIds | None = None
 ) -> Iterator[Taken]:
-    """What each row of a file or folder becomes, after `num_done` rows whose ids are `met`; the tally counts on."""
+    """What each row of a file or folder becomes, after `num_done` rows whose ids are `met`; the tally
+    counts on."""
     parse = functools.partial(parse_sourced, rules=rules)
     for line, result in parse_rows(path, parse, num_done=num_done, met=met):
         if isinstance(result, RowError):
@@ -116,19 +123,23 @@ def _take(
 
 
 def read_passages(path: Path, *, rejects: Path, max_reject_share: float) -> list[Passage]:
-    """The passages of a file; broken rows go to the `rejects` file. Raises DataError when too many are broken."""
+    """The passages of a file; broken rows go to the `rejects` file. Raises DataError when too many are
+    broken."""
     tally = ImportTally()
     try:
         passages = list(_passages(path, tally, max_reject_share))
     finally:
         write_rejects(rejects, tally.rejects)
     if tally.rejects:
-        log.warning("%s: %d rows rejected, see %s; the first: %s", path, len(tally.rejects), rejects, tally.rejects[0])
+        log.warning(
+            "%s: %d rows rejected, see %s; the first: %s", path, len(tally.rejects), rejects, tally.rejects[0]
+        )
     return passages
 
 
 def any_passages(path: Path, max_reject_share: float = 0.0) -> Iterable[Passage]:
-    """The passages of a passages directory or of any accepted file. Raises DataError, at the end for too many broken rows."""
+    """The passages of a passages directory or of any accepted file. Raises DataError, at the end for too
+    many broken rows."""
     return PassageTable(path) if is_table(path) else _passages(path, ImportTally(), max_reject_share)
 
 

@@ -1,4 +1,5 @@
-"""Build a corpus directory: passages, a BM25 index, a vector index where vectors are given, and the manifest that seals them."""
+"""Build a corpus directory: passages, a BM25 index, a vector index where vectors are given, and the
+manifest that seals them."""
 
 from __future__ import annotations
 
@@ -44,7 +45,8 @@ class IndexConfig:
     output: str
     vectors: str | None = None  # of the same passages (`sd-search data encode`): adds a vector index
     vector_index: VectorIndexConfig = field(default_factory=VectorIndexConfig)
-    recall: str | None = None  # a questions file: report the vector index's recall against exact search on its questions
+    # a questions file: report the vector index's recall against exact search on its questions
+    recall: str | None = None
     recall_questions: int = 200
     recall_top_k: int = 10
     bm25: bool = True  # false: the vector index alone
@@ -78,7 +80,9 @@ class Parts:
 
 def bm25_settings(config: IndexConfig) -> Bm25Settings:
     """The part of the configuration that a query must share with the index."""
-    return Bm25Settings(**{field.name: getattr(config, field.name) for field in dataclasses.fields(Bm25Settings)})
+    return Bm25Settings(
+        **{field.name: getattr(config, field.name) for field in dataclasses.fields(Bm25Settings)}
+    )
 
 
 def build_index(config: IndexConfig) -> str:
@@ -87,13 +91,17 @@ def build_index(config: IndexConfig) -> str:
     Raises DataError for unreadable or broken passages, repeated ids, or an output that exists.
     """
     if config.vectors is None and not config.bm25:
-        raise ConfigError("bm25: found false without vectors, expected one of the two: a corpus needs an index")
+        raise ConfigError(
+            "bm25: found false without vectors, expected one of the two: a corpus needs an index"
+        )
     Analyzer(bm25_settings(config))  # a bad token_pattern is said before the passages are read
     batches, labels = _read(config)
     vectors = None if config.vectors is None else _vectors(Path(config.vectors), labels)
     if vectors is not None:
         check_trainable(len(vectors), config.vector_index)
-    parts = Parts(bm25=bm25_settings(config) if config.bm25 else None, vectors=vectors, vector_index=config.vector_index)
+    parts = Parts(
+        bm25=bm25_settings(config) if config.bm25 else None, vectors=vectors, vector_index=config.vector_index
+    )
     corpus_version = _write(Path(config.output), batches, labels, parts)
     if vectors is not None and config.recall is not None:
         _report_recall(config, vectors, config.recall)
@@ -113,7 +121,10 @@ def _vectors(directory: Path, labels: Labels) -> VectorShards:
     of = vectors.manifest.made_from["passages"]
     if of != labels.made_from.get("passages"):
         found = labels.made_from.get("passages", "no passages directory (`sd-search data import` makes one)")
-        raise DataError(f"{directory} holds vectors of the passages {of}, found {found}: encode the passages that are indexed")
+        raise DataError(
+            f"{directory} holds vectors of the passages {of}, found {found}: encode the passages that are"
+            " indexed"
+        )
     labels.made_from["vectors"] = vectors.version
     return vectors
 
@@ -124,7 +135,9 @@ def _read(config: IndexConfig) -> tuple[Iterator[pa.RecordBatch], Labels]:
         table = PassageTable(path)
         manifest = table.manifest
         made_from = {"passages": table.version}
-        return table.batches(), Labels(sources=manifest.sources, licenses=manifest.licenses, made_from=made_from)
+        return table.batches(), Labels(
+            sources=manifest.sources, licenses=manifest.licenses, made_from=made_from
+        )
     output = Path(config.output)
     rejects = output.with_name(output.name + ".rejects.jsonl")
     passages = read_passages(path, rejects=rejects, max_reject_share=config.max_reject_share)
@@ -135,16 +148,21 @@ def _read(config: IndexConfig) -> tuple[Iterator[pa.RecordBatch], Labels]:
 def write_corpus(output: Path, passages: Iterable[Passage], settings: Bm25Settings, labels: Labels) -> str:
     """Write a BM25 corpus directory of passages that fit in memory and return its corpus version.
 
-    The same passages in any order give the same bytes, and a directory named `output` is always complete. Raises DataError when
-    `output` exists, when there is no passage, or when an id is repeated.
+    The same passages in any order give the same bytes, and a directory named `output` is always complete.
+    Raises DataError when `output` exists, when there is no passage, or when an id is repeated.
     """
     batches = to_batches(sorted(passages, key=lambda passage: passage.id))
-    return _write(output, batches, labels, Parts(bm25=settings, vectors=None, vector_index=VectorIndexConfig()))
+    return _write(
+        output, batches, labels, Parts(bm25=settings, vectors=None, vector_index=VectorIndexConfig())
+    )
 
 
 def _write(output: Path, batches: Iterable[pa.RecordBatch], labels: Labels, parts: Parts) -> str:
-    """Each of the three parts appears when it is whole. A build from a passages directory goes on after those that are."""
-    used = {name: version(name) for name in ("bm25s", "numpy", "pyarrow", "PyStemmer")} | {"faiss": faiss.__version__}
+    """Each of the three parts appears when it is whole. A build from a passages directory goes on after
+    those that are."""
+    used = {name: version(name) for name in ("bm25s", "numpy", "pyarrow", "PyStemmer")} | {
+        "faiss": faiss.__version__
+    }
     settings: dict[str, object] = {}
     with new_directory(output, _plan(labels, parts, used)) as partial:
         if not (partial / PASSAGES_NAME).exists():
@@ -155,7 +173,9 @@ def _write(output: Path, batches: Iterable[pa.RecordBatch], labels: Labels, part
             settings["bm25"] = dataclasses.asdict(parts.bm25)
             if not (partial / BM25_DIRECTORY).exists():
                 with whole_part(partial, BM25_DIRECTORY) as building:
-                    num_terms = write_bm25(building, (f"{passage.title} {passage.text}" for passage in store), parts.bm25)
+                    num_terms = write_bm25(
+                        building, (f"{passage.title} {passage.text}" for passage in store), parts.bm25
+                    )
                 log.info("BM25: %d terms", num_terms)
         if parts.vectors is not None:
             settings["dense"] = vector_index_settings(parts.vectors, parts.vector_index)
@@ -170,7 +190,9 @@ def _write(output: Path, batches: Iterable[pa.RecordBatch], labels: Labels, part
             settings=settings,
             made_from=labels.made_from,
             versions=used,
-            files={name: entry for name, entry in file_entries(partial).items() if name.startswith(_FINISHED)},
+            files={
+                name: entry for name, entry in file_entries(partial).items() if name.startswith(_FINISHED)
+            },
         )
         corpus_version = write_manifest(partial, manifest)
     log.info("%s: %d passages, corpus version %s", output, len(store), corpus_version[:16])
@@ -183,4 +205,7 @@ def _plan(labels: Labels, parts: Parts, used: dict[str, str]) -> Plan | None:
         return None
     bm25 = None if parts.bm25 is None else dataclasses.asdict(parts.bm25)
     dense = None if parts.vectors is None else dataclasses.asdict(parts.vector_index)
-    return Plan(begun_from=labels.made_from | {"bm25": bm25, "vector_index": dense, "versions": used}, finished=_FINISHED)
+    return Plan(
+        begun_from=labels.made_from | {"bm25": bm25, "vector_index": dense, "versions": used},
+        finished=_FINISHED,
+    )

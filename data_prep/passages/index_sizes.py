@@ -1,7 +1,9 @@
-"""`sd-search data plan`: what each index of a corpus of some size needs, from figures measured on a small one.
+"""`sd-search data plan`: what each index of a corpus of some size needs, from figures measured on a small
+one.
 
-Memory and disk follow from the formats. Speeds are scaled from one x86 core, 200,000 passages, 384 dimensions, top 3, batches of
-64 (docs/retrieval.md): they say which choices are out of the question, not what a machine will do to the last query.
+Memory and disk follow from the formats. Speeds are scaled from one x86 core, 200,000 passages, 384
+dimensions, top 3, batches of 64 (docs/retrieval.md): they say which choices are out of the question, not
+what a machine will do to the last query.
 """
 
 from __future__ import annotations
@@ -28,12 +30,14 @@ class IndexSizesConfig:
     dim: int = 768
     words_per_passage: int = 100
     cores: int = 16
-    encoded_per_s: float = 1000.0  # passages a second over all devices; measure yours on one shard of `sd-search data encode`
+    # passages a second over all devices; measure yours on one shard of `sd-search data encode`
+    encoded_per_s: float = 1000.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class IndexEstimate:
-    """One choice of index. ram_gb: what has to stay in the page cache for searches at this speed; qps: queries a second."""
+    """One choice of index. ram_gb: what has to stay in the page cache for searches at this speed; qps:
+    queries a second."""
 
     name: str
     index: str
@@ -62,8 +66,12 @@ _MEASURED = (
     _Measured(kind="flat", bytes_per_vector=lambda d: 4 * d, qps=83, build_core_s=0.2, recall=1.0),
     _Measured(kind="fp16", bytes_per_vector=lambda d: 2 * d, qps=193, build_core_s=0.5, recall=0.9997),
     _Measured(kind="sq8", bytes_per_vector=lambda d: d, qps=188, build_core_s=0.5, recall=0.989),
-    _Measured(kind="hnsw", bytes_per_vector=lambda d: 4 * d + GRAPH_BYTES, qps=4218, build_core_s=400, recall=0.965),
-    _Measured(kind="hnsw_sq8", bytes_per_vector=lambda d: d + GRAPH_BYTES, qps=4103, build_core_s=450, recall=0.953),
+    _Measured(
+        kind="hnsw", bytes_per_vector=lambda d: 4 * d + GRAPH_BYTES, qps=4218, build_core_s=400, recall=0.965
+    ),
+    _Measured(
+        kind="hnsw_sq8", bytes_per_vector=lambda d: d + GRAPH_BYTES, qps=4103, build_core_s=450, recall=0.953
+    ),
     _Measured(kind="ivf_pq", bytes_per_vector=_coded_bytes, qps=10_000, build_core_s=200, recall=0.85),
 )
 _BM25_QPS, _BM25_BUILD_CORE_S = 9700, 45
@@ -72,7 +80,8 @@ _BM25_QPS, _BM25_BUILD_CORE_S = 9700, 45
 def _slower(kind: FaissKind, n: float, d: float) -> float:
     """By what factor a search slows with n times the vectors of d times the dimensions.
 
-    A graph's path grows with the logarithm of N; 64 of 4 sqrt(N) lists hold 16 sqrt(N) vectors; the others look at all.
+    A graph's path grows with the logarithm of N; 64 of 4 sqrt(N) lists hold 16 sqrt(N) vectors; the others
+    look at all.
     """
     if kind.startswith("hnsw"):
         return d * _depth(n)
@@ -103,9 +112,17 @@ def estimates(config: IndexSizesConfig) -> list[IndexEstimate]:
     return [bm25, *(_dense(measured, config, (n, d), text_gb) for measured in _MEASURED)]
 
 
-def _dense(measured: _Measured, config: IndexSizesConfig, growth: tuple[float, float], text_gb: float) -> IndexEstimate:
+def _dense(
+    measured: _Measured, config: IndexSizesConfig, growth: tuple[float, float], text_gb: float
+) -> IndexEstimate:
     n, d = growth
-    build_s = measured.build_core_s * n * d * (_depth(n) if measured.kind.startswith("hnsw") else 1.0) / config.cores
+    build_s = (
+        measured.build_core_s
+        * n
+        * d
+        * (_depth(n) if measured.kind.startswith("hnsw") else 1.0)
+        / config.cores
+    )
     return IndexEstimate(
         name=measured.kind,
         index=factory_string(VectorIndexConfig(kind=measured.kind), int(config.passages), config.dim),
@@ -120,18 +137,33 @@ def render_plan(config: IndexSizesConfig, found: Sequence[IndexEstimate]) -> str
     """The table, and what it rests on."""
     words = config.passages * config.words_per_passage
     head = f"{'index':<10}{'FAISS name':<34}{'RAM, disk GB':>13}{'build h':>10}{'queries/s':>12}   remark"
-    rows = [f"{e.name:<10}{e.index:<34}{e.ram_gb:>13,.1f}{e.build_hours:>10,.2f}{e.qps:>12,.0f}   {e.remark}" for e in found]
+    rows = [
+        f"{e.name:<10}{e.index:<34}{e.ram_gb:>13,.1f}{e.build_hours:>10,.2f}{e.qps:>12,.0f}   {e.remark}"
+        for e in found
+    ]
     encoding = config.passages / config.encoded_per_s / 3600
     return "\n".join(
         [
-            f"{config.passages:,.0f} passages of {config.words_per_passage} words, {config.dim} dimensions, {config.cores} cores",
+            (
+                f"{config.passages:,.0f} passages of {config.words_per_passage} words, {config.dim}"
+                f" dimensions, {config.cores} cores"
+            ),
             "",
             head,
             *rows,
             "",
-            f"passages directory {words * PARQUET_BYTES_PER_WORD / 1e9:,.1f} GB; float16 vectors before indexing "
-            f"{config.passages * config.dim * 2 / 1e9:,.1f} GB, {encoding:,.1f} h at {config.encoded_per_s:,.0f} passages/s",
-            "RAM includes the passages; all is memory-mapped, so less RAM works and is slower. Speeds are scaled from",
-            f"one core at {MEASURED_PASSAGES:,} x {MEASURED_DIM}, the search alone: a query encoder comes on top.",
+            (
+                f"passages directory {words * PARQUET_BYTES_PER_WORD / 1e9:,.1f} GB; float16 vectors before"
+                f" indexing {config.passages * config.dim * 2 / 1e9:,.1f} GB, {encoding:,.1f} h at"
+                f" {config.encoded_per_s:,.0f} passages/s"
+            ),
+            (
+                "RAM includes the passages; all is memory-mapped, so less RAM works and is slower. Speeds are"
+                " scaled from"
+            ),
+            (
+                f"one core at {MEASURED_PASSAGES:,} x {MEASURED_DIM}, the search alone: a query encoder comes"
+                " on top."
+            ),
         ]
     )

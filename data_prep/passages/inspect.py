@@ -24,7 +24,8 @@ def verify_directory(config: InfoConfig, say: Callable[[str], None]) -> None:
 
 
 def corpus_info(config: InfoConfig) -> str:
-    """Verify every file and describe the directory in a few lines. Raises DataError that names a missing or damaged file."""
+    """Verify every file and describe the directory in a few lines. Raises DataError that names a missing or
+    damaged file."""
     manifest, version = open_manifest(Path(config.path), None)
     return render_info(manifest, version)
 

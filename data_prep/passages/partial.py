@@ -1,4 +1,5 @@
-"""Directories on their way: filled under another name, and gone on with after a kill if they were begun from the same.
+"""Directories on their way: filled under another name, and gone on with after a kill if they were begun
+from the same.
 
 OUTPUT.partial/*           what is being made; renamed to OUTPUT when it is whole
 OUTPUT.partial/plan.json   what it is made from: everything that shapes its bytes
@@ -26,7 +27,8 @@ _MAX_SHOWN = 3
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """begun_from: everything that shapes the bytes, as JSON values. finished: glob patterns of what is not to be done again."""
+    """begun_from: everything that shapes the bytes, as JSON values. finished: glob patterns of what is not
+    to be done again."""
 
     begun_from: Mapping[str, Any]
     finished: tuple[str, ...]
@@ -36,9 +38,10 @@ class Plan:
 def new_directory(output: Path, plan: Plan | None = None) -> Iterator[Path]:
     """A directory to fill that gets the name `output` only when the block ends well.
 
-    With a plan it comes as a killed program left it; bad input (DataError, ConfigError) still leaves nothing, but an interrupt or
-    a full disk leaves what is finished. Without one nothing ever stays. Raises DataError when `output` exists, when another
-    program is writing it, or when it was begun from something else.
+    With a plan it comes as a killed program left it; bad input (DataError, ConfigError) still leaves
+    nothing, but an interrupt or a full disk leaves what is finished. Without one nothing ever stays. Raises
+    DataError when `output` exists, when another program is writing it, or when it was begun from something
+    else.
     """
     check_absent(output)
     partial = partial_of(output)
@@ -103,11 +106,13 @@ def begin(partial: Path, plan: Plan | None) -> None:
     wanted = _flat(json.loads(json.dumps(plan.begun_from)))
     differing = sorted(name for name in begun.keys() | wanted.keys() if begun.get(name) != wanted.get(name))
     if differing:
-        shown = [f"{name} was {begun.get(name)!r} and is {wanted.get(name)!r}" for name in differing[:_MAX_SHOWN]]
+        shown = [
+            f"{name} was {begun.get(name)!r} and is {wanted.get(name)!r}" for name in differing[:_MAX_SHOWN]
+        ]
         more = f", and {len(differing) - _MAX_SHOWN} more" if len(differing) > _MAX_SHOWN else ""
         raise DataError(
-            f"{partial} was begun from something else: {', '.join(shown)}{more}; use what it was begun from, or remove it to "
-            "start anew"
+            f"{partial} was begun from something else: {', '.join(shown)}{more}; use what it was begun from,"
+            " or remove it to start anew"
         )
 
 
@@ -115,12 +120,17 @@ def _flat(value: Any, name: str = "") -> dict[str, Any]:
     """{"a": {"b": 1}} -> {"a.b": 1}"""
     if not isinstance(value, dict):
         return {name: value}
-    return {path: leaf for key, own in value.items() for path, leaf in _flat(own, f"{name}.{key}" if name else key).items()}
+    return {
+        path: leaf
+        for key, own in value.items()
+        for path, leaf in _flat(own, f"{name}.{key}" if name else key).items()
+    }
 
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A temporary name to write to, in the same directory; the file gets the name `path` when it is whole and on the disk."""
+    """A temporary name to write to, in the same directory; the file gets the name `path` when it is whole
+    and on the disk."""
     temporary = path.with_name(f".{path.name}.tmp")
     yield temporary
     _to_disk(temporary)
@@ -129,7 +139,8 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def whole_part(directory: Path, name: str) -> Iterator[Path]:
-    """A folder in which to make the folder `name`; that appears in `directory` when it is whole and on the disk."""
+    """A folder in which to make the folder `name`; that appears in `directory` when it is whole and on the
+    disk."""
     building = directory / f".{name}.tmp"
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir()

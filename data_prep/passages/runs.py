@@ -1,4 +1,5 @@
-"""Rows on their way to a passages directory: taken from a source in its order, sorted in pieces that fit in memory, merged.
+"""Rows on their way to a passages directory: taken from a source in its order, sorted in pieces that fit in
+memory, merged.
 
     runs/00000.arrow   the passages of a piece in id order, each with the place its row stood at
     runs/00000.json    written last: how far the source was read by then, what was rejected, the piece's checksum
@@ -35,7 +36,8 @@ _PLACED = SCHEMA.append(pa.field("place", pa.string()))
 
 @dataclass(frozen=True, kw_only=True)
 class Taken:
-    """What one row of a source became: passages, or a reject. place: file and line, for those who look for repeated ids."""
+    """What one row of a source became: passages, or a reject. place: file and line, for those who look for
+    repeated ids."""
 
     passages: Sequence[SourcedPassage] = ()
     place: str = ""
@@ -44,7 +46,8 @@ class Taken:
 
 @dataclass(frozen=True, kw_only=True)
 class _Run:
-    """The record of a finished piece. num_read: rows of the source from its start to the end of this piece."""
+    """The record of a finished piece. num_read: rows of the source from its start to the end of this
+    piece."""
 
     num_read: int
     num_rows: int
@@ -94,20 +97,30 @@ class SortedRuns:
                 yield from zip(batch.column("id").to_pylist(), batch.column("place").to_pylist())
 
     def extend(self, taken: Iterator[Taken], rows_per_run: int) -> None:
-        """Write the rest of the pieces from the rows of the source after `num_read`; a kill loses at most one."""
+        """Write the rest of the pieces from the rows of the source after `num_read`; a kill loses at most
+        one."""
         while not self._runs or not self._runs[-1].is_last:
-            self._runs.append(self._write(*_next_piece(taken, rows_per_run)))  # no name: two pieces at a time would be held
-            log.info("%s: %s rows read, %s passages", self.directory, f"{self.num_read:,}", f"{self.num_rows:,}")
+            # no name: two pieces at a time would be held
+            self._runs.append(self._write(*_next_piece(taken, rows_per_run)))
+            log.info(
+                "%s: %s rows read, %s passages", self.directory, f"{self.num_read:,}", f"{self.num_rows:,}"
+            )
 
     def _write(self, piece: list[Taken], is_last: bool) -> _Run:
         path = self.directory / f"{len(self._runs):05d}.arrow"
         rows = [(passage, own.place) for own in piece for passage in own.passages]
         rows.sort(key=lambda row: row[0].id)
         passages, places = map(itemgetter(0), rows), [place for _, place in rows]
-        with whole_file(path) as unfinished, pa.OSFile(str(unfinished), "wb") as sink, pa.ipc.new_stream(sink, _PLACED) as writer:
+        with (
+            whole_file(path) as unfinished,
+            pa.OSFile(str(unfinished), "wb") as sink,
+            pa.ipc.new_stream(sink, _PLACED) as writer,
+        ):
             for number, batch in enumerate(to_batches(passages, _READ_ROWS)):
                 own = places[number * _READ_ROWS :][: batch.num_rows]
-                writer.write_batch(pa.record_batch([*batch.columns, pa.array(own, pa.string())], schema=_PLACED))
+                writer.write_batch(
+                    pa.record_batch([*batch.columns, pa.array(own, pa.string())], schema=_PLACED)
+                )
         run = _Run(
             num_read=self.num_read + len(piece),
             num_rows=len(rows),
@@ -129,7 +142,8 @@ class SortedRuns:
 
 
 def _next_piece(taken: Iterator[Taken], size: int) -> tuple[list[Taken], bool]:
-    """Rows of the source until they, or the passages they became, are `size`; and whether the source has ended."""
+    """Rows of the source until they, or the passages they became, are `size`; and whether the source has
+    ended."""
     piece: list[Taken] = []
     num_passages = 0
     for own in taken:

@@ -1,7 +1,8 @@
-"""Passages between the stages: numbered Parquet shards (zstd) with a manifest, rows in id order, however many there are.
+"""Passages between the stages: numbered Parquet shards (zstd) with a manifest, rows in id order, however
+many there are.
 
-Every row carries its source and its licence. Rows may come in any order: they are sorted in pieces that fit in memory (runs.py)
-and merged.
+Every row carries its source and its licence. Rows may come in any order: they are sorted in pieces that fit
+in memory (runs.py) and merged.
 """
 
 from __future__ import annotations
@@ -49,21 +50,24 @@ class Origin:
 def write_table(output: Path, passages: Iterable[SourcedPassage], origin: Origin) -> str:
     """Write a passages directory and return its version. The same rows in any order give the same bytes.
 
-    A directory named `output` is always complete, and nothing else stays. Raises DataError when it exists, when there is no row,
-    or for a repeated id.
+    A directory named `output` is always complete, and nothing else stays. Raises DataError when it exists,
+    when there is no row, or for a repeated id.
     """
     with new_directory(output) as partial:
-        return _fill(partial, lambda _: (Taken(passages=(passage,)) for passage in passages), origin, ROWS_PER_RUN)
+        return _fill(
+            partial, lambda _: (Taken(passages=(passage,)) for passage in passages), origin, ROWS_PER_RUN
+        )
 
 
 def write_resumable(
     output: Path, source: Source, origin: Origin, *, begun_from: Mapping[str, Any] | None, rows_per_run: int
 ) -> str:
-    """`write_table` from a source that can go on in its middle: killed and started again it gives the same bytes.
+    """`write_table` from a source that can go on in its middle: killed and started again it gives the same
+    bytes.
 
-    begun_from: everything that shapes the rows, as JSON values; None: start anew whatever lies there. rows_per_run: source rows,
-    or passages they become, that a kill can lose. Raises DataError as `write_table`, also for a directory that was begun from
-    something else, and ConfigError.
+    begun_from: everything that shapes the rows, as JSON values; None: start anew whatever lies there.
+    rows_per_run: source rows, or passages they become, that a kill can lose. Raises DataError as
+    `write_table`, also for a directory that was begun from something else, and ConfigError.
     """
     if rows_per_run < 1:
         raise ConfigError(f"rows_per_run: found {rows_per_run}, expected at least 1")
@@ -146,7 +150,11 @@ class PassageTable:
         while row < stop:
             shard, offset = divmod(row, ROWS_PER_SHARD)
             group, skip = divmod(offset, ROWS_PER_BATCH)
-            rows = pq.ParquetFile(self.directory / self._shards[shard]).read_row_group(group).slice(skip, stop - row)
+            rows = (
+                pq.ParquetFile(self.directory / self._shards[shard])
+                .read_row_group(group)
+                .slice(skip, stop - row)
+            )
             yield rows.cast(SCHEMA).combine_chunks().to_batches()[0]
             row += rows.num_rows
 

@@ -1,4 +1,5 @@
-"""BEIR's folders: corpus.jsonl, queries.jsonl, qrels/SPLIT.tsv. Queries have no answers, but judged documents."""
+"""BEIR's folders: corpus.jsonl, queries.jsonl, qrels/SPLIT.tsv. Queries have no answers, but judged
+documents."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ def file_of(path: Path, kind: str) -> Path:
 
 
 def read_judged(path: Path) -> Judged | None:
-    """The judgements beside a file of queries, None where there are none. Raises DataError for a broken line."""
+    """The judgements beside a file of queries, None where there are none. Raises DataError for a broken
+    line."""
     files = sorted((path.parent / "qrels").glob("*.tsv"))
     judged: dict[str, tuple[str, tuple[str, ...]]] = {}
     for file in files:
@@ -31,7 +33,9 @@ def read_judged(path: Path) -> Judged | None:
                     raise row
                 query, document, score = row["query-id"], row["corpus-id"], float(row["score"])
             except (RowError, KeyError, ValueError) as error:
-                raise DataError(f"{file}:{line.number}: {error}; expected the columns query-id, corpus-id, score") from error
+                raise DataError(
+                    f"{file}:{line.number}: {error}; expected the columns query-id, corpus-id, score"
+                ) from error
             if score > 0:
                 split, documents = judged.get(query, (file.stem, ()))
                 judged[query] = (split, tuple(dict.fromkeys((*documents, document))))
@@ -39,10 +43,14 @@ def read_judged(path: Path) -> Judged | None:
 
 
 def judged_query(row: Row, judged: Judged) -> Row:
-    """A query as a question without gold answers, a hop for each relevant document. Raises RowError for one without any."""
+    """A query as a question without gold answers, a hop for each relevant document. Raises RowError for one
+    without any."""
     id_ = id_field(row, "_id")
     if id_ not in judged:
-        raise RowError(f"query {id_!r} has no relevant document in qrels/, and BEIR has no answers: nothing to measure with")
+        raise RowError(
+            f"query {id_!r} has no relevant document in qrels/, and BEIR has no answers: nothing to measure"
+            " with"
+        )
     split, documents = judged[id_]
     return {
         "id": id_,

@@ -1,7 +1,7 @@
 """Native question formats of public data sets, each turned into a row of our own form.
 
-A format is recognised by the fields its rows have. Supporting passages are known by title only: they count when the import is
-given the passages to look them up in.
+A format is recognised by the fields its rows have. Supporting passages are known by title only: they count
+when the import is given the passages to look them up in.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from data_prep.sources.passage_rows import lower_names
 
 @dataclass(frozen=True, kw_only=True)
 class QuestionFormat:
-    """The fields that tell a format, and how its rows become our own: id, question, golden_answers, supporting_titles."""
+    """The fields that tell a format, and how its rows become our own: id, question, golden_answers,
+    supporting_titles."""
 
     source: str  # the data set's name, where rows do not say it
     fields: frozenset[str]
@@ -28,15 +29,18 @@ class QuestionFormat:
 def to_own(row: Row, place: str, source: str = "") -> Row:
     """A row of our own form; `place` becomes the id where the data set has none.
 
-    The label is the row's own, else `source`, else the format's name; so is the split the row's own. Raises RowError for an
-    unknown format.
+    The label is the row's own, else `source`, else the format's name; so is the split the row's own. Raises
+    RowError for an unknown format.
     """
     found = _format_of(row)
     if found is None:
         row = lower_names(row, ("id", "question", "answer", "golden_answers", "answers"))
         found = _format_of(row)
     if found is None:
-        raise RowError(f"no known format has the fields {sorted(row)}; expected those of our own form or of a supported data set")
+        raise RowError(
+            f"no known format has the fields {sorted(row)}; expected those of our own form or of a supported"
+            " data set"
+        )
     try:
         own = found.convert(row)
     except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
@@ -44,12 +48,19 @@ def to_own(row: Row, place: str, source: str = "") -> Row:
             raise
         raise RowError(f"not of the form its fields promise ({type(error).__name__}: {error})") from error
     label = next(
-        (row[name] for name in ("source", "dataset", "data_source") if row.get(name) is not None), source or found.source
+        (row[name] for name in ("source", "dataset", "data_source") if row.get(name) is not None),
+        source or found.source,
     )
     own = {name: value for name, value in own.items() if value is not None}
     split = own.get("split", row.get("split", _dict(row.get("extra_info")).get("split")))
-    known = {"id": place} | ({"source": label} if label else {}) | ({"split": split} if split is not None else {})
-    return known | own | ({"source": label.removeprefix("searchR1_")} if isinstance(label, str) and label else {})
+    known = (
+        {"id": place} | ({"source": label} if label else {}) | ({"split": split} if split is not None else {})
+    )
+    return (
+        known
+        | own
+        | ({"source": label.removeprefix("searchR1_")} if isinstance(label, str) and label else {})
+    )
 
 
 def _format_of(row: Row) -> QuestionFormat | None:
@@ -89,7 +100,9 @@ def _verl(row: Row) -> Row:
         _, mark, question = prompt.rpartition("Question:")
         if not mark:
             raise RowError("the prompt has no 'Question:' and extra_info no 'question'; expected one of them")
-    return _row(row.get("id"), question.strip().split("<|im_end|>")[0].strip(), row["reward_model"]["ground_truth"])
+    return _row(
+        row.get("id"), question.strip().split("<|im_end|>")[0].strip(), row["reward_model"]["ground_truth"]
+    )
 
 
 def _kilt(row: Row) -> Row:
@@ -112,14 +125,19 @@ def _titles(facts: Any) -> list[str]:
 
 
 def _hotpotqa(row: Row) -> Row:
-    """HotpotQA and 2Wiki: `supporting_facts` is [[title, sentence], ...], or {"title": [...], ...} from the Hugging Face hub."""
-    return _row(row.get("_id", row.get("id")), row["question"], row["answer"], _titles(row["supporting_facts"]))
+    """HotpotQA and 2Wiki: `supporting_facts` is [[title, sentence], ...], or {"title": [...], ...} from the
+    Hugging Face hub."""
+    return _row(
+        row.get("_id", row.get("id")), row["question"], row["answer"], _titles(row["supporting_facts"])
+    )
 
 
 def _musique(row: Row) -> Row:
     """MuSiQue: one supporting paragraph for each step of the decomposition."""
     if row.get("answerable") is False:
-        raise UnanswerableError("answerable is false: the question's evidence was taken out; expected an answerable one")
+        raise UnanswerableError(
+            "answerable is false: the question's evidence was taken out; expected an answerable one"
+        )
     titles = {paragraph["idx"]: paragraph["title"] for paragraph in row["paragraphs"]}
     steps = [step["paragraph_support_idx"] for step in row["question_decomposition"]]
     hops = [titles[step] for step in steps if step is not None]
@@ -131,7 +149,8 @@ def _nq_open(row: Row) -> Row:
 
 
 def _triviaqa(row: Row) -> Row:
-    """TriviaQA, as published (`QuestionId`, `Answer`) and as on the Hugging Face hub (`question_id`, `answer`)."""
+    """TriviaQA, as published (`QuestionId`, `Answer`) and as on the Hugging Face hub (`question_id`,
+    `answer`)."""
     lower = {name.lower().replace("_", ""): value for name, value in row.items()}
     answer = {name.lower(): value for name, value in lower["answer"].items()}
     return _row(lower["questionid"], lower["question"], [answer["value"], *answer.get("aliases", [])])

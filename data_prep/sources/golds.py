@@ -18,7 +18,8 @@ class UnanswerableError(RowError):
 
 
 def read_golds(value: Any) -> list[str]:
-    """The gold answers of a field, in order, each once. Raises RowError, UnanswerableError where none was published."""
+    """The gold answers of a field, in order, each once. Raises RowError, UnanswerableError where none was
+    published."""
     if isinstance(value, dict):  # SQuAD's {"text": [...]}, Search-R1's {"target": [...]}
         value = next((value[name] for name in ("target", "text", "value") if name in value), value)
     values = value if isinstance(value, list) else [value]
@@ -34,7 +35,8 @@ def read_golds(value: Any) -> list[str]:
 
 
 def listed(text: str) -> list[str]:
-    """The strings of a JSON or Python list that was written as text; any other text alone. Raises RowError."""
+    """The strings of a JSON or Python list that was written as text; any other text alone. Raises
+    RowError."""
     inside = text.strip()
     if not (inside.startswith("[") and inside.endswith("]")):
         return [text]
@@ -50,6 +52,11 @@ def listed(text: str) -> list[str]:
         return [text]  # "[sic]"
     if not isinstance(found, list) or not all(isinstance(gold, str) for gold in found):
         raise RowError(f"gold answers are {text!r}, expected a list of strings")
-    if len(found) == 1 and _NUMPY.match(inside) and read is ast.literal_eval and json.dumps(found[0])[1:-1] not in inside:
+    if (
+        len(found) == 1
+        and _NUMPY.match(inside)
+        and read is ast.literal_eval
+        and json.dumps(found[0])[1:-1] not in inside
+    ):
         raise RowError(f"gold answers are {text!r}: NumPy's text, whose strings run together; expected JSON")
     return found

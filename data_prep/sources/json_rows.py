@@ -1,4 +1,5 @@
-"""Rows of JSON files: a list of objects, read as a stream; an object that holds the list; or JSON lines by another name."""
+"""Rows of JSON files: a list of objects, read as a stream; an object that holds the list; or JSON lines by
+another name."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ def are_json_lines(path: Path) -> bool:
 
 
 def json_rows(path: Path) -> Iterator[Any]:
-    """The rows of a JSON list, one by one; a list within an object is read whole. Raises DataError for anything else."""
+    """The rows of a JSON list, one by one; a list within an object is read whole. Raises DataError for
+    anything else."""
     blocks = _text_blocks(path)
     start = next((block for block in blocks if block.strip()), "")
     if start.lstrip().startswith("["):
@@ -48,7 +50,9 @@ def _wrapped(path: Path) -> list[Any]:
     if isinstance(rows, dict):
         rows = next((rows[key] for key in _WRAPPERS if isinstance(rows.get(key), list)), None)
     if not isinstance(rows, list):
-        raise DataError(f"{path} holds no list of rows; expected a JSON list, or one under {' or '.join(_WRAPPERS)}")
+        raise DataError(
+            f"{path} holds no list of rows; expected a JSON list, or one under {' or '.join(_WRAPPERS)}"
+        )
     return rows
 
 
@@ -92,7 +96,8 @@ def _at_sign(held: str, place: int, blocks: Iterator[str]) -> tuple[str, int]:
 
 
 def _item(decode: Any, held: str, place: int, blocks: Iterator[str]) -> tuple[Any, int, str]:
-    """One item, and the place after it; as much of the file is read on as it needs, each time twice as much."""
+    """One item, and the place after it; as much of the file is read on as it needs, each time twice as
+    much."""
     while True:
         try:
             item, end = decode(held, place)

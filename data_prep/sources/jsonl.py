@@ -30,7 +30,8 @@ class RowError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Reject:
-    """A row, or a part of one, that was left out: where it was (`line` counts from 1), why, and its content."""
+    """A row, or a part of one, that was left out: where it was (`line` counts from 1), why, and its
+    content."""
 
     file: str
     line: int
@@ -56,18 +57,22 @@ class Line:
 
     def reject(self, reason: str) -> Reject:
         """Leave it out, or a part of it, for this reason."""
-        return Reject(file=self.file, line=self.number, reason=reason, content=self.content.decode(errors="replace"))
+        return Reject(
+            file=self.file, line=self.number, reason=reason, content=self.content.decode(errors="replace")
+        )
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """(line number from 1, line) of the non-blank lines. Raises DataError when the file is missing, truncated or corrupt."""
+    """(line number from 1, line) of the non-blank lines. Raises DataError when the file is missing,
+    truncated or corrupt."""
     for number, line in enumerate(read_raw_lines(path), start=1):
         if line.strip():
             yield number, line
 
 
 def read_raw_lines(path: Path) -> Iterator[bytes]:
-    """All lines, without their line breaks. Raises DataError when the file is missing, truncated or corrupt."""
+    """All lines, without their line breaks. Raises DataError when the file is missing, truncated or
+    corrupt."""
     return _split_lines(read_blocks(path))
 
 
@@ -88,7 +93,9 @@ def read_blocks(path: Path) -> Iterator[bytes]:
         with open(path, "rb") as handle:
             yield from _without_mark(_blocks(path, handle))
     except (OSError, EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError) as error:
-        raise DataError(f"cannot read {path}: {error}; expected a file, plain, .gz, .zst, .bz2 or .xz") from error
+        raise DataError(
+            f"cannot read {path}: {error}; expected a file, plain, .gz, .zst, .bz2 or .xz"
+        ) from error
 
 
 def _without_mark(blocks: Iterator[bytes]) -> Iterator[bytes]:
@@ -110,7 +117,8 @@ def _blocks(path: Path, handle: BinaryIO) -> Iterator[bytes]:
 
 
 def _zstd_blocks(handle: BinaryIO) -> Iterator[bytes]:
-    """Content of all frames. The library's own reader stops in silence at the end of the first frame or of a truncated file."""
+    """Content of all frames. The library's own reader stops in silence at the end of the first frame or of
+    a truncated file."""
     frame = None
     while block := handle.read(_BLOCK_BYTES):
         while block:
@@ -134,7 +142,8 @@ def decode_row(line: bytes) -> Row:
     """One line as an object. Raises RowError."""
     try:
         row = json.loads(line)
-        json.dumps(row, ensure_ascii=False).encode()  # a lone surrogate passes json.loads and could never be written again
+        # a lone surrogate passes json.loads and could never be written again
+        json.dumps(row, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise RowError(f"not valid JSON ({error})") from error
     return check_row(row)
@@ -153,8 +162,9 @@ def check_rejects(path: Path, rejects: list[Reject], num_rows: int, max_reject_s
         raise DataError(f"{path} holds no rows: expected at least one")
     if len(rejects) > max_reject_share * num_rows:
         raise DataError(
-            f"{path}: {len(rejects)} of {num_rows} rows are broken, more than the allowed share of {max_reject_share:g}; "
-            f"the first: {rejects[0]}; mend the file or allow more with max_reject_share"
+            f"{path}: {len(rejects)} of {num_rows} rows are broken, more than the allowed share of"
+            f" {max_reject_share:g}; the first: {rejects[0]}; mend the file or allow more with"
+            " max_reject_share"
         )
 
 

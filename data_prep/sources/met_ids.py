@@ -1,4 +1,5 @@
-"""The ids of the rows that were read so far, each with the place of its row, for those who look for repeated ones."""
+"""The ids of the rows that were read so far, each with the place of its row, for those who look for
+repeated ones."""
 
 from __future__ import annotations
 
@@ -33,14 +34,20 @@ class IdsInMemory:
 
 
 class IdsOnDisk:
-    """Ids that are strings, in an SQLite file that only this object reads: the memory is that of its cache, however many."""
+    """Ids that are strings, in an SQLite file that only this object reads: the memory is that of its cache,
+    however many."""
 
     def __init__(self, path: Path, known: Iterable[tuple[str, str]]) -> None:
         """known: (id, place) of those that are met already. A file that a killed program left is replaced."""
         path.unlink(missing_ok=True)
         self._path = path
         self._database = sqlite3.connect(path, isolation_level=None)
-        for pragma in ("journal_mode = OFF", "synchronous = OFF", "locking_mode = EXCLUSIVE", f"cache_size = -{_CACHE_KIB}"):
+        for pragma in (
+            "journal_mode = OFF",
+            "synchronous = OFF",
+            "locking_mode = EXCLUSIVE",
+            f"cache_size = -{_CACHE_KIB}",
+        ):
             self._database.execute(f"PRAGMA {pragma}")
         self._database.execute("CREATE TABLE met (id TEXT PRIMARY KEY, place TEXT) WITHOUT ROWID")
         self._database.execute("BEGIN")  # never committed: the file ends with its reader
@@ -54,7 +61,9 @@ class IdsOnDisk:
                 return None
             return str(self._database.execute("SELECT place FROM met WHERE id = ?", (id_,)).fetchone()[0])
         except sqlite3.Error as error:
-            raise OSError(f"{self._path} cannot be written ({error}); make room on the disk and start again") from error
+            raise OSError(
+                f"{self._path} cannot be written ({error}); make room on the disk and start again"
+            ) from error
 
     def close(self) -> None:
         """Remove the file."""

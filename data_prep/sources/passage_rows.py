@@ -1,8 +1,8 @@
 """Rows of public passage files, each turned into a passage.
 
-An id may be called `id`, or as in BEIR, KILT, TREC and DPR; a text `text` (a string, or KILT's list of paragraphs) or `contents`.
-`contents` have a title of their own only when no `title` stands beside them and their first line looks like one: see
-`split_title`. No word is lost either way: what is no title is text.
+An id may be called `id`, or as in BEIR, KILT, TREC and DPR; a text `text` (a string, or KILT's list of
+paragraphs) or `contents`. `contents` have a title of their own only when no `title` stands beside them and
+their first line looks like one: see `split_title`. No word is lost either way: what is no title is text.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ _SENTENCE_END = re.compile(r"[.!?;:,。！？][\"'”’)\]]*$")
 
 
 def parse_passage(row: Row) -> Passage:
-    """One row of any accepted form. A passage with a title and an empty text has its title as text. Raises RowError."""
+    """One row of any accepted form. A passage with a title and an empty text has its title as text. Raises
+    RowError."""
     row = lower_names(row, (*_IDS, *_TITLES, *_TEXTS))
     name = next((name for name in _TEXTS if name in row), "text")
     title, text = _title(row), _text(row, name)
@@ -30,8 +31,14 @@ def parse_passage(row: Row) -> Passage:
     title = " ".join((title or "").splitlines())
     text = text if text.strip() else title
     if not text.strip():
-        raise RowError(f"field {name!r} is {row.get(name)!r}, expected a non-empty string, or a title beside it")
-    passage = Passage(id=id_field(row, next((name for name in _IDS if row.get(name) is not None), "id")), title=title, text=text)
+        raise RowError(
+            f"field {name!r} is {row.get(name)!r}, expected a non-empty string, or a title beside it"
+        )
+    passage = Passage(
+        id=id_field(row, next((name for name in _IDS if row.get(name) is not None), "id")),
+        title=title,
+        text=text,
+    )
     for name, value in vars(passage).items():
         if "\0" in value:
             raise RowError(f"field {name!r} holds a NUL character, expected text")
@@ -39,7 +46,8 @@ def parse_passage(row: Row) -> Passage:
 
 
 def lower_names(row: Row, names: tuple[str, ...]) -> Row:
-    """The row with fields such as `ID` or `Title` under their usual names, where it has those names in no other way."""
+    """The row with fields such as `ID` or `Title` under their usual names, where it has those names in no
+    other way."""
     found = {name.strip().lower(): name for name in row if isinstance(name, str)}
     return row | {name: row[found[name]] for name in names if name not in row and name in found}
 
@@ -47,8 +55,9 @@ def lower_names(row: Row, names: tuple[str, ...]) -> Row:
 def split_title(contents: str) -> tuple[str, str]:
     """(title, text) of Search-R1's, FlashRAG's and Pyserini's `contents`.
 
-    A first line in double quotes is a title. So is a bare first line that reads as one: at most 200 characters, and no sentence
-    (more than six words that end with a punctuation mark). Everything else is text without title, also contents of one line.
+    A first line in double quotes is a title. So is a bare first line that reads as one: at most 200
+    characters, and no sentence (more than six words that end with a punctuation mark). Everything else is
+    text without title, also contents of one line.
     """
     first, has_more, rest = contents.partition("\n")
     first = first.strip()

@@ -1,7 +1,7 @@
 """Import of questions and passages from public files, every broken row accounted for.
 
-Accepted question rows (JSON lines, JSON, Parquet, CSV, TSV, also .gz or .zst; unknown fields are ignored), beside the native ones
-of formats.py:
+Accepted question rows (JSON lines, JSON, Parquet, CSV, TSV, also .gz or .zst; unknown fields are ignored),
+beside the native ones of formats.py:
 
     {"id", "text", "golden_answers", "source", "split", "supporting": [[passage id, ...], ...]}          our own
     {"id", "question", "golden_answers", "dataset", "split", "supporting": [{"title", "ids"}, ...]}      with titles
@@ -48,23 +48,28 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class ImportConfig:
-    """`sd-search data import`: one file or folder of questions or passages to our own format, rejects beside it."""
+    """`sd-search data import`: one file or folder of questions or passages to our own format, rejects
+    beside it."""
 
     kind: Literal["questions", "passages"]
     input: str
-    output: str  # questions: plain jsonl; passages: a directory; rejected rows go beside it, NAME.rejects.jsonl
+    # questions: plain jsonl; passages: a directory; rejected rows go beside it, NAME.rejects.jsonl
+    output: str
     source: str = ""  # for rows that name no source (questions: no data set)
     license: str = ""  # for rows that name no licence: an SPDX identifier such as CC-BY-SA-4.0
     split: str = ""  # for questions that name no split
-    passages: str | None = None  # for questions whose hops have titles: find the ids by title in these passages
+    # for questions whose hops have titles: find the ids by title in these passages
+    passages: str | None = None
     max_text_bytes: int = 1_000_000  # longer passages are rejected
-    max_reject_share: float = 0.01  # more broken rows than this are an error, and nothing but the rejects file is written
+    # more broken rows than this are an error, and nothing but the rejects file is written
+    max_reject_share: float = 0.01
     rows_per_run: int = ROWS_PER_RUN  # rows of passages that are sorted in memory: what a kill can lose
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImportReport:
-    """What an import did. num_notes: rows of accepted questions that lost a gold answer or a hop; noted: counts in words."""
+    """What an import did. num_notes: rows of accepted questions that lost a gold answer or a hop; noted:
+    counts in words."""
 
     num_kept: int
     num_rejected: int
@@ -74,7 +79,8 @@ class ImportReport:
 
 
 def parse_question(row: Row, titles: Titles | None = None, is_judged: bool = False) -> Question:
-    """One row of our own form; hops with titles are looked up in `titles` when it is given, and unknown ones left out.
+    """One row of our own form; hops with titles are looked up in `titles` when it is given, and unknown
+    ones left out.
 
     is_judged: it has hops instead of gold answers. Raises RowError.
     """
@@ -96,7 +102,8 @@ def _label(row: Row, *names: str) -> str:
 
 
 def _hops(row: Row, titles: Titles | None) -> list[tuple[str, tuple[str, ...]]]:
-    """Title (empty where it does not matter) and passage ids of each hop; no ids: the passages have no such title."""
+    """Title (empty where it does not matter) and passage ids of each hop; no ids: the passages have no such
+    title."""
     named = [] if titles is None else row.get("supporting_titles", [])
     hops = [*_list(row.get("supporting") or [], "supporting"), *({"title": title} for title in named)]
     return [_hop(hop, titles) for hop in hops]
@@ -107,7 +114,10 @@ def _hop(hop: Any, titles: Titles | None) -> tuple[str, tuple[str, ...]]:
         return hop["title"], titles.find(hop["title"])
     ids = _list(hop.get("ids") if isinstance(hop, dict) else hop, "supporting")
     if not ids or not all(isinstance(id_, str | int) for id_ in ids):
-        raise RowError(f"a hop of 'supporting' is {hop!r}, expected a non-empty list of passage ids or {{'title', 'ids'}}")
+        raise RowError(
+            f"a hop of 'supporting' is {hop!r}, expected a non-empty list of passage ids or {{'title',"
+            " 'ids'}"
+        )
     return "", tuple(str(id_) for id_ in ids)
 
 
@@ -118,13 +128,16 @@ def _list(value: Any, name: str) -> list[Any]:
 
 
 def import_file(config: ImportConfig) -> ImportReport:
-    """Convert one file or folder. Raises DataError when it cannot be read or too many of its rows are broken."""
+    """Convert one file or folder. Raises DataError when it cannot be read or too many of its rows are
+    broken."""
     source, output = file_of(Path(config.input), config.kind), Path(config.output)
     rejects_path = output.with_name(output.name.removesuffix(".jsonl") + ".rejects.jsonl")
     noted: Counter[str] = Counter()
     num_notes = 0
     if config.kind == "passages":
-        rules = PassageRules(source=config.source, license=config.license, max_text_bytes=config.max_text_bytes)
+        rules = PassageRules(
+            source=config.source, license=config.license, max_text_bytes=config.max_text_bytes
+        )
         limits = {"max_reject_share": config.max_reject_share, "rows_per_run": config.rows_per_run}
         num_kept, num_rejected = import_passages(source, output, rejects=rejects_path, rules=rules, **limits)
     else:
@@ -134,12 +147,16 @@ def import_file(config: ImportConfig) -> ImportReport:
         num_kept, num_rejected = len(found.questions), len(found.rejects) + len(found.unanswerable)
         noted, num_notes = found.noted, len(found.notes)
         if found.unanswerable and not num_kept:
-            raise DataError(f"{source}: none of {num_rejected} rows is a question with an answer; the first: {every[0]}")
+            raise DataError(
+                f"{source}: none of {num_rejected} rows is a question with an answer; the first: {every[0]}"
+            )
         check_rejects(source, found.rejects, num_kept + num_rejected, config.max_reject_share)
         write_question_rows(output, found.questions)
     written = str(rejects_path) if num_rejected or num_notes else None
     log.info("%s: %d %s kept, %d rejected, %d notes", source, num_kept, config.kind, num_rejected, num_notes)
-    return ImportReport(num_kept=num_kept, num_rejected=num_rejected, num_notes=num_notes, rejects=written, noted=noted)
+    return ImportReport(
+        num_kept=num_kept, num_rejected=num_rejected, num_notes=num_notes, rejects=written, noted=noted
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,12 +209,17 @@ def _without_empty(question: LicensedQuestion, line: Line, found: _Found) -> Lic
         return None
     found.notes.append(line.reject(reason + ", the question is kept"))
     found.noted["lost an empty gold answer"] += 1
-    return dataclasses.replace(question, golden_answers=tuple(own for own in question.golden_answers if own not in empty))
+    return dataclasses.replace(
+        question, golden_answers=tuple(own for own in question.golden_answers if own not in empty)
+    )
 
 
 def _note_hops(question: LicensedQuestion, line: Line, found: _Found) -> None:
     if question.unknown_hops:
-        reason = f"no one passage has the titles {list(question.unknown_hops)}: these hops are unknown, the question is kept"
+        reason = (
+            f"no one passage has the titles {list(question.unknown_hops)}: these hops are unknown, the"
+            " question is kept"
+        )
         found.notes.append(line.reject(reason))
         found.noted["with an unknown hop"] += 1
     if not question.golden_answers:
@@ -205,7 +227,8 @@ def _note_hops(question: LicensedQuestion, line: Line, found: _Found) -> None:
 
 
 def _name_apart(found: _Found, lines: list[Line]) -> None:
-    """Where an id stands in more than one data set of the file, every id gets the name of its set in front."""
+    """Where an id stands in more than one data set of the file, every id gets the name of its set in
+    front."""
     if len({question.id for question in found.questions}) == len(found.questions):
         return
     kept: dict[str, tuple[LicensedQuestion, Line]] = {}
@@ -232,10 +255,15 @@ def _parse_licensed(
     labels = {"source": question.source or config.source, "split": question.split or config.split}
     fields = {field.name: getattr(question, field.name) for field in dataclasses.fields(question)}
     unknown = tuple(title for title, ids in _hops(own, titles) if not ids)
-    return LicensedQuestion(**(fields | labels), license=_label(row, "license") or config.license, unknown_hops=unknown)
+    return LicensedQuestion(
+        **(fields | labels), license=_label(row, "license") or config.license, unknown_hops=unknown
+    )
 
 
 def write_question_rows(path: Path, questions: Iterable[Question]) -> None:
     """Write our own format, which `megatron_sd.search.questions.load_questions` reads."""
     rows = (dataclasses.asdict(question) for question in questions)
-    write_rows(path, ({name: value for name, value in row.items() if value or name != "unknown_hops"} for row in rows))
+    write_rows(
+        path,
+        ({name: value for name, value in row.items() if value or name != "unknown_hops"} for row in rows),
+    )

@@ -1,4 +1,5 @@
-"""Rows of public files: JSON lines, JSON arrays, Parquet, CSV, TSV, or a folder of them or of texts, each row with its place."""
+"""Rows of public files: JSON lines, JSON arrays, Parquet, CSV, TSV, or a folder of them or of texts, each
+row with its place."""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ from data_prep.sources.separated import read_separated
 from megatron_sd.errors import DataError
 
 Record = TypeVar("Record")
-Reader = Callable[[Path, int], Iterator[tuple[Line, Row | RowError]]]  # of a file, less so many rows from its start
+# of a file, less so many rows from its start
+Reader = Callable[[Path, int], Iterator[tuple[Line, Row | RowError]]]
 _TEXT_SUFFIXES = (".txt", ".md")
 
 
@@ -44,8 +46,8 @@ def parse_rows(
     """Every row with its record, or with what is wrong with it. A repeated key is an error; it is
     the record's id, or what `key` makes of it.
 
-    The first `num_done` rows are passed over; met: knows the ids among them, and is told the others. None: they are kept in
-    memory.
+    The first `num_done` rows are passed over; met: knows the ids among them, and is told the others. None:
+    they are kept in memory.
     """
     met = IdsInMemory() if met is None else met
     for line, row in read_rows(path, num_done):
@@ -64,8 +66,8 @@ def read_rows(path: Path, num_done: int = 0) -> Iterator[tuple[Line, Row | RowEr
     """Every row of a file or folder, or what is wrong with it. The format follows from the name, or from
     the first byte where the name says nothing; .gz, .zst, .bz2 and .xz are read through.
 
-    num_done: rows from the start that are passed over without a look into them. JSON lines are not decoded, of Parquet the row
-    groups and of a folder of texts the files are not read.
+    num_done: rows from the start that are passed over without a look into them. JSON lines are not decoded,
+    of Parquet the row groups and of a folder of texts the files are not read.
 
     Raises DataError when a file is missing, damaged or of no known format.
     """
@@ -74,12 +76,18 @@ def read_rows(path: Path, num_done: int = 0) -> Iterator[tuple[Line, Row | RowEr
         return
     suffix = _suffix(path)
     if suffix == "":
-        suffix = ".parquet" if _start(path).startswith(b"PAR1") else ".json" if _start(path).lstrip()[:1] in (b"{", b"[") else ""
+        suffix = (
+            ".parquet"
+            if _start(path).startswith(b"PAR1")
+            else ".json"
+            if _start(path).lstrip()[:1] in (b"{", b"[")
+            else ""
+        )
     if suffix not in READERS:
         known = ", ".join(READERS)
         raise DataError(
-            f"{path}: found a file of type {suffix!r}, expected one of {known} (also {', '.join(COMPRESSED)}), a file without "
-            "suffix that begins as JSON or Parquet, or a folder"
+            f"{path}: found a file of type {suffix!r}, expected one of {known} (also"
+            f" {', '.join(COMPRESSED)}), a file without suffix that begins as JSON or Parquet, or a folder"
         )
     yield from READERS[suffix](path, num_done)
 
@@ -93,8 +101,11 @@ def _start(path: Path) -> bytes:
 
 
 def _folder(path: Path, num_done: int) -> Iterator[tuple[Line, Row | RowError]]:
-    """A folder of one kind of file: of rows, in order of name; or of texts: one row each, the relative path its id."""
-    files = sorted(file for file in path.rglob("*") if file.is_file() and not file.name.startswith((".", "_")))
+    """A folder of one kind of file: of rows, in order of name; or of texts: one row each, the relative path
+    its id."""
+    files = sorted(
+        file for file in path.rglob("*") if file.is_file() and not file.name.startswith((".", "_"))
+    )
     tables = [file for file in files if _suffix(file) in READERS]
     texts = [file for file in files if file.suffix in _TEXT_SUFFIXES]
     if not tables and not texts:  # WikiExtractor's wiki_00
@@ -102,14 +113,24 @@ def _folder(path: Path, num_done: int) -> Iterator[tuple[Line, Row | RowError]]:
     kinds = sorted({_suffix(file) for file in tables} | ({"texts"} if texts else set()))
     if len(kinds) != 1:
         found = " and ".join(kinds) or "neither"
-        known = f".parquet files or of {' and '.join(_TEXT_SUFFIXES)} files, or of another kind alone ({', '.join(READERS)})"
+        known = (
+            f".parquet files or of {' and '.join(_TEXT_SUFFIXES)} files, or of another kind alone"
+            f" ({', '.join(READERS)})"
+        )
         raise DataError(f"{path}: found {found}, expected a folder of {known}")
     yield from _tables(path, tables, num_done)
     for file in texts[num_done:]:
         name = file.relative_to(path).as_posix()
         line = Line(file=name, number=1, content=b"")
         try:
-            yield line, {"id": name, "title": file.stem.replace("_", " "), "text": file.read_text(encoding="utf-8-sig")}
+            yield (
+                line,
+                {
+                    "id": name,
+                    "title": file.stem.replace("_", " "),
+                    "text": file.read_text(encoding="utf-8-sig"),
+                },
+            )
         except UnicodeDecodeError as error:
             yield line, RowError(f"not valid UTF-8 ({error})")
 
@@ -134,11 +155,14 @@ def _tables(path: Path, files: list[Path], num_done: int) -> Iterator[tuple[Line
 
 def _jsonl(path: Path, num_done: int) -> Iterator[tuple[Line, Row | RowError]]:
     for number, content in islice(read_lines(path), num_done, None):
-        yield _checked(Line(file=path.name, number=number, content=content), lambda content=content: decode_row(content))
+        yield _checked(
+            Line(file=path.name, number=number, content=content), lambda content=content: decode_row(content)
+        )
 
 
 def _json(path: Path, num_done: int) -> Iterator[tuple[Line, Row | RowError]]:
-    """A list of objects, or an object that holds one under a usual name, `line` is then the place in it from 1; or JSON lines."""
+    """A list of objects, or an object that holds one under a usual name, `line` is then the place in it
+    from 1; or JSON lines."""
     if are_json_lines(path):
         yield from _jsonl(path, num_done)
     else:

@@ -1,9 +1,10 @@
 """Rows of CSV and TSV files, read as a stream: one record in memory, whatever the file's size.
 
-CSV is RFC 4180's. TSV comes in two kinds, and one file may hold both: fields in double quotes (DPR's psgs_w100.tsv), and fields
-joined by tabs as they are (MS MARCO, ColBERT, LoTTE), where a quote is a character like any other. A line that has as many fields
-as the header is a row by itself; of its fields those that are quoted from end to end lose their quotes. Only a line with another
-number of fields, or one whose last field opens a quote that lines without a tab go on and close, is read as quoted text.
+CSV is RFC 4180's. TSV comes in two kinds, and one file may hold both: fields in double quotes (DPR's
+psgs_w100.tsv), and fields joined by tabs as they are (MS MARCO, ColBERT, LoTTE), where a quote is a
+character like any other. A line that has as many fields as the header is a row by itself; of its fields
+those that are quoted from end to end lose their quotes. Only a line with another number of fields, or one
+whose last field opens a quote that lines without a tab go on and close, is read as quoted text.
 """
 
 from __future__ import annotations
@@ -47,9 +48,11 @@ class _Lines:
 
 
 def read_separated(path: Path, num_done: int) -> Iterator[tuple[Line, Row | RowError]]:
-    """Every row of a CSV or TSV file, less `num_done` from its start. The first line holds the names of the fields.
+    """Every row of a CSV or TSV file, less `num_done` from its start. The first line holds the names of the
+    fields.
 
-    Bounded memory: one record of at most 16 MiB and a block of the file. Raises DataError for a file without a header line.
+    Bounded memory: one record of at most 16 MiB and a block of the file. Raises DataError for a file
+    without a header line.
     """
     csv.field_size_limit(MAX_RECORD_BYTES)
     lines = _Lines(path)
@@ -90,15 +93,22 @@ def _is_dpr(first: bytes) -> bool:
 def _header(path: Path, record: _Record | None, separator: str) -> list[str]:
     assert record is not None
     if isinstance(record.fields, RowError):
-        raise DataError(f"{path}:{record.number}: {record.fields}; expected a header line: names separated by {separator!r}")
+        raise DataError(
+            f"{path}:{record.number}: {record.fields}; expected a header line: names separated by"
+            f" {separator!r}"
+        )
     names = [name.strip() for name in record.fields]
     shown = [name[:40] for name in names]
     hint = "add a line such as 'id<TAB>text<TAB>title' in front, in the order of the columns"
     place = f"{path}:{record.number}"
     if any(name.replace(".", "", 1).isdigit() for name in names):
-        raise DataError(f"{place}: there is no header line: found a row, {shown}; expected names of fields: {hint}")
+        raise DataError(
+            f"{place}: there is no header line: found a row, {shown}; expected names of fields: {hint}"
+        )
     if len(set(names)) < len(names):
-        raise DataError(f"{place}: found the names {shown}, expected each once: there may be no header line; {hint}")
+        raise DataError(
+            f"{place}: found the names {shown}, expected each once: there may be no header line; {hint}"
+        )
     return names
 
 
@@ -146,7 +156,9 @@ def _unquoted(field: str) -> str:
     return inside.replace('""', '"') if is_quoted else field
 
 
-def _quoted_record(lines: _Lines, first: tuple[int, bytes], separator: str, num_fields: int | None) -> _Record:
+def _quoted_record(
+    lines: _Lines, first: tuple[int, bytes], separator: str, num_fields: int | None
+) -> _Record:
     """The record of quoted fields that begins at `first`; lines that are not its own are given back."""
     taken = [first]
     num_quotes, num_bytes = first[1].count(b'"'), len(first[1])
@@ -172,7 +184,9 @@ def _parsed(content: bytes, separator: str, num_fields: int | None) -> list[str]
     except UnicodeDecodeError as error:
         raise RowError(f"not valid UTF-8 ({error})") from error
     except (csv.Error, ValueError) as error:
-        raise RowError(f"{error}; expected fields separated by {separator!r}, quoted from end to end or not at all") from error
+        raise RowError(
+            f"{error}; expected fields separated by {separator!r}, quoted from end to end or not at all"
+        ) from error
     if num_fields is not None and len(fields) != num_fields:
         raise RowError(f"found {len(fields)} fields, expected {num_fields} fields, as line 1 has")
     return fields

@@ -30,7 +30,8 @@ class Titles:
             self._alike[normalize_title(title)].append(title)
 
     def find(self, title: str) -> tuple[str, ...]:
-        """The ids of the exact title, else of the only one that normalises alike; empty where there is none or several."""
+        """The ids of the exact title, else of the only one that normalises alike; empty where there is none
+        or several."""
         if title in self._ids:
             return self._ids[title]
         alike = self._alike.get(normalize_title(title), [])

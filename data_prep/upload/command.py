@@ -1,4 +1,5 @@
-"""`sd-search data upload`: passages, and vectors where there are any, to a Qdrant collection or an OpenSearch index."""
+"""`sd-search data upload`: passages, and vectors where there are any, to a Qdrant collection or an
+OpenSearch index."""
 
 from __future__ import annotations
 
@@ -14,8 +15,12 @@ def upload(config: UploadConfig) -> str:
     """
     if (config.qdrant is None) == (config.opensearch is None):
         found = "neither" if config.qdrant is None else "both"
-        raise ConfigError(f"qdrant, opensearch: found {found}, expected one: --qdrant.url ... or --opensearch.url ...")
-    require_extra(*(("qdrant_client", "qdrant") if config.qdrant is not None else ("opensearchpy", "opensearch")))
+        raise ConfigError(
+            f"qdrant, opensearch: found {found}, expected one: --qdrant.url ... or --opensearch.url ..."
+        )
+    require_extra(
+        *(("qdrant_client", "qdrant") if config.qdrant is not None else ("opensearchpy", "opensearch"))
+    )
     if config.qdrant is not None:
         from data_prep.upload.qdrant import upload_passages
         from megatron_sd.retrieval.remote.qdrant import connect

@@ -16,7 +16,8 @@ from megatron_sd.errors import DataError
 
 
 def upload_passages(config: UploadConfig, target: QdrantConfig, client: QdrantClient) -> int:
-    """Create the collection, fill it, and return the number of points; row i becomes point i, so a second run continues safely.
+    """Create the collection, fill it, and return the number of points; row i becomes point i, so a second
+    run continues safely.
 
     Raises DataError when the vectors are not of these passages, or the server refuses.
     """
@@ -34,7 +35,12 @@ def upload_passages(config: UploadConfig, target: QdrantConfig, client: QdrantCl
                 models.PointStruct(
                     id=start + place,
                     vector=block[place].tolist(),
-                    payload={"passage_id": p.id, "title": p.title, "text": p.text, "vectors_version": vectors.version},
+                    payload={
+                        "passage_id": p.id,
+                        "title": p.title,
+                        "text": p.text,
+                        "vectors_version": vectors.version,
+                    },
                 )
                 for place, p in enumerate(islice(passages, len(block)))
             ]
@@ -42,4 +48,6 @@ def upload_passages(config: UploadConfig, target: QdrantConfig, client: QdrantCl
             start += len(points)
         return client.count(name).count
     except (ApiException, httpx.HTTPError, ValueError) as error:
-        raise DataError(f"Qdrant at {target.url} refused the upload: {type(error).__name__}: {error}") from error
+        raise DataError(
+            f"Qdrant at {target.url} refused the upload: {type(error).__name__}: {error}"
+        ) from error

@@ -1,4 +1,5 @@
-"""Passages to vectors, shard by shard: whatever kills it, the next start goes on from the shards that are whole.
+"""Passages to vectors, shard by shard: whatever kills it, the next start goes on from the shards that are
+whole.
 
 vectors-00000.npy    float16 [rows_per_shard, dim]; row i of the directory is passage i
 encoder/*            a copy of the encoder, which goes with its vectors to the index and to the service
@@ -41,7 +42,8 @@ _SEALED = ("vectors-", "encoder/", f"{_OF_PASSAGES}/")
 
 @dataclass(frozen=True, kw_only=True)
 class EncodeConfig:
-    """`sd-search data encode`: passages to vectors. For E5: query_prefix "query: ", passage_format "passage: {contents}".
+    """`sd-search data encode`: passages to vectors. For E5: query_prefix "query: ", passage_format
+    "passage: {contents}".
 
     What is None is as the encoder's own files say (sentence-transformers'), else mean, "", True and 256.
     """
@@ -73,7 +75,8 @@ class _Task:
 
 
 def encode_passages(config: EncodeConfig) -> str:
-    """Encode every passage and return the version of the vectors directory. The same input gives the same bytes, killed or not.
+    """Encode every passage and return the version of the vectors directory. The same input gives the same
+    bytes, killed or not.
 
     Raises DataError for a damaged input, an output that exists, or one begun from something else.
     """
@@ -85,7 +88,12 @@ def encode_passages(config: EncodeConfig) -> str:
     with locked(partial):
         begin_vectors(partial, config, table)
         step = len(config.devices)
-        _run([_Task(config=config, directory=partial, device=d, start=n, step=step) for n, d in enumerate(config.devices)])
+        _run(
+            [
+                _Task(config=config, directory=partial, device=d, start=n, step=step)
+                for n, d in enumerate(config.devices)
+            ]
+        )
         vectors_version = seal_vectors(partial, config, table)
         partial.rename(output)
     log.info("%s: %d vectors, version %s", output, len(table), vectors_version[:16])
@@ -95,8 +103,8 @@ def encode_passages(config: EncodeConfig) -> str:
 def begin_vectors(
     partial: Path, config: EncodeConfig, table: PassageTable, taken_from: Mapping[str, Any] | None = None
 ) -> None:
-    """Lay down plan and encoder, or check that what lies there was begun from the same. taken_from: what the vectors are read
-    from, where they are not made here."""
+    """Lay down plan and encoder, or check that what lies there was begun from the same. taken_from: what
+    the vectors are read from, where they are not made here."""
     begun_from = {
         "passages": table.version,
         "encoder": _encoder_entries(Path(config.encoder)),
@@ -111,11 +119,14 @@ def begin_vectors(
     copy_encoder(Path(config.encoder), partial / passage_encoder(config))
     if config.query_encoder is not None:
         copy_encoder(Path(config.query_encoder), partial / "encoder")
-        dims = [Encoder(partial / name, encoder_settings(config), torch.device("cpu")).dim for name in ("encoder", _OF_PASSAGES)]
+        dims = [
+            Encoder(partial / name, encoder_settings(config), torch.device("cpu")).dim
+            for name in ("encoder", _OF_PASSAGES)
+        ]
         if dims[0] != dims[1]:
             raise DataError(
-                f"query_encoder: {config.query_encoder} makes vectors of {dims[0]} numbers, expected {dims[1]}, as "
-                f"{config.encoder}: give two encoders of one training"
+                f"query_encoder: {config.query_encoder} makes vectors of {dims[0]} numbers, expected"
+                f" {dims[1]}, as {config.encoder}: give two encoders of one training"
             )
 
 
@@ -127,13 +138,19 @@ def passage_encoder(config: EncodeConfig) -> str:
 def _encoder_entries(encoder: Path) -> dict[str, Any]:
     """Size and checksum of the files that make the vectors."""
     paths = {path.name: path for path in _encoder_files(encoder)}
-    paths |= {f"{name}/{path.name}": path for name in read_card(encoder).dense for path in sorted((encoder / name).glob("*.*"))}
+    paths |= {
+        f"{name}/{path.name}": path
+        for name in read_card(encoder).dense
+        for path in sorted((encoder / name).glob("*.*"))
+    }
     return {name: dataclasses.asdict(file_entry(path)) for name, path in paths.items()}
 
 
 def _encoder_files(encoder: Path) -> list[Path]:
     if not (encoder / "config.json").is_file():
-        raise DataError(f"{encoder} is no encoder directory: found no config.json; expected a local Hugging Face model")
+        raise DataError(
+            f"{encoder} is no encoder directory: found no config.json; expected a local Hugging Face model"
+        )
     return sorted(path for pattern in _ENCODER_FILES for path in encoder.glob(pattern))
 
 
@@ -163,38 +180,56 @@ def _check_sides(config: EncodeConfig) -> None:
     of_queries = of_passages if config.query_encoder is None else read_card(Path(config.query_encoder)).dpr
     if of_passages == "question":
         raise ConfigError(
-            f"encoder: found a DPRQuestionEncoder at {config.encoder}, expected one of passages: give the DPRContextEncoder, and "
-            "this one as query_encoder"
+            f"encoder: found a DPRQuestionEncoder at {config.encoder}, expected one of passages: give the"
+            " DPRContextEncoder, and this one as query_encoder"
         )
     if of_queries == "passage":
-        found = "nothing" if config.query_encoder is None else f"a DPRContextEncoder at {config.query_encoder}"
-        raise ConfigError(f"query_encoder: found {found}, expected the DPRQuestionEncoder that was trained with {config.encoder}")
+        found = (
+            "nothing" if config.query_encoder is None else f"a DPRContextEncoder at {config.query_encoder}"
+        )
+        raise ConfigError(
+            f"query_encoder: found {found}, expected the DPRQuestionEncoder that was trained with"
+            f" {config.encoder}"
+        )
 
 
 def encoder_settings(config: EncodeConfig) -> EncoderSettings:
-    """The part of the configuration that a query must share with the passages, what it leaves open filled in. Raises DataError
-    for an encoder that makes its vectors in a way we do not."""
+    """The part of the configuration that a query must share with the passages, what it leaves open filled
+    in. Raises DataError for an encoder that makes its vectors in a way we do not."""
     card = read_card(Path(config.encoder))
     if config.query_encoder is not None:
         card = dataclasses.replace(card, query_prefix=read_card(Path(config.query_encoder)).query_prefix)
     given = {field.name: getattr(config, field.name) for field in dataclasses.fields(EncoderSettings)}
-    known = {name: value for name, value in dataclasses.asdict(card).items() if value is not None and name in given}
-    usual = {"pooling": "mean", "query_prefix": "", "normalize": True, "max_tokens": min(256, card.positions or 256)}
-    return EncoderSettings(**usual | known | {name: value for name, value in given.items() if value is not None})
+    known = {
+        name: value for name, value in dataclasses.asdict(card).items() if value is not None and name in given
+    }
+    usual = {
+        "pooling": "mean",
+        "query_prefix": "",
+        "normalize": True,
+        "max_tokens": min(256, card.positions or 256),
+    }
+    return EncoderSettings(
+        **usual | known | {name: value for name, value in given.items() if value is not None}
+    )
 
 
 def _run(tasks: Sequence[_Task]) -> None:
     if len(tasks) == 1:
         encode_shards(tasks[0])
         return
-    processes = [multiprocessing.get_context("spawn").Process(target=_encode_beside, args=(task,)) for task in tasks]
+    processes = [
+        multiprocessing.get_context("spawn").Process(target=_encode_beside, args=(task,)) for task in tasks
+    ]
     for process in processes:
         process.start()
     for process in processes:
         process.join()
     failed = [task.device for task, process in zip(tasks, processes, strict=True) if process.exitcode]
     if failed:
-        raise DataError(f"encoding on {', '.join(failed)} failed, see above; start it again: finished shards are kept")
+        raise DataError(
+            f"encoding on {', '.join(failed)} failed, see above; start it again: finished shards are kept"
+        )
 
 
 def _encode_beside(task: _Task) -> None:
@@ -207,7 +242,9 @@ def encode_shards(task: _Task) -> None:
     """Write this process's missing shards, each under a temporary name that is then renamed."""
     config = task.config
     table = PassageTable(Path(config.passages))
-    encoder = Encoder(task.directory / passage_encoder(config), encoder_settings(config), choose_device(task.device))
+    encoder = Encoder(
+        task.directory / passage_encoder(config), encoder_settings(config), choose_device(task.device)
+    )
     num_shards = -(-len(table) // config.rows_per_shard)
     started, num_done = time.monotonic(), 0
     for number in range(task.start, num_shards, task.step):
@@ -217,9 +254,14 @@ def encode_shards(task: _Task) -> None:
         start = number * config.rows_per_shard
         batches = table.batches(start, min(start + config.rows_per_shard, len(table)))
         rows = [row for batch in batches for row in from_batch(batch)]
-        vectors = encoder.encode([format_passage(config.passage_format, row) for row in rows]).astype(np.float16)
+        vectors = encoder.encode([format_passage(config.passage_format, row) for row in rows]).astype(
+            np.float16
+        )
         if not np.isfinite(vectors).all():
-            raise DataError(f"shard {number}: the encoder gave NaN or values beyond float16; use dtype float32 or normalize")
+            raise DataError(
+                f"shard {number}: the encoder gave NaN or values beyond float16; use dtype float32 or"
+                " normalize"
+            )
         write_shard(path, vectors)
         num_done += len(rows)
         rate = num_done / (time.monotonic() - started)
@@ -244,7 +286,8 @@ def write_shard(path: Path, vectors: np.ndarray) -> None:
 def seal_vectors(
     partial: Path, config: EncodeConfig, table: PassageTable, taken_from: Mapping[str, Any] | None = None
 ) -> str:
-    """Write the manifest, and remove what is no longer needed; the plan last, without which no shard would be believed."""
+    """Write the manifest, and remove what is no longer needed; the plan last, without which no shard would
+    be believed."""
     for path in partial.glob(".vectors-*"):
         path.unlink()
     first = np.load(partial / "vectors-00000.npy", mmap_mode="r", allow_pickle=False)

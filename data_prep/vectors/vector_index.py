@@ -1,4 +1,5 @@
-"""A FAISS index over the vectors of a corpus: trained on a sample, filled block by block, and measured against exact search."""
+"""A FAISS index over the vectors of a corpus: trained on a sample, filled block by block, and measured
+against exact search."""
 
 from __future__ import annotations
 
@@ -27,8 +28,8 @@ _POINTS_PER_LIST = 39  # of the training sample; FAISS warns below
 class VectorIndexConfig:
     """Which FAISS index; `sd-search data plan` compares them.
 
-    flat, fp16 and sq8 look at every vector (4, 2, 1 bytes a number); hnsw follows a graph (hnsw_sq8: 1 byte a number); ivf_pq
-    looks into lists of 4-bit codes and reranks the best with 1 byte a number.
+    flat, fp16 and sq8 look at every vector (4, 2, 1 bytes a number); hnsw follows a graph (hnsw_sq8: 1 byte
+    a number); ivf_pq looks into lists of 4-bit codes and reranks the best with 1 byte a number.
     """
 
     kind: FaissKind = "fp16"
@@ -42,7 +43,8 @@ class VectorIndexConfig:
 
 
 def write_vector_index(directory: Path, vectors: VectorShards, config: VectorIndexConfig) -> dict[str, Any]:
-    """Write dense/index.faiss and dense/encoder below `directory`; the settings for the manifest (`vector_index_settings`).
+    """Write dense/index.faiss and dense/encoder below `directory`; the settings for the manifest
+    (`vector_index_settings`).
 
     HNSW's graph depends on the timing of FAISS's threads; the other kinds give the same bytes again.
     """
@@ -83,13 +85,16 @@ def factory_string(config: VectorIndexConfig, num_vectors: int, dim: int) -> str
 
 
 def num_lists(config: VectorIndexConfig, num_vectors: int) -> int:
-    """Lists of an IVF index: as asked for, or the power of two next to 4 sqrt(N) that leaves each list enough points.
+    """Lists of an IVF index: as asked for, or the power of two next to 4 sqrt(N) that leaves each list
+    enough points.
 
     Raises ConfigError when there are fewer vectors than lists.
     """
     if config.num_lists is not None:
         if not 1 <= config.num_lists <= num_vectors:
-            raise ConfigError(f"num_lists: found {config.num_lists}, expected 1 to {num_vectors}, the number of vectors")
+            raise ConfigError(
+                f"num_lists: found {config.num_lists}, expected 1 to {num_vectors}, the number of vectors"
+            )
         return config.num_lists
     wanted = 2 ** round(np.log2(4 * np.sqrt(num_vectors)))
     affordable = max(1, min(num_vectors, config.training_rows) // _POINTS_PER_LIST)
@@ -97,16 +102,22 @@ def num_lists(config: VectorIndexConfig, num_vectors: int) -> int:
 
 
 def check_trainable(num_vectors: int, config: VectorIndexConfig) -> None:
-    """Raise DataError for fewer vectors than ivf_pq is trained on: one for each list, and one for each value of a code."""
+    """Raise DataError for fewer vectors than ivf_pq is trained on: one for each list, and one for each
+    value of a code."""
     if config.kind != "ivf_pq":
         return
     lists = num_lists(config, num_vectors)
     needed, found = max(lists, _CODE_VALUES), min(num_vectors, config.training_rows)
     if found < needed:
-        rows = f"{num_vectors} vectors" if found == num_vectors else f"training_rows {found} of {num_vectors} vectors"
+        rows = (
+            f"{num_vectors} vectors"
+            if found == num_vectors
+            else f"training_rows {found} of {num_vectors} vectors"
+        )
         raise DataError(
-            f"vector_index.kind ivf_pq: found {rows}, expected at least {needed} to train {lists} lists and codes of "
-            f"{_CODE_VALUES} values; choose kind flat, fp16 or hnsw, which need no training, or raise what is too small"
+            f"vector_index.kind ivf_pq: found {rows}, expected at least {needed} to train {lists} lists and"
+            f" codes of {_CODE_VALUES} values; choose kind flat, fp16 or hnsw, which need no training, or"
+            " raise what is too small"
         )
 
 
@@ -152,4 +163,8 @@ def _numbered(vectors: VectorShards) -> Iterator[tuple[int, np.ndarray]]:
 
 def recall(found: list[list[int]], exact: np.ndarray) -> float:
     """Mean share of the exact rows [Q, K] among the rows found for each query."""
-    return float(np.mean([len(set(own) & set(rows.tolist())) / len(rows) for own, rows in zip(found, exact, strict=True)]))
+    return float(
+        np.mean(
+            [len(set(own) & set(rows.tolist())) / len(rows) for own, rows in zip(found, exact, strict=True)]
+        )
+    )

@@ -1,4 +1,5 @@
-"""How much of what exact search finds an approximate index finds, on questions that took no part in building it."""
+"""How much of what exact search finds an approximate index finds, on questions that took no part in
+building it."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ from megatron_sd.search.questions import load_questions
 
 
 def measure_recall(corpus: Path, vectors: VectorShards, questions: str, *, limit: int, top_k: int) -> float:
-    """Mean share of the exact `top_k` rows among those the corpus's index finds for the first `limit` questions.
+    """Mean share of the exact `top_k` rows among those the corpus's index finds for the first `limit`
+    questions.
 
     Raises DataError for a broken questions file.
     """

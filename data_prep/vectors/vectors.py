@@ -22,11 +22,17 @@ class VectorShards:
         try:
             self._shards = [np.load(directory / name, mmap_mode="r", allow_pickle=False) for name in names]
         except ValueError as error:
-            raise DataError(f"{directory} holds a shard that is no array of numbers ({error}): encode again") from error
+            raise DataError(
+                f"{directory} holds a shard that is no array of numbers ({error}): encode again"
+            ) from error
         self._rows_per_shard = self.manifest.settings["vectors"]["rows_per_shard"]
         self.dim = self.manifest.settings["vectors"]["dim"]
-        if sum(map(len, self._shards)) != len(self) or any(shard.shape[1:] != (self.dim,) for shard in self._shards):
-            raise DataError(f"{directory}: its shards do not hold {len(self)} vectors of {self.dim} numbers: encode again")
+        if sum(map(len, self._shards)) != len(self) or any(
+            shard.shape[1:] != (self.dim,) for shard in self._shards
+        ):
+            raise DataError(
+                f"{directory}: its shards do not hold {len(self)} vectors of {self.dim} numbers: encode again"
+            )
 
     def __len__(self) -> int:
         return self.manifest.num_passages

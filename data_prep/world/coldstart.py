@@ -1,7 +1,9 @@
-"""The cold start: a small Qwen2 model learns from mediocre demonstrations how to search, to answer and to read hindsight blocks.
+"""The cold start: a small Qwen2 model learns from mediocre demonstrations how to search, to answer and to
+read hindsight blocks.
 
-It starts from random weights, on one CPU core, with its own tokenizer. The result is a directory that transformers and vLLM load:
-weights as safetensors, tokenizer, and coldstart.json with the command, the seed and the figures.
+It starts from random weights, on one CPU core, with its own tokenizer. The result is a directory that
+transformers and vLLM load: weights as safetensors, tokenizer, and coldstart.json with the command, the seed
+and the figures.
 """
 
 from __future__ import annotations
@@ -30,20 +32,24 @@ from megatron_sd.search.protocol import PRESETS
 log = logging.getLogger(__name__)
 
 RECORD_NAME = "coldstart.json"
-HAS_FAST_BFLOAT16 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")  # elsewhere it is emulated, four times slower
+# elsewhere it is emulated, four times slower
+HAS_FAST_BFLOAT16 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 COMMAND = "sd-search coldstart --seed {seed} --num_steps {num_steps}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class CurriculumStage:
-    """A part of the curriculum: it ends at `until` (share of all steps); shares of episodes by kind of block."""
+    """A part of the curriculum: it ends at `until` (share of all steps); shares of episodes by kind of
+    block."""
 
     until: float
     shares: Mapping[BlockKind, float]
 
 
-# Copying from CORRECT attempts first; then one CORRECT against one INCORRECT attempt, where nothing but the label tells whom to
-# follow; then whole groups with both outcomes; last, blocks as rollouts will produce them, all wrong and foreign ones included.
+# Copying from CORRECT attempts first; then one CORRECT against one INCORRECT attempt, where nothing but the
+# label tells whom to
+# follow; then whole groups with both outcomes; last, blocks as rollouts will produce them, all wrong and
+# foreign ones included.
 CURRICULUM = (
     CurriculumStage(until=0.08, shares={"none": 0.5, "only_correct": 0.5}),
     CurriculumStage(until=0.25, shares={"none": 0.3, "only_correct": 0.1, "pair": 0.6}),
@@ -65,11 +71,13 @@ CURRICULUM = (
 
 @dataclass(frozen=True, kw_only=True)
 class ColdstartConfig:
-    """`sd-search coldstart`. batch_tokens: tokens per step, padding included. block_weight, observation_weight: loss weight of a
-    token of a hindsight block and of an observation; a completion token's is 1. Steps between log lines, probes and saves."""
+    """`sd-search coldstart`. batch_tokens: tokens per step, padding included. block_weight,
+    observation_weight: loss weight of a token of a hindsight block and of an observation; a completion
+    token's is 1. Steps between log lines, probes and saves."""
 
     output: str = "runs/coldstart"
-    start_from: str | None = None  # a cold start's directory to go on from, with its tokenizer; None: random weights
+    # a cold start's directory to go on from, with its tokenizer; None: random weights
+    start_from: str | None = None
     seed: int = 0
     num_steps: int = 2500
     batch_tokens: int = 6144
@@ -92,41 +100,56 @@ class ColdstartConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """A tokenised demonstration. ids: [L] int64; weights: [L] float32, the loss weight of predicting each token."""
+    """A tokenised demonstration. ids: [L] int64; weights: [L] float32, the loss weight of predicting each
+    token."""
 
     ids: np.ndarray
     weights: np.ndarray
 
 
 def build_tokenizer(config: ColdstartConfig) -> Qwen2Tokenizer:
-    """Train the tokenizer on demonstrations of every kind, so that every word and tag of the world becomes one token."""
+    """Train the tokenizer on demonstrations of every kind, so that every word and tag of the world becomes
+    one token."""
     rng = random.Random(f"tokenizer/{config.seed}")
     kinds: tuple[BlockKind, ...] = ("none", "natural", "only_correct", "no_labels")
-    episodes = [make_demonstration(kind, PRESETS["compact"], config.demonstrator, rng) for _ in range(1000) for kind in kinds]
-    return train_tokenizer((text for episode in episodes for _, text in episode.segments), vocab_size=config.vocab_size)
+    episodes = [
+        make_demonstration(kind, PRESETS["compact"], config.demonstrator, rng)
+        for _ in range(1000)
+        for kind in kinds
+    ]
+    return train_tokenizer(
+        (text for episode in episodes for _, text in episode.segments), vocab_size=config.vocab_size
+    )
 
 
-def encode(demonstrations: Sequence[Demonstration], tokenizer: Qwen2Tokenizer, config: ColdstartConfig) -> list[Example]:
+def encode(
+    demonstrations: Sequence[Demonstration], tokenizer: Qwen2Tokenizer, config: ColdstartConfig
+) -> list[Example]:
     """Tokenise segment by segment, as a rollout is: the ids of a segment never depend on its neighbours."""
     weight_of = {"prompt": 0.0, "completion": 1.0, "observation": config.observation_weight}
     texts = [text for demonstration in demonstrations for _, text in demonstration.segments]
     blocks = [demonstration.block for demonstration in demonstrations]
     encoded = iter(tokenizer(texts + blocks, add_special_tokens=False)["input_ids"])
-    segments = [[(writer, next(encoded)) for writer, _ in demonstration.segments] for demonstration in demonstrations]
+    segments = [
+        [(writer, next(encoded)) for writer, _ in demonstration.segments] for demonstration in demonstrations
+    ]
     examples = []
     for parts in segments:
         num_block_tokens = len(next(encoded))
         weights = np.concatenate([np.full(len(ids), weight_of[writer], np.float32) for writer, ids in parts])
         weights[:num_block_tokens] = config.block_weight
         weights[0] = 0.0
-        examples.append(Example(ids=np.concatenate([np.array(ids, np.int64) for _, ids in parts]), weights=weights))
+        examples.append(
+            Example(ids=np.concatenate([np.array(ids, np.int64) for _, ids in parts]), weights=weights)
+        )
     return examples
 
 
 def batches(
     kinds: Callable[[int], Mapping[BlockKind, float]], tokenizer: Qwen2Tokenizer, config: ColdstartConfig
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Endless batches (ids [B, S] int64 right-padded, weights [B, S] float32, zero on padding) of at most batch_tokens positions.
+    """Endless batches (ids [B, S] int64 right-padded, weights [B, S] float32, zero on padding) of at most
+    batch_tokens positions.
 
     `kinds(step)` gives the shares of episode kinds. Episodes are drawn in pools and batched by length.
     """
@@ -135,7 +158,9 @@ def batches(
     while True:
         shares = kinds(step)
         chosen = rng.choices(list(shares), weights=list(shares.values()), k=1024)
-        demonstrations = [make_demonstration(kind, PRESETS["compact"], config.demonstrator, rng) for kind in chosen]
+        demonstrations = [
+            make_demonstration(kind, PRESETS["compact"], config.demonstrator, rng) for kind in chosen
+        ]
         pool = sorted(encode(demonstrations, tokenizer, config), key=lambda example: len(example.ids))
         groups = [_collate(group, tokenizer.pad_token_id) for group in _cut(pool, config.batch_tokens)]
         rng.shuffle(groups)
@@ -144,7 +169,8 @@ def batches(
 
 
 def _cut(examples: Sequence[Example], max_tokens: int) -> Iterator[list[Example]]:
-    """Consecutive groups of at most max_tokens positions, padded to the group's longest (the examples come shortest first)."""
+    """Consecutive groups of at most max_tokens positions, padded to the group's longest (the examples come
+    shortest first)."""
     group: list[Example] = []
     for example in examples:
         if group and (len(group) + 1) * len(example.ids) > max_tokens:
@@ -182,7 +208,8 @@ def rate_factor(step: int, config: ColdstartConfig) -> float:
 
 
 def weighted_loss(model: Qwen2ForCausalLM, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy (nats) of every weighted token given those before it: sum of weight * loss over the sum of weights."""
+    """Cross-entropy (nats) of every weighted token given those before it: sum of weight * loss over the sum
+    of weights."""
     with torch.autocast("cpu", torch.bfloat16, enabled=HAS_FAST_BFLOAT16):
         hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
         rows = weights[:, 1:] > 0
@@ -198,13 +225,18 @@ def stage_shares(step: int, config: ColdstartConfig) -> Mapping[BlockKind, float
 
 
 def run_coldstart(config: ColdstartConfig) -> Path:
-    """Train the model and write it to `config.output`: model.safetensors, tokenizer, coldstart.json. Returns that directory."""
+    """Train the model and write it to `config.output`: model.safetensors, tokenizer, coldstart.json.
+    Returns that directory."""
     tokenizer, model = _start(config)
     optimizers = build_optimizers(model, config)
     num_probed, seed = config.num_probe_episodes, config.seed
-    probe = ReadingProbe(tokenizer, PRESETS["compact"], config.demonstrator, num_episodes=num_probed, seed=seed)
+    probe = ReadingProbe(
+        tokenizer, PRESETS["compact"], config.demonstrator, num_episodes=num_probed, seed=seed
+    )
     num_parameters = sum(p.numel() for p in model.parameters())
-    log.info("cold start: %d parameters, vocabulary %d, %d steps", num_parameters, len(tokenizer), config.num_steps)
+    log.info(
+        "cold start: %d parameters, vocabulary %d, %d steps", num_parameters, len(tokenizer), config.num_steps
+    )
     started, losses, num_tokens = time.monotonic(), [], 0
     stream = batches(lambda step: stage_shares(step, config), tokenizer, config)
     for step, (ids, weights) in zip(range(1, config.num_steps + 1), stream):
@@ -212,24 +244,43 @@ def run_coldstart(config: ColdstartConfig) -> Path:
         num_tokens += int((ids != tokenizer.pad_token_id).sum())
         if step % config.log_every == 0:
             elapsed = time.monotonic() - started
-            log.info("step %d/%d loss %.4f, %.0f tokens/s", step, config.num_steps, np.mean(losses), num_tokens / elapsed)
+            log.info(
+                "step %d/%d loss %.4f, %.0f tokens/s",
+                step,
+                config.num_steps,
+                np.mean(losses),
+                num_tokens / elapsed,
+            )
             losses.clear()
         if step % config.probe_every == 0:
             readings = probe.measure(model)
-            log.info("step %d P(keyword that hits) %s", step, " ".join(f"{name} {p:.2f}" for name, p in readings.items()))
+            log.info(
+                "step %d P(keyword that hits) %s",
+                step,
+                " ".join(f"{name} {p:.2f}" for name, p in readings.items()),
+            )
         if step % config.save_every == 0 or step == config.num_steps:
-            facts = {"step": step, "num_parameters": num_parameters, "num_tokens": num_tokens, "probe": probe.measure(model)}
+            facts = {
+                "step": step,
+                "num_parameters": num_parameters,
+                "num_tokens": num_tokens,
+                "probe": probe.measure(model),
+            }
             save(model, tokenizer, config, facts | {"train_s": round(time.monotonic() - started)})
     return Path(config.output)
 
 
 def _start(config: ColdstartConfig) -> tuple[Qwen2Tokenizer, Qwen2ForCausalLM]:
-    """A new tokenizer and random weights, or those of `config.start_from`. Raises DataError when that is no such directory."""
+    """A new tokenizer and random weights, or those of `config.start_from`. Raises DataError when that is no
+    such directory."""
     if config.start_from is None:
         tokenizer = build_tokenizer(config)
         return tokenizer, build_model(config.model, vocab_size=len(tokenizer), seed=config.seed)
     if not (Path(config.start_from) / RECORD_NAME).exists():
-        raise DataError(f"start_from {config.start_from!r} holds no {RECORD_NAME}, expected the output of an earlier cold start")
+        raise DataError(
+            f"start_from {config.start_from!r} holds no {RECORD_NAME}, expected the output of an earlier cold"
+            " start"
+        )
     tokenizer = Qwen2Tokenizer.from_pretrained(config.start_from)
     return tokenizer, Qwen2ForCausalLM.from_pretrained(config.start_from, attn_implementation=ATTENTION)
 
@@ -263,5 +314,9 @@ def save(
     model.save_pretrained(output)
     save_tokenizer(tokenizer, output)
     parameters = {key: value for key, value in dataclasses.asdict(config).items() if key != "output"}
-    record = {"command": COMMAND.format(seed=config.seed, num_steps=config.num_steps), "config": parameters, **facts}
+    record = {
+        "command": COMMAND.format(seed=config.seed, num_steps=config.num_steps),
+        "config": parameters,
+        **facts,
+    }
     (output / RECORD_NAME).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

@@ -1,12 +1,14 @@
-"""Demonstrations for the cold start: rollouts of a deliberately mediocre demonstrator, with and without hindsight blocks.
+"""Demonstrations for the cold start: rollouts of a deliberately mediocre demonstrator, with and without
+hindsight blocks.
 
-Every episode happens in a universe of its own: its hidden table and its facts are drawn anew. A model that learns from them
-cannot learn the table of any one world; a hindsight block can help it only by being read. Had the episodes shared a table, the
-word CORRECT would come to mean "use the right keyword", whatever the block says. Names are any pair of name words: had the eval
-split's pairs been left out, the model would have learnt that they do not exist, and could not copy them from a passage.
+Every episode happens in a universe of its own: its hidden table and its facts are drawn anew. A model that
+learns from them cannot learn the table of any one world; a hindsight block can help it only by being read.
+Had the episodes shared a table, the word CORRECT would come to mean "use the right keyword", whatever the
+block says. Names are any pair of name words: had the eval split's pairs been left out, the model would have
+learnt that they do not exist, and could not copy them from a passage.
 
-The demonstrator guesses keywords. After a miss it tries another keyword, or, too often, takes what it found for what it asked.
-Given a block it weighs each keyword by what the attempts say about it.
+The demonstrator guesses keywords. After a miss it tries another keyword, or, too often, takes what it found
+for what it asked. Given a block it weighs each keyword by what the attempts say about it.
 """
 
 from __future__ import annotations
@@ -33,7 +35,9 @@ from data_prep.world.world import (
 from megatron_sd.algorithm.hindsight import AttemptLine, render_outcome_first
 from megatron_sd.search.protocol import Protocol
 
-BlockKind = Literal["none", "only_correct", "pair", "mixed", "natural", "natural_correct", "wrong_question", "no_labels"]
+BlockKind = Literal[
+    "none", "only_correct", "pair", "mixed", "natural", "natural_correct", "wrong_question", "no_labels"
+]
 Writer = Literal["prompt", "completion", "observation"]
 
 _NAMES = (*names("train"), *names("eval"))
@@ -44,9 +48,10 @@ _RULED_OUT = 0.01  # weight of a keyword after which an attempt tried another on
 
 @dataclass(frozen=True, kw_only=True)
 class DemonstratorConfig:
-    """How mediocre. hop_shares: questions of 1 to 4 hops; retry: chance to try another keyword after a miss (otherwise the
-    passage found is taken for an answer); max_searches: as in the rollouts to come; attempts_per_block: the group size to come;
-    skilled_share: share of natural blocks whose attempts know some of the hidden table, as those of a trained policy do."""
+    """How mediocre. hop_shares: questions of 1 to 4 hops; retry: chance to try another keyword after a miss
+    (otherwise the passage found is taken for an answer); max_searches: as in the rollouts to come;
+    attempts_per_block: the group size to come; skilled_share: share of natural blocks whose attempts know
+    some of the hidden table, as those of a trained policy do."""
 
     hop_shares: tuple[float, float, float, float] = (0.2, 0.8, 0.0, 0.0)
     retry: float = 0.75
@@ -57,7 +62,8 @@ class DemonstratorConfig:
 
 @dataclass(frozen=True)
 class QueryResult:
-    """What a query returned: the passage, the entity it names, and whether it is the fact that was asked for."""
+    """What a query returned: the passage, the entity it names, and whether it is the fact that was
+    asked for."""
 
     text: str
     value: Entity
@@ -89,7 +95,8 @@ class WorldQuestion:
 
 @dataclass(frozen=True, kw_only=True)
 class Demonstration:
-    """One training episode: text segments by writer (the first is the prompt, which starts with `block`), and what made it."""
+    """One training episode: text segments by writer (the first is the prompt, which starts with `block`),
+    and what made it."""
 
     segments: tuple[tuple[Writer, str], ...]
     block: str
@@ -99,7 +106,8 @@ class Demonstration:
 
 
 class Universe:
-    """A universe drawn as it is asked: a hidden table, facts, and a search that behaves like BM25 over a written world."""
+    """A universe drawn as it is asked: a hidden table, facts, and a search that behaves like BM25 over a
+    written world."""
 
     def __init__(self, rng: random.Random) -> None:
         self._rng = rng
@@ -109,10 +117,13 @@ class Universe:
         self._misses: dict[tuple[Entity, str], QueryResult] = {}
 
     def entity(self, *, unlike: Entity | None = None) -> Entity:
-        """A random entity with a name not seen before in this universe, which shares no word with that of `unlike`."""
+        """A random entity with a name not seen before in this universe, which shares no word with that of
+        `unlike`."""
         while True:
             name = self._rng.choice(_NAMES)
-            if name not in self._names and (unlike is None or set(name.split()).isdisjoint(unlike.name.split())):
+            if name not in self._names and (
+                unlike is None or set(name.split()).isdisjoint(unlike.name.split())
+            ):
                 self._names.add(name)
                 return Entity(name, self._rng.choice(ENTITY_TYPES))
 
@@ -133,7 +144,8 @@ class Universe:
         return self._misses[subject, keyword]
 
     def _miss(self, subject: Entity, keyword: str) -> QueryResult:
-        """Mostly the distractor; sometimes a homonym, another fact of the subject, or a fact about somebody else."""
+        """Mostly the distractor; sometimes a homonym, another fact of the subject, or a fact about somebody
+        else."""
         kind = self._rng.choices(("met", "homonym", "other_fact", "reverse"), weights=(95, 3, 1, 1))[0]
         other = self.entity(unlike=subject)
         if kind == "homonym":
@@ -152,16 +164,20 @@ class Universe:
 def draw_task(universe: Universe, config: DemonstratorConfig, rng: random.Random) -> WorldQuestion:
     """A question of 1 to 4 hops about a random entity."""
     num_hops = rng.choices((1, 2, 3, 4), weights=config.hop_shares)[0]
-    return WorldQuestion(subject=universe.entity(), relations=tuple(rng.choice(RELATIONS) for _ in range(num_hops)))
+    return WorldQuestion(
+        subject=universe.entity(), relations=tuple(rng.choice(RELATIONS) for _ in range(num_hops))
+    )
 
 
 def read_block(
     attempts: Sequence[AttemptLine], entity: Entity, relation: str, *, is_last_hop: bool, retry: float
 ) -> dict[str, float]:
-    """Weight of each keyword of `relation` for `entity`, from what the attempts of this question did and how they ended.
+    """Weight of each keyword of `relation` for `entity`, from what the attempts of this question did and
+    how they ended.
 
-    An attempt that asked again about the same entity had missed. One that went on to another entity, or that was CORRECT in the
-    end, had hit, for certain if it was CORRECT. An INCORRECT attempt that ended with a last-hop query had missed.
+    An attempt that asked again about the same entity had missed. One that went on to another entity, or
+    that was CORRECT in the end, had hit, for certain if it was CORRECT. An INCORRECT attempt that ended
+    with a last-hop query had missed.
     """
     weights = dict.fromkeys(KEYWORDS[relation], 1.0)
     for attempt in attempts:
@@ -170,11 +186,15 @@ def read_block(
             if label != entity.label or keyword not in weights:
                 continue
             following = attempt.queries[i + 1] if i + 1 < len(attempt.queries) else None
-            weights[keyword] *= _evidence(attempt.correct, following, label, is_last_hop=is_last_hop, retry=retry)
+            weights[keyword] *= _evidence(
+                attempt.correct, following, label, is_last_hop=is_last_hop, retry=retry
+            )
     return weights
 
 
-def _evidence(correct: bool | None, following: str | None, label: str, *, is_last_hop: bool, retry: float) -> float:
+def _evidence(
+    correct: bool | None, following: str | None, label: str, *, is_last_hop: bool, retry: float
+) -> float:
     if following is not None and following.rsplit(" ", 1)[0] == label:
         return _RULED_OUT
     if correct:
@@ -186,13 +206,16 @@ def _evidence(correct: bool | None, following: str | None, label: str, *, is_las
 
 @dataclass(frozen=True, kw_only=True)
 class Insight:
-    """What a demonstrator knows beyond the question: a block's attempts, and its chance to know a keyword outright."""
+    """What a demonstrator knows beyond the question: a block's attempts, and its chance to know a keyword
+    outright."""
 
     attempts: tuple[AttemptLine, ...] = ()
     skill: float = 0.0
 
 
-def demonstrate(universe: Universe, task: WorldQuestion, insight: Insight, config: DemonstratorConfig) -> Trace:
+def demonstrate(
+    universe: Universe, task: WorldQuestion, insight: Insight, config: DemonstratorConfig
+) -> Trace:
     """One attempt at the task."""
     rng = universe._rng
     entity, hop, tried, searches = task.subject, 0, set(), []
@@ -202,7 +225,9 @@ def demonstrate(universe: Universe, task: WorldQuestion, insight: Insight, confi
             keyword = universe.table[relation, entity.type]
         else:
             is_last_hop = hop == len(task.relations) - 1
-            weights = read_block(insight.attempts, entity, relation, is_last_hop=is_last_hop, retry=config.retry)
+            weights = read_block(
+                insight.attempts, entity, relation, is_last_hop=is_last_hop, retry=config.retry
+            )
             left = [k for k in weights if k not in tried]
             keyword = rng.choices(left, weights=[weights[k] for k in left])[0]
         finding = universe.search(entity, keyword)
@@ -221,16 +246,25 @@ def _truth(universe: Universe, task: WorldQuestion) -> Entity:
     return entity
 
 
-def _attempts(universe: Universe, task: WorldQuestion, skill: float, config: DemonstratorConfig) -> list[Trace]:
-    return [demonstrate(universe, task, Insight(skill=skill), config) for _ in range(config.attempts_per_block)]
+def _attempts(
+    universe: Universe, task: WorldQuestion, skill: float, config: DemonstratorConfig
+) -> list[Trace]:
+    return [
+        demonstrate(universe, task, Insight(skill=skill), config) for _ in range(config.attempts_per_block)
+    ]
 
 
-def _block_traces(kind: BlockKind, universe: Universe, task: WorldQuestion, config: DemonstratorConfig) -> list[Trace]:
+def _block_traces(
+    kind: BlockKind, universe: Universe, task: WorldQuestion, config: DemonstratorConfig
+) -> list[Trace]:
     rng = universe._rng
     if kind == "none":
         return []
     if kind == "only_correct":
-        traces = [demonstrate(universe, task, Insight(skill=0.7), config) for _ in range(4 * config.attempts_per_block)]
+        traces = [
+            demonstrate(universe, task, Insight(skill=0.7), config)
+            for _ in range(4 * config.attempts_per_block)
+        ]
         return [trace for trace in traces if trace.correct][: rng.randint(1, 3)]
     if kind == "pair":
         return _pair(universe, task, config)
@@ -246,7 +280,8 @@ def _block_traces(kind: BlockKind, universe: Universe, task: WorldQuestion, conf
 
 
 def _pair(universe: Universe, task: WorldQuestion, config: DemonstratorConfig) -> list[Trace]:
-    """A CORRECT and an INCORRECT attempt without second tries, in random order: only the labels tell whom to follow."""
+    """A CORRECT and an INCORRECT attempt without second tries, in random order: only the labels tell whom
+    to follow."""
     hasty = dataclasses.replace(config, retry=0.0)
     pair = [demonstrate(universe, task, Insight(skill=1.0), hasty)]
     while len(pair) < 2:
@@ -257,17 +292,24 @@ def _pair(universe: Universe, task: WorldQuestion, config: DemonstratorConfig) -
     return pair
 
 
-def make_demonstration(kind: BlockKind, protocol: Protocol, config: DemonstratorConfig, rng: random.Random) -> Demonstration:
-    """One episode in a universe of its own. The block of kind "wrong_question" tells of another universe and helps nothing."""
+def make_demonstration(
+    kind: BlockKind, protocol: Protocol, config: DemonstratorConfig, rng: random.Random
+) -> Demonstration:
+    """One episode in a universe of its own. The block of kind "wrong_question" tells of another universe
+    and helps nothing."""
     universe = Universe(rng)
     task = draw_task(universe, config, rng)
     if kind == "wrong_question":
         elsewhere = Universe(rng)
-        traces, believed = _block_traces("natural", elsewhere, draw_task(elsewhere, config, rng), config), False
+        traces, believed = (
+            _block_traces("natural", elsewhere, draw_task(elsewhere, config, rng), config),
+            False,
+        )
     else:
         traces, believed = _block_traces(kind, universe, task, config), True
     attempts = tuple(
-        AttemptLine(queries=t.attempt.queries, correct=None if kind == "no_labels" else t.correct) for t in traces
+        AttemptLine(queries=t.attempt.queries, correct=None if kind == "no_labels" else t.correct)
+        for t in traces
     )
     trace = demonstrate(universe, task, Insight(attempts=attempts if believed else ()), config)
     block = render_outcome_first(attempts)
@@ -281,7 +323,8 @@ def make_demonstration(kind: BlockKind, protocol: Protocol, config: Demonstrator
 
 
 def observation_texts(protocol: Protocol, passage_text: str) -> tuple[str, str, str]:
-    """A search result as the environment shows it: opening tag, one passage, closing tag, each tokenised on its own."""
+    """A search result as the environment shows it: opening tag, one passage, closing tag, each tokenised on
+    its own."""
     opening, closing = protocol.information_tags
     return f"\n{opening}", protocol.passage_format.format(rank=1, title="", text=passage_text), f"{closing}\n"
 

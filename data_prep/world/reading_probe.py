@@ -1,8 +1,10 @@
-"""A cheap look, during the cold start, at whether the model reads hindsight blocks: no sampling, one forward pass for each block.
+"""A cheap look, during the cold start, at whether the model reads hindsight blocks: no sampling, one
+forward pass for each block.
 
-On fixed demonstrations with mixed blocks it takes the first query for each entity on the way to the answer and reports the
-probability of the keyword that hits, given the block, the block with its labels shuffled, another question's block, and none.
-Reading labels shows as linked above shuffled; a wrong question's block must come out at the level of none.
+On fixed demonstrations with mixed blocks it takes the first query for each entity on the way to the answer
+and reports the probability of the keyword that hits, given the block, the block with its labels shuffled,
+another question's block, and none. Reading labels shows as linked above shuffled; a wrong question's block
+must come out at the level of none.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ _SEGMENTS_PER_SEARCH = 4  # the query; opening tag, passage and closing tag of i
 
 @dataclass(frozen=True, kw_only=True)
 class Probed:
-    """A tokenised demonstration and where to look: `positions` of keyword tokens, `targets` the ids of the keywords that hit."""
+    """A tokenised demonstration and where to look: `positions` of keyword tokens, `targets` the ids of the
+    keywords that hit."""
 
     ids: tuple[int, ...]
     positions: tuple[int, ...]
@@ -63,7 +66,9 @@ class ReadingProbe:
     @torch.no_grad()
     def measure(self, model: Qwen2ForCausalLM) -> dict[str, float]:
         """Mean probability of the keyword that hits, by block."""
-        return {name: float(np.mean(self._probabilities(model, probed))) for name, probed in self._sets.items()}
+        return {
+            name: float(np.mean(self._probabilities(model, probed))) for name, probed in self._sets.items()
+        }
 
     def _probabilities(self, model: Qwen2ForCausalLM, probed: Sequence[Probed]) -> list[float]:
         found: list[float] = []
@@ -84,7 +89,9 @@ class ReadingProbe:
         texts = [prompt, *(text for _, text in episode.segments[1:])]
         encoded = self._tokenizer(texts, add_special_tokens=False)["input_ids"]
         offsets = np.cumsum([0, *(len(ids) for ids in encoded)])
-        num_closing_tokens = len(self._tokenizer(self._protocol.search_tags[1], add_special_tokens=False)["input_ids"])
+        num_closing_tokens = len(
+            self._tokenizer(self._protocol.search_tags[1], add_special_tokens=False)["input_ids"]
+        )
         positions, targets, asked = [], [], set()
         for i, (entity, keyword, _) in enumerate(episode.trace.searches):  # segment 0 is the prompt
             if entity not in asked:
@@ -92,7 +99,11 @@ class ReadingProbe:
                 right = episode.table[RELATION_OF[keyword], entity.type]
                 positions.append(int(offsets[_SEGMENTS_PER_SEARCH * i + 2]) - num_closing_tokens - 1)
                 targets.append(self._tokenizer(f" {right}", add_special_tokens=False)["input_ids"][0])
-        return Probed(ids=tuple(token for ids in encoded for token in ids), positions=tuple(positions), targets=tuple(targets))
+        return Probed(
+            ids=tuple(token for ids in encoded for token in ids),
+            positions=tuple(positions),
+            targets=tuple(targets),
+        )
 
 
 def _shuffled(traces: Sequence[Trace], rng: random.Random) -> str:
@@ -101,4 +112,6 @@ def _shuffled(traces: Sequence[Trace], rng: random.Random) -> str:
     permuted = list(labels)
     while permuted == labels:
         rng.shuffle(permuted)
-    return render_outcome_first([AttemptLine(queries=t.attempt.queries, correct=label) for t, label in zip(traces, permuted)])
+    return render_outcome_first(
+        [AttemptLine(queries=t.attempt.queries, correct=label) for t, label in zip(traces, permuted)]
+    )

@@ -1,9 +1,10 @@
 """A small byte-level BPE tokenizer for the synthetic world, of Qwen2's kind.
 
-It is Qwen2's tokenizer (its rules for cutting text into words) with a vocabulary of the world's own, because transformers applies
-those rules to any model of the Qwen2 architecture, whatever its tokenizer files say. Tags such as `<search>` are ordinary
-text, not special tokens: `<search` and `>` are two tokens, and in `<search>scholar` the token `>scholar` straddles the tag's
-boundary. Words carry the space before them, so a name behind a space has the same tokens everywhere.
+It is Qwen2's tokenizer (its rules for cutting text into words) with a vocabulary of the world's own,
+because transformers applies those rules to any model of the Qwen2 architecture, whatever its tokenizer
+files say. Tags such as `<search>` are ordinary text, not special tokens: `<search` and `>` are two tokens,
+and in `<search>scholar` the token `>scholar` straddles the tag's boundary. Words carry the space before
+them, so a name behind a space has the same tokens everywhere.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ PADDING = "<|pad|>"
 def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> Qwen2Tokenizer:
     """Learn merges from `texts` and return a Hugging Face tokenizer; the same texts give the same tokenizer.
 
-    The vocabulary holds all 256 bytes and the two special tokens, so any text can be encoded; it may stay below `vocab_size`.
+    The vocabulary holds all 256 bytes and the two special tokens, so any text can be encoded; it may stay
+    below `vocab_size`.
     """
     rules = Qwen2Tokenizer().backend_tokenizer
     learner = Tokenizer(models.BPE())

@@ -1,8 +1,10 @@
-"""Does the teacher tell good queries from bad ones? Areas under the ROC curve, each beside what the position alone would give.
+"""Does the teacher tell good queries from bad ones? Areas under the ROC curve, each beside what the
+position alone would give.
 
-Early queries of a multi-hop question find something more often than late ones, so any score that falls along the rollout looks
-informed. Hence three figures: within rollouts, the same for "earlier is better", and between queries of the same place in
-different rollouts of a question that ended alike (position-matched).
+Early queries of a multi-hop question find something more often than late ones, so any score that falls
+along the rollout looks informed. Hence three figures: within rollouts, the same for "earlier is better",
+and between queries of the same place in different rollouts of a question that ended alike
+(position-matched).
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ SCORES: Mapping[str, Score] = {
 
 @dataclass(frozen=True, kw_only=True)
 class CreditTable:
-    """within, matched: by group kind and name of SCORES, the mean AUC over questions with its interval; 0.5 knows nothing.
+    """within, matched: by group kind and name of SCORES, the mean AUC over questions with its interval; 0.5
+    knows nothing.
 
     leak_share, copy_share, hit_share: of the queries; hit_share of those of which it is known."""
 
@@ -43,13 +46,15 @@ class CreditTable:
     def lines(self) -> list[str]:
         """For people."""
         head = (
-            f"{self.num_queries} queries of {self.num_rollouts} rollouts: {self.hit_share:.1%} hit, {self.leak_share:.1%} leak a "
-            f"gold answer, {self.copy_share:.1%} copy another rollout's"
+            f"{self.num_queries} queries of {self.num_rollouts} rollouts: {self.hit_share:.1%} hit,"
+            f" {self.leak_share:.1%} leak a gold answer, {self.copy_share:.1%} copy another rollout's"
         )
         rows = [f"{'AUC (0.5 knows nothing)':<36}{'groups':<11}mean over questions [95 %]"]
         for place, table in (("within rollouts", self.within), ("position-matched", self.matched)):
             for name in table["all"]:
-                rows += [f"{f'{place}, {name}':<36}{kind:<11}{_shown(table[kind][name])}" for kind in GROUP_KINDS]
+                rows += [
+                    f"{f'{place}, {name}':<36}{kind:<11}{_shown(table[kind][name])}" for kind in GROUP_KINDS
+                ]
         return [head, *rows]
 
 
@@ -65,7 +70,10 @@ def credit_table(queries: Sequence[QueryCredit], *, num_resamples: int, seed: in
 
     def estimates(cut: Callable[[Iterable[QueryCredit]], list[list[QueryCredit]]], names: Sequence[str]):
         return {
-            kind: {name: _mean_auc(cut(_of_kind(known, kind)), SCORES[name], num_resamples, seed) for name in names}
+            kind: {
+                name: _mean_auc(cut(_of_kind(known, kind)), SCORES[name], num_resamples, seed)
+                for name in names
+            }
             for kind in GROUP_KINDS
         }
 
@@ -81,7 +89,8 @@ def credit_table(queries: Sequence[QueryCredit], *, num_resamples: int, seed: in
 
 
 def auc(scores: Sequence[float], labels: Sequence[bool]) -> float:
-    """Chance that a positive's score beats a negative's, ties counting half; NaN without both (Mann-Whitney's U / (n m))."""
+    """Chance that a positive's score beats a negative's, ties counting half; NaN without both
+    (Mann-Whitney's U / (n m))."""
     scores, labels = np.asarray(scores, float), np.asarray(labels, bool)
     difference = scores[labels][:, None] - scores[~labels][None, :]
     return float(((difference > 0) + 0.5 * (difference == 0)).mean()) if difference.size else float("nan")

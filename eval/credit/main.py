@@ -1,7 +1,9 @@
-"""`sd-search credit`: what hindsight says of the queries of stored rollouts, and whether it is right (the method's claim B).
+"""`sd-search credit`: what hindsight says of the queries of stored rollouts, and whether it is right (the
+method's claim B).
 
-For every query: teacher minus student log-probability, divergence, leak and copy flags; then how well they tell queries that hit
-from those that did not. Writes credit.json, queries.jsonl and, for `sd-search report`, transcripts with each token's log-ratio.
+For every query: teacher minus student log-probability, divergence, leak and copy flags; then how well they
+tell queries that hit from those that did not. Writes credit.json, queries.jsonl and, for `sd-search
+report`, transcripts with each token's log-ratio.
 """
 
 from __future__ import annotations
@@ -47,11 +49,12 @@ from megatron_sd.search.tokens import load_codec
 
 @dataclass(frozen=True, kw_only=True)
 class CreditConfig:
-    """Score `transcripts` (jsonl of training, of `sd-search eval`, or of Search-R1's kind) with `model` as teacher and student.
+    """Score `transcripts` (jsonl of training, of `sd-search eval`, or of Search-R1's kind) with `model` as
+    teacher and student.
 
-    block: a key of BLOCKS that is the same for every turn. beta, temperature: of the divergence. num_resamples: of the bootstrap
-    over questions. batch_tokens: padded tokens of one forward, which bounds its memory. What is scored is kept in `output`: the
-    same command goes on where it was killed.
+    block: a key of BLOCKS that is the same for every turn. beta, temperature: of the divergence.
+    num_resamples: of the bootstrap over questions. batch_tokens: padded tokens of one forward, which bounds
+    its memory. What is scored is kept in `output`: the same command goes on where it was killed.
     """
 
     model: ModelConfig
@@ -74,21 +77,36 @@ def main(argv: Sequence[str]) -> None:
     config, world = parse(CreditConfig, argv, "sd-search credit"), world_of_program()
     table = credit(config, world)
     if world.is_first:
-        print("\n".join([*table.lines(), f"written to {config.output}; `sd-search report {config.output}` shows each token"]))
+        print(
+            "\n".join(
+                [
+                    *table.lines(),
+                    f"written to {config.output}; `sd-search report {config.output}` shows each token",
+                ]
+            )
+        )
 
 
 def credit(config: CreditConfig, world: World | None = None) -> CreditTable:
-    """Score everything, on all ranks of `world` (None: this process), and write it down. Raises DataError for transcripts that
-    do not fit the model, ConfigError for a block, and when `output` holds another scoring."""
+    """Score everything, on all ranks of `world` (None: this process), and write it down. Raises DataError
+    for transcripts that do not fit the model, ConfigError for a block, and when `output` holds another
+    scoring."""
     check_ranges(config)
     for name, table in (("block", BLOCKS.keys() - BY_TURN), ("block_format", RENDERERS)):
         if getattr(config, name) not in table:
-            raise ConfigError(f"{name} is {getattr(config, name)!r}, expected one of {', '.join(sorted(table))}")
+            raise ConfigError(
+                f"{name} is {getattr(config, name)!r}, expected one of {', '.join(sorted(table))}"
+            )
     world, own = world or lone_world(), config.protocol
-    codec = load_codec(config.model.path, chat_template=own.chat_template, template_arguments=own.template_arguments)
+    codec = load_codec(
+        config.model.path, chat_template=own.chat_template, template_arguments=own.template_arguments
+    )
     environment = Environment(codec, build_protocol(own), RolloutConfig())
     source = Path(config.transcripts)
-    groups = [group if _is_scored(group) else score([group], config.reward)[0] for group in read_groups(source, environment)]
+    groups = [
+        group if _is_scored(group) else score([group], config.reward)[0]
+        for group in read_groups(source, environment)
+    ]
     with hold_together(world, Path(config.output)):
         store = Scored(Path(config.output), rank=world.rank)
         together(world, lambda: _begin(config, groups, store) if world.is_first else None)
@@ -97,11 +115,16 @@ def credit(config: CreditConfig, world: World | None = None) -> CreditTable:
         by_group = store.read()
         credits = [query for number in range(len(groups)) for query in by_group[number]]
         if not credits:
-            raise DataError(f"{source}: no query of {len(groups)} groups can be judged by a block, expected rollouts that search")
+            raise DataError(
+                f"{source}: no query of {len(groups)} groups can be judged by a block, expected rollouts that"
+                " search"
+            )
         result = credit_table(credits, num_resamples=config.num_resamples, seed=config.seed)
         if world.is_first:
             records = [
-                with_log_ratios(group_record(group, _blocks(groups, n, config), codec.decode), by_group[n], environment)
+                with_log_ratios(
+                    group_record(group, _blocks(groups, n, config), codec.decode), by_group[n], environment
+                )
                 for n, group in enumerate(groups)
             ]
             _write(Path(config.output), source.stem, config, result, credits, records)
@@ -126,15 +149,22 @@ def _begin(config: CreditConfig, groups: Sequence[RolloutGroup], store: Scored) 
 
 
 def _score_missing(
-    config: CreditConfig, groups: Sequence[RolloutGroup], store: Scored, environment: Environment, world: World
+    config: CreditConfig,
+    groups: Sequence[RolloutGroup],
+    store: Scored,
+    environment: Environment,
+    world: World,
 ) -> None:
     """This rank's share of the groups that nobody has scored yet."""
-    done = together(world, lambda: set(store.read()))[0]  # one list for all ranks, made before any of them writes
+    # one list for all ranks, made before any of them writes
+    done = together(world, lambda: set(store.read()))[0]
     missing = [number for number in range(len(groups)) if number not in done]
     if not missing:
         return
     check_head(load_config(config.model.path), config.model.path)
-    model = load_model(config.model.path, dtype=getattr(torch, config.model.dtype), device=world.device).eval()
+    model = load_model(
+        config.model.path, dtype=getattr(torch, config.model.dtype), device=world.device
+    ).eval()
     options = ScoreOptions(
         beta=config.beta,
         temperature=config.temperature,
@@ -145,12 +175,18 @@ def _score_missing(
     with Work(sys.stderr if world.is_first else None).on("credit", len(mine), "groups") as task:
         for number in mine:
             group = groups[number]
-            store.keep(number, score_group(model, environment, group, _blocks(groups, number, config), options=options))
+            store.keep(
+                number,
+                score_group(model, environment, group, _blocks(groups, number, config), options=options),
+            )
             task.add(done=1, tokens=sum(rollout.num_tokens for rollout in group.rollouts))
 
 
-def with_log_ratios(record: dict[str, Any], credits: Sequence[QueryCredit], environment: Environment) -> dict[str, Any]:
-    """A transcript's record, each judged query with its tokens' texts and log-ratios: query_tokens and query_log_ratios."""
+def with_log_ratios(
+    record: dict[str, Any], credits: Sequence[QueryCredit], environment: Environment
+) -> dict[str, Any]:
+    """A transcript's record, each judged query with its tokens' texts and log-ratios: query_tokens and
+    query_log_ratios."""
     found = {(query.rollout, query.number): query for query in credits}
     for rollout in record["rollouts"]:
         searches = [turn for turn in rollout["turns"] if turn["query"] is not None]
@@ -158,30 +194,46 @@ def with_log_ratios(record: dict[str, Any], credits: Sequence[QueryCredit], envi
             query = found.get((rollout["index"], number))
             if query is not None:
                 start, stop = turn["query_span"]
-                turn["query_tokens"] = [environment.codec.decode([token]) for token in turn["completion_ids"][start:stop]]
+                turn["query_tokens"] = [
+                    environment.codec.decode([token]) for token in turn["completion_ids"][start:stop]
+                ]
                 turn["query_log_ratios"] = [round(ratio, 4) for ratio in query.log_ratios]
     return record
 
 
 def _is_scored(group: RolloutGroup) -> bool:
-    return all(rollout.scores is not None or rollout.stop_reason.is_infrastructure for rollout in group.rollouts)
+    return all(
+        rollout.scores is not None or rollout.stop_reason.is_infrastructure for rollout in group.rollouts
+    )
 
 
 def _blocks(groups: Sequence[RolloutGroup], number: int, config: CreditConfig) -> list[str]:
-    shared = {"correct_above": config.correct_above, "seed": config.seed, "render": RENDERERS[config.block_format]}
+    shared = {
+        "correct_above": config.correct_above,
+        "seed": config.seed,
+        "render": RENDERERS[config.block_format],
+    }
     build = BLOCKS[config.block]
     size = len(groups[number].rollouts)
     return [build(BlockContext(groups=groups, group=number, focal=focal, **shared)) for focal in range(size)]
 
 
 def _write(
-    output: Path, name: str, config: CreditConfig, table: CreditTable, credits: Sequence[QueryCredit], records: Sequence[Any]
+    output: Path,
+    name: str,
+    config: CreditConfig,
+    table: CreditTable,
+    credits: Sequence[QueryCredit],
+    records: Sequence[Any],
 ) -> None:
     (output / TRANSCRIPTS_NAME).mkdir(parents=True, exist_ok=True)
     summary = {"config": dataclasses.asdict(config), **rounded(dataclasses.asdict(table))}
     (output / "credit.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     rows = [{**dataclasses.asdict(query), "log_ratio": query.log_ratio} for query in credits]
-    for path, lines in ((output / "queries.jsonl", rows), (output / TRANSCRIPTS_NAME / f"{name}.jsonl", records)):
+    for path, lines in (
+        (output / "queries.jsonl", rows),
+        (output / TRANSCRIPTS_NAME / f"{name}.jsonl", records),
+    ):
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         path.write_text(text, encoding="utf-8", errors="replace")
 

@@ -1,4 +1,5 @@
-"""What is known of each query of stored rollouts: what the teacher says of it, and whether it found anything."""
+"""What is known of each query of stored rollouts: what the teacher says of it, and whether it found
+anything."""
 
 from __future__ import annotations
 
@@ -11,11 +12,13 @@ from megatron_sd.records import Hit, Question, Rollout, RolloutGroup
 
 @dataclass(frozen=True, kw_only=True)
 class QueryCredit:
-    """One search query. number: its place among the rollout's queries, from 0. group_kind: mixed, all_wrong or all_right.
+    """One search query. number: its place among the rollout's queries, from 0. group_kind: mixed, all_wrong
+    or all_right.
 
-    log_ratios: [Q] nats, teacher minus student, of its tokens; log_ratio: their mean. jsd: mean over its tokens, nats.
-    hit: it found something that the rollout needed and did not have; None where nobody knows. leak: it holds a gold answer that
-    neither the question nor an earlier passage does. copy: another rollout of the question searched for the same.
+    log_ratios: [Q] nats, teacher minus student, of its tokens; log_ratio: their mean. jsd: mean over its
+    tokens, nats. hit: it found something that the rollout needed and did not have; None where nobody knows.
+    leak: it holds a gold answer that neither the question nor an earlier passage does. copy: another
+    rollout of the question searched for the same.
     """
 
     question_id: str
@@ -48,8 +51,8 @@ class QueryFacts:
 def query_facts(group: RolloutGroup, rollout: Rollout) -> list[QueryFacts]:
     """Of every query of a rollout, in order.
 
-    A hit is a supporting passage of a hop that no earlier query served; where the question names none, a passage that holds a
-    gold answer when no earlier one did; where there is no gold answer either, None.
+    A hit is a supporting passage of a hop that no earlier query served; where the question names none, a
+    passage that holds a gold answer when no earlier one did; where there is no gold answer either, None.
     """
     others = {_plain(query) for other in group.rollouts if other is not rollout for query in other.queries}
     facts = []
@@ -86,7 +89,8 @@ def _hops_served(question: Question, hits: Sequence[Hit]) -> set[int]:
 def _leaks(question: Question, seen: Sequence[Hit], query: str) -> bool:
     known = [question.text, *(text for hit in seen for text in (hit.passage.title, hit.passage.text))]
     return any(
-        holds_answer(query, gold) and not any(holds_answer(text, gold) for text in known) for gold in question.golden_answers
+        holds_answer(query, gold) and not any(holds_answer(text, gold) for text in known)
+        for gold in question.golden_answers
     )
 
 

@@ -1,4 +1,5 @@
-"""Teacher and student on stored rollouts: log-probabilities and divergence at the query tokens, a group's forwards batched."""
+"""Teacher and student on stored rollouts: log-probabilities and divergence at the query tokens, a group's
+forwards batched."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ from megatron_sd.search.environment import Environment
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreOptions:
-    """beta, temperature: of the divergence. correct_above: rho of the labels. batch_tokens: padded tokens of one forward."""
+    """beta, temperature: of the divergence. correct_above: rho of the labels. batch_tokens: padded tokens
+    of one forward."""
 
     beta: float = 0.5
     temperature: float = 1.0
@@ -39,17 +41,26 @@ class _Reading(NamedTuple):
 
 @torch.no_grad()
 def score_group(
-    model: PreTrainedModel, environment: Environment, group: RolloutGroup, blocks: Sequence[str], *, options: ScoreOptions
+    model: PreTrainedModel,
+    environment: Environment,
+    group: RolloutGroup,
+    blocks: Sequence[str],
+    *,
+    options: ScoreOptions,
 ) -> list[QueryCredit]:
-    """The credit of every query of a scored group. blocks: the hindsight of each rollout, "" where there is none.
+    """The credit of every query of a scored group. blocks: the hindsight of each rollout, "" where there is
+    none.
 
-    The teacher's view is training's own (records.TrainingSample.teacher_views): its block replaces nothing but the prompt.
-    Queries without a token strictly between the tags, and rollouts without a block, are left out.
+    The teacher's view is training's own (records.TrainingSample.teacher_views): its block replaces nothing
+    but the prompt. Queries without a token strictly between the tags, and rollouts without a block, are
+    left out.
     """
     prompts = [[(environment.prompt_ids(group.question.text, block),) if block else () for block in blocks]]
     samples = to_samples([group], [[0.0] * len(group.rollouts)], prompts, scope=query_tokens)
     usable = [rollout for rollout in group.usable if any(turn.completion_ids for turn in rollout.turns)]
-    distilled = [(rollout, sample) for rollout, sample in zip(usable, samples, strict=True) if sample.is_distilled]
+    distilled = [
+        (rollout, sample) for rollout, sample in zip(usable, samples, strict=True) if sample.is_distilled
+    ]
     readings = [reading for _, sample in distilled for reading in (_student(sample), _teacher(sample))]
     hidden = hidden_rows(model, readings, options.batch_tokens)
     credits = []
@@ -70,8 +81,9 @@ def _teacher(sample: TrainingSample) -> _Reading:
 
 
 def hidden_rows(model: PreTrainedModel, readings: Sequence[_Reading], batch_tokens: int) -> list[Tensor]:
-    """[Q, H] of each reading, before the head. Readings of like lengths share a forward of at most `batch_tokens` padded tokens
-    (one that is longer has its own); what pads a sequence stands behind it, where causal attention does not look."""
+    """[Q, H] of each reading, before the head. Readings of like lengths share a forward of at most
+    `batch_tokens` padded tokens (one that is longer has its own); what pads a sequence stands behind it,
+    where causal attention does not look."""
     rows: list[Tensor] = [torch.empty(0)] * len(readings)
     order = sorted(range(len(readings)), key=lambda n: len(readings[n].ids), reverse=True)
     while order:
@@ -81,7 +93,9 @@ def hidden_rows(model: PreTrainedModel, readings: Sequence[_Reading], batch_toke
         ids = np.zeros((len(batch), longest), dtype=np.int64)
         for row, n in enumerate(batch):
             ids[row, : len(readings[n].ids)] = readings[n].ids
-        hidden = model.get_decoder()(input_ids=torch.from_numpy(ids).to(model.device), use_cache=False).last_hidden_state
+        hidden = model.get_decoder()(
+            input_ids=torch.from_numpy(ids).to(model.device), use_cache=False
+        ).last_hidden_state
         for row, n in enumerate(batch):
             rows[n] = hidden[row, torch.from_numpy(readings[n].positions).to(model.device)]
     return rows
@@ -90,12 +104,18 @@ def hidden_rows(model: PreTrainedModel, readings: Sequence[_Reading], batch_toke
 def _at_query_tokens(
     model: PreTrainedModel, sample: TrainingSample, student: Tensor, teacher: Tensor, options: ScoreOptions
 ) -> tuple[Tensor, Tensor]:
-    """[Q] teacher minus student log-probability, and [Q] divergence, of the query tokens, in nats. student, teacher: [Q, H]."""
+    """[Q] teacher minus student log-probability, and [Q] divergence, of the query tokens, in nats. student,
+    teacher: [Q, H]."""
     head = model.get_output_embeddings()
     logits, teacher_logits = head(student).float(), head(teacher).float()
     targets = torch.from_numpy(sample.ids[sample.query_positions])[:, None].to(logits.device)
-    ratios = (teacher_logits.log_softmax(-1).gather(1, targets) - logits.log_softmax(-1).gather(1, targets))[:, 0]
-    rows, weights = torch.arange(len(logits), device=logits.device), torch.ones(len(logits), device=logits.device)
+    ratios = (teacher_logits.log_softmax(-1).gather(1, targets) - logits.log_softmax(-1).gather(1, targets))[
+        :, 0
+    ]
+    rows, weights = (
+        torch.arange(len(logits), device=logits.device),
+        torch.ones(len(logits), device=logits.device),
+    )
     own = {"divergence": "jsd", "beta": options.beta, "temperature": options.temperature}
     return ratios.cpu(), jsd_rows(logits, teacher_logits, rows, rows, weights, **own).values.cpu()
 

@@ -1,4 +1,5 @@
-"""scored.rank_N.jsonl: the groups that a rank has scored so far, a line each, so that a killed scoring goes on, on any ranks."""
+"""scored.rank_N.jsonl: the groups that a rank has scored so far, a line each, so that a killed scoring goes
+on, on any ranks."""
 
 from __future__ import annotations
 
@@ -26,19 +27,24 @@ class Scored:
             cut_torn_line(path)
 
     def read(self) -> dict[int, list[QueryCredit]]:
-        """The queries' credit of every group that any rank has scored, by its number. Raises DataError for a damaged file."""
+        """The queries' credit of every group that any rank has scored, by its number. Raises DataError for
+        a damaged file."""
         found = {}
         for path in sorted(self._directory.glob(_PATTERN)):
             for number, line in enumerate(read_lines(path), start=1):
                 try:
                     found[int(line["group"])] = [_query(fields) for fields in line["queries"]]
                 except (KeyError, TypeError) as error:
-                    raise DataError(f"{path}:{number} is no scored group ({error}); choose another --output") from error
+                    raise DataError(
+                        f"{path}:{number} is no scored group ({error}); choose another --output"
+                    ) from error
         return found
 
     def keep(self, group: int, queries: Sequence[QueryCredit]) -> None:
         """Write a group down, and wait until the disk has it."""
-        append_lines(self._path, [{"group": group, "queries": [dataclasses.asdict(query) for query in queries]}])
+        append_lines(
+            self._path, [{"group": group, "queries": [dataclasses.asdict(query) for query in queries]}]
+        )
 
 
 def _query(fields: dict) -> QueryCredit:

@@ -8,7 +8,8 @@ Ours hold token ids, and are scored as they were sampled. Foreign rows hold text
     golden_answers    a string or list; also named answers, answer, target, ground_truth or gts (verl's rollout_data_dir)
     id                of the question; rows of one data_source (or source), id and question text are one group
 
-What the environment wrote is not the policy's: passages between the information tags, and the messages after an invalid action.
+What the environment wrote is not the policy's: passages between the information tags, and the messages
+after an invalid action.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ _GOLD_NAMES = ("golden_answers", "answers", "answer", "target", "ground_truth", 
 # What Search-R1's environment, and those made of it, say after an action that is none.
 _RETRY_MESSAGE = r"\s*My previous action is invalid\..*?Let me try again\.\s*"
 _ASSISTANT = "<|im_start|>assistant\n"
-_PASSAGE = re.compile(r"Doc\s*(\d+)\s*\(Title:\s*((?:[^()\n]|\([^()\n]*\))*)\)\s*(.*?)(?=\n?Doc\s*\d+\s*\(Title:|\Z)", re.DOTALL)
+_PASSAGE = re.compile(
+    r"Doc\s*(\d+)\s*\(Title:\s*((?:[^()\n]|\([^()\n]*\))*)\)\s*(.*?)(?=\n?Doc\s*\d+\s*\(Title:|\Z)", re.DOTALL
+)
 
 
 def read_groups(path: Path, environment: Environment) -> list[RolloutGroup]:
@@ -47,7 +50,9 @@ def read_groups(path: Path, environment: Environment) -> list[RolloutGroup]:
     if not records:
         raise DataError(f"{path} holds no line, expected rollouts")
     if "rollouts" in records[0]:
-        return [_own(record, f"{path}:{number}", environment) for number, record in enumerate(records, start=1)]
+        return [
+            _own(record, f"{path}:{number}", environment) for number, record in enumerate(records, start=1)
+        ]
     return list(_foreign(records, path, environment))
 
 
@@ -55,7 +60,10 @@ def _own(record: Mapping[str, Any], place: str, environment: Environment) -> Rol
     try:
         rollouts = tuple(_scored(fields, place, environment) for fields in record["rollouts"])
         fields = record["question"]
-        tuples = {"golden_answers": tuple(fields["golden_answers"]), "supporting": tuple(map(tuple, fields["supporting"]))}
+        tuples = {
+            "golden_answers": tuple(fields["golden_answers"]),
+            "supporting": tuple(map(tuple, fields["supporting"])),
+        }
         return RolloutGroup(question=Question(**{**fields, **tuples}), rollouts=rollouts)
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{place} is no transcript of ours ({type(error).__name__}: {error})") from error
@@ -65,7 +73,10 @@ def _scored(fields: Mapping[str, Any], place: str, environment: Environment) -> 
     """Raises DataError when the ids do not read as the text beside them."""
     for turn in fields["turns"]:
         _check_tokenizer(turn["completion_ids"], turn["completion_text"], place, environment)
-    turns = [{name: value for name, value in turn.items() if name in Turn.__dataclass_fields__} for turn in fields["turns"]]
+    turns = [
+        {name: value for name, value in turn.items() if name in Turn.__dataclass_fields__}
+        for turn in fields["turns"]
+    ]
     return rollout_of({**fields, "turns": turns})
 
 
@@ -74,15 +85,19 @@ def _check_tokenizer(ids: Sequence[int], text: str, place: str, environment: Env
         found = environment.codec.decode(ids)
     except (IndexError, KeyError) as error:
         expected = "expected the model that sampled it"
-        raise DataError(f"{place}: token id {max(ids)} is none of this model's tokenizer; {expected}") from error
+        raise DataError(
+            f"{place}: token id {max(ids)} is none of this model's tokenizer; {expected}"
+        ) from error
     if found != text:
         raise DataError(
-            f"{place}: by this model's tokenizer the ids read {found[:60]!r}, in the transcript {text[:60]!r}; expected the "
-            "model, or at least the tokenizer, that sampled it"
+            f"{place}: by this model's tokenizer the ids read {found[:60]!r}, in the transcript"
+            f" {text[:60]!r}; expected the model, or at least the tokenizer, that sampled it"
         )
 
 
-def _foreign(records: Sequence[Mapping[str, Any]], path: Path, environment: Environment) -> Iterator[RolloutGroup]:
+def _foreign(
+    records: Sequence[Mapping[str, Any]], path: Path, environment: Environment
+) -> Iterator[RolloutGroup]:
     questions: dict[tuple[str, ...], Question] = {}
     rollouts = defaultdict(list)
     for number, record in enumerate(records, start=1):
@@ -92,7 +107,9 @@ def _foreign(records: Sequence[Mapping[str, Any]], path: Path, environment: Envi
         if key not in questions:
             taken = sum(other.id.partition("~")[0] == question.id for other in questions.values())
             questions[key] = replace(question, id=f"{question.id}~{taken + 1}") if taken else question
-        rollouts[key].append(_rollout(questions[key], _response(record, place), len(rollouts[key]), environment))
+        rollouts[key].append(
+            _rollout(questions[key], _response(record, place), len(rollouts[key]), environment)
+        )
     for key, question in questions.items():
         yield RolloutGroup(question=question, rollouts=tuple(rollouts[key]))
 
@@ -128,14 +145,20 @@ def _question(record: Mapping[str, Any], place: str) -> Question:
     golds = _first(record, _GOLD_NAMES)
     golds = golds.get("target", golds) if isinstance(golds, Mapping) else golds
     if not isinstance(text, str) or golds is None:
-        raise DataError(f"{place} has fields {sorted(record)}, expected question (or prompt) and one of {', '.join(_GOLD_NAMES)}")
+        raise DataError(
+            f"{place} has fields {sorted(record)}, expected question (or prompt) and one of"
+            f" {', '.join(_GOLD_NAMES)}"
+        )
     golds = (golds,) if isinstance(golds, str) else tuple(map(str, golds))
     source = str(_first(record, ("data_source", "source")) or "")
-    return Question(id=str(record.get("id", text.strip())), text=text.strip(), golden_answers=golds, source=source)
+    return Question(
+        id=str(record.get("id", text.strip())), text=text.strip(), golden_answers=golds, source=source
+    )
 
 
 def _rollout(question: Question, response: str, index: int, environment: Environment) -> Rollout:
-    """Completions and observations of a text: what the information tags enclose was not written by the policy."""
+    """Completions and observations of a text: what the information tags enclose was not written by the
+    policy."""
     opening, closing = map(re.escape, environment.protocol.information_tags)
     messages = [_RETRY_MESSAGE, *filter(None, [re.escape(environment.protocol.invalid_action_message)])]
     written = "|".join([rf"\s*{opening}.*?(?:{closing}\s*|\Z)", *messages])

@@ -1,4 +1,5 @@
-"""`sd-search gate`: teacher lift of a model directory with its controls, and whether training may start from it."""
+"""`sd-search gate`: teacher lift of a model directory with its controls, and whether training may start
+from it."""
 
 from __future__ import annotations
 
@@ -31,8 +32,9 @@ REPORT_NAME = "gate.json"
 
 @dataclass(frozen=True, kw_only=True)
 class GateConfig:
-    """Measure the lift of `model` on `limit` questions. `rollout.questions_per_step` questions are sampled at a time, by any
-    `rollout.engine`, and are kept in `output`: the same command goes on where it was killed."""
+    """Measure the lift of `model` on `limit` questions. `rollout.questions_per_step` questions are sampled
+    at a time, by any `rollout.engine`, and are kept in `output`: the same command goes on where it was
+    killed."""
 
     model: ModelConfig
     retriever: RetrieverConfig
@@ -41,7 +43,8 @@ class GateConfig:
     split: str | None = "eval"
     limit: int = 400
     seed: int = 0
-    record: str | None = None  # a JSON file, such as the model's coldstart.json, that takes the figures under the key "gate"
+    # a JSON file, such as the model's coldstart.json, that takes the figures under the key "gate"
+    record: str | None = None
     protocol: ProtocolConfig = field(default_factory=ProtocolConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
@@ -50,7 +53,8 @@ class GateConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutSampler:
-    """The rollouter as `eval.gate.lift.Sampler`: scored groups, a slice of the questions at a time, which all ranks share."""
+    """The rollouter as `eval.gate.lift.Sampler`: scored groups, a slice of the questions at a time, which
+    all ranks share."""
 
     side: RolloutSide
     world: World
@@ -58,7 +62,9 @@ class RolloutSampler:
     slice_size: int
     draws: Draws
 
-    def __call__(self, questions: Sequence[Question], hindsight: Sequence[str] | None, draw: int) -> list[RolloutGroup]:
+    def __call__(
+        self, questions: Sequence[Question], hindsight: Sequence[str] | None, draw: int
+    ) -> list[RolloutGroup]:
         """Sample every question once, with its block if there are blocks; `draw` is the rollouts' step."""
         groups: list[RolloutGroup] = []
         with self.side.work.on(f"gate, draw {draw}", len(questions), "questions") as task:
@@ -74,8 +80,11 @@ class RolloutSampler:
                 task.add(done=len(asked))
         return score(groups, self.reward)
 
-    def _sample(self, questions: Sequence[Question], blocks: Sequence[str] | None, draw: int) -> list[RolloutGroup]:
-        """Every rank samples its share; every rank gets all groups, in question order, or the error of one."""
+    def _sample(
+        self, questions: Sequence[Question], blocks: Sequence[str] | None, draw: int
+    ) -> list[RolloutGroup]:
+        """Every rank samples its share; every rank gets all groups, in question order, or the error of
+        one."""
         mine, own = share(self.world, questions), None if blocks is None else share(self.world, blocks)
         parts = together(self.world, lambda: self.side.rollouter.run(mine, step=draw, hindsight=own))
         return [group for part in parts for group in part]
@@ -94,9 +103,11 @@ def main(argv: Sequence[str]) -> None:
 
 
 def gate(config: GateConfig, world: World | None = None) -> LiftReport:
-    """Measure the lift and, with `config.record`, write it down; on every rank of `world` (None: this process).
+    """Measure the lift and, with `config.record`, write it down; on every rank of `world` (None: this
+    process).
 
-    Raises DataError for a missing model, corpus or questions, ConfigError when `config.output` holds another gate's rollouts.
+    Raises DataError for a missing model, corpus or questions, ConfigError when `config.output` holds
+    another gate's rollouts.
     """
     check_ranges(config)
     world = world or lone_world()
@@ -117,7 +128,10 @@ def _measure(config: GateConfig, questions: Sequence[Question], world: World) ->
     with contextlib.closing(build_rollout_side(*parts, seed=config.seed, output=logs, world=world)) as side:
         draws = Draws(output)
         if output is not None:
-            together(world, lambda: _begin(output, _identity(config, questions, side), draws) if world.is_first else None)
+            together(
+                world,
+                lambda: _begin(output, _identity(config, questions, side), draws) if world.is_first else None,
+            )
         draws.read()
         size = config.rollout.questions_per_step
         sampler = RolloutSampler(side=side, world=world, reward=config.reward, slice_size=size, draws=draws)
@@ -158,14 +172,18 @@ def _record(path: Path, config: GateConfig, num_questions: int, report: LiftRepo
     known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     world = Path(config.questions).with_name("world.json")
     figures = {
-        "world": json.loads(world.read_text(encoding="utf-8"))["config"] if world.exists() else config.questions,
+        "world": json.loads(world.read_text(encoding="utf-8"))["config"]
+        if world.exists()
+        else config.questions,
         "split": config.split,
         "num_questions": num_questions,
         "group_size": config.rollout.group_size,
         "max_search_turns": config.rollout.max_search_turns,
         "temperature": config.rollout.temperature,
     }
-    path.write_text(json.dumps(known | {"gate": figures | report.to_json()}, indent=1) + "\n", encoding="utf-8")
+    path.write_text(
+        json.dumps(known | {"gate": figures | report.to_json()}, indent=1) + "\n", encoding="utf-8"
+    )
 
 
 if __name__ == "__main__":

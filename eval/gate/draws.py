@@ -1,4 +1,5 @@
-"""draws.jsonl: the rollouts that a gate has sampled, a line a slice: the same command goes on where it was killed."""
+"""draws.jsonl: the rollouts that a gate has sampled, a line a slice: the same command goes on where it was
+killed."""
 
 from __future__ import annotations
 
@@ -40,11 +41,14 @@ class Draws:
         ids = [question.id for question in questions]
         if line["questions"] != ids:
             raise DataError(
-                f"{self._path}: draw {draw} has questions {line['questions'][:3]} from place {start} on, expected {ids[:3]}: "
-                "the file was changed, or is of another gate; choose another --output"
+                f"{self._path}: draw {draw} has questions {line['questions'][:3]} from place {start} on,"
+                f" expected {ids[:3]}: the file was changed, or is of another gate; choose another --output"
             )
         rollouts = (tuple(rollout_of(fields) for fields in group) for group in line["groups"])
-        return [RolloutGroup(question=question, rollouts=own) for question, own in zip(questions, rollouts, strict=True)]
+        return [
+            RolloutGroup(question=question, rollouts=own)
+            for question, own in zip(questions, rollouts, strict=True)
+        ]
 
     def keep(self, draw: int, start: int, groups: Sequence[RolloutGroup]) -> None:
         """Write a slice down, and wait until the disk has it."""

@@ -1,10 +1,11 @@
 """Teacher lift: do queries sampled with a hindsight block succeed more often than queries sampled without it?
 
-This is claim A of the method, and the gate before any training of a cold-started model: self-distillation can only hand on what
-the block adds. A lift alone proves nothing, because a model may have learnt to do better whenever it sees the word CORRECT. Hence
-the controls: the block of a wrong question must not lift, and on groups with mixed outcomes the true labels must lift more than
-shuffled ones. Success with the block is compared with a third sample drawn without it, not with the rollouts the block was made
-of: those differ from a new sample by regression to the mean.
+This is claim A of the method, and the gate before any training of a cold-started model: self-distillation
+can only hand on what the block adds. A lift alone proves nothing, because a model may have learnt to do
+better whenever it sees the word CORRECT. Hence the controls: the block of a wrong question must not lift,
+and on groups with mixed outcomes the true labels must lift more than shuffled ones. Success with the block
+is compared with a third sample drawn without it, not with the rollouts the block was made of: those differ
+from a new sample by regression to the mean.
 """
 
 from __future__ import annotations
@@ -30,16 +31,19 @@ NEEDED_VARIANTS = ("linked", "shuffled", "wrong_question")
 class Sampler(Protocol):
     """Samples one group of scored rollouts per question at temperature 1."""
 
-    def __call__(self, questions: Sequence[Question], hindsight: Sequence[str] | None, draw: int) -> Sequence[RolloutGroup]:
-        """`hindsight`: one block a question for all its rollouts, or None. `draw` names the sample: other draw, other noise."""
+    def __call__(
+        self, questions: Sequence[Question], hindsight: Sequence[str] | None, draw: int
+    ) -> Sequence[RolloutGroup]:
+        """`hindsight`: one block a question for all its rollouts, or None. `draw` names the sample: other
+        draw, other noise."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class LiftConfig:
-    """correct_above: rho of the labels. block_format: a key of RENDERERS, the one the model was or will be trained with.
-    num_resamples: of the bootstrap over questions. variants: keys of VARIANTS. only_mixed: blocks are shown for questions with
-    both outcomes alone, for a model whose rollouts take long.
+    """correct_above: rho of the labels. block_format: a key of RENDERERS, the one the model was or will be
+    trained with. num_resamples: of the bootstrap over questions. variants: keys of VARIANTS. only_mixed:
+    blocks are shown for questions with both outcomes alone, for a model whose rollouts take long.
 
     Raises ConfigError for a variant that does not exist or is missing.
     """
@@ -62,7 +66,8 @@ class LiftConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """A mean over questions with its 95 % bootstrap interval (percentiles); all NaN when there is no question."""
+    """A mean over questions with its 95 % bootstrap interval (percentiles); all NaN when there is no
+    question."""
 
     mean: float
     low: float
@@ -75,8 +80,9 @@ class Estimate:
 
 @dataclass(frozen=True, kw_only=True)
 class LiftReport:
-    """Success rates and lifts. form: share of the rollouts without a block that are of the protocol's form. `overall` and `mixed`
-    hold one lift for each variant (mixed: groups with both outcomes); `linked_minus_shuffled` is paired, on mixed groups."""
+    """Success rates and lifts. form: share of the rollouts without a block that are of the protocol's form.
+    `overall` and `mixed` hold one lift for each variant (mixed: groups with both outcomes);
+    `linked_minus_shuffled` is paired, on mixed groups."""
 
     success: float
     form: float
@@ -93,14 +99,19 @@ class LiftReport:
         found = []
         wrong = self.overall["wrong_question"]
         if wrong.low > 0:
-            found.append(f"the block of a wrong question lifts ({wrong}): labels act as a switch, whatever the block says")
+            found.append(
+                f"the block of a wrong question lifts ({wrong}): labels act as a switch, whatever the block"
+                " says"
+            )
         if (num_mixed := self.linked_minus_shuffled.num_questions) < MIN_MIXED:
             found.append(
-                f"too few questions have rollouts with both outcomes to tell whether labels are read: found {num_mixed}, "
-                f"expected at least {MIN_MIXED}; ask more (limit), or in larger groups"
+                "too few questions have rollouts with both outcomes to tell whether labels are read: found"
+                f" {num_mixed}, expected at least {MIN_MIXED}; ask more (limit), or in larger groups"
             )
         if not self.linked_minus_shuffled.low > 0:
-            found.append(f"linked minus shuffled on mixed groups is {self.linked_minus_shuffled}: labels are not read")
+            found.append(
+                f"linked minus shuffled on mixed groups is {self.linked_minus_shuffled}: labels are not read"
+            )
         return found
 
     def to_json(self) -> dict:
@@ -112,7 +123,8 @@ class LiftReport:
         shares = f"groups mixed {self.mixed_share:.2f}, all wrong {self.all_wrong_share:.2f}"
         head = f"success without a block {self.success:.3f}; of valid form {self.form:.3f}; {shares}"
         rows = [
-            f"{name:>15}: overall {self.overall[name]!s:<32} mixed {self.mixed[name]!s:<32} all wrong {self.all_wrong[name]}"
+            f"{name:>15}: overall {self.overall[name]!s:<32} mixed {self.mixed[name]!s:<32} all wrong"
+            f" {self.all_wrong[name]}"
             for name in self.overall
         ]
         verdict = "gate: passed" if not self.failures else "gate: CLOSED: " + "; ".join(self.failures)
@@ -131,14 +143,19 @@ def measure_lift(sample: Sampler, questions: Sequence[Question], config: LiftCon
     lifts: dict[str, np.ndarray] = {}
     for draw, name in enumerate(config.variants, start=2):
         blocks = [_block(VARIANTS[name], source, i, config) for i in range(len(source))]
-        shown = [i for i, block in enumerate(blocks) if block and (kinds[i] == "mixed" or not config.only_mixed)]
+        shown = [
+            i for i, block in enumerate(blocks) if block and (kinds[i] == "mixed" or not config.only_mixed)
+        ]
         groups = sample([questions[i] for i in shown], [blocks[i] for i in shown], draw)
         lifts[name] = np.full(len(questions), np.nan)
         lifts[name][shown] = _success_by_question(groups) - without[shown]
 
     def estimates(chosen: Callable[[str], bool]) -> dict[str, Estimate]:
         rows = np.array([chosen(kind) for kind in kinds], dtype=bool)
-        return {name: bootstrap_mean(lift[rows], config.num_resamples, config.seed) for name, lift in lifts.items()}
+        return {
+            name: bootstrap_mean(lift[rows], config.num_resamples, config.seed)
+            for name, lift in lifts.items()
+        }
 
     is_mixed = np.array([kind == "mixed" for kind in kinds], dtype=bool)
     difference = (lifts["linked"] - lifts["shuffled"])[is_mixed]
@@ -155,7 +172,8 @@ def measure_lift(sample: Sampler, questions: Sequence[Question], config: LiftCon
 
 
 def bootstrap_mean(values: np.ndarray, num_resamples: int, seed: int) -> Estimate:
-    """Mean of `values` [N] float (NaN: no such question) and its 95 % percentile interval over resampled questions."""
+    """Mean of `values` [N] float (NaN: no such question) and its 95 % percentile interval over resampled
+    questions."""
     values = values[~np.isnan(values)]
     if len(values) == 0:
         return Estimate(mean=float("nan"), low=float("nan"), high=float("nan"), num_questions=0)
@@ -166,7 +184,11 @@ def bootstrap_mean(values: np.ndarray, num_resamples: int, seed: int) -> Estimat
 
 
 def _block(build: BlockBuilder, source: Sequence[RolloutGroup], group: int, config: LiftConfig) -> str:
-    shared = {"correct_above": config.correct_above, "seed": config.seed, "render": RENDERERS[config.block_format]}
+    shared = {
+        "correct_above": config.correct_above,
+        "seed": config.seed,
+        "render": RENDERERS[config.block_format],
+    }
     return build(BlockContext(groups=source, group=group, focal=0, **shared))
 
 
@@ -178,11 +200,14 @@ def group_kind(group: RolloutGroup, correct_above: float) -> str:
 
 def _success_by_question(groups: Sequence[RolloutGroup]) -> np.ndarray:
     """[N] share of right answers (exact match) of each group; NaN for a group without usable rollouts."""
-    return np.array([np.mean([r.scores.em for r in group.usable]) if group.usable else np.nan for group in groups])
+    return np.array(
+        [np.mean([r.scores.em for r in group.usable]) if group.usable else np.nan for group in groups]
+    )
 
 
 def _form_share(groups: Sequence[RolloutGroup]) -> float:
-    """Share of usable rollouts of valid form; NaN without any. A model that does not follow its prompt shows here first."""
+    """Share of usable rollouts of valid form; NaN without any. A model that does not follow its prompt
+    shows here first."""
     valid = [rollout.scores.format_valid for group in groups for rollout in group.usable]
     return float(np.mean(valid)) if valid else float("nan")
 

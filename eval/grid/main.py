@@ -1,4 +1,5 @@
-"""`sd-search grid --config GRID.yaml`: arms x start policies x seeds, run where they are missing, then tables and plots.
+"""`sd-search grid --config GRID.yaml`: arms x start policies x seeds, run where they are missing, then
+tables and plots.
 
 Below `output`:
 
@@ -45,15 +46,22 @@ def main(argv: Sequence[str]) -> None:
     print(f"\n{write_results(config)}")
     if failures:
         shown = "; ".join(f"{name}: {said}" for name, said in list(failures.items())[:MAX_FAILURES_SHOWN])
-        raise MegatronSdError(f"{len(failures)} runs failed, the others are kept; the same command runs them again ({shown})")
+        raise MegatronSdError(
+            f"{len(failures)} runs failed, the others are kept; the same command runs them again ({shown})"
+        )
 
 
 def run_grid(config: GridConfig) -> dict[str, str]:
     """Run what has no complete record yet; returns the failures by name of the run.
 
-    Raises ConfigError or DataError before any run for a grid that is wrong, or whose finished runs had other settings.
+    Raises ConfigError or DataError before any run for a grid that is wrong, or whose finished runs had
+    other settings.
     """
-    missing = [cell for cell in read_cells(config) if cell.record is None and cell.run.arm in (config.only or config.arms)]
+    missing = [
+        cell
+        for cell in read_cells(config)
+        if cell.record is None and cell.run.arm in (config.only or config.arms)
+    ]
     orders = [Order(name=cell.run.name, line=as_order(cell.run, config, cell.path)) for cell in missing]
     logs = Path(config.output) / "logs"
     for directory in (logs, Path(config.output) / "runs"):
@@ -68,7 +76,9 @@ def run_grid(config: GridConfig) -> dict[str, str]:
             progress.update()
 
         if orders:
-            run_all(orders, num_workers=config.num_workers, devices=config.devices, log_dir=logs, on_end=on_end)
+            run_all(
+                orders, num_workers=config.num_workers, devices=config.devices, log_dir=logs, on_end=on_end
+            )
     return failures
 
 

@@ -1,4 +1,5 @@
-"""From a grid's YAML to its runs: arms x start policies x seeds. What is wrong with it is found before the first run."""
+"""From a grid's YAML to its runs: arms x start policies x seeds. What is wrong with it is found before the
+first run."""
 
 from __future__ import annotations
 
@@ -17,20 +18,31 @@ from megatron_sd.config.load import load
 from megatron_sd.errors import ConfigError, DataError
 
 _PLACES = ("run_dir", "seed", "log.", "model.path", "data.train", "data.eval", "retriever.corpus")
-# Names of what a run measures: held-out success at the last step, sampled and greedy; success of the training rollouts, over
-# all steps (early speed) and over the last quarter; searches a rollout; share of hops whose passage was found.
-OUTCOMES = ("eval_em", "eval_em_greedy", "train_em", "train_em_late", "eval_hop_hits", "eval_searches", "train_entropy")
+# Names of what a run measures: held-out success at the last step, sampled and greedy; success of the
+# training rollouts, over
+# all steps (early speed) and over the last quarter; searches a rollout; share of hops whose passage was
+# found.
+OUTCOMES = (
+    "eval_em",
+    "eval_em_greedy",
+    "train_em",
+    "train_em_late",
+    "eval_hop_hits",
+    "eval_searches",
+    "train_entropy",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class GridConfig:
     """Arms, start policies and seeds of one experiment, written down before its runs.
 
-    recipe: the YAML of `sd-search train` that every run starts from; `common` and then the arm's own values override its dotted
-    keys. Runs with the same start and seed see the same questions and the same sampling noise: they are a pair.
-    outcomes: the first decides, the others are further ones (names: OUTCOMES). contrasts: (arm, against); empty: every arm
-    against the baseline. Holm's adjustment is over the contrasts of one outcome.
-    num_eval_questions: held-out questions that the last policy answers, group_size times each as in training and once greedily.
+    recipe: the YAML of `sd-search train` that every run starts from; `common` and then the arm's own values
+    override its dotted keys. Runs with the same start and seed see the same questions and the same sampling
+    noise: they are a pair. outcomes: the first decides, the others are further ones (names: OUTCOMES).
+    contrasts: (arm, against); empty: every arm against the baseline. Holm's adjustment is over the
+    contrasts of one outcome. num_eval_questions: held-out questions that the last policy answers,
+    group_size times each as in training and once greedily.
     """
 
     recipe: str
@@ -52,7 +64,8 @@ class GridConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One cell of the grid. overrides: dotted keys of the training configuration, over the recipe's; digest: of both together."""
+    """One cell of the grid. overrides: dotted keys of the training configuration, over the recipe's;
+    digest: of both together."""
 
     arm: str
     start: str
@@ -68,16 +81,20 @@ class Run:
 
     def config(self, recipe: str, run_dir: str) -> Config:
         """The training configuration."""
-        return _load(recipe, {**self.overrides, "model.path": self.model, "seed": self.seed, "run_dir": run_dir})
+        return _load(
+            recipe, {**self.overrides, "model.path": self.model, "seed": self.seed, "run_dir": run_dir}
+        )
 
 
 def plan(config: GridConfig) -> list[Run]:
-    """All runs, seeds slowest: whoever stops early has whole pairs. Raises ConfigError for anything unknown, DataError for
-    a start policy that is not there."""
+    """All runs, seeds slowest: whoever stops early has whole pairs. Raises ConfigError for anything
+    unknown, DataError for a start policy that is not there."""
     _check_names(config)
     for name, path in config.starts.items():
         if not (Path(path) / "config.json").is_file():
-            raise DataError(f"starts.{name}: {path} holds no config.json, expected the directory of a start policy")
+            raise DataError(
+                f"starts.{name}: {path} holds no config.json, expected the directory of a start policy"
+            )
     arms = {arm: {**config.common, **own} for arm, own in config.arms.items()}
     for arm, overrides in arms.items():
         try:
@@ -101,8 +118,9 @@ def contrasts_of(config: GridConfig) -> list[tuple[str, str]]:
 
 
 def digest(recipe: str, overrides: Mapping[str, Any]) -> str:
-    """Of what an arm's runs were told; not of where they write, nor of where world and start policy lie. Defaults of the library
-    are not in it: they belong to the commit, which every record names, and a new option must not make old runs void."""
+    """Of what an arm's runs were told; not of where they write, nor of where world and start policy lie.
+    Defaults of the library are not in it: they belong to the commit, which every record names, and a new
+    option must not make old runs void."""
     settings = _flat(yaml.safe_load(Path(recipe).read_text(encoding="utf-8"))) | dict(overrides)
     told = {key: value for key, value in settings.items() if not key.startswith(_PLACES)}
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
@@ -117,13 +135,19 @@ def _check_names(config: GridConfig) -> None:
             raise ConfigError(f"{key}: found {getattr(config, key)}, expected 1 or more")
     if len(set(config.seeds)) < len(config.seeds):
         raise ConfigError(f"seeds: found {list(config.seeds)}, expected each once")
-    arms = {"baseline": [config.baseline], "only": config.only, "contrasts": [arm for pair in config.contrasts for arm in pair]}
+    arms = {
+        "baseline": [config.baseline],
+        "only": config.only,
+        "contrasts": [arm for pair in config.contrasts for arm in pair],
+    }
     for key, names in arms.items():
         _check_known(key, names, config.arms)
     _check_known("outcomes", config.outcomes, OUTCOMES)
     for name in (*config.arms, *config.starts):
         if not name.replace("_", "").isalnum():
-            raise ConfigError(f"found the name {name!r}, expected letters, digits and underscores: it becomes a file name")
+            raise ConfigError(
+                f"found the name {name!r}, expected letters, digits and underscores: it becomes a file name"
+            )
 
 
 def _check_known(key: str, found: Iterable[str], known: Iterable[str]) -> None:

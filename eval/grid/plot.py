@@ -13,7 +13,18 @@ from eval.grid.table import Contrast, GridSummary
 
 WIDTH, LABEL, ROW, TITLE, MARGIN = 760, 250, 20, 34, 24
 CURVES_HEIGHT, LEGEND_ROW = 260, 16
-COLOURS = ("#222222", "#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#e377c2", "#777777")
+COLOURS = (
+    "#222222",
+    "#1f77b4",
+    "#d62728",
+    "#2ca02c",
+    "#9467bd",
+    "#ff7f0e",
+    "#17becf",
+    "#8c564b",
+    "#e377c2",
+    "#777777",
+)
 
 
 def draw(records: Sequence[RunRecord], summary: GridSummary, config: GridConfig) -> str:
@@ -25,11 +36,19 @@ def draw(records: Sequence[RunRecord], summary: GridSummary, config: GridConfig)
             parts.append(f'<g transform="translate(0,{y})">{_intervals(outcome, contrasts)}</g>')
             y += TITLE + ROW * len(contrasts) + MARGIN
     curves = {arm: [r.curves["em"] for r in records if r.arm == arm] for arm in config.arms}
-    parts.append(f'<g transform="translate(0,{y})">{_curves({arm: own for arm, own in curves.items() if own})}</g>')
+    parts.append(
+        f'<g transform="translate(0,{y})">{_curves({arm: own for arm, own in curves.items() if own})}</g>'
+    )
     y += TITLE + max(CURVES_HEIGHT, LEGEND_ROW * len(curves)) + 2 * MARGIN
-    style = "text { font: 12px sans-serif } .title { font-weight: bold } .small { font-size: 10px } .axis { stroke: #999 }"
+    style = (
+        "text { font: 12px sans-serif } .title { font-weight: bold } .small { font-size: 10px } .axis {"
+        " stroke: #999 }"
+    )
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {y}" width="{WIDTH}" height="{y}">'
-    return f'{head}<style>{style}</style><rect width="{WIDTH}" height="{y}" fill="white"/>{"".join(parts)}</svg>\n'
+    return (
+        f'{head}<style>{style}</style><rect width="{WIDTH}" height="{y}"'
+        f' fill="white"/>{"".join(parts)}</svg>\n'
+    )
 
 
 def _intervals(outcome: str, contrasts: Sequence[Contrast]) -> str:
@@ -53,7 +72,10 @@ def _intervals(outcome: str, contrasts: Sequence[Contrast]) -> str:
         colour = "#d62728" if d.high < 0 else "#2ca02c" if d.low > 0 else "#555555"
         parts += [
             _text(MARGIN, y + 4, f"{contrast.arm} - {contrast.against} (n={contrast.num_pairs})"),
-            f'<line x1="{x(d.low):.1f}" x2="{x(d.high):.1f}" y1="{y}" y2="{y}" stroke="{colour}" stroke-width="2"/>',
+            (
+                f'<line x1="{x(d.low):.1f}" x2="{x(d.high):.1f}" y1="{y}" y2="{y}" stroke="{colour}"'
+                ' stroke-width="2"/>'
+            ),
             f'<circle cx="{x(d.value):.1f}" cy="{y}" r="4" fill="{colour}"/>',
         ]
     return "".join(parts)
@@ -61,9 +83,15 @@ def _intervals(outcome: str, contrasts: Sequence[Contrast]) -> str:
 
 def _curves(curves: Mapping[str, Sequence[Sequence[float]]]) -> str:
     """Mean success of each arm's training rollouts by step, over its runs."""
-    means = {arm: np.mean([own[: min(map(len, runs))] for own in runs], axis=0) for arm, runs in curves.items()}
+    means = {
+        arm: np.mean([own[: min(map(len, runs))] for own in runs], axis=0) for arm, runs in curves.items()
+    }
     values = np.concatenate(list(means.values())) if means else np.zeros(1)
-    low, high, last = float(values.min()), float(values.max()), max((len(own) for own in means.values()), default=1)
+    low, high, last = (
+        float(values.min()),
+        float(values.max()),
+        max((len(own) for own in means.values()), default=1),
+    )
     right = WIDTH - LABEL
 
     def place(step: int, value: float) -> str:
@@ -71,13 +99,19 @@ def _curves(curves: Mapping[str, Sequence[Sequence[float]]]) -> str:
         return f"{x:.1f},{TITLE + CURVES_HEIGHT * (1 - (value - low) / ((high - low) or 1.0)):.1f}"
 
     parts = [_text(MARGIN, 20, "success of the training rollouts by step, mean over runs", "title")]
-    parts += [_text(2, TITLE + 8, f"{high:.2f}", "small"), _text(2, TITLE + CURVES_HEIGHT, f"{low:.2f}", "small")]
+    parts += [
+        _text(2, TITLE + 8, f"{high:.2f}", "small"),
+        _text(2, TITLE + CURVES_HEIGHT, f"{low:.2f}", "small"),
+    ]
     parts += [_text(right - MARGIN, TITLE + CURVES_HEIGHT + 14, f"step {last}", "small")]
     for number, (arm, own) in enumerate(means.items()):
         colour, y = COLOURS[number % len(COLOURS)], TITLE + LEGEND_ROW * number
         points = " ".join(place(step, float(value)) for step, value in enumerate(own))
         parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="1.5"/>')
-        parts.append(f'<line x1="{right + 10}" x2="{right + 30}" y1="{y}" y2="{y}" stroke="{colour}" stroke-width="3"/>')
+        parts.append(
+            f'<line x1="{right + 10}" x2="{right + 30}" y1="{y}" y2="{y}" stroke="{colour}"'
+            ' stroke-width="3"/>'
+        )
         parts.append(_text(right + 36, y + 4, f"{arm} ({len(curves[arm])} runs)"))
     return "".join(parts)
 

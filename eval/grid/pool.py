@@ -28,7 +28,8 @@ class Order:
 
 
 class Worker:
-    """A worker process, started when the first order comes, and again after it died or ran RUNS_PER_PROCESS orders."""
+    """A worker process, started when the first order comes, and again after it died or ran RUNS_PER_PROCESS
+    orders."""
 
     def __init__(self, command: Sequence[str], device: int | None, log: Path):
         self._command = command
@@ -93,7 +94,8 @@ def run_all(
     on_end: Callable[[str, str], None],
     command: Sequence[str] = COMMAND,
 ) -> None:
-    """Run every order, num_workers at a time. on_end(name, what the worker said) is called as each ends, one at a time.
+    """Run every order, num_workers at a time. on_end(name, what the worker said) is called as each ends,
+    one at a time.
 
     On KeyboardInterrupt the workers are ended; finished runs stay.
     """
@@ -106,7 +108,9 @@ def run_all(
         for number in range(num_workers)
     ]
     ended: queue.SimpleQueue[tuple[str, str]] = queue.SimpleQueue()
-    threads = [threading.Thread(target=_serve, args=(worker, waiting, ended), daemon=True) for worker in workers]
+    threads = [
+        threading.Thread(target=_serve, args=(worker, waiting, ended), daemon=True) for worker in workers
+    ]
     for thread in threads:
         thread.start()
     try:
@@ -120,7 +124,9 @@ def run_all(
         thread.join()
 
 
-def _serve(worker: Worker, waiting: queue.SimpleQueue[Order], ended: queue.SimpleQueue[tuple[str, str]]) -> None:
+def _serve(
+    worker: Worker, waiting: queue.SimpleQueue[Order], ended: queue.SimpleQueue[tuple[str, str]]
+) -> None:
     while True:
         try:
             order = waiting.get_nowait()

@@ -1,4 +1,5 @@
-"""A run of the grid as one JSON file: written whole or not at all, and looked at before the run is repeated."""
+"""A run of the grid as one JSON file: written whole or not at all, and looked at before the run is
+repeated."""
 
 from __future__ import annotations
 
@@ -16,10 +17,12 @@ from megatron_sd.errors import DataError
 
 @dataclass(frozen=True, kw_only=True)
 class RunRecord:
-    """What a finished run leaves. digest: of what it was told (plan.digest); settings: what overrides the recipe.
+    """What a finished run leaves. digest: of what it was told (plan.digest); settings: what overrides the
+    recipe.
 
-    outcomes: by name (plan.OUTCOMES). curves: one value a step, by metric. ratios: what measuring steps found, by step. cost:
-    CPU and wall seconds, rollouts. made_by: commit, machine, versions, digest of the start policy's weights.
+    outcomes: by name (plan.OUTCOMES). curves: one value a step, by metric. ratios: what measuring steps
+    found, by step. cost: CPU and wall seconds, rollouts. made_by: commit, machine, versions, digest of the
+    start policy's weights.
     """
 
     arm: str
@@ -56,11 +59,13 @@ def read_record(path: Path) -> RunRecord | None:
 
 
 def read_fitting(path: Path, digest: str) -> RunRecord | None:
-    """read_record of a run whose configuration has this digest. Raises DataError for one of another configuration."""
+    """read_record of a run whose configuration has this digest. Raises DataError for one of another
+    configuration."""
     record = read_record(path)
     if record is not None and record.digest != digest:
         raise DataError(
-            f"{path} was run with another configuration (digest {record.digest}, recipe and YAML now give {digest}; its own "
-            f"settings are {dict(record.settings)}): restore them, choose another output, or remove the file to run it again"
+            f"{path} was run with another configuration (digest {record.digest}, recipe and YAML now give"
+            f" {digest}; its own settings are {dict(record.settings)}): restore them, choose another output,"
+            " or remove the file to run it again"
         )
     return record

@@ -1,8 +1,10 @@
-"""What a grid found: means of the arms, paired differences with intervals, Holm's adjustment; as numbers and as a table.
+"""What a grid found: means of the arms, paired differences with intervals, Holm's adjustment; as numbers
+and as a table.
 
-Runs are crossed: every start policy meets every seed, and a seed gives all arms the same questions and the same sampling noise.
-So start policies and seeds are both resampled, independently (the pigeonhole bootstrap of Owen, 2007): an effect that holds for
-one start policy only, or for a few lucky seeds, gets a wide interval. With few start policies such intervals are rough.
+Runs are crossed: every start policy meets every seed, and a seed gives all arms the same questions and the
+same sampling noise. So start policies and seeds are both resampled, independently (the pigeonhole bootstrap
+of Owen, 2007): an effect that holds for one start policy only, or for a few lucky seeds, gets a wide
+interval. With few start policies such intervals are rough.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ RATIO = "grad_ratio"
 
 @dataclass(frozen=True, kw_only=True)
 class ArmSummary:
-    """Means over the arm's finished runs. grad_ratio: |alpha g_SD| / |g_GRPO|, over its measurements; NaN without one."""
+    """Means over the arm's finished runs. grad_ratio: |alpha g_SD| / |g_GRPO|, over its measurements; NaN
+    without one."""
 
     arm: str
     num_runs: int
@@ -35,8 +38,9 @@ class ArmSummary:
 
 @dataclass(frozen=True, kw_only=True)
 class Contrast:
-    """arm minus against, over the pairs of runs that both have. p_holm: over the contrasts of this outcome. smallest: the
-    difference that so many independent pairs of this spread find with probability 0.8 at level 0.05."""
+    """arm minus against, over the pairs of runs that both have. p_holm: over the contrasts of this outcome.
+    smallest: the difference that so many independent pairs of this spread find with probability 0.8 at
+    level 0.05."""
 
     outcome: str
     arm: str
@@ -66,7 +70,9 @@ def summarize(records: Sequence[RunRecord], config: GridConfig) -> GridSummary:
         found = [_contrast(outcome, arm, against, by_arm, config) for arm, against in contrasts_of(config)]
         found = [contrast for contrast in found if contrast is not None]
         adjusted = holm([contrast.difference.p_value for contrast in found])
-        contrasts += [dataclasses.replace(contrast, p_holm=p) for contrast, p in zip(found, adjusted, strict=True)]
+        contrasts += [
+            dataclasses.replace(contrast, p_holm=p) for contrast, p in zip(found, adjusted, strict=True)
+        ]
     return GridSummary(arms=arms, contrasts=tuple(contrasts))
 
 
@@ -104,11 +110,14 @@ def _contrast(
     )
 
 
-def crossed_bootstrap(differences: Mapping[tuple[str, int], float], *, num_resamples: int, seed: int = 0) -> Difference:
+def crossed_bootstrap(
+    differences: Mapping[tuple[str, int], float], *, num_resamples: int, seed: int = 0
+) -> Difference:
     """Mean of paired differences by (start, seed) with its 95 % percentile interval and two-sided p-value.
 
-    Start policies and seeds are drawn with replacement, independently; a cell counts as often as both were drawn. Cells may be
-    missing. The p-value doubles the smaller share of resampled means on one side of 0, counting the sample itself.
+    Start policies and seeds are drawn with replacement, independently; a cell counts as often as both were
+    drawn. Cells may be missing. The p-value doubles the smaller share of resampled means on one side of 0,
+    counting the sample itself.
     """
     starts, seeds = (sorted({pair[axis] for pair in differences}) for axis in (0, 1))
     values, present = np.zeros((2, len(starts), len(seeds)))
@@ -117,9 +126,12 @@ def crossed_bootstrap(differences: Mapping[tuple[str, int], float], *, num_resam
         values[cell], present[cell] = value, 1.0
     rng = np.random.default_rng(seed)
     start_counts, seed_counts = (
-        rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=num_resamples) for names in (starts, seeds)
+        rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=num_resamples)
+        for names in (starts, seeds)
     )
-    totals, counts = (np.einsum("ra,ab,rb->r", start_counts, table, seed_counts) for table in (values * present, present))
+    totals, counts = (
+        np.einsum("ra,ab,rb->r", start_counts, table, seed_counts) for table in (values * present, present)
+    )
     means = np.divide(totals, counts, out=np.full(num_resamples, np.nan), where=counts > 0)
     mean = float(np.mean(list(differences.values())))
     interval = percentile_interval(mean, means)
@@ -135,12 +147,14 @@ def to_json(summary: GridSummary) -> dict[str, Any]:
 
 
 def to_markdown(summary: GridSummary, config: GridConfig, missing: Mapping[str, int]) -> str:
-    """The tables: the arms, then every outcome's contrasts; the unfinished part of the grid is named above them."""
+    """The tables: the arms, then every outcome's contrasts; the unfinished part of the grid is named above
+    them."""
     num_planned = len(config.arms) * len(config.starts) * len(config.seeds)
     num_missing = sum(missing.values())
     lines = [
-        f"{num_planned - num_missing} of {num_planned} runs are finished: {len(config.arms)} arms x {len(config.starts)} start "
-        f"policies x {len(config.seeds)} seeds." + (" The figures below are of a part of the grid." if num_missing else ""),
+        f"{num_planned - num_missing} of {num_planned} runs are finished: {len(config.arms)} arms x"
+        f" {len(config.starts)} start policies x {len(config.seeds)} seeds."
+        + (" The figures below are of a part of the grid." if num_missing else ""),
         "",
         f"| arm | runs | {' | '.join(config.outcomes)} | CPU s | gradient ratio |",
         f"|---|---|{'---|' * len(config.outcomes)}---|---|",
@@ -150,8 +164,15 @@ def to_markdown(summary: GridSummary, config: GridConfig, missing: Mapping[str, 
         ratio = "" if math.isnan(arm.grad_ratio) else f"{arm.grad_ratio:.2f}"
         lines.append(f"| {arm.arm} | {arm.num_runs} | {figures} | {arm.cpu_s:.1f} | {ratio} |")
     for number, outcome in enumerate(config.outcomes):
-        lines += ["", f"**{outcome}** ({'decides' if number == 0 else 'further outcome'}), paired differences", ""]
-        lines += ["| contrast | pairs | difference [95 %] | p | p (Holm) | could show | by start policy |", f"|{'---|' * 7}"]
+        lines += [
+            "",
+            f"**{outcome}** ({'decides' if number == 0 else 'further outcome'}), paired differences",
+            "",
+        ]
+        lines += [
+            "| contrast | pairs | difference [95 %] | p | p (Holm) | could show | by start policy |",
+            f"|{'---|' * 7}",
+        ]
         lines += [_row(contrast) for contrast in summary.contrasts if contrast.outcome == outcome]
     return "\n".join(lines) + "\n"
 

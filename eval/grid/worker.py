@@ -1,6 +1,8 @@
-"""One process of a grid: reads names of runs from standard input, trains them one after another, and says when each is done.
+"""One process of a grid: reads names of runs from standard input, trains them one after another, and says
+when each is done.
 
-eval/grid/pool.py starts it as `python -m eval.grid.worker`, with one thread or one device of its own. Imports are paid once.
+eval/grid/pool.py starts it as `python -m eval.grid.worker`, with one thread or one device of its own.
+Imports are paid once.
 """
 
 from __future__ import annotations
@@ -37,11 +39,13 @@ ANSWER = "grid-worker:"  # lines of standard output that are meant for the pool;
 CURVES = {"em": "reward/em", "hop_hits": "rollout/hop_hit_rate", "entropy": "rollout/entropy_nats"}
 RATIOS = ("distill/alpha", "distill/grad_ratio", "distill/grad_ratio_no_spread", "distill/grad_cosine")
 DIVERGENCE = "distill/divergence_nats"
-EVALUATION_STEP = 1_000_000  # names the sampling noise of the evaluation; the same for all arms, never a training step's
+# names the sampling noise of the evaluation; the same for all arms, never a training step's
+EVALUATION_STEP = 1_000_000
 
 
 def main() -> None:
-    """Serve until standard input ends. A run that fails with an error of ours is reported, and the next one begins."""
+    """Serve until standard input ends. A run that fails with an error of ours is reported, and the next one
+    begins."""
     logging.basicConfig(level=logging.WARNING)
     torch.set_num_threads(1)
     world = join_world()
@@ -57,8 +61,10 @@ def main() -> None:
 
 
 def train_run(run: Run, order: Mapping[str, Any], world: World) -> None:
-    """Train a run in a directory that is gone afterwards, evaluate its last policy, and write its record to order["path"]."""
-    from megatron_sd.build import build_trainer  # imports DeepSpeed, which must see the device that join_world chose
+    """Train a run in a directory that is gone afterwards, evaluate its last policy, and write its record to
+    order["path"]."""
+    # imports DeepSpeed, which must see the device that join_world chose
+    from megatron_sd.build import build_trainer
 
     directory = Path(tempfile.mkdtemp(prefix="grid-"))
     try:
@@ -66,7 +72,10 @@ def train_run(run: Run, order: Mapping[str, Any], world: World) -> None:
         started, cpu_started = time.perf_counter(), time.process_time()
         trainer = build_trainer(config, world)
         trainer.train()
-        cost = {"train_cpu_s": time.process_time() - cpu_started, "train_wall_s": time.perf_counter() - started}
+        cost = {
+            "train_cpu_s": time.process_time() - cpu_started,
+            "train_wall_s": time.perf_counter() - started,
+        }
         outcomes = _held_out(trainer, config, order["num_eval_questions"])
         cost["cpu_s"] = time.process_time() - cpu_started
         steps = read_metrics(directory / METRICS_NAME)
@@ -93,18 +102,22 @@ def _held_out(trainer: Trainer, config: Config, num_questions: int) -> dict[str,
     """The last policy on held-out questions: as in training, and greedily."""
     questions = load_questions(config.data.eval, config.data.eval_split, num_questions)
     sampled, greedy = (
-        score(trainer.rollouter.run(questions, step=EVALUATION_STEP, greedy=greedy), config.reward) for greedy in (False, True)
+        score(trainer.rollouter.run(questions, step=EVALUATION_STEP, greedy=greedy), config.reward)
+        for greedy in (False, True)
     )
     return {
         "eval_em": _mean(sampled, "em"),
         "eval_em_greedy": _mean(greedy, "em"),
         "eval_hop_hits": _mean(sampled, "hop_hit_rate"),
-        "eval_searches": float(np.mean([len(rollout.queries) for group in sampled for rollout in group.usable])),
+        "eval_searches": float(
+            np.mean([len(rollout.queries) for group in sampled for rollout in group.usable])
+        ),
     }
 
 
 def _training(steps: Mapping[int, Mapping[str, float]]) -> dict[str, float]:
-    """Success of the training rollouts, each sampled before its step's update: over all steps, and over the last quarter."""
+    """Success of the training rollouts, each sampled before its step's update: over all steps, and over the
+    last quarter."""
     successes = [metrics["reward/em"] for metrics in steps.values()]
     last = successes[-max(1, len(successes) // 4) :]
     entropy = [metrics["rollout/entropy_nats"] for metrics in steps.values()][-len(last) :]
@@ -119,7 +132,8 @@ def _measured(steps: Mapping[int, Mapping[str, float]]) -> dict[int, dict[str, f
 
 
 def provenance(model: Path) -> dict[str, Any]:
-    """What made a run: commit (with "+" when files differ from it), processor, versions, and the start policy's weights."""
+    """What made a run: commit (with "+" when files differ from it), processor, versions, and the start
+    policy's weights."""
     here = Path(__file__).resolve().parent
     commit = _git(here, "rev-parse", "--short=12", "HEAD")
     changed = _git(here, "status", "--porcelain", "--untracked-files=no", "--", ":/*.py")
@@ -136,7 +150,9 @@ def provenance(model: Path) -> dict[str, Any]:
 
 def _git(directory: Path, *words: str) -> str:
     try:
-        return subprocess.run(["git", *words], cwd=directory, capture_output=True, text=True, check=False).stdout.strip()
+        return subprocess.run(
+            ["git", *words], cwd=directory, capture_output=True, text=True, check=False
+        ).stdout.strip()
     except OSError:
         return ""  # an installed package has no repository
 

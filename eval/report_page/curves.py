@@ -1,4 +1,5 @@
-"""Learning curves as inline SVG: one small chart a metric, the mean of the runs and the band from the lowest to the highest."""
+"""Learning curves as inline SVG: one small chart a metric, the mean of the runs and the band from the
+lowest to the highest."""
 
 from __future__ import annotations
 
@@ -26,16 +27,19 @@ FIRST = (
 
 
 def render_curves(runs: Sequence[Steps], changes: Sequence[tuple[int, str]] = ()) -> tuple[str, str]:
-    """The charts of the metrics that people look at first, and of all others. changes: steps at which the run's plan was changed,
-    with what it was; a line marks each."""
+    """The charts of the metrics that people look at first, and of all others. changes: steps at which the
+    run's plan was changed, with what it was; a line marks each."""
     names = sorted({name for steps in runs for metrics in steps.values() for name in metrics})
     first = [name for name in FIRST if name in names]
     charts = {name: _chart(name, _points(name, runs), changes) for name in names}
-    return "".join(charts[name] for name in first), "".join(charts[name] for name in names if name not in first)
+    return "".join(charts[name] for name in first), "".join(
+        charts[name] for name in names if name not in first
+    )
 
 
 def _points(name: str, runs: Sequence[Steps]) -> list[tuple[int, float, float, float]]:
-    """(step, lowest, mean, highest) over the runs that have the metric at that step, at most MAX_POINTS of them."""
+    """(step, lowest, mean, highest) over the runs that have the metric at that step, at most MAX_POINTS of
+    them."""
     values: dict[int, list[float]] = {}
     for steps in runs:
         for step, metrics in steps.items():
@@ -44,10 +48,14 @@ def _points(name: str, runs: Sequence[Steps]) -> list[tuple[int, float, float, f
                 values.setdefault(step, []).append(value)
     stride = -(-len(values) // MAX_POINTS) or 1
     chosen = sorted(values)[::-1][::stride][::-1]  # the last step is always among them
-    return [(step, min(values[step]), sum(values[step]) / len(values[step]), max(values[step])) for step in chosen]
+    return [
+        (step, min(values[step]), sum(values[step]) / len(values[step]), max(values[step])) for step in chosen
+    ]
 
 
-def _chart(name: str, points: Sequence[tuple[int, float, float, float]], changes: Sequence[tuple[int, str]]) -> str:
+def _chart(
+    name: str, points: Sequence[tuple[int, float, float, float]], changes: Sequence[tuple[int, str]]
+) -> str:
     if not points:
         return ""
     low, high = min(point[1] for point in points), max(point[3] for point in points)
@@ -61,7 +69,11 @@ def _chart(name: str, points: Sequence[tuple[int, float, float, float]], changes
     upper = [place(step, highest) for step, _, _, highest in points]
     lower = [place(step, lowest) for step, lowest, _, _ in reversed(points)]
     line = " ".join(place(step, mean) for step, _, mean, _ in points)
-    inside = [(WIDTH * (step - first) / (last - first or 1), words) for step, words in changes if first <= step <= last]
+    inside = [
+        (WIDTH * (step - first) / (last - first or 1), words)
+        for step, words in changes
+        if first <= step <= last
+    ]
     marks = "".join(_mark(x, words) for x, words in inside)
     drawing = f'{marks}<polygon points="{" ".join(upper + lower)}"/><polyline points="{line}"/>'
     svg = f'<svg viewBox="-2 -2 {WIDTH + 4} {HEIGHT + 4}" role="img">{drawing}</svg>'
@@ -72,4 +84,7 @@ def _chart(name: str, points: Sequence[tuple[int, float, float, float]], changes
 
 def _mark(x: float, words: str) -> str:
     """A line through a chart, with what happened there for the pointer that rests on it."""
-    return f'<line x1="{x:.1f}" x2="{x:.1f}" y1="0" y2="{HEIGHT}" class="change">{element("title", plain(words))}</line>'
+    return (
+        f'<line x1="{x:.1f}" x2="{x:.1f}" y1="0" y2="{HEIGHT}"'
+        f' class="change">{element("title", plain(words))}</line>'
+    )

@@ -1,4 +1,5 @@
-"""Groups of rollouts as HTML: who wrote what, which tokens were trained on, what was retrieved, what was earned."""
+"""Groups of rollouts as HTML: who wrote what, which tokens were trained on, what was retrieved, what was
+earned."""
 
 from __future__ import annotations
 
@@ -42,7 +43,8 @@ def is_failed(rollout: Record) -> bool:
 
 
 def render_group(group: Record, place: str, *, trained: bool) -> str:
-    """One group, folded: a line with question, gold answers and outcomes; inside, the prompt and the rollouts side by side.
+    """One group, folded: a line with question, gold answers and outcomes; inside, the prompt and the
+    rollouts side by side.
 
     trained: these rollouts went into an update, so that it can be said which tokens the loss saw.
     """
@@ -60,7 +62,11 @@ def render_group(group: Record, place: str, *, trained: bool) -> str:
         _rollout(rollout, question["supporting"], own, in_loss=trained and not is_failed(rollout))
         for rollout, own in zip(group["rollouts"], own_blocks)
     ]
-    return element("details", f"<summary>{head}</summary>{shown}{element('div', ''.join(articles), 'rollouts')}", f"group {kind}")
+    return element(
+        "details",
+        f"<summary>{head}</summary>{shown}{element('div', ''.join(articles), 'rollouts')}",
+        f"group {kind}",
+    )
 
 
 def _block(text: str) -> str:
@@ -70,11 +76,16 @@ def _block(text: str) -> str:
 def _rollout(rollout: Record, supporting: Sequence[Sequence[str]], block: str, *, in_loss: bool) -> str:
     num_sampled = sum(len(turn["completion_ids"]) for turn in rollout["turns"])
     num_read = len(rollout["prompt_ids"]) + sum(len(turn["observation_ids"]) for turn in rollout["turns"])
-    facts = f"{rollout['stop_reason']} · {num_sampled} tokens sampled, {'in' if in_loss else 'not in'} the loss; {num_read} read"
+    facts = (
+        f"{rollout['stop_reason']} · {num_sampled} tokens sampled, {'in' if in_loss else 'not in'} the loss;"
+        f" {num_read} read"
+    )
     mark = _mark(rollout)
     answer = "none" if rollout["answer"] is None else rollout["answer"]
     parts = [
-        element("h3", f"{element('i', '', f'dot {mark}')} rollout {plain(rollout['index'])}: {plain(answer)}"),
+        element(
+            "h3", f"{element('i', '', f'dot {mark}')} rollout {plain(rollout['index'])}: {plain(answer)}"
+        ),
         element("p", plain(facts), "facts"),
         _scores(rollout["scores"]),
         _block(block),
@@ -108,7 +119,8 @@ def _completion(turn: Record) -> str:
 
 
 def _judged(token: str, log_ratio: float) -> str:
-    """A query token in the colour of what the teacher makes of it: up to three steps of half a nat, more or less likely."""
+    """A query token in the colour of what the teacher makes of it: up to three steps of half a nat, more or
+    less likely."""
     depth = min(3, round(abs(log_ratio) / 0.5))
     kind = f"{'more' if log_ratio > 0 else 'less'}{depth}" if depth else "same"
     return f'<span class="{kind}" title="teacher {log_ratio:+.2f} nats">{plain(token)}</span>'
@@ -116,7 +128,10 @@ def _judged(token: str, log_ratio: float) -> str:
 
 def _scores(scores: Mapping[str, float | None] | None) -> str:
     known = {name: value for name, value in (scores or {}).items() if value is not None}
-    cells = "".join(f"<div><dt>{plain(name.replace('_', ' '))}</dt><dd>{value:.3g}</dd></div>" for name, value in known.items())
+    cells = "".join(
+        f"<div><dt>{plain(name.replace('_', ' '))}</dt><dd>{value:.3g}</dd></div>"
+        for name, value in known.items()
+    )
     return element("dl", cells, "scores")
 
 

@@ -6,8 +6,11 @@ import html
 
 
 def plain(text: object) -> str:
-    """Escaped for element content and attribute values; control and direction-changing characters become U+FFFD."""
-    return html.escape("".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in str(text)), quote=True)
+    """Escaped for element content and attribute values; control and direction-changing characters become
+    U+FFFD."""
+    return html.escape(
+        "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in str(text)), quote=True
+    )
 
 
 def element(name: str, content: str, kind: str = "") -> str:

@@ -1,4 +1,5 @@
-"""One attempt at one question, as a strategy sees it: begin a context, write, search, read. All of it is kept as a `Rollout`."""
+"""One attempt at one question, as a strategy sees it: begin a context, write, search, read. All of it is
+kept as a `Rollout`."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ class OutOfTokensError(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Tools:
-    """What all attempts share. The environment lends its tokenizer, its limits and its sanitising; its protocol is not used."""
+    """What all attempts share. The environment lends its tokenizer, its limits and its sanitising; its
+    protocol is not used."""
 
     engine: InferenceEngine
     retriever: Retriever
@@ -31,11 +33,13 @@ class Tools:
 class Conversation:
     """What one attempt has read and written so far.
 
-    The limits are the environment's: max_turn_tokens a completion, max_observation_tokens a search, max_rollout_tokens a
-    context. question: its text, sanitised. hits: of the newest search.
+    The limits are the environment's: max_turn_tokens a completion, max_observation_tokens a search,
+    max_rollout_tokens a context. question: its text, sanitised. hits: of the newest search.
     """
 
-    def __init__(self, question: Question, tools: Tools, *, session: str, index: int, seed: int, temperature: float):
+    def __init__(
+        self, question: Question, tools: Tools, *, session: str, index: int, seed: int, temperature: float
+    ):
         self.question = tools.environment.sanitizer.clean(question.text)
         self.max_searches = tools.environment.limits.max_search_turns
         self.hits: tuple[Hit, ...] = ()
@@ -49,7 +53,8 @@ class Conversation:
         self._turns: list[Turn] = []
 
     def begin(self, prompt: str, so_far: TokenIds = ()) -> Context:
-        """A new context: the prompt, wrapped as the model's chat template says, and ids that the model wrote elsewhere."""
+        """A new context: the prompt, wrapped as the model's chat template says, and ids that the model
+        wrote elsewhere."""
         codec = self._tools.environment.codec
         name = f"{self._session}, context {len(self._contexts)}"
         context = Context(name, codec.prompt_ids(prompt), so_far, attempt=self, codec=codec)
@@ -59,7 +64,8 @@ class Conversation:
     async def search(self, query: str) -> str:
         """What `passages` says of the best hits for a query; nothing for an empty query, which is no search.
 
-        The search belongs to the newest completion. One that comes before any completion stands in a turn without one.
+        The search belongs to the newest completion. One that comes before any completion stands in a turn
+        without one.
         """
         query = self._tools.environment.sanitizer.clean_query(query)
         self.hits = ()
@@ -76,7 +82,10 @@ class Conversation:
         """Passages as text, `[rank] title: text` a line, sanitised and cut to max_observation_tokens."""
         environment = self._tools.environment
         clean = environment.sanitizer.clean
-        lines = "".join(clean(f"[{rank}] {h.passage.title}: {h.passage.text}") + "\n" for rank, h in enumerate(hits, start=1))
+        lines = "".join(
+            clean(f"[{rank}] {h.passage.title}: {h.passage.text}") + "\n"
+            for rank, h in enumerate(hits, start=1)
+        )
         ids = environment.codec.encode(lines)
         limit = environment.limits.max_observation_tokens
         return lines if len(ids) <= limit else environment.codec.decode(ids[:limit]).rstrip("\ufffd\n") + "\n"
@@ -92,7 +101,8 @@ class Conversation:
             self._tools.engine.release(context.session)
 
     def rollout(self, stop_reason: StopReason, answer: str | None = None) -> Rollout:
-        """The record of what happened so far, whichever context it stood in. prompt_ids: of the first context."""
+        """The record of what happened so far, whichever context it stood in. prompt_ids: of the first
+        context."""
         return Rollout(
             question_id=self._question_id,
             index=self._index,
@@ -103,7 +113,8 @@ class Conversation:
         )
 
     async def complete(self, context: Context, stop: Sequence[str]) -> Completion:
-        """One completion in a context (`Context.write`). Raises OutOfTokensError, RolloutError when there is none."""
+        """One completion in a context (`Context.write`). Raises OutOfTokensError, RolloutError when there
+        is none."""
         budget = self._tools.environment.turn_budget(len(context.ids))
         if budget == 0:
             raise OutOfTokensError
@@ -117,7 +128,9 @@ class Conversation:
         )
         completion = await self._tools.engine.generate(request)
         if not completion.ids:
-            raise RolloutError(f"the engine returned no token for {context.session}, expected 1 to {budget}; see its log")
+            raise RolloutError(
+                f"the engine returned no token for {context.session}, expected 1 to {budget}; see its log"
+            )
         turn = Turn(
             completion_ids=completion.ids,
             completion_logprobs=completion.logprobs,
@@ -133,9 +146,12 @@ class Conversation:
 
 
 class Context:
-    """One growing text that the engine sees: the model writes in it, and reads what it did not write. Ids stay as sampled."""
+    """One growing text that the engine sees: the model writes in it, and reads what it did not write. Ids
+    stay as sampled."""
 
-    def __init__(self, session: str, prompt_ids: TokenIds, so_far: TokenIds, *, attempt: Conversation, codec: TextCodec):
+    def __init__(
+        self, session: str, prompt_ids: TokenIds, so_far: TokenIds, *, attempt: Conversation, codec: TextCodec
+    ):
         self.session = session
         self.prompt_ids = prompt_ids
         self.written = so_far  # everything after the prompt
@@ -153,13 +169,15 @@ class Context:
         return self._decode(self.written)
 
     async def write(self, stop: Sequence[str]) -> str:
-        """What the model writes next, control tokens left out. Sampling ends after a stop string, which the result keeps."""
+        """What the model writes next, control tokens left out. Sampling ends after a stop string, which the
+        result keeps."""
         completion = await self._attempt.complete(self, stop)
         self.written = (*self.written, *completion.ids)
         return self._decode(completion.ids)
 
     def read(self, text: str) -> None:
-        """Append text that the model did not write. Where it has written nothing yet, the text belongs to the prompt."""
+        """Append text that the model did not write. Where it has written nothing yet, the text belongs to
+        the prompt."""
         ids = self._codec.encode(text)
         if self.written:
             self.written = (*self.written, *ids)

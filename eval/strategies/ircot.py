@@ -9,17 +9,19 @@ from eval.strategies.reading import after
 from megatron_sd.records import Hit, TokenIds
 
 PROMPT = (
-    "Answer the question below step by step, with the help of these passages. Write one short sentence a line. When you know "
-    'enough, write "So the answer is:" and the answer alone.\n\n{passages}\nQuestion: {question}\nThoughts:\n'
+    "Answer the question below step by step, with the help of these passages. Write one short sentence a"
+    ' line. When you know enough, write "So the answer is:" and the answer alone.\n\n{passages}\nQuestion:'
+    " {question}\nThoughts:\n"
 )
 CONCLUSION = "So the answer is:"
 
 
 async def ircot(attempt: Conversation) -> str | None:
-    """Search for the question; then think a sentence, search for it, and think on over all passages found so far.
+    """Search for the question; then think a sentence, search for it, and think on over all passages found
+    so far.
 
-    The newest passages stand first, and stay where room is short. After max_search_turns searches, or at an empty thought, the
-    model concludes.
+    The newest passages stand first, and stay where room is short. After max_search_turns searches, or at an
+    empty thought, the model concludes.
     """
     await attempt.search(attempt.question)
     found, thoughts = attempt.hits, ()

@@ -5,11 +5,15 @@ from __future__ import annotations
 import re
 
 ANSWER_TAGS = ("<answer>", "</answer>")
-ANSWER_REQUEST = "Give the answer alone, a few words, between <answer> and </answer>, for example <answer> Beijing </answer>."
+ANSWER_REQUEST = (
+    "Give the answer alone, a few words, between <answer> and </answer>, for example <answer> Beijing"
+    " </answer>."
+)
 
 
 def between(text: str, opening: str, closing: str) -> str | None:
-    """What stands before the first closing mark that has an opening one before it, from the last such opening; None without.
+    """What stands before the first closing mark that has an opening one before it, from the last such
+    opening; None without.
 
     >>> between("so <answer> a <answer>b</answer>", "<answer>", "</answer>")
     'b'
@@ -25,7 +29,8 @@ def answer_of(text: str) -> str | None:
 
 
 def after(text: str, words: str) -> str | None:
-    """The rest of the line after the first `words` (case ignored), without the full stop that ends it; None without them.
+    """The rest of the line after the first `words` (case ignored), without the full stop that ends it; None
+    without them.
 
     >>> after("Hence the answer is: U.S.A. \\nQuestion:", "answer is:")
     'U.S.A'

@@ -1,4 +1,5 @@
-"""Runs the attempts of a prompted strategy concurrently; to an evaluation it looks like the rollouter of the trained agent."""
+"""Runs the attempts of a prompted strategy concurrently; to an evaluation it looks like the rollouter of
+the trained agent."""
 
 from __future__ import annotations
 
@@ -25,9 +26,9 @@ class Strategy(Protocol):
 class PromptedStrategy:
     """A strategy that needs no training: `solve` over the engine and the retriever.
 
-    seed: of the run; a rollout's noise follows from (seed, step, question id, index) as the rollouter's does. A rollout that
-    failed for infrastructure reasons is kept as such; how many of them are too many is for the caller to say. work: where it is
-    shown how far the rollouts are.
+    seed: of the run; a rollout's noise follows from (seed, step, question id, index) as the rollouter's
+    does. A rollout that failed for infrastructure reasons is kept as such; how many of them are too many is
+    for the caller to say. work: where it is shown how far the rollouts are.
     """
 
     def __init__(self, solve: Solve, tools: Tools, *, seed: int, work: Work = SILENT):
@@ -55,7 +56,9 @@ class PromptedStrategy:
         with awake(self._tools.engine), self._work.on("rollouts", len(attempts), "ended") as task:
             rollouts = asyncio.run(self._run_all(attempts, task))
         return [
-            RolloutGroup(question=question, rollouts=tuple(rollouts[place * num_samples : (place + 1) * num_samples]))
+            RolloutGroup(
+                question=question, rollouts=tuple(rollouts[place * num_samples : (place + 1) * num_samples])
+            )
             for place, question in enumerate(questions)
         ]
 
@@ -88,4 +91,6 @@ class PromptedStrategy:
         finally:
             attempt.close()
         answer = (answer or "").strip()
-        return attempt.rollout(StopReason.ANSWERED, answer) if answer else attempt.rollout(StopReason.NO_ACTION)
+        return (
+            attempt.rollout(StopReason.ANSWERED, answer) if answer else attempt.rollout(StopReason.NO_ACTION)
+        )

@@ -1,4 +1,5 @@
-"""Self-Ask: follow-up questions, each answered over passages, then the final answer (Press et al., 2023). Zero-shot."""
+"""Self-Ask: follow-up questions, each answered over passages, then the final answer (Press et al., 2023).
+Zero-shot."""
 
 from __future__ import annotations
 
@@ -6,10 +7,10 @@ from eval.strategies.attempt import Conversation
 from eval.strategies.reading import after
 
 PROMPT = (
-    "Answer the question below by asking yourself simpler follow up questions, one at a time. For example:\n"
-    "Are follow up questions needed here: Yes.\nFollow up: Who wrote the novel Ilse?\nIntermediate answer: Rosa Kern.\n"
-    "Follow up: Where does Rosa Kern come from?\nIntermediate answer: Graz.\nSo the final answer is: Graz\n\n"
-    "Question: {question}\n"
+    "Answer the question below by asking yourself simpler follow up questions, one at a time. For"
+    " example:\nAre follow up questions needed here: Yes.\nFollow up: Who wrote the novel Ilse?\nIntermediate"
+    " answer: Rosa Kern.\nFollow up: Where does Rosa Kern come from?\nIntermediate answer: Graz.\nSo the"
+    " final answer is: Graz\n\nQuestion: {question}\n"
 )
 OPENING = "Are follow up questions needed here:"
 FOLLOW_UP = "Follow up:"
@@ -18,7 +19,8 @@ CONCLUSION = "So the final answer is:"
 
 
 async def self_ask(attempt: Conversation) -> str | None:
-    """Ask, search for what was asked, answer it from the passages, and ask again; conclude after max_search_turns questions."""
+    """Ask, search for what was asked, answer it from the passages, and ask again; conclude after
+    max_search_turns questions."""
     context = attempt.begin(PROMPT.format(question=attempt.question))
     context.read(OPENING)
     line = await context.write(("\n",))

@@ -11,7 +11,8 @@ CHAIN_OF_THOUGHT = (
     f"{ANSWER_REQUEST}\nQuestion: {{question}}\n"
 )
 RAG = (
-    f"Answer the question below with the help of these passages. {ANSWER_REQUEST}\n\n{{passages}}\nQuestion: {{question}}\n"
+    f"Answer the question below with the help of these passages. {ANSWER_REQUEST}\n\n{{passages}}\nQuestion:"
+    " {question}\n"
 )
 
 

@@ -29,7 +29,8 @@ PROMPTED: Mapping[str, Solve] = {
 
 
 def build_strategy(name: str, side: RolloutSide, *, top_k: int, seed: int) -> Strategy:
-    """The trained search agent (`agent`: the rollouter itself) or a prompted strategy on the same engine and retriever."""
+    """The trained search agent (`agent`: the rollouter itself) or a prompted strategy on the same engine
+    and retriever."""
     if name == AGENT:
         return side.rollouter
     tools = Tools(engine=side.engine, retriever=side.retriever, environment=side.environment, top_k=top_k)
@@ -37,5 +38,6 @@ def build_strategy(name: str, side: RolloutSide, *, top_k: int, seed: int) -> St
 
 
 def form_of(name: str) -> Callable[[Rollout], float]:
-    """What a strategy's valid form is: the agent's protocol, or an answer in the form that the prompts asked for."""
+    """What a strategy's valid form is: the agent's protocol, or an answer in the form that the prompts
+    asked for."""
     return format_valid if name == AGENT else answered_in_form

@@ -1,10 +1,11 @@
-"""One attempt at a run: its directory, what it found, and what follows from how it ended. The job scripts call it.
+"""One attempt at a run: its directory, what it found, and what follows from how it ended. The job scripts
+call it.
 
     python -m launch.cluster.attempt begin --launch_dir RUN/launch       writes RUN/attempts/0001/..., prints the directory
     python -m launch.cluster.attempt end --launch_dir RUN/launch --exit_code N       prints done, requeue or stop
 
-An attempt that does not commit a newer checkpoint made no progress; several in a row, and the run is given up: a job that dies
-at once would otherwise take its turn in the queue for ever.
+An attempt that does not commit a newer checkpoint made no progress; several in a row, and the run is given
+up: a job that dies at once would otherwise take its turn in the queue for ever.
 """
 
 from __future__ import annotations
@@ -46,8 +47,8 @@ class AttemptConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Attempt:
-    """first_step: of the newest checkpoint when it began. job: the attempts of one job are counted together, so that starting it
-    anew by hand begins to count anew."""
+    """first_step: of the newest checkpoint when it began. job: the attempts of one job are counted
+    together, so that starting it anew by hand begins to count anew."""
 
     number: int
     job: str
@@ -56,7 +57,10 @@ class Attempt:
     @classmethod
     def read_all(cls, run_dir: Path) -> list[Attempt]:
         """Those that began, oldest first."""
-        records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(run_dir.glob("attempts/*/attempt.json"))]
+        records = [
+            json.loads(path.read_text(encoding="utf-8"))
+            for path in sorted(run_dir.glob("attempts/*/attempt.json"))
+        ]
         return [cls(number=r["number"], job=r["job"], first_step=r["first_step"]) for r in records]
 
 
@@ -69,9 +73,9 @@ def newest_step(run_dir: Path) -> int:
 def num_without_progress(attempts: Sequence[Attempt], job: str, step: int) -> int:
     """How many of the job's last attempts in a row began at the step that is still the newest.
 
-    >>> begun = [Attempt(number=n, job="7", first_step=step) for n, step in enumerate([0, 20, 20])]
-    >>> num_without_progress(begun, "7", 20), num_without_progress(begun, "7", 40), num_without_progress(begun, "8", 20)
-    (2, 0, 0)
+    >>> begun = [Attempt(number=n, job="7", first_step=step) for n, step in enumerate([0, 20, 20])] >>>
+    num_without_progress(begun, "7", 20), num_without_progress(begun, "7", 40), num_without_progress(begun,
+    "8", 20) (2, 0, 0)
     """
     own = [attempt for attempt in attempts if attempt.job == job]
     stuck = 0
@@ -81,29 +85,38 @@ def num_without_progress(attempts: Sequence[Attempt], job: str, step: int) -> in
 
 
 def decide(exit_code: int, *, step: int, num_steps: int, stuck: int, most_stuck: int) -> tuple[Decision, str]:
-    """What follows from the trainers' exit code, and why. A killed launcher can end with 0, which alone is not believed."""
+    """What follows from the trainers' exit code, and why. A killed launcher can end with 0, which alone is
+    not believed."""
     if exit_code == 0 and step >= num_steps:
         return "done", f"step {step} of {num_steps} is committed"
     if exit_code == USAGE_EXIT_CODE:
         return "stop", "the configuration was refused (exit code 2); the message stands above"
     how = "saved and stopped" if exit_code == SAVED_EXIT_CODE else f"ended with exit code {exit_code}"
     if stuck >= most_stuck:
-        return "stop", (
-            f"{how} at step {step} of {num_steps}, and so did {stuck} attempts in a row without a new checkpoint: see their "
-            "logs; a longer time, a smaller checkpoint.every, or a smaller step helps a run that is only too slow"
+        return (
+            "stop",
+            (
+                f"{how} at step {step} of {num_steps}, and so did {stuck} attempts in a row without a new"
+                " checkpoint: see their logs; a longer time, a smaller checkpoint.every, or a smaller step"
+                " helps a run that is only too slow"
+            ),
         )
     return "requeue", f"{how} at step {step} of {num_steps}"
 
 
 def begin(launch_dir: Path) -> Path:
-    """Make the attempt's directory: attempt.json, topology.json, hostfile, arguments, job.env, git.txt, git.diff, packages.txt,
-    environment.txt. Raises ConfigError when the job's attempts made no progress as often as they may."""
+    """Make the attempt's directory: attempt.json, topology.json, hostfile, arguments, job.env, git.txt,
+    git.diff, packages.txt, environment.txt. Raises ConfigError when the job's attempts made no progress as
+    often as they may."""
     layout, config_text = read_launch(launch_dir)
     run_dir, job, step = launch_dir.parent, job_id(), newest_step(launch_dir.parent)
     earlier = Attempt.read_all(run_dir)
     stuck = num_without_progress(earlier, job, step)
     if stuck >= layout.max_attempts_without_progress:
-        raise ConfigError(f"{run_dir}: {stuck} attempts of job {job} in a row ended at step {step}, expected progress: see them")
+        raise ConfigError(
+            f"{run_dir}: {stuck} attempts of job {job} in a row ended at step {step}, expected progress: see"
+            " them"
+        )
     number = max((attempt.number for attempt in earlier), default=0) + 1
     directory = run_dir / "attempts" / f"{number:04}"
     directory.mkdir(parents=True)
@@ -113,7 +126,9 @@ def begin(launch_dir: Path) -> Path:
         topology = dataclasses.replace(topology, arguments=(*topology.arguments, secret))
     files = describe_software(dict(os.environ)) | _topology_files(topology, directory)
     files["config.yaml"] = config_text
-    files["attempt.json"] = json.dumps({"number": number, "job": job, "first_step": step, "began": time.time()}, indent=1)
+    files["attempt.json"] = json.dumps(
+        {"number": number, "job": job, "first_step": step, "began": time.time()}, indent=1
+    )
     for name, text in files.items():
         (directory / name).write_text(text, encoding="utf-8")
     return directory
@@ -131,7 +146,13 @@ def end(launch_dir: Path, exit_code: int) -> tuple[Decision, str]:
         stuck=num_without_progress(attempts, job_id(), step),
         most_stuck=layout.max_attempts_without_progress,
     )
-    record = {"exit_code": exit_code, "last_step": step, "decision": decision, "reason": reason, "ended": time.time()}
+    record = {
+        "exit_code": exit_code,
+        "last_step": step,
+        "decision": decision,
+        "reason": reason,
+        "ended": time.time(),
+    }
     path = run_dir / "attempts" / f"{attempts[-1].number:04}" / "end.json"
     path.write_text(json.dumps(record, indent=1), encoding="utf-8")
     return decision, reason

@@ -1,5 +1,5 @@
-"""Hostfiles and `.deepspeed_env`, read strictly: without a hostfile DeepSpeed trains on this machine alone, and a blank line of
-`.deepspeed_env` ends it with a traceback."""
+"""Hostfiles and `.deepspeed_env`, read strictly: without a hostfile DeepSpeed trains on this machine alone,
+and a blank line of `.deepspeed_env` ends it with a traceback."""
 
 from __future__ import annotations
 
@@ -23,11 +23,16 @@ class Host:
 
 
 def read_hostfile(path: Path) -> tuple[Host, ...]:
-    """The hosts of a file with lines `NAME slots=N`; blank lines and comments are skipped, the order is that of the ranks.
+    """The hosts of a file with lines `NAME slots=N`; blank lines and comments are skipped, the order is
+    that of the ranks.
 
-    Raises ConfigError for a missing or empty file, and by line number for a line of another form, a host named twice, or no slot.
+    Raises ConfigError for a missing or empty file, and by line number for a line of another form, a host
+    named twice, or no slot.
     """
-    lines = _lines(path, "a hostfile with one line `NAME slots=N` a machine (DeepSpeed would train on this machine alone)")
+    lines = _lines(
+        path,
+        "a hostfile with one line `NAME slots=N` a machine (DeepSpeed would train on this machine alone)",
+    )
     hosts: list[Host] = []
     for number, text in enumerate(lines, start=1):
         line = text.split("#")[0].strip()
@@ -37,7 +42,10 @@ def read_hostfile(path: Path) -> tuple[Host, ...]:
         if entry is None or int(entry[2]) < 1:
             raise ConfigError(f"{path}:{number}: found {line!r}, expected `NAME slots=N` with N 1 or more")
         if entry[1] in {host.name for host in hosts}:
-            raise ConfigError(f"{path}:{number}: found {entry[1]} a second time, expected each machine once: add its slots up")
+            raise ConfigError(
+                f"{path}:{number}: found {entry[1]} a second time, expected each machine once: add its"
+                " slots up"
+            )
         hosts.append(Host(name=entry[1], num_slots=int(entry[2])))
     if not hosts:
         raise ConfigError(f"{path}: found no host, expected one line `NAME slots=N` a machine")
@@ -50,22 +58,29 @@ def render_hostfile(hosts: Sequence[Host]) -> str:
 
 
 def read_environment(path: Path) -> dict[str, str]:
-    """The variables of a `.deepspeed_env`. Raises ConfigError for what DeepSpeed's own reader would crash on, by line number."""
+    """The variables of a `.deepspeed_env`. Raises ConfigError for what DeepSpeed's own reader would crash
+    on, by line number."""
     variables: dict[str, str] = {}
     for number, line in enumerate(_lines(path, "a file with lines `NAME=VALUE`"), start=1):
         name, separator, value = line.partition("=")
         if not separator or not _NAME.fullmatch(name):
             found = repr(line) if line.strip() else "a blank line"
-            raise ConfigError(f"{path}:{number}: found {found}, expected `NAME=VALUE`, without blank lines and comments")
+            raise ConfigError(
+                f"{path}:{number}: found {found}, expected `NAME=VALUE`, without blank lines and comments"
+            )
         variables[name] = value
     return variables
 
 
 def render_environment(variables: Mapping[str, str]) -> str:
-    """The file's text, which read_environment (and DeepSpeed) reads back. Raises ConfigError for a value of several lines."""
+    """The file's text, which read_environment (and DeepSpeed) reads back. Raises ConfigError for a value of
+    several lines."""
     for name, value in variables.items():
         if not _NAME.fullmatch(name) or "\n" in value:
-            raise ConfigError(f"environment variable {name!r}: found {value!r}, expected a plain name and a value of one line")
+            raise ConfigError(
+                f"environment variable {name!r}: found {value!r}, expected a plain name and a value of one"
+                " line"
+            )
     return "".join(f"{name}={value}\n" for name, value in variables.items())
 
 

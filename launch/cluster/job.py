@@ -42,7 +42,8 @@ def training_job(config: Config) -> Job:
 
 
 def sft_job(own: SftConfig, config: Config) -> Job:
-    """`sd-search sft`; config: of sft_config.load. The text has the number of steps, which the episodes decided."""
+    """`sd-search sft`; config: of sft_config.load. The text has the number of steps, which the episodes
+    decided."""
     return Job(
         program="sft",
         module="megatron_sd.sft",

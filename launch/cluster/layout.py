@@ -1,4 +1,5 @@
-"""Which nodes train, which sample, which search; layouts that cannot work are refused before a job queues for them."""
+"""Which nodes train, which sample, which search; layouts that cannot work are refused before a job queues
+for them."""
 
 from __future__ import annotations
 
@@ -85,7 +86,9 @@ def check_layout(layout: LayoutConfig, job: Job, model: Mapping[str, Any]) -> tu
 
 def _check_numbers(layout: LayoutConfig) -> None:
     at_least_one = ("master_port", "vllm_port", "retriever_port", "max_attempts_without_progress", "grace_s")
-    least = dict.fromkeys(at_least_one, 1) | dict.fromkeys(("rollout_nodes", "retriever_nodes", "gpus_per_node"), 0)
+    least = dict.fromkeys(at_least_one, 1) | dict.fromkeys(
+        ("rollout_nodes", "retriever_nodes", "gpus_per_node"), 0
+    )
     least["nodes"] = 0 if layout.retriever_nodes and not layout.rollout_nodes else 1
     for name, minimum in least.items():
         if getattr(layout, name) < minimum:
@@ -93,13 +96,18 @@ def _check_numbers(layout: LayoutConfig) -> None:
     if layout.ranks_per_node is not None and layout.ranks_per_node < 1:
         raise ConfigError(f"ranks_per_node: found {layout.ranks_per_node}, expected 1 or more")
     if layout.cluster == "local" and layout.num_nodes > 1:
-        raise ConfigError(f"nodes: found {layout.num_nodes} on cluster local, expected 1: set cluster to hosts or slurm")
+        raise ConfigError(
+            f"nodes: found {layout.num_nodes} on cluster local, expected 1: set cluster to hosts or slurm"
+        )
     if layout.cluster == "hosts" and layout.hostfile is None:
-        raise ConfigError("hostfile: found none with cluster hosts, expected a file with one line `NAME slots=N` a machine")
+        raise ConfigError(
+            "hostfile: found none with cluster hosts, expected a file with one line `NAME slots=N` a machine"
+        )
     if layout.cluster != "slurm" and layout.rollout_nodes + layout.retriever_nodes:
         raise ConfigError(
-            f"rollout_nodes, retriever_nodes: found {layout.rollout_nodes} and {layout.retriever_nodes} on cluster "
-            f"{layout.cluster}, expected 0: start the servers there by `sd-search vllm serve` and `sd-search retriever serve`"
+            f"rollout_nodes, retriever_nodes: found {layout.rollout_nodes} and {layout.retriever_nodes} on"
+            f" cluster {layout.cluster}, expected 0: start the servers there by `sd-search vllm serve` and"
+            " `sd-search retriever serve`"
         )
 
 
@@ -122,41 +130,47 @@ def _check_nodes(layout: LayoutConfig, config: Config) -> None:
     wants_servers = config.rollout.engine == "vllm" and own.placement == "server"
     if layout.rollout_nodes and not wants_servers:
         raise ConfigError(
-            f"rollout_nodes: found {layout.rollout_nodes} with rollout.engine {config.rollout.engine} and placement "
-            f"{own.placement}, expected --rollout.engine vllm --rollout.vllm.placement server"
+            f"rollout_nodes: found {layout.rollout_nodes} with rollout.engine {config.rollout.engine} and"
+            f" placement {own.placement}, expected --rollout.engine vllm --rollout.vllm.placement server"
         )
     if wants_servers and not (layout.rollout_nodes or own.urls):
-        raise ConfigError("rollout.vllm.placement: found server without rollout_nodes or urls, expected one of them")
+        raise ConfigError(
+            "rollout.vllm.placement: found server without rollout_nodes or urls, expected one of them"
+        )
     if layout.retriever_nodes and not config.retriever.corpus:
-        raise ConfigError("retriever_nodes: found some without retriever.corpus, expected the corpus directory that they serve")
+        raise ConfigError(
+            "retriever_nodes: found some without retriever.corpus, expected the corpus directory that they"
+            " serve"
+        )
 
 
 def _check_gpus(layout: LayoutConfig, config: Config) -> None:
     size, beside = config.rollout.vllm.tensor_parallel_size, gpus_of_vllm(config)
     if layout.rollout_nodes and layout.gpus_per_node and layout.gpus_per_node % size:
         raise ConfigError(
-            f"rollout.vllm.tensor_parallel_size: found {size} on nodes of {layout.gpus_per_node} GPUs, expected a divisor: a "
-            "server does not leave its node"
+            f"rollout.vllm.tensor_parallel_size: found {size} on nodes of {layout.gpus_per_node} GPUs,"
+            " expected a divisor: a server does not leave its node"
         )
     num_ranks = ranks_per_node(layout, config)
     if config.rollout.engine == "vllm" and config.rollout.vllm.placement == "colocated" and num_ranks % size:
         raise ConfigError(
-            f"rollout.vllm.tensor_parallel_size: found {size} with placement colocated on nodes of {num_ranks} ranks, expected a "
-            "divisor: that many ranks of one node share an engine"
+            f"rollout.vllm.tensor_parallel_size: found {size} with placement colocated on nodes of"
+            f" {num_ranks} ranks, expected a divisor: that many ranks of one node share an engine"
         )
     if layout.gpus_per_node == 0:
         return
     if num_ranks + beside > layout.gpus_per_node:
         raise ConfigError(
-            f"ranks_per_node: found {num_ranks} ranks and {beside} GPUs for vLLM on nodes of {layout.gpus_per_node} GPUs, "
-            f"expected at most {layout.gpus_per_node} together: lower rollout.vllm.num_replicas or tensor_parallel_size"
+            f"ranks_per_node: found {num_ranks} ranks and {beside} GPUs for vLLM on nodes of"
+            f" {layout.gpus_per_node} GPUs, expected at most {layout.gpus_per_node} together: lower"
+            " rollout.vllm.num_replicas or tensor_parallel_size"
         )
     devices = set(config.rollout.vllm.devices)
     if beside and (devices & set(range(num_ranks)) or not devices):
         expected = list(range(num_ranks, num_ranks + beside))
         raise ConfigError(
-            f"rollout.vllm.devices: found {sorted(devices)}, expected GPUs that no rank has, such as {expected}: the "
-            f"{num_ranks} ranks of a node take the first ones"
+            f"rollout.vllm.devices: found {sorted(devices)}, expected GPUs that no rank has, such as"
+            f" {expected}: the {num_ranks} ranks of a node take the first ones"
         )
 
 
@@ -200,12 +214,13 @@ def _remarks_on_rollouts(layout: LayoutConfig, config: Config) -> tuple[str, ...
     remarks = []
     if rest := rollout.questions_per_step % world_size:
         remarks.append(
-            f"rollout.questions_per_step {rollout.questions_per_step} is no multiple of {world_size} ranks: {rest} of them "
-            "roll out one question more, and the others wait"
+            f"rollout.questions_per_step {rollout.questions_per_step} is no multiple of {world_size} ranks:"
+            f" {rest} of them roll out one question more, and the others wait"
         )
     if config.update.max_microbatch_tokens < rollout.max_rollout_tokens:
         remarks.append(
-            f"update.max_microbatch_tokens {config.update.max_microbatch_tokens} is less than rollout.max_rollout_tokens "
-            f"{rollout.max_rollout_tokens}: a rollout that is longer has a microbatch of its own, and needs its memory"
+            f"update.max_microbatch_tokens {config.update.max_microbatch_tokens} is less than"
+            f" rollout.max_rollout_tokens {rollout.max_rollout_tokens}: a rollout that is longer has a"
+            " microbatch of its own, and needs its memory"
         )
     return tuple(remarks)

@@ -1,4 +1,5 @@
-"""What an attempt ran: commit and local changes, package versions, and the part of the environment that is safe to keep."""
+"""What an attempt ran: commit and local changes, package versions, and the part of the environment that is
+safe to keep."""
 
 from __future__ import annotations
 
@@ -16,19 +17,26 @@ SECRET_WORDS = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL|AUTH", re.IGNORECA
 
 
 def describe_software(environment: Mapping[str, str]) -> dict[str, str]:
-    """File name -> text: git.txt and git.diff of the checkout this code runs from, packages.txt, environment.txt."""
+    """File name -> text: git.txt and git.diff of the checkout this code runs from, packages.txt,
+    environment.txt."""
     return {
         "git.txt": f"{_git('rev-parse', 'HEAD')}{_git('status', '--short', '--branch')}",
         "git.diff": _git("diff", "HEAD"),
         "packages.txt": packages(),
-        "environment.txt": "".join(f"{name}={value}\n" for name, value in kept_environment(environment).items()),
+        "environment.txt": "".join(
+            f"{name}={value}\n" for name, value in kept_environment(environment).items()
+        ),
     }
 
 
 def packages() -> str:
     """The interpreter, then `name==version` of every installed distribution."""
     found = {f"{d.metadata['Name']}=={d.version}" for d in importlib.metadata.distributions()}
-    return f"# Python {platform.python_version()} at {sys.executable}\n" + "\n".join(sorted(found, key=str.lower)) + "\n"
+    return (
+        f"# Python {platform.python_version()} at {sys.executable}\n"
+        + "\n".join(sorted(found, key=str.lower))
+        + "\n"
+    )
 
 
 def kept_environment(environment: Mapping[str, str]) -> dict[str, str]:
@@ -43,7 +51,9 @@ def kept_environment(environment: Mapping[str, str]) -> dict[str, str]:
 def _git(*arguments: str) -> str:
     """A git command's output; a line that says so where the code is no checkout, or git is missing."""
     try:
-        done = subprocess.run(["git", "-C", str(SOURCE), *arguments], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            ["git", "-C", str(SOURCE), *arguments], capture_output=True, text=True, check=False
+        )
     except FileNotFoundError:
         return "no git on this machine\n"
     return done.stdout if done.returncode == 0 else f"no git checkout at {SOURCE}: {done.stderr.strip()}\n"

@@ -1,4 +1,5 @@
-"""From a layout to the files of a launch: script, node scripts, configuration; pure text, nothing is started here."""
+"""From a layout to the files of a launch: script, node scripts, configuration; pure text, nothing is
+started here."""
 
 from __future__ import annotations
 
@@ -35,7 +36,9 @@ def render(template: str, values: Mapping[str, str | None]) -> str:
     for line in template.splitlines():
         names = _PLACE.findall(line)
         if unknown := [name for name in names if name not in values]:
-            raise ConfigError(f"template line {line!r}: found @{unknown[0]}@, expected one of {', '.join(values)}")
+            raise ConfigError(
+                f"template line {line!r}: found @{unknown[0]}@, expected one of {', '.join(values)}"
+            )
         if all(values[name] is not None for name in names):
             lines.append(_PLACE.sub(lambda place: values[place[1]] or "", line))
     return "\n".join(lines) + "\n"
@@ -53,7 +56,9 @@ def render_files(layout: LayoutConfig, job: Job, launch_dir: Path) -> dict[str, 
     for shell in ("common.sh", "node.sh", "server.sh", "doctor.sh"):
         rendered[shell] = render(_template(f"slurm/{shell}"), values)
     rendered["config.yaml"] = job.text
-    rendered["layout.yaml"] = yaml.safe_dump(dataclasses.asdict(layout) | {"sbatch": list(layout.sbatch)}, sort_keys=False)
+    rendered["layout.yaml"] = yaml.safe_dump(
+        dataclasses.asdict(layout) | {"sbatch": list(layout.sbatch)}, sort_keys=False
+    )
     return rendered
 
 
@@ -108,7 +113,10 @@ def _checkpoint_gib(config: Config) -> int:
 
 
 def _doctor_line(layout: LayoutConfig) -> str:
-    return f'{"on_all_nodes" if layout.cluster == "slurm" else "on_all_hosts"} "$LAUNCH_DIR/doctor.sh" || code=$?'
+    return (
+        f'{"on_all_nodes" if layout.cluster == "slurm" else "on_all_hosts"} "$LAUNCH_DIR/doctor.sh" ||'
+        " code=$?"
+    )
 
 
 def _template(name: str) -> str:

@@ -1,4 +1,5 @@
-"""`sd-search launch`: a run on a machine, on several, or in SLURM's queue. Checks the layout, writes RUN/launch, starts it.
+"""`sd-search launch`: a run on a machine, on several, or in SLURM's queue. Checks the layout, writes
+RUN/launch, starts it.
 
     sd-search launch --recipe 72b-64gpu --dry-run --model.path models/Qwen2.5-72B --run_dir runs/72b
     sd-search launch --program sft --cluster slurm --config sft.yaml
@@ -24,7 +25,8 @@ from megatron_sd.errors import ConfigError, MegatronSdError
 
 
 def main(argv: Sequence[str]) -> None:
-    """Raises ConfigError for a run that could not work where it is sent, MegatronSdError when it ends badly or is not taken."""
+    """Raises ConfigError for a run that could not work where it is sent, MegatronSdError when it ends badly
+    or is not taken."""
     layout, job = read_launch_options(argv)
     launch_dir = Path(job.config.run_dir).resolve() / "launch"
     remarks = check_launch(layout, job)
@@ -39,9 +41,13 @@ def main(argv: Sequence[str]) -> None:
     try:
         done = subprocess.run(command, check=False)
     except FileNotFoundError as error:
-        raise ConfigError(f"cluster: found {layout.cluster}, but no `{command[0]}` here; --dry-run only writes") from error
+        raise ConfigError(
+            f"cluster: found {layout.cluster}, but no `{command[0]}` here; --dry-run only writes"
+        ) from error
     if done.returncode:
-        raise MegatronSdError(f"{' '.join(command)} ended with exit code {done.returncode}; its own message stands above")
+        raise MegatronSdError(
+            f"{' '.join(command)} ended with exit code {done.returncode}; its own message stands above"
+        )
 
 
 def read_launch_options(argv: Sequence[str]) -> tuple[LayoutConfig, Job]:
@@ -54,12 +60,14 @@ def read_launch_options(argv: Sequence[str]) -> tuple[LayoutConfig, Job]:
             f"--recipe: found one with program {layout.program}, expected none, since recipes are of train: "
             "give --config, and --layout FILE or its options"
         )
-    there = ["--model.dtype=bfloat16"] if layout.gpus_per_node else []  # auto would speak of this machine, not of the nodes
+    # auto would speak of this machine, not of the nodes
+    there = ["--model.dtype=bfloat16"] if layout.gpus_per_node else []
     return layout, JOBS[layout.program]([*there, *rest])
 
 
 def expand_recipe(argv: Sequence[str]) -> list[str]:
-    """`--recipe NAME` becomes `--layout .../NAME.layout.yaml --config .../NAME.yaml`. Raises ConfigError that lists them."""
+    """`--recipe NAME` becomes `--layout .../NAME.layout.yaml --config .../NAME.yaml`. Raises ConfigError
+    that lists them."""
     expanded: list[str] = []
     words = iter(argv)
     for word in words:
@@ -76,7 +84,8 @@ def expand_recipe(argv: Sequence[str]) -> list[str]:
 
 
 def check_launch(layout: LayoutConfig, job: Job) -> tuple[str, ...]:
-    """Remarks. Raises ConfigError for an impossible layout, a rank larger than its GPU, a bad hostfile or `.deepspeed_env`."""
+    """Remarks. Raises ConfigError for an impossible layout, a rank larger than its GPU, a bad hostfile or
+    `.deepspeed_env`."""
     if layout.nodes == 0:
         return ()
     model = model_config(job.config.model.path)
@@ -85,8 +94,8 @@ def check_launch(layout: LayoutConfig, job: Job) -> tuple[str, ...]:
         wanted = layout.nodes * ranks_per_node(layout, job.config)
         if (found := sum(host.num_slots for host in hosts)) != wanted or len(hosts) != layout.nodes:
             raise ConfigError(
-                f"{layout.hostfile}: found {len(hosts)} machines with {found} slots, expected {layout.nodes} with {wanted}: set "
-                "nodes and ranks_per_node, or mend the file"
+                f"{layout.hostfile}: found {len(hosts)} machines with {found} slots, expected {layout.nodes}"
+                f" with {wanted}: set nodes and ranks_per_node, or mend the file"
             )
     environment = Path(os.environ.get("DS_ENV_FILE", ".deepspeed_env"))
     if environment.exists():
@@ -114,7 +123,9 @@ def describe(rendered: dict[str, str], layout: LayoutConfig, job: Job, launch_di
     name, _ = script_of(layout)
     num_ranks = ranks_per_node(layout, job.config)
     hosts = [Host(name=f"NODE{n}", num_slots=num_ranks) for n in range(layout.nodes)]
-    hostfile = Path(layout.hostfile).read_text(encoding="utf-8") if layout.hostfile else render_hostfile(hosts)
+    hostfile = (
+        Path(layout.hostfile).read_text(encoding="utf-8") if layout.hostfile else render_hostfile(hosts)
+    )
     environment = f"MEGATRON_SD_WORLD_SIZE={layout.nodes * num_ranks}\n"
     parts = {
         str(launch_dir / name): rendered[name],

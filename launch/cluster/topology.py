@@ -21,8 +21,9 @@ NUM_PORTS = 100  # attempts in a row do not share a port that the last one may s
 
 @dataclass(frozen=True, kw_only=True)
 class Topology:
-    """trainers, rollouts, retrievers: hosts and, as slots, their ranks or servers. first_address: of the first node of all.
-    master: address and port where the ranks meet. arguments: of the trainers' command line, beside the configuration file."""
+    """trainers, rollouts, retrievers: hosts and, as slots, their ranks or servers. first_address: of the
+    first node of all. master: address and port where the ranks meet. arguments: of the trainers' command
+    line, beside the configuration file."""
 
     trainers: tuple[Host, ...]
     rollouts: tuple[Host, ...]
@@ -47,7 +48,11 @@ class Topology:
 
     def variables(self) -> dict[str, str]:
         """What the job's shell needs."""
-        roles = {"TRAINER_HOSTS": self.trainers, "ROLLOUT_HOSTS": self.rollouts, "RETRIEVER_HOSTS": self.retrievers}
+        roles = {
+            "TRAINER_HOSTS": self.trainers,
+            "ROLLOUT_HOSTS": self.rollouts,
+            "RETRIEVER_HOSTS": self.retrievers,
+        }
         return {name: ",".join(host.name for host in hosts) for name, hosts in roles.items()} | {
             "FIRST_ADDR": self.first_address,
             "MASTER_ADDR": self.master[0],
@@ -76,12 +81,19 @@ def find_topology(layout: LayoutConfig, config: Mapping[str, Any], attempt: int)
         names, addresses = slurm_nodes(os.environ)
         hosts = tuple(Host(name=name, num_slots=num_slots) for name in names)
     if len(hosts) != layout.num_nodes:
-        raise ConfigError(f"nodes: found {len(hosts)} ({', '.join(h.name for h in hosts)}), expected {layout.num_nodes}")
+        raise ConfigError(
+            f"nodes: found {len(hosts)} ({', '.join(h.name for h in hosts)}), expected {layout.num_nodes}"
+        )
     return assign(hosts, addresses, layout, config, attempt=attempt)
 
 
 def assign(
-    hosts: Sequence[Host], addresses: Mapping[str, str], layout: LayoutConfig, config: Mapping[str, Any], *, attempt: int
+    hosts: Sequence[Host],
+    addresses: Mapping[str, str],
+    layout: LayoutConfig,
+    config: Mapping[str, Any],
+    *,
+    attempt: int,
 ) -> Topology:
     """Roles by the hosts' order."""
     num_retrievers, num_servers = layout.retriever_nodes, layout.retriever_nodes + layout.rollout_nodes
@@ -93,7 +105,9 @@ def assign(
     trainers = tuple(hosts[num_servers:])
     arguments: list[str] = []
     if rollouts:
-        urls = [f"http://{addresses[h.name]}:{layout.vllm_port + n}" for h in rollouts for n in range(h.num_slots)]
+        urls = [
+            f"http://{addresses[h.name]}:{layout.vllm_port + n}" for h in rollouts for n in range(h.num_slots)
+        ]
         arguments.append(f"--rollout.vllm.urls={json.dumps(urls)}")
     if rollouts or len(trainers) > 1:
         arguments.append(f"--publish.host={addresses[trainers[0].name]}")
@@ -112,13 +126,16 @@ def assign(
 
 
 def slurm_nodes(environment: Mapping[str, str]) -> tuple[list[str], dict[str, str]]:
-    """Names of the job's nodes in SLURM's order, and their addresses: two calls of scontrol, however many nodes.
+    """Names of the job's nodes in SLURM's order, and their addresses: two calls of scontrol, however many
+    nodes.
 
     Raises ConfigError outside a job.
     """
     nodes = environment.get("SLURM_JOB_NODELIST")
     if not nodes:
-        raise ConfigError("SLURM_JOB_NODELIST: found nothing, expected the nodes of a job: submit the script by sbatch")
+        raise ConfigError(
+            "SLURM_JOB_NODELIST: found nothing, expected the nodes of a job: submit the script by sbatch"
+        )
     names = _scontrol("show", "hostnames", nodes).split()
     return names, node_addresses(_scontrol("--oneliner", "show", "node", nodes))
 

@@ -1,9 +1,11 @@
-"""`sd-search doctor`: are these nodes fit for a run? In less than two minutes, and with the name of the host at fault.
+"""`sd-search doctor`: are these nodes fit for a run? In less than two minutes, and with the name of the
+host at fault.
 
     sd-search doctor --run_dir runs/x                                            this machine
     sd-search doctor --run_dir runs/x --hosts a,b --number 0 --address a:29400   one process on each machine, numbered
 
-Each node says what it has, reads the others' files on the shared file system, and times messages; then each judges all alike.
+Each node says what it has, reads the others' files on the shared file system, and times messages; then each
+judges all alike.
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ SLOW = 8  # times slower than most is a broken link; less is other traffic
 
 @dataclass(frozen=True, kw_only=True)
 class DoctorConfig:
-    """The nodes, and what a node must have. On several nodes every process gets the same options but `number`."""
+    """The nodes, and what a node must have. On several nodes every process gets the same options but
+    `number`."""
 
     run_dir: str
     hosts: tuple[str, ...] = ()  # in order; empty: this machine alone
@@ -68,10 +71,15 @@ def main(argv: Sequence[str]) -> None:
     if config.number == 0:
         for finding in findings:
             print(f"doctor: {finding.host}: {finding.problem}")
-        print(f"doctor: {len(hosts)} nodes in {time.monotonic() - started:.1f} s: {len(findings)} problems", flush=True)
+        print(
+            f"doctor: {len(hosts)} nodes in {time.monotonic() - started:.1f} s: {len(findings)} problems",
+            flush=True,
+        )
     if findings:
         at_fault = ", ".join(sorted({finding.host for finding in findings}))
-        raise MegatronSdError(f"not fit for a run: {at_fault}; node 0 prints the problems: mend these nodes, or leave them out")
+        raise MegatronSdError(
+            f"not fit for a run: {at_fault}; node 0 prints the problems: mend these nodes, or leave them out"
+        )
 
 
 def examine(config: DoctorConfig, hosts: Sequence[str]) -> list[dict[str, Any] | None]:
@@ -96,17 +104,28 @@ def examine(config: DoctorConfig, hosts: Sequence[str]) -> list[dict[str, Any] |
     return reports
 
 
-def judge(reports: Sequence[dict[str, Any] | None], hosts: Sequence[str], config: DoctorConfig) -> list[Finding]:
+def judge(
+    reports: Sequence[dict[str, Any] | None], hosts: Sequence[str], config: DoctorConfig
+) -> list[Finding]:
     """What is wrong, by host. Where hosts differ, the few are at fault."""
     present = {host: report for host, report in zip(hosts, reports, strict=True) if report is not None}
     findings = [
-        Finding(host=host, problem=f"did not come within {config.timeout_s:g} s: not reachable, or its doctor did not start")
+        Finding(
+            host=host,
+            problem=f"did not come within {config.timeout_s:g} s: not reachable, or its doctor did not start",
+        )
         for host in hosts
         if host not in present
     ]
     for host, report in present.items():
         findings += [Finding(host=host, problem=problem) for problem in _own_problems(report, config)]
-    return findings + _differences(present) + _blind(present, hosts) + _slow(present, config) + _skewed(present, config)
+    return (
+        findings
+        + _differences(present)
+        + _blind(present, hosts)
+        + _slow(present, config)
+        + _skewed(present, config)
+    )
 
 
 def _own_problems(report: dict[str, Any], config: DoctorConfig) -> list[str]:
@@ -141,23 +160,28 @@ def driver_problem(driver: str, cuda: str, number: int) -> list[str]:
     if needed is None or not found.isdecimal() or int(found) >= needed:
         return []
     return [
-        f"GPU {number} has driver {driver}, expected {needed} or newer for torch's CUDA {cuda}: update the driver, or install "
-        "torch for an older CUDA"
+        f"GPU {number} has driver {driver}, expected {needed} or newer for torch's CUDA {cuda}: update the"
+        " driver, or install torch for an older CUDA"
     ]
 
 
 def _differences(present: dict[str, dict[str, Any]]) -> list[Finding]:
     """Versions, commit and GPUs that are not as on most hosts."""
     facts = {
-        host: {f"{name} version": version for name, version in report["versions"].items()}
-        | {"commit": report["commit"], "GPUs": ", ".join(gpu["name"] for gpu in report["gpus"])}
+        host: (
+            {f"{name} version": version for name, version in report["versions"].items()}
+            | {"commit": report["commit"], "GPUs": ", ".join(gpu["name"] for gpu in report["gpus"])}
+        )
         for host, report in present.items()
     }
     findings = []
     for name in next(iter(facts.values()), {}):
         (usual, _), *_ = Counter(found[name] for found in facts.values()).most_common(1)
         findings += [
-            Finding(host=host, problem=f"{name}: found {found[name] or 'none'}, expected {usual or 'none'} as on most nodes")
+            Finding(
+                host=host,
+                problem=f"{name}: found {found[name] or 'none'}, expected {usual or 'none'} as on most nodes",
+            )
             for host, found in facts.items()
             if found[name] != usual
         ]
@@ -165,16 +189,23 @@ def _differences(present: dict[str, dict[str, Any]]) -> list[Finding]:
 
 
 def _blind(present: dict[str, dict[str, Any]], hosts: Sequence[str]) -> list[Finding]:
-    """A host that misses the files of most others does not share their file system; else the writer is to blame."""
+    """A host that misses the files of most others does not share their file system; else the writer is to
+    blame."""
     findings = []
     for number, host in enumerate(hosts):
         missed_by = [other for other, report in present.items() if number in report["unseen"]]
         unseen = present[host]["unseen"] if host in present else []
         if len(unseen) * 2 >= max(len(present) - 1, 1):
             names = ", ".join(hosts[other] for other in unseen)
-            findings.append(Finding(host=host, problem=f"does not see what {names} wrote to run_dir: no shared file system?"))
+            findings.append(
+                Finding(
+                    host=host, problem=f"does not see what {names} wrote to run_dir: no shared file system?"
+                )
+            )
         elif len(missed_by) * 2 > len(present) - 1:
-            findings.append(Finding(host=host, problem=f"its file in run_dir is not seen by {', '.join(missed_by)}"))
+            findings.append(
+                Finding(host=host, problem=f"its file in run_dir is not seen by {', '.join(missed_by)}")
+            )
     return findings
 
 
@@ -184,14 +215,20 @@ def _slow(present: dict[str, dict[str, Any]], config: DoctorConfig) -> list[Find
         return []
     usual = statistics.median(link for _, link in rates.values())
     findings = [
-        Finding(host=host, problem=f"messages of 16 MiB at {link:.2f} GB/s, expected about {usual:.2f} as on most nodes")
+        Finding(
+            host=host,
+            problem=f"messages of 16 MiB at {link:.2f} GB/s, expected about {usual:.2f} as on most nodes",
+        )
         for host, (_, link) in rates.items()
         if link < usual / SLOW
     ]
     slowest = min(reduce for reduce, _ in rates.values())
     if slowest < config.min_reduce_gb_s:
         suspect = min(rates, key=lambda host: rates[host][1])
-        problem = f"all-reduce at {slowest:.2f} GB/s, expected {config.min_reduce_gb_s:g}; its messages are the slowest"
+        problem = (
+            f"all-reduce at {slowest:.2f} GB/s, expected {config.min_reduce_gb_s:g}; its messages are the"
+            " slowest"
+        )
         findings.append(Finding(host=suspect, problem=problem))
     return findings
 
@@ -199,7 +236,12 @@ def _slow(present: dict[str, dict[str, Any]], config: DoctorConfig) -> list[Find
 def _skewed(present: dict[str, dict[str, Any]], config: DoctorConfig) -> list[Finding]:
     usual = statistics.median(report["clock"] for report in present.values()) if present else 0.0
     return [
-        Finding(host=host, problem=f"clock {report['clock'] - usual:+.1f} s from most, expected at most {config.max_skew_s:g}")
+        Finding(
+            host=host,
+            problem=(
+                f"clock {report['clock'] - usual:+.1f} s from most, expected at most {config.max_skew_s:g}"
+            ),
+        )
         for host, report in present.items()
         if abs(report["clock"] - usual) > config.max_skew_s
     ]

@@ -1,9 +1,10 @@
-"""`make gpu-check-all`: the first hour on a GPU node, one step after another, each with what is expected and what to send us.
+"""`make gpu-check-all`: the first hour on a GPU node, one step after another, each with what is expected
+and what to send us.
 
     python -m launch.doctor.first_hour --gpus 8 --dry_run     prints the plan; without --gpus the machine's are counted
 
-Needs models/Qwen2.5-0.5B and -3B, data/questions.jsonl and data/corpus (README). A step that fails does not end the hour. No GPU
-has run it yet: the figures expected are the planner's and the audit's.
+Needs models/Qwen2.5-0.5B and -3B, data/questions.jsonl and data/corpus (README). A step that fails does not
+end the hour. No GPU has run it yet: the figures expected are the planner's and the audit's.
 """
 
 from __future__ import annotations
@@ -55,7 +56,9 @@ def main(argv: Sequence[str]) -> None:
     config = parse(FirstHourConfig, argv, "first hour")
     num_gpus = len(gpus()) if config.gpus is None else config.gpus
     if num_gpus < 1:
-        raise ConfigError(f"gpus: found {num_gpus}, expected 1 or more: run it where nvidia-smi lists GPUs, or pass --gpus")
+        raise ConfigError(
+            f"gpus: found {num_gpus}, expected 1 or more: run it where nvidia-smi lists GPUs, or pass --gpus"
+        )
     steps = plan(num_gpus, config.output)
     failed = []
     for step in steps:
@@ -72,7 +75,12 @@ def plan(num_gpus: int, output: str) -> list[Step]:
     train = (sys.executable, "-m", "launch.cli", "train")
     smoke = _run(train, "smoke-1gpu", f"{output}/smoke", 1)
     steps = [
-        Step(name="gpu-check", command=("make", "gpu-check"), expected="every line ok; ratios in the table", send="its output"),
+        Step(
+            name="gpu-check",
+            command=("make", "gpu-check"),
+            expected="every line ok; ratios in the table",
+            send="its output",
+        ),
         Step(
             name="gpu-check-train",
             command=("make", "gpu-check-train"),
@@ -80,7 +88,10 @@ def plan(num_gpus: int, output: str) -> list[Step]:
             send="its table",
         ),
         Step(
-            name="smoke-1gpu", command=smoke, expected="5 steps, loss finite, logprob_gap_nats below 0.02", send=f"{output}/*.log"
+            name="smoke-1gpu",
+            command=smoke,
+            expected="5 steps, loss finite, logprob_gap_nats below 0.02",
+            send=f"{output}/*.log",
         ),
         _beside(train, output, "checksums", num_gpus, size=1),
         _beside(train, output, "tensor-parallel", num_gpus, size=2),
@@ -93,7 +104,10 @@ def plan(num_gpus: int, output: str) -> list[Step]:
         ),
         dataclasses.replace(
             _beside(train, output, "killed-worker", num_gpus, size=1),
-            expected="the log says that a version was not handed over or a server was started again; 3 steps all the same",
+            expected=(
+                "the log says that a version was not handed over or a server was started again; 3 steps all"
+                " the same"
+            ),
             kills_worker=True,
         ),
     ]
@@ -112,7 +126,9 @@ COLOCATED = (
 
 def _run(train: tuple[str, ...], recipe: str, run_dir: str, num_ranks: int) -> tuple[str, ...]:
     own = (f"--config=launch/configs/{recipe}.yaml", f"--run_dir={run_dir}", f"--num-ranks={num_ranks}")
-    steps = ("--num_steps=3", "--checkpoint.every=0", "--checkpoint.resume=false") if recipe == "paper-3b" else ()
+    steps = (
+        ("--num_steps=3", "--checkpoint.every=0", "--checkpoint.resume=false") if recipe == "paper-3b" else ()
+    )
     return (*train, *own, *steps)
 
 
@@ -121,7 +137,9 @@ def _beside(train: tuple[str, ...], output: str, name: str, num_gpus: int, *, si
     num_ranks = max(num_gpus // 2, 1)
     num_servers = max((num_gpus - num_ranks) // size, 1)
     devices = list(range(num_ranks, num_ranks + num_servers * size))
-    small = () if num_ranks >= 4 else ("--update.offload_optimizer=cpu", "--update.max_microbatch_tokens=8192")
+    small = (
+        () if num_ranks >= 4 else ("--update.offload_optimizer=cpu", "--update.max_microbatch_tokens=8192")
+    )
     options = (
         f"--rollout.vllm.tensor_parallel_size={size}",
         f"--rollout.vllm.num_replicas={num_servers}",
@@ -160,7 +178,8 @@ def run(step: Step, output: Path, *, limit_s: float) -> bool:
 
 
 def kill_a_worker(process: subprocess.Popen, run_dir: Path) -> None:
-    """When the first step is recorded the next one is under way: kill one vLLM server of the run, in its publish or before."""
+    """When the first step is recorded the next one is under way: kill one vLLM server of the run, in its
+    publish or before."""
     while process.poll() is None and not (run_dir / "metrics.jsonl").is_file():
         time.sleep(POLL_S)
     for pid in descendants(process.pid):
@@ -180,7 +199,9 @@ def command_of(pid: int) -> bytes:
 
 def descendants(pid: int) -> list[int]:
     """Children of a process, and theirs."""
-    done = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True, check=False
+    )
     children = [int(word) for word in done.stdout.split()]
     return [*children, *(below for child in children for below in descendants(child))]
 

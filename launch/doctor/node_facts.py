@@ -1,4 +1,5 @@
-"""What one node says of itself before a run: software, GPUs, room. Reading only; judged by launch/doctor/checks.py."""
+"""What one node says of itself before a run: software, GPUs, room. Reading only; judged by
+launch/doctor/checks.py."""
 
 from __future__ import annotations
 
@@ -16,7 +17,16 @@ from typing import Any
 
 from launch.cluster.provenance import describe_software
 
-COMPARED_PACKAGES = ("megatron-sd", "torch", "deepspeed", "transformers", "vllm", "faiss-cpu", "flash-attn", "numpy")
+COMPARED_PACKAGES = (
+    "megatron-sd",
+    "torch",
+    "deepspeed",
+    "transformers",
+    "vllm",
+    "faiss-cpu",
+    "flash-attn",
+    "numpy",
+)
 GPU_FIELDS = (
     "name",
     "uuid",
@@ -35,7 +45,9 @@ def node_facts(run_dir: Path) -> dict[str, Any]:
         "commit": describe_software({})["git.txt"].splitlines()[0],
         "gpus": gpus(),
         "cuda": torch_cuda(),
-        "free_gib": {str(path): shutil.disk_usage(path).free / 2**30 for path in (_existing(run_dir), Path("/dev/shm"))},
+        "free_gib": {
+            str(path): shutil.disk_usage(path).free / 2**30 for path in (_existing(run_dir), Path("/dev/shm"))
+        },
         "open_files": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
     }
 
@@ -69,7 +81,10 @@ def gpus() -> list[dict[str, str]]:
         return []
     if done.returncode:
         return []
-    return [dict(zip(GPU_FIELDS, (value.strip() for value in line.split(",")))) for line in done.stdout.splitlines()]
+    return [
+        dict(zip(GPU_FIELDS, (value.strip() for value in line.split(","))))
+        for line in done.stdout.splitlines()
+    ]
 
 
 def unready_servers(urls: Sequence[str]) -> list[str]:

@@ -1,4 +1,5 @@
-"""`sd-search plan`: what a run will take, before it takes it: memory of a rank, publishing, tokens and seconds of a step.
+"""`sd-search plan`: what a run will take, before it takes it: memory of a rank, publishing, tokens and
+seconds of a step.
 
     sd-search plan --model qwen2.5-72b --gpus 64
     sd-search plan --model models/Qwen2.5-0.5B --this-machine       what fits the memory that is free here
@@ -70,8 +71,8 @@ BLANKS: Blanks = {
 
 @dataclass(frozen=True, kw_only=True)
 class PlanConfig:
-    """model: a directory, or a name such as qwen2.5-72b. Either `gpus` of a cluster, or this_machine: what fits here. Further
-    options are the run's, as of `sd-search train`, or of `sd-search sft`."""
+    """model: a directory, or a name such as qwen2.5-72b. Either `gpus` of a cluster, or this_machine: what
+    fits here. Further options are the run's, as of `sd-search train`, or of `sd-search sft`."""
 
     model: str
     program: Program = "train"
@@ -91,7 +92,8 @@ def main(argv: Sequence[str]) -> None:
         return
     if plan.gpus < 1 or plan.gpus_per_node < 1:
         raise ConfigError(
-            f"gpus, gpus_per_node: found {plan.gpus} and {plan.gpus_per_node}, expected 1 or more; or --this-machine"
+            f"gpus, gpus_per_node: found {plan.gpus} and {plan.gpus_per_node}, expected 1 or more; or"
+            " --this-machine"
         )
     per_node = min(plan.gpus, plan.gpus_per_node)
     if plan.gpus % per_node:
@@ -110,8 +112,8 @@ def planned_job(plan: PlanConfig, argv: Sequence[str], blanks: Blanks) -> Job:
 
 
 def check_memory(layout: LayoutConfig, job: Job, model: Mapping[str, Any]) -> tuple[str, ...]:
-    """A remark when the fit is close, or when a model's family is not described. Raises ConfigError for a rank that does not fit
-    its GPU, or an unknown GPU."""
+    """A remark when the fit is close, or when a model's family is not described. Raises ConfigError for a
+    rank that does not fit its GPU, or an unknown GPU."""
     if layout.gpus_per_node == 0:
         return ()
     config, gpu = job.config, find_gpu(layout.gpu)
@@ -123,12 +125,15 @@ def check_memory(layout: LayoutConfig, job: Job, model: Mapping[str, Any]) -> tu
     needed, phase = peak(parts)
     needed_gib, free_gib = needed / GIB, gpu.memory_gib - RESERVED_GIB
     if needed_gib > free_gib:
-        largest = sorted((p for p in parts if p.where == "device" and (not p.phases or phase in p.phases)), key=_size)[-3:]
+        largest = sorted(
+            (p for p in parts if p.where == "device" and (not p.phases or phase in p.phases)), key=_size
+        )[-3:]
         names = ", ".join(f"{part.name} {part.num_bytes / GIB:.1f}" for part in reversed(largest))
         raise ConfigError(
-            f"memory: found {needed_gib:.1f} GiB a rank in phase {phase}, expected at most {free_gib:.1f} of a {gpu.name}; most "
-            f"of it: {names}. More nodes, model.gradient_checkpointing, update.offload_optimizer or a smaller "
-            "update.max_microbatch_tokens help; `sd-search plan` lists all"
+            f"memory: found {needed_gib:.1f} GiB a rank in phase {phase}, expected at most {free_gib:.1f} of"
+            f" a {gpu.name}; most of it: {names}. More nodes, model.gradient_checkpointing,"
+            " update.offload_optimizer or a smaller update.max_microbatch_tokens help; `sd-search plan`"
+            " lists all"
         )
     if job.samples:
         check_servers(config, model, gpu)
@@ -137,8 +142,8 @@ def check_memory(layout: LayoutConfig, job: Job, model: Mapping[str, Any]) -> tu
 
 
 def check_servers(config: Config, model: Mapping[str, Any], gpu: Gpu) -> WorkerMemory | None:
-    """A worker of the run's vLLM servers; None where there is none. Raises ConfigError for one that does not fit its GPU with the
-    copy that a publish stages."""
+    """A worker of the run's vLLM servers; None where there is none. Raises ConfigError for one that does
+    not fit its GPU with the copy that a publish stages."""
     if config.rollout.engine != "vllm" or config.rollout.vllm.placement == "colocated":
         return None
     memory = worker_memory(model, config.model, config.rollout)
@@ -157,13 +162,18 @@ def render_plan(layout: LayoutConfig, job: Job, model: Mapping[str, Any]) -> str
     world_size = layout.nodes * ranks_per_node(layout, config)
     disk = checkpoint_bytes(shape, config) / 1e9
     kept = [
-        f"checkpoint        {disk:.0f} GB each with its model, {disk * (config.checkpoint.keep + 1):.0f} GB for the "
-        f"{config.checkpoint.keep} kept and one being written",
+        (
+            f"checkpoint        {disk:.0f} GB each with its model, {disk * (config.checkpoint.keep + 1):.0f}"
+            f" GB for the {config.checkpoint.keep} kept and one being written"
+        ),
         f"loading           {_loading(layout, config, model)}",
     ]
     lines = [
-        f"{Sizes.of(shape).total / 1e9:.2f} G parameters, {config.model.dtype}, ZeRO-{config.update.zero_stage}, {world_size} "
-        f"training ranks on {layout.nodes} nodes, {gpu.name}; {_who_samples(job)}",
+        (
+            f"{Sizes.of(shape).total / 1e9:.2f} G parameters, {config.model.dtype},"
+            f" ZeRO-{config.update.zero_stage}, {world_size} training ranks on {layout.nodes} nodes,"
+            f" {gpu.name}; {_who_samples(job)}"
+        ),
         *_memory_lines(rank_memory(shape, config, world_size=world_size), gpu),
         *(_server_lines(config, model, gpu) if job.samples else ()),
         *(_cache_lines(config, model) if job.samples else ("",)),
@@ -187,7 +197,10 @@ def _memory_lines(parts: Sequence[Part], gpu: Gpu) -> list[str]:
     return [
         f"\nmemory of a rank{'':<26}GiB   when",
         *(f"  {p.name:<36}{p.num_bytes / GIB:>8.2f}   {_when(p)}" for p in parts if p.num_bytes),
-        f"  {'worst moment':<36}{needed / GIB:>8.2f}   {phase}; {verdict} in {gpu.memory_gib:g} less {RESERVED_GIB:g} reserved",
+        (
+            f"  {'worst moment':<36}{needed / GIB:>8.2f}   {phase}; {verdict} in {gpu.memory_gib:g} less"
+            f" {RESERVED_GIB:g} reserved"
+        ),
     ]
 
 
@@ -204,10 +217,15 @@ def _step_lines(layout: LayoutConfig, config: Config, model: Mapping[str, Any]) 
     step = step_plan(layout, config, model, gpu)
     return [
         f"publish           {step.publish_bytes / 1e9:.1f} GB a step",
-        f"tokens of a step  {step.rollout_tokens / 1e6:.2f} M in rollouts, of them {step.sampled_tokens / 1e6:.2f} M sampled; "
-        f"{step.teacher_tokens / 1e6:.2f} M read by the teacher",
-        f"\nexpected seconds of a step ({UPDATE_EFFICIENCY:.0%} of {gpu.tflops:g} TFLOP/s, {DECODE_EFFICIENCY:.0%} of "
-        f"{gpu.memory_tb_s:g} TB/s, {NETWORK_GB_S:g} GB/s a node)",
+        (
+            f"tokens of a step  {step.rollout_tokens / 1e6:.2f} M in rollouts, of them"
+            f" {step.sampled_tokens / 1e6:.2f} M sampled; {step.teacher_tokens / 1e6:.2f} M read by the"
+            " teacher"
+        ),
+        (
+            f"\nexpected seconds of a step ({UPDATE_EFFICIENCY:.0%} of {gpu.tflops:g} TFLOP/s,"
+            f" {DECODE_EFFICIENCY:.0%} of {gpu.memory_tb_s:g} TB/s, {NETWORK_GB_S:g} GB/s a node)"
+        ),
         *_second_lines(step.seconds),
     ]
 
@@ -216,8 +234,10 @@ def _episode_lines(layout: LayoutConfig, config: Config, model: Mapping[str, Any
     """Of a warm-up: how long its episodes are is known when they are selected."""
     gpu, tokens = find_gpu(layout.gpu), tokens_of_full_microbatches(layout, config)
     return [
-        f"\nexpected seconds of {tokens / 1e6:.2f} M tokens of episodes, a full microbatch on every rank "
-        f"({UPDATE_EFFICIENCY:.0%} of {gpu.tflops:g} TFLOP/s, {NETWORK_GB_S:g} GB/s a node)",
+        (
+            f"\nexpected seconds of {tokens / 1e6:.2f} M tokens of episodes, a full microbatch on every rank "
+            f"({UPDATE_EFFICIENCY:.0%} of {gpu.tflops:g} TFLOP/s, {NETWORK_GB_S:g} GB/s a node)"
+        ),
         *_second_lines(update_seconds(layout, config, model, rollout_tokens=tokens, teacher_tokens=0)),
     ]
 
@@ -227,12 +247,17 @@ def _second_lines(seconds: Mapping[str, float]) -> list[str]:
 
 
 def _loading(layout: LayoutConfig, config: Config, model: Mapping[str, Any]) -> str:
-    """What a node's ranks read of the model's files: under ZeRO-3 each its own elements; else all of them, which they share."""
+    """What a node's ranks read of the model's files: under ZeRO-3 each its own elements; else all of them,
+    which they share."""
     item = ITEM_BYTES.get(model.get("dtype") or model.get("torch_dtype") or "bfloat16", ITEM_BYTES["float32"])
     total = item * Sizes.of(model_shape(model)).total / 1e9
     reads_shards = config.update.zero_stage == 3 and config.update.tensor_parallel_size == 1
     a_node = total / layout.nodes if reads_shards else total
-    whose = "each rank its own elements" if reads_shards else "every rank loads the whole model, of pages that they share"
+    whose = (
+        "each rank its own elements"
+        if reads_shards
+        else "every rank loads the whole model, of pages that they share"
+    )
     return f"{a_node:.1f} GB read a node ({whose}), {a_node / DISK_GB_S:.1f} s at {DISK_GB_S:g} GB/s"
 
 
@@ -250,6 +275,6 @@ def _server_lines(config: Config, model: Mapping[str, Any], gpu: Gpu) -> list[st
         return []
     share = memory_share(memory, config.rollout, device_bytes=gpu.memory_gib * GIB)
     return [
-        f"\na vLLM worker: weights {memory.weights / GIB:.2f} GiB, staged by a publish {memory.staged / GIB:.2f}, "
-        f"for vLLM {share:.3f} of the card"
+        f"\na vLLM worker: weights {memory.weights / GIB:.2f} GiB, staged by a publish"
+        f" {memory.staged / GIB:.2f}, for vLLM {share:.3f} of the card"
     ]

@@ -1,4 +1,5 @@
-"""Peak figures of GPUs, from their makers' data sheets: dense bfloat16 products, memory, and the links inside a node."""
+"""Peak figures of GPUs, from their makers' data sheets: dense bfloat16 products, memory, and the links
+inside a node."""
 
 from __future__ import annotations
 
@@ -10,8 +11,8 @@ from megatron_sd.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class Gpu:
-    """memory_gib: that a process can allocate. tflops: dense bfloat16. memory_tb_s: bandwidth. link_gb_s: one direction of
-    NVLink, or of PCIe where there is none."""
+    """memory_gib: that a process can allocate. tflops: dense bfloat16. memory_tb_s: bandwidth. link_gb_s:
+    one direction of NVLink, or of PCIe where there is none."""
 
     name: str
     memory_gib: float

@@ -1,7 +1,9 @@
-"""What one training rank holds in memory, component by component: arithmetic on the sizes of model, layout and configuration.
+"""What one training rank holds in memory, component by component: arithmetic on the sizes of model, layout
+and configuration.
 
-The activations are counted from what autograd keeps of a decoder layer of the Llama kind; states and buffers from what DeepSpeed
-allocates. tests/launch/test_plan.py compares both with what small models really take.
+The activations are counted from what autograd keeps of a decoder layer of the Llama kind; states and
+buffers from what DeepSpeed allocates. tests/launch/test_plan.py compares both with what small models really
+take.
 """
 
 from __future__ import annotations
@@ -16,21 +18,28 @@ from megatron_sd.config.checks import engine_reads_policy
 from megatron_sd.ops.head.one_pass import BLOCK_ELEMENTS
 from megatron_sd.resharding.names import DecoderSizes
 from megatron_sd.resharding.plan import ITEM_BYTES
-from megatron_sd.training.deepspeed_config import PREFETCH_ELEMENTS, REDUCE_BUCKET_ELEMENTS, SUB_GROUP_ELEMENTS
+from megatron_sd.training.deepspeed_config import (
+    PREFETCH_ELEMENTS,
+    REDUCE_BUCKET_ELEMENTS,
+    SUB_GROUP_ELEMENTS,
+)
 
-Phase = Literal["rollout", "head", "backward", "reduce", "step"]  # the moments of a step that can be the worst
+# the moments of a step that can be the worst
+Phase = Literal["rollout", "head", "backward", "reduce", "step"]
 Place = Literal["device", "host"]
 PHASES: tuple[Phase, ...] = ("rollout", "head", "backward", "reduce", "step")
 GIB = 2**30
 RESERVED_GIB = 4.0  # CUDA's context, NCCL's buffers, and what the allocator cannot use
 STEP_COPIES = 1  # float32, of the elements being stepped over: the gradient, put together; AdamW is fused
-REDUCE_COPIES = 5  # of the embedding: the gradients of head and embedding, their sum, and what the reduction packs and gets
+# of the embedding: the gradients of head and embedding, their sum, and what the reduction packs and gets
+REDUCE_COPIES = 5
 BLOCK_COPIES = 4  # float32, of the logits being worked on
 
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """Bytes of one component of one rank, and when it is there; no phase: always. where: on the device, or in host memory."""
+    """Bytes of one component of one rank, and when it is there; no phase: always. where: on the device, or
+    in host memory."""
 
     name: str
     num_bytes: float
@@ -59,7 +68,9 @@ class Sizes:
         return cls(layer=layer, num_layers=shape.num_layers, embedding=embedding, total=total)
 
 
-def rank_memory(shape: DecoderSizes, config: Config, *, world_size: int, on_gpu: bool = True) -> tuple[Part, ...]:
+def rank_memory(
+    shape: DecoderSizes, config: Config, *, world_size: int, on_gpu: bool = True
+) -> tuple[Part, ...]:
     """The parts of one rank, with a full microbatch of update.max_microbatch_tokens student positions."""
     update = _update(shape, config, world_size=world_size, on_gpu=on_gpu)
     return (*_states(shape, config, world_size), *update, *_rollout(shape, config, world_size))
@@ -68,7 +79,10 @@ def rank_memory(shape: DecoderSizes, config: Config, *, world_size: int, on_gpu:
 def peak(parts: Sequence[Part], where: Place = "device") -> tuple[float, Phase]:
     """Bytes at the worst moment, and which that is."""
     own = [part for part in parts if part.where == where]
-    sums = {phase: sum(part.num_bytes for part in own if not part.phases or phase in part.phases) for phase in PHASES}
+    sums = {
+        phase: sum(part.num_bytes for part in own if not part.phases or phase in part.phases)
+        for phase in PHASES
+    }
     worst = max(PHASES, key=lambda phase: sums[phase])
     return sums[worst], worst
 
@@ -80,8 +94,9 @@ def checkpoint_bytes(shape: DecoderSizes, config: Config) -> float:
 
 
 def saved_bytes_per_token(shape: DecoderSizes, item_bytes: int) -> int:
-    """What autograd keeps of one decoder layer for each token: two norms (their input in float32, scale, and two results),
-    attention (queries, keys, values, result, log-sums), and the MLP's gate, its activation, up and their product."""
+    """What autograd keeps of one decoder layer for each token: two norms (their input in float32, scale,
+    and two results), attention (queries, keys, values, result, log-sums), and the MLP's gate, its
+    activation, up and their product."""
     queries, keys = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
     norms = 2 * ((4 + 2 * item_bytes) * shape.hidden + 4)
     attention = item_bytes * 2 * (queries + keys) + 4 * shape.num_heads
@@ -102,7 +117,11 @@ def _states(shape: DecoderSizes, config: Config, world_size: int) -> list[Part]:
     update = config.update
     stepped: Place = "device" if update.offload_optimizer == "none" else "host"
     kept: Place = "device" if update.offload_parameters == "none" else "host"
-    largest = trained if stage != 3 else max(SUB_GROUP_ELEMENTS, 0 if adapters else math.ceil(sizes.embedding / world_size))
+    largest = (
+        trained
+        if stage != 3
+        else max(SUB_GROUP_ELEMENTS, 0 if adapters else math.ceil(sizes.embedding / world_size))
+    )
     at_once = 4 * STEP_COPIES * min(trained, largest)
     has_masters = stage in (1, 2) or (stage == 3 and (item != 4 or stepped != kept))
     parts = [
@@ -121,7 +140,9 @@ def _states(shape: DecoderSizes, config: Config, world_size: int) -> list[Part]:
 
 def adapter_elements(shape: DecoderSizes, config: Config) -> int:
     """Parameters of all adapters; 0 without."""
-    return config.model.lora.rank * shape.num_layers * sum(ins + outs for ins, outs in _adapted(shape, config))
+    return (
+        config.model.lora.rank * shape.num_layers * sum(ins + outs for ins, outs in _adapted(shape, config))
+    )
 
 
 def adapted_elements(shape: DecoderSizes, config: Config) -> int:
@@ -131,7 +152,11 @@ def adapted_elements(shape: DecoderSizes, config: Config) -> int:
 
 def _adapted(shape: DecoderSizes, config: Config) -> list[tuple[int, int]]:
     """Inputs and outputs of a decoder layer's linear layers that have an adapter."""
-    queries, keys, hidden = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim, shape.hidden
+    queries, keys, hidden = (
+        shape.num_heads * shape.head_dim,
+        shape.num_kv_heads * shape.head_dim,
+        shape.hidden,
+    )
     sizes = {
         "q_proj": (hidden, queries),
         "k_proj": (hidden, keys),
@@ -146,26 +171,40 @@ def _adapted(shape: DecoderSizes, config: Config) -> list[tuple[int, int]]:
 
 
 def _update(shape: DecoderSizes, config: Config, *, world_size: int, on_gpu: bool) -> list[Part]:
-    sizes, item, sharers = Sizes.of(shape), ITEM_BYTES[config.model.dtype], config.update.sequence_parallel_size
+    sizes, item, sharers = (
+        Sizes.of(shape),
+        ITEM_BYTES[config.model.dtype],
+        config.update.sequence_parallel_size,
+    )
     tokens = math.ceil(config.update.max_microbatch_tokens / sharers)
-    joined = 2 * item * tokens * sharers * shape.hidden if sharers > 1 else 0  # all slices' last hidden states, and a gradient
+    # all slices' last hidden states, and a gradient
+    joined = 2 * item * tokens * sharers * shape.hidden if sharers > 1 else 0
     layer = saved_bytes_per_token(shape, item)
     trains_head = config.model.lora.rank == 0
     is_kept = not config.model.gradient_checkpointing
     rows = min(config.update.head_chunk_rows, tokens)
-    head_gradient = (4 if tokens > config.update.head_chunk_rows else item) * sizes.embedding  # sums over chunks are float32
+    # sums over chunks are float32
+    head_gradient = (4 if tokens > config.update.head_chunk_rows else item) * sizes.embedding
     block = min(BLOCK_ELEMENTS["cuda" if on_gpu else "cpu"], rows * shape.vocabulary)
     is_gathered = config.update.zero_stage == 3 and world_size > 1
-    gathered = item * min(sizes.total, sizes.embedding + 2 * sizes.layer + PREFETCH_ELEMENTS) if is_gathered else 0
+    gathered = (
+        item * min(sizes.total, sizes.embedding + 2 * sizes.layer + PREFETCH_ELEMENTS) if is_gathered else 0
+    )
     busy: tuple[Phase, ...] = ("head", "backward")
     return [
         Part(name="gathered parameters", num_bytes=gathered, phases=(*busy, "reduce")),
-        Part(name="activations", num_bytes=tokens * shape.num_layers * (layer if is_kept else item * shape.hidden), phases=busy),
+        Part(
+            name="activations",
+            num_bytes=tokens * shape.num_layers * (layer if is_kept else item * shape.hidden),
+            phases=busy,
+        ),
         Part(name="joined hidden states", num_bytes=joined, phases=busy),
         Part(name="head: gradient", num_bytes=head_gradient if trains_head else 0, phases=busy),
         Part(name="head: logits of a chunk", num_bytes=rows * shape.vocabulary * item, phases=("head",)),
         Part(name="head: float32 blocks", num_bytes=4 * BLOCK_COPIES * block, phases=("head",)),
-        Part(name="a layer's backward", num_bytes=tokens * layer * (1 if is_kept else 2), phases=("backward",)),
+        Part(
+            name="a layer's backward", num_bytes=tokens * layer * (1 if is_kept else 2), phases=("backward",)
+        ),
         Part(
             name="embedding's reduction",
             num_bytes=item * REDUCE_COPIES * sizes.embedding if trains_head else 0,
@@ -175,8 +214,9 @@ def _update(shape: DecoderSizes, config: Config, *, world_size: int, on_gpu: boo
 
 
 def _rollout(shape: DecoderSizes, config: Config, world_size: int) -> list[Part]:
-    """Of the embedded engine, or of vLLM in the rank, which sleeps while the rank trains; the memory of vLLM's servers is their
-    own (megatron_sd/rollout/vllm/memory.py). Both give their keys and values back while the rank trains."""
+    """Of the embedded engine, or of vLLM in the rank, which sleeps while the rank trains; the memory of
+    vLLM's servers is their own (megatron_sd/rollout/vllm/memory.py). Both give their keys and values back
+    while the rank trains."""
     item, rollout, total = ITEM_BYTES[config.model.dtype], config.rollout, Sizes.of(shape).total
     own = rollout.vllm
     if rollout.engine == "vllm" and own.placement != "colocated":
@@ -187,7 +227,9 @@ def _rollout(shape: DecoderSizes, config: Config, world_size: int) -> list[Part]
         return [
             *staged,
             Part(name="vLLM", num_bytes=weights, phases=("rollout",)),
-            Part(name="vLLM: keys and values", num_bytes=(own.kv_cache_gib or 0.0) * GIB, phases=("rollout",)),
+            Part(
+                name="vLLM: keys and values", num_bytes=(own.kv_cache_gib or 0.0) * GIB, phases=("rollout",)
+            ),
             Part(name="vLLM, asleep", num_bytes=weights, where="host"),
         ]
     num_rollouts = math.ceil(rollout.questions_per_step * rollout.group_size / world_size)

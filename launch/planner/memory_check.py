@@ -1,4 +1,5 @@
-"""What a run is planned to take against what there is, in words, for the doors that start ranks on one machine: pure."""
+"""What a run is planned to take against what there is, in words, for the doors that start ranks on one
+machine: pure."""
 
 from __future__ import annotations
 
@@ -20,8 +21,8 @@ MOST_RANKS = 1024
 def remarks_on_memory(config: Config, *, num_ranks: int, device_bytes: int, on_cpu: bool) -> tuple[str, ...]:
     """What is planned, what there is and what would fit; empty when it fits.
 
-    device_bytes: of one GPU, or on CPUs the host memory of the machine, which all its ranks share. Raises ConfigError or
-    DataError for a model whose sizes cannot be read.
+    device_bytes: of one GPU, or on CPUs the host memory of the machine, which all its ranks share. Raises
+    ConfigError or DataError for a model whose sizes cannot be read.
     """
     try:
         shape = model_shape(model_config(config.model.path))
@@ -34,7 +35,10 @@ def remarks_on_memory(config: Config, *, num_ranks: int, device_bytes: int, on_c
     whose = f"{num_ranks} ranks together" if on_cpu else "a rank"
     there = f"{free / GIB:.1f} GiB of host memory" if on_cpu else f"{free / GIB:.1f} GiB of its GPU"
     found = f"memory: planned {needed / GIB:.1f} GiB for {whose} at the worst moment ({phase}), found {there}"
-    sized = [(words, needed_bytes(shape, c, n, on_cpu=on_cpu)[0]) for words, c, n in _variants(config, num_ranks, on_cpu=on_cpu)]
+    sized = [
+        (words, needed_bytes(shape, c, n, on_cpu=on_cpu)[0])
+        for words, c, n in _variants(config, num_ranks, on_cpu=on_cpu)
+    ]
     fitting, families = [], set()
     for words, size in sized:  # the first that fits of each kind: the smallest change
         family = words.split(" ")[0]
@@ -44,11 +48,15 @@ def remarks_on_memory(config: Config, *, num_ranks: int, device_bytes: int, on_c
     if fitting:
         return (found, f"each of these alone would fit: {'; '.join(fitting)}")
     best, size = min(sized, key=lambda variant: variant[1])
-    return (found, f"no single change fits; the best is {best} ({size / GIB:.1f} GiB): take several, or a smaller model")
+    return (
+        found,
+        f"no single change fits; the best is {best} ({size / GIB:.1f} GiB): take several, or a smaller model",
+    )
 
 
 def needed_bytes(shape: DecoderSizes, config: Config, num_ranks: int, *, on_cpu: bool) -> tuple[float, str]:
-    """Bytes of a rank on its device at the worst moment; on CPUs of all ranks, with what they hold in host memory."""
+    """Bytes of a rank on its device at the worst moment; on CPUs of all ranks, with what they hold in host
+    memory."""
     parts = rank_memory(shape, config, world_size=num_ranks, on_gpu=not on_cpu)
     if on_cpu:
         parts = tuple(dataclasses.replace(part, where="device") for part in parts)
@@ -74,10 +82,16 @@ def _smaller_runs(config: Config, *, on_cpu: bool) -> Iterator[tuple[str, Config
     replace = dataclasses.replace
     model, update = config.model, config.update
     if not model.gradient_checkpointing:
-        yield "model.gradient_checkpointing true", replace(config, model=replace(model, gradient_checkpointing=True))
+        yield (
+            "model.gradient_checkpointing true",
+            replace(config, model=replace(model, gradient_checkpointing=True)),
+        )
     tokens = update.max_microbatch_tokens // 2
     while tokens >= SMALLEST_MICROBATCH:
-        yield f"update.max_microbatch_tokens {tokens}", replace(config, update=replace(update, max_microbatch_tokens=tokens))
+        yield (
+            f"update.max_microbatch_tokens {tokens}",
+            replace(config, update=replace(update, max_microbatch_tokens=tokens)),
+        )
         tokens //= 2
     if not on_cpu and update.offload_optimizer == "none":
         yield "update.offload_optimizer cpu", replace(config, update=replace(update, offload_optimizer="cpu"))

@@ -39,16 +39,20 @@ MODELS: dict[str, dict[str, Any]] = {
 
 
 def model_config(path: str) -> dict[str, Any]:
-    """The config.json of a model directory; where there is none, the sizes that its name stands for (models/Qwen2.5-7B-Instruct).
+    """The config.json of a model directory; where there is none, the sizes that its name stands for
+    (models/Qwen2.5-7B-Instruct).
 
-    Raises DataError for a broken config.json, ConfigError for a directory that is not there and whose name says nothing.
+    Raises DataError for a broken config.json, ConfigError for a directory that is not there and whose name
+    says nothing.
     """
     file = Path(path) / "config.json"
     if file.is_file():
         try:
             return json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise DataError(f"no model configuration at {file} ({error}), expected a Hugging Face model directory") from error
+            raise DataError(
+                f"no model configuration at {file} ({error}), expected a Hugging Face model directory"
+            ) from error
     name = Path(path).name.lower().removesuffix("-instruct")
     if name in MODELS:
         return MODELS[name]

@@ -1,4 +1,5 @@
-"""`sd-search reshard-plan`: what one publish moves between so many ranks and workers. Needs a config.json, no weights, no GPU."""
+"""`sd-search reshard-plan`: what one publish moves between so many ranks and workers. Needs a config.json,
+no weights, no GPU."""
 
 from __future__ import annotations
 
@@ -29,13 +30,16 @@ class ReshardPlanConfig:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Build the plan and print its bytes. Raises DataError without a config.json, ConfigError when the sizes do not fit."""
+    """Build the plan and print its bytes. Raises DataError without a config.json, ConfigError when the
+    sizes do not fit."""
     config = parse(ReshardPlanConfig, argv, "sd-search reshard-plan")
     path = Path(config.model) / "config.json"
     try:
         model = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise DataError(f"no model configuration at {path} ({error}), expected a Hugging Face model directory") from error
+        raise DataError(
+            f"no model configuration at {path} ({error}), expected a Hugging Face model directory"
+        ) from error
     started = time.perf_counter()
     source = ShardLayout(parameters=whole_parameters(model, dtype=config.dtype), world_size=config.num_ranks)
     workers = worker_layouts(model, tp_size=config.tp_size, dtype=config.dtype)
@@ -53,7 +57,9 @@ def describe(config: ReshardPlanConfig, source: ShardLayout, counted: Balance) -
         "from": f"{config.num_ranks} ZeRO-3 ranks",
         "to": f"{config.num_replicas} x {config.tp_size} tensor-parallel workers",
         "moved": f"{_size(counted.moved)}, the sum of the workers' shards",
-        "gather and broadcast": f"{_size(counted.gathered)}, {counted.gathered / counted.moved:.1f} times as much",
+        "gather and broadcast": (
+            f"{_size(counted.gathered)}, {counted.gathered / counted.moved:.1f} times as much"
+        ),
         "sent by a rank": _range(counted.sent),
         "received by a worker": _range(counted.received),
         "on a link": _range(counted.links),

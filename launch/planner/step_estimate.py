@@ -36,7 +36,8 @@ class StepPlan:
 
 
 def step_plan(layout: LayoutConfig, config: Config, model: Mapping[str, Any], gpu: Gpu) -> StepPlan:
-    """Tokens, bytes and seconds of a step in which every rollout searches config.rollout.max_search_turns times."""
+    """Tokens, bytes and seconds of a step in which every rollout searches config.rollout.max_search_turns
+    times."""
     rollout, distils = config.rollout, config.distill.block != "none"
     num_rollouts = rollout.questions_per_step * rollout.group_size
     sampled = rollout.max_search_turns * TURN_TOKENS + ANSWER_TOKENS
@@ -82,7 +83,8 @@ class _Sampling:
 
 
 def _rollout_seconds(work: _Sampling, config: Config, model: Mapping[str, Any], gpu: Gpu) -> float:
-    """Prompts and observations are read at the speed of products; a token reads the weights, and the keys and values so far."""
+    """Prompts and observations are read at the speed of products; a token reads the weights, and the keys
+    and values so far."""
     shape, item = model_shape(model), ITEM_BYTES[config.model.dtype]
     total, most = Sizes.of(shape).total, config.rollout.max_concurrent_sequences
     cached = min(work.rows, most) * work.length / 2 * kv_bytes_per_token(shape, item)

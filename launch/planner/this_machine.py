@@ -29,7 +29,10 @@ def plan_here(job: Job, description: Mapping[str, Any]) -> str:
     memory cannot be told, UnknownArchitectureError for a family that is not described."""
     free = free_bytes()
     if free is None:
-        raise ConfigError("this_machine: nvidia-smi does not say how much memory the GPUs have free, expected it to work here")
+        raise ConfigError(
+            "this_machine: nvidia-smi does not say how much memory the GPUs have free, expected it to work"
+            " here"
+        )
     return render(job, model_shape(description), free=free, on_cpu=not has_gpu(), num_places=num_places())
 
 
@@ -43,7 +46,8 @@ def num_places() -> int:
 
 
 def render(job: Job, shape: DecoderSizes, *, free: int, on_cpu: bool, num_places: int) -> str:
-    """Ways of training down, numbers of ranks across; in each place the planned memory, and the largest microbatch that fits.
+    """Ways of training down, numbers of ranks across; in each place the planned memory, and the largest
+    microbatch that fits.
 
     free: bytes, of the machine's memory on CPUs, which all ranks share, else of the fullest GPU.
     """
@@ -54,21 +58,28 @@ def render(job: Job, shape: DecoderSizes, *, free: int, on_cpu: bool, num_places
     if not on_cpu:
         where = f"{num_places} GPUs, {free / GIB:.1f} GiB free on the fullest"
     rows = [
-        [words, *(_place(own, shape, number, free=free, on_cpu=on_cpu) for number in ranks)] for words, own in ways(config)
+        [words, *(_place(own, shape, number, free=free, on_cpu=on_cpu) for number in ranks)]
+        for words, own in ways(config)
     ]
     heads = ["", *(f"{number} rank{'s' if number > 1 else ''}" for number in ranks)]
     widths = [max(len(row[column]) for row in (heads, *rows)) for column in range(len(heads))]
-    lines = ["   ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in (heads, *rows)]
+    lines = [
+        "   ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in (heads, *rows)
+    ]
     size = f"{config.rollout.questions_per_step * config.rollout.group_size} rollouts"
     if job.program == "sft":
         size = f"{job.batch[1]} episodes"
-    return "\n".join([
-        f"{Sizes.of(shape).total / 1e9:.2f} G parameters in {config.model.dtype}; this machine: {where}",
-        f"planned GiB at the worst moment of a step of {size}, with microbatches of "
-        f"{config.update.max_microbatch_tokens} tokens; in brackets the largest microbatch that fits",
-        "",
-        *lines,
-    ])
+    return "\n".join(
+        [
+            f"{Sizes.of(shape).total / 1e9:.2f} G parameters in {config.model.dtype}; this machine: {where}",
+            (
+                f"planned GiB at the worst moment of a step of {size}, with microbatches of "
+                f"{config.update.max_microbatch_tokens} tokens; in brackets the largest microbatch that fits"
+            ),
+            "",
+            *lines,
+        ]
+    )
 
 
 def ways(config: Config) -> Iterator[tuple[str, Config]]:

@@ -1,7 +1,8 @@
-"""The hindsight block's variants: the paper's, its ablations, and the controls that a claim needs (docs/method.md, section 3).
+"""The hindsight block's variants: the paper's, its ablations, and the controls that a claim needs
+(docs/method.md, section 3).
 
-Each is one small function `(BlockContext) -> str`, and a name in BLOCKS. A control changes one thing and keeps the rest: who is
-listed, which outcome stands beside whom, or whether the text says anything at all.
+Each is one small function `(BlockContext) -> str`, and a name in BLOCKS. A control changes one thing and
+keeps the rest: who is listed, which outcome stands beside whom, or whether the text says anything at all.
 """
 
 from __future__ import annotations
@@ -10,7 +11,15 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 
-from megatron_sd.algorithm.hindsight import HEADLINE, AttemptLine, BlockBuilder, BlockContext, attempt_of, attempts_of, quoted
+from megatron_sd.algorithm.hindsight import (
+    HEADLINE,
+    AttemptLine,
+    BlockBuilder,
+    BlockContext,
+    attempt_of,
+    attempts_of,
+    quoted,
+)
 from megatron_sd.records import Rollout
 
 FILLER = "the"  # one token in every tokenizer of ours, and no news
@@ -59,7 +68,8 @@ def inverted_block(context: BlockContext) -> str:
 
 
 def flat_pool_block(context: BlockContext) -> str:
-    """All queries in one line, in alphabetical order, and how many attempts ended how: nobody can tell whose query was whose."""
+    """All queries in one line, in alphabetical order, and how many attempts ended how: nobody can tell
+    whose query was whose."""
     attempts = context.attempts
     queries = sorted(quoted(query) for attempt in attempts for query in attempt.queries)
     if not queries:

@@ -1,4 +1,5 @@
-"""How the two terms of the loss are weighed: L = L_GRPO + alpha * mean over distilled rollouts of their mean divergence."""
+"""How the two terms of the loss are weighed: L = L_GRPO + alpha * mean over distilled rollouts of their
+mean divergence."""
 
 from __future__ import annotations
 
@@ -10,9 +11,11 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class TermWeights:
-    """What one pass over the batch accumulates: policy * L_GRPO + distill * L_SD, with L_SD split by its groups' spread.
+    """What one pass over the batch accumulates: policy * L_GRPO + distill * L_SD, with L_SD split by its
+    groups' spread.
 
-    Groups whose rewards are all equal give GRPO no gradient but still distil; a measuring pass looks at them apart.
+    Groups whose rewards are all equal give GRPO no gradient but still distil; a measuring pass looks at
+    them apart.
     """
 
     policy: float
@@ -26,10 +29,12 @@ class TermWeights:
 
 
 def query_row_weights(query_weights: Tensor, in_spread: Tensor, weights: TermWeights) -> Tensor:
-    """[Q] float32 weight of every query row: alpha of its group times 1 / query tokens of its rollout (0: not in this pass).
+    """[Q] float32 weight of every query row: alpha of its group times 1 / query tokens of its rollout (0:
+    not in this pass).
 
-    Divided by the global number of distilled rollouts (records.Totals), the weighted sum of the rows' divergences is
-    alpha times the mean over rollouts of the mean over query tokens (docs/method.md, section 1).
+    Divided by the global number of distilled rollouts (records.Totals), the weighted sum of the rows'
+    divergences is alpha times the mean over rollouts of the mean over query tokens (docs/method.md, section
+    1).
     """
     alpha = torch.where(in_spread, weights.distill_spread, weights.distill_no_spread)
     return alpha.to(query_weights.dtype) * query_weights

@@ -1,8 +1,9 @@
 """Hindsight blocks: what the teacher sees and the student does not (docs/method.md, section 1).
 
-A block is plain text that lists, attempt by attempt, the search queries of the rollouts of one question with the attempt's
-outcome. Thoughts, passages and answers are left out: they would leak the answer. Each variant (blocks.py) is one small function
-`(BlockContext) -> str`; the empty string means that the rollout is not distilled.
+A block is plain text that lists, attempt by attempt, the search queries of the rollouts of one question
+with the attempt's outcome. Thoughts, passages and answers are left out: they would leak the answer. Each
+variant (blocks.py) is one small function `(BlockContext) -> str`; the empty string means that the rollout
+is not distilled.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from megatron_sd.records import Rollout, RolloutGroup
 
 @dataclass(frozen=True, kw_only=True)
 class AttemptLine:
-    """One rollout as a block shows it. correct is None where the block shows no label; passages: those that each query found,
-    where the block shows them."""
+    """One rollout as a block shows it. correct is None where the block shows no label; passages: those that
+    each query found, where the block shows them."""
 
     queries: tuple[str, ...]
     correct: bool | None
@@ -31,7 +32,8 @@ Renderer = Callable[[Sequence[AttemptLine]], str]
 
 @dataclass(frozen=True, kw_only=True)
 class BlockContext:
-    """What a block may look at: the focal rollout's group, all groups of the step, a seed for what is drawn, its text form."""
+    """What a block may look at: the focal rollout's group, all groups of the step, a seed for what is
+    drawn, its text form."""
 
     groups: Sequence[RolloutGroup]
     group: int
@@ -78,7 +80,8 @@ def render_outcome_last(attempts: Sequence[AttemptLine]) -> str:
 
 
 def render_outcome_first(attempts: Sequence[AttemptLine]) -> str:
-    """The same with the outcome before the queries: a causal model then knows it at every token of those queries.
+    """The same with the outcome before the queries: a causal model then knows it at every token of those
+    queries.
 
     >>> lines = [AttemptLine(queries=("a", "b"), correct=True), AttemptLine(queries=("c",), correct=False)]
     >>> print(render_outcome_first(lines), end="")
@@ -98,12 +101,15 @@ def _render(attempts: Sequence[AttemptLine], without_outcome: str, with_outcome:
         found = [*attempt.passages, *[()] * len(attempt.queries)]
         steps = (" ".join([quoted(query), *map(quoted, own)]) for query, own in zip(attempt.queries, found))
         path = " -> ".join(steps) or "no search"
-        lines.append(line.format(number=number, path=path, outcome="CORRECT" if attempt.correct else "INCORRECT"))
+        lines.append(
+            line.format(number=number, path=path, outcome="CORRECT" if attempt.correct else "INCORRECT")
+        )
     return "\n".join(lines) + "\n"
 
 
 def quoted(text: str) -> str:
-    """In double quotes and on one line, whatever the text holds: `x" => CORRECT` must not forge an outcome."""
+    """In double quotes and on one line, whatever the text holds: `x" => CORRECT` must not forge an
+    outcome."""
     return '"' + " ".join(text.replace('"', "'").split()) + '"'
 
 
@@ -125,12 +131,14 @@ def attempt_of(rollout: Rollout, correct_above: float) -> AttemptLine:
     return AttemptLine(queries=rollout.queries, correct=is_correct(rollout, correct_above))
 
 
-Blocks = Sequence[Sequence[tuple[str, ...]]]  # by group and rollout: no text, one for all turns, or one a turn
+# by group and rollout: no text, one for all turns, or one a turn
+Blocks = Sequence[Sequence[tuple[str, ...]]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class HindsightBlocks:
-    """Builds the block of every rollout of a step; before `first_step` (alpha's warm-up) there is none, so no teacher runs.
+    """Builds the block of every rollout of a step; before `first_step` (alpha's warm-up) there is none, so
+    no teacher runs.
 
     by_turn: the block differs from turn to turn of a rollout, so there is one for each.
     """
@@ -148,7 +156,10 @@ class HindsightBlocks:
             return [[()] * len(group.rollouts) for group in groups]
         shared = {"correct_above": self.correct_above, "seed": _mix(self.seed, step), "render": self.render}
         return [
-            [self._texts(BlockContext(groups=groups, group=g, focal=i, **shared)) for i in range(len(groups[g].rollouts))]
+            [
+                self._texts(BlockContext(groups=groups, group=g, focal=i, **shared))
+                for i in range(len(groups[g].rollouts))
+            ]
             for g in range(len(groups))
         ]
 

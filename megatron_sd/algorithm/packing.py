@@ -1,4 +1,5 @@
-"""Cutting a step's samples into microbatches: equal in number on every rank, balanced in cost, with little padding.
+"""Cutting a step's samples into microbatches: equal in number on every rank, balanced in cost, with little
+padding.
 
 Losses are sums over rows divided by global totals, so any packing gives the same gradient.
 """
@@ -19,16 +20,22 @@ Packer = Callable[[Sequence[TrainingSample]], Batch]  # all samples of the step 
 
 
 def pack(
-    samples: Sequence[TrainingSample], *, max_tokens: int, world_size: int, aggregation: str, one_row: bool = False
+    samples: Sequence[TrainingSample],
+    *,
+    max_tokens: int,
+    world_size: int,
+    aggregation: str,
+    one_row: bool = False,
 ) -> list[Batch]:
     """One batch per rank, from all samples of the step; deterministic.
 
-    Samples are sorted by length and cut into the smallest number of microbatches that is a multiple of world_size and keeps
-    each under max_tokens positions (student and teacher, padding included); the cut then makes the largest one as small as
-    possible. A sample longer than max_tokens gets a microbatch of its own. Microbatches at the same place on different ranks
-    have similar costs, because ranks wait for each other there.
-    aggregation: "token" (every completion token weighs 1) or "rollout" (1 / completion tokens of its rollout). one_row: sequences
-    are read without padding, and positions are counted as they are then read (algorithm/packed.py).
+    Samples are sorted by length and cut into the smallest number of microbatches that is a multiple of
+    world_size and keeps each under max_tokens positions (student and teacher, padding included); the cut
+    then makes the largest one as small as possible. A sample longer than max_tokens gets a microbatch of
+    its own. Microbatches at the same place on different ranks have similar costs, because ranks wait for
+    each other there. aggregation: "token" (every completion token weighs 1) or "rollout" (1 / completion
+    tokens of its rollout). one_row: sequences are read without padding, and positions are counted as they
+    are then read (algorithm/packed.py).
     """
     sizes, tally = sizes_of(samples), _OneRowTally if one_row else _Tally
     bins = plan_bins(sizes, max_tokens, world_size, tally=tally)
@@ -36,7 +43,9 @@ def pack(
     batches = []
     for rank_bins in assign_bins(bins, [bin_cost(sizes, b, tally=tally) for b in bins], world_size):
         microbatches = [build_microbatch([samples[i] for i in b], aggregation) for b in rank_bins]
-        batches.append(Batch(microbatches=tuple(replace(m, is_packed=one_row) for m in microbatches), totals=totals))
+        batches.append(
+            Batch(microbatches=tuple(replace(m, is_packed=one_row) for m in microbatches), totals=totals)
+        )
     return align_teachers(batches)
 
 
@@ -51,8 +60,8 @@ def _row_weight(sample: TrainingSample, aggregation: str) -> float:
 
 
 class Size(NamedTuple):
-    """Token counts of a sample: the student's sequence, and for each of the teacher's views its continuation, its prompt, and a
-    number that views with the same prompt share."""
+    """Token counts of a sample: the student's sequence, and for each of the teacher's views its
+    continuation, its prompt, and a number that views with the same prompt share."""
 
     student: int
     views: tuple[tuple[int, int, int], ...]
@@ -69,7 +78,10 @@ def sizes_of(samples: Sequence[TrainingSample]) -> list[Size]:
     sizes = []
     for s in samples:
         views = s.teacher_views if s.is_distilled else ()
-        counts = [(len(v.continuation), len(v.prompt_ids), numbers.setdefault(v.prompt_ids, len(numbers))) for v in views]
+        counts = [
+            (len(v.continuation), len(v.prompt_ids), numbers.setdefault(v.prompt_ids, len(numbers)))
+            for v in views
+        ]
         sizes.append(Size(len(s.ids), tuple(counts)))
     return sizes
 
@@ -78,7 +90,9 @@ class _Tally:
     """Padded positions of a microbatch as it fills: every block of sequences is as wide as its longest."""
 
     def __init__(self):
-        self._students = self._continuations = self._widest = self._widest_continuation = self._widest_prompt = 0
+        self._students = self._continuations = self._widest = self._widest_continuation = (
+            self._widest_prompt
+        ) = 0
         self._prompts: set[int] = set()
 
     def add(self, size: Size) -> int:
@@ -105,18 +119,26 @@ class _OneRowTally:
 
     def add(self, size: Size) -> int:
         """The cost with this sample in it."""
-        self._tokens += size.student + sum(continuation + prompt - 1 for continuation, prompt, _ in size.views)
+        self._tokens += size.student + sum(
+            continuation + prompt - 1 for continuation, prompt, _ in size.views
+        )
         return self._tokens
 
 
-def bin_cost(sizes: Sequence[Size], indices: Bin, *, tally: Callable[[], _Tally | _OneRowTally] = _Tally) -> int:
+def bin_cost(
+    sizes: Sequence[Size], indices: Bin, *, tally: Callable[[], _Tally | _OneRowTally] = _Tally
+) -> int:
     """Positions of the microbatch: student and teacher, padding included where there is some."""
     counted = tally()
     return max((counted.add(sizes[i]) for i in indices), default=0)
 
 
 def plan_bins(
-    sizes: Sequence[Size], max_tokens: int, world_size: int, *, tally: Callable[[], _Tally | _OneRowTally] = _Tally
+    sizes: Sequence[Size],
+    max_tokens: int,
+    world_size: int,
+    *,
+    tally: Callable[[], _Tally | _OneRowTally] = _Tally,
 ) -> list[Bin]:
     """Bins of sample indices; their number is a positive multiple of world_size (empty bins fill up)."""
     order = sorted(range(len(sizes)), key=lambda i: (-sizes[i].student, -sizes[i].continuations, i))
@@ -125,13 +147,18 @@ def plan_bins(
     low, high = 1, max_tokens
     while low < high:  # the smallest capacity that needs no more than num_bins
         middle = (low + high) // 2
-        low, high = (low, middle) if len(_fill(sizes, order, middle, tally)) <= num_bins else (middle + 1, high)
+        low, high = (
+            (low, middle) if len(_fill(sizes, order, middle, tally)) <= num_bins else (middle + 1, high)
+        )
     bins = _fill(sizes, order, low, tally)
     return bins + [[] for _ in range(num_bins - len(bins))]
 
 
-def _fill(sizes: Sequence[Size], order: Sequence[int], capacity: int, tally: Callable[[], _Tally | _OneRowTally]) -> list[Bin]:
-    """Cut the order into runs as long as the capacity allows; a sample above the capacity is a run of its own."""
+def _fill(
+    sizes: Sequence[Size], order: Sequence[int], capacity: int, tally: Callable[[], _Tally | _OneRowTally]
+) -> list[Bin]:
+    """Cut the order into runs as long as the capacity allows; a sample above the capacity is a run of its
+    own."""
     bins: list[Bin] = []
     counted = tally()
     for index in order:
@@ -145,7 +172,8 @@ def _fill(sizes: Sequence[Size], order: Sequence[int], capacity: int, tally: Cal
 
 
 def assign_bins(bins: Sequence[Bin], costs: Sequence[int], world_size: int) -> list[list[Bin]]:
-    """Deal the bins, costliest first, in rounds of one per rank; within a round the least loaded rank gets the costliest."""
+    """Deal the bins, costliest first, in rounds of one per rank; within a round the least loaded rank gets
+    the costliest."""
     ranks: list[list[Bin]] = [[] for _ in range(world_size)]
     loads = [0] * world_size
     order = sorted(range(len(bins)), key=lambda i: (-costs[i], i))
@@ -164,10 +192,14 @@ def padding_share(batch: Batch) -> float:
 
 
 def align_teachers(batches: Sequence[Batch]) -> list[Batch]:
-    """Where any rank's microbatch has a teacher, every rank's has one: a single token without rows, so that collectives match."""
+    """Where any rank's microbatch has a teacher, every rank's has one: a single token without rows, so that
+    collectives match."""
     columns = zip(*(batch.microbatches for batch in batches), strict=True)
     aligned = [
-        [m.with_dummy_teacher() if any(other.has_teacher for other in column) and not m.has_teacher else m for m in column]
+        [
+            m.with_dummy_teacher() if any(other.has_teacher for other in column) and not m.has_teacher else m
+            for m in column
+        ]
         for column in columns
     ]
     return [
@@ -177,7 +209,8 @@ def align_teachers(batches: Sequence[Batch]) -> list[Batch]:
 
 
 def build_microbatch(samples: Sequence[TrainingSample], aggregation: str) -> Microbatch:
-    """The arrays of one microbatch (records.Microbatch says what they hold); no samples give the empty one."""
+    """The arrays of one microbatch (records.Microbatch says what they hold); no samples give the empty
+    one."""
     input_ids, lengths = _pad([s.ids for s in samples] or [np.zeros(1, dtype=np.int64)])
     positions = [np.flatnonzero(s.loss_mask) for s in samples]
     counts = [len(p) for p in positions]
@@ -207,7 +240,9 @@ def build_microbatch(samples: Sequence[TrainingSample], aggregation: str) -> Mic
 def _teacher_arrays(distilled: Sequence[TrainingSample]) -> dict[str, np.ndarray]:
     """The teacher's prompts, each once, and the continuations of the distilled samples."""
     views = [view for sample in distilled for view in sample.teacher_views]
-    numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(view.prompt_ids for view in views))}
+    numbers = {
+        prompt: number for number, prompt in enumerate(dict.fromkeys(view.prompt_ids for view in views))
+    }
     prompts, prompt_lengths = _pad([np.array(prompt[:-1], dtype=np.int64) for prompt in numbers], at_least=1)
     ids, lengths = _pad([view.continuation for view in views])
     rows = [b * ids.shape[1] + view.offsets for b, view in enumerate(views)]
@@ -222,9 +257,11 @@ def _teacher_arrays(distilled: Sequence[TrainingSample]) -> dict[str, np.ndarray
 
 
 def distilled_part(microbatch: Microbatch, weights: TermWeights) -> Microbatch:
-    """What a pass without the policy term needs: the query rows that it distils, the sequences they lie in, cut after the last.
+    """What a pass without the policy term needs: the query rows that it distils, the sequences they lie in,
+    cut after the last.
 
-    Nothing left gives the empty microbatch. A microbatch with a teacher keeps one, so that ranks stay aligned.
+    Nothing left gives the empty microbatch. A microbatch with a teacher keeps one, so that ranks stay
+    aligned.
     """
     m = microbatch
     kept = np.where(m.query_in_spread, weights.distill_spread, weights.distill_no_spread) != 0.0
@@ -233,9 +270,13 @@ def distilled_part(microbatch: Microbatch, weights: TermWeights) -> Microbatch:
         empty = replace(build_microbatch([], "token"), is_packed=m.is_packed)
         return empty.with_dummy_teacher() if m.has_teacher else empty
     input_ids, lengths, row_index, _ = _cut(m.input_ids, m.lengths, m.row_index[rows])
-    teacher_ids, teacher_lengths, teacher_rows, used = _cut(m.teacher_ids, m.teacher_lengths, m.teacher_rows[kept])
+    teacher_ids, teacher_lengths, teacher_rows, used = _cut(
+        m.teacher_ids, m.teacher_lengths, m.teacher_rows[kept]
+    )
     prompts, prompt_of = np.unique(m.teacher_prompt_of[used], return_inverse=True)
-    by_row = {name: getattr(m, name)[rows] for name in ("targets", "rollout_logprobs", "advantages", "row_weights")}
+    by_row = {
+        name: getattr(m, name)[rows] for name in ("targets", "rollout_logprobs", "advantages", "row_weights")
+    }
     by_query = {name: getattr(m, name)[kept] for name in ("query_weights", "query_in_spread")}
     return Microbatch(
         input_ids=input_ids,
@@ -255,8 +296,8 @@ def distilled_part(microbatch: Microbatch, weights: TermWeights) -> Microbatch:
 
 
 def row_share(microbatch: Microbatch, rank: int, size: int) -> Microbatch:
-    """The microbatch with every size-th of its rows, and the query rows among them: a rank's part where `size` ranks read the
-    same sequences. The sequences stay."""
+    """The microbatch with every size-th of its rows, and the query rows among them: a rank's part where
+    `size` ranks read the same sequences. The sequences stay."""
     m, rows = microbatch, np.arange(rank, len(microbatch.row_index), size)
     own = m.query_rows % size == rank
     by_row = ("row_index", "targets", "rollout_logprobs", "advantages", "row_weights")
@@ -269,9 +310,11 @@ def row_share(microbatch: Microbatch, rank: int, size: int) -> Microbatch:
     )
 
 
-def _cut(ids: np.ndarray, lengths: np.ndarray, flat_rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """ids [N, S], lengths [N] and flat positions in them, without the sequences and columns that hold none of the positions; and
-    which sequences are left."""
+def _cut(
+    ids: np.ndarray, lengths: np.ndarray, flat_rows: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """ids [N, S], lengths [N] and flat positions in them, without the sequences and columns that hold none
+    of the positions; and which sequences are left."""
     sequences, columns = np.divmod(flat_rows, ids.shape[1])
     used, places = np.unique(sequences, return_inverse=True)
     width = int(columns.max()) + 1

@@ -1,4 +1,5 @@
-"""The policy's loss on rows, one row per sampled token: GRPO's clipped policy gradient, or the likelihood of stored rollouts."""
+"""The policy's loss on rows, one row per sampled token: GRPO's clipped policy gradient, or the likelihood
+of stored rollouts."""
 
 from __future__ import annotations
 
@@ -10,9 +11,9 @@ from torch import Tensor
 
 
 class PolicyRows(NamedTuple):
-    """All [R] float32. losses: differentiable in the policy's log-probabilities. kl: the k3 estimate, likewise (0 without a
-    reference). clipped: 1 where the clip, or the cap, bound. logprob_gap: |policy - engine log-probability|. The last two have no
-    gradient."""
+    """All [R] float32. losses: differentiable in the policy's log-probabilities. kl: the k3 estimate,
+    likewise (0 without a reference). clipped: 1 where the clip, or the cap, bound. logprob_gap: |policy -
+    engine log-probability|. The last two have no gradient."""
 
     losses: Tensor
     kl: Tensor
@@ -29,15 +30,17 @@ def policy_rows(
     clip: float,
     importance_cap: float | None = None,
 ) -> PolicyRows:
-    """-min(ratio A, clip(ratio, 1 - c, 1 + c) A) with ratio = pi_now / pi_at_sampling (PPO, equation 7; GRPO, equation 3).
+    """-min(ratio A, clip(ratio, 1 - c, 1 + c) A) with ratio = pi_now / pi_at_sampling (PPO, equation 7;
+    GRPO, equation 3).
 
-    importance_cap C replaces the clip by truncated importance sampling (Ionides, 2008): the gradient of a token is weighted by
-    min(ratio, C), held constant, -min(sg(ratio), C) A grad log pi_now. The clip drops the gradient of tokens that moved too far
-    in the advantage's direction; the cap keeps every token's gradient and bounds its weight, whatever the sign, which is what an
-    engine that differs from the trainer, or samples a step behind, asks for. `clipped` then marks the weights that were cut.
+    importance_cap C replaces the clip by truncated importance sampling (Ionides, 2008): the gradient of a
+    token is weighted by min(ratio, C), held constant, -min(sg(ratio), C) A grad log pi_now. The clip drops
+    the gradient of tokens that moved too far in the advantage's direction; the cap keeps every token's
+    gradient and bounds its weight, whatever the sign, which is what an engine that differs from the
+    trainer, or samples a step behind, asks for. `clipped` then marks the weights that were cut.
 
-    All arguments [R] float32; logprobs alone may carry a gradient. The KL to the reference policy is Schulman's k3,
-    pi_ref / pi - log(pi_ref / pi) - 1: never negative, unbiased over tokens sampled from pi.
+    All arguments [R] float32; logprobs alone may carry a gradient. The KL to the reference policy is
+    Schulman's k3, pi_ref / pi - log(pi_ref / pi) - 1: never negative, unbiased over tokens sampled from pi.
     """
     log_ratio = logprobs - rollout_logprobs
     ratio = log_ratio.exp()
@@ -65,7 +68,8 @@ def likelihood_rows(
     clip: float,  # nothing is clipped
     importance_cap: float | None = None,  # nothing is weighted
 ) -> PolicyRows:
-    """-A log pi_now, whoever sampled the token: no ratio, no clip. With A = 1 the negative log-likelihood (nats a token)."""
+    """-A log pi_now, whoever sampled the token: no ratio, no clip. With A = 1 the negative log-likelihood
+    (nats a token)."""
     return PolicyRows(
         losses=-advantages * logprobs,
         kl=_k3(logprobs, reference_logprobs),

@@ -13,9 +13,11 @@ from megatron_sd.errors import BarrenStepError, RolloutError
 from megatron_sd.records import Rollout, RolloutGroup, TokenIds, TrainingSample
 
 Gate = Callable[[RolloutGroup, float], bool]
-# Per group, per rollout in index order: no prompt, one for all turns, or one a turn (None: that turn is not distilled).
+# Per group, per rollout in index order: no prompt, one for all turns, or one a turn (None: that turn is not
+# distilled).
 TeacherPrompts = Sequence[Sequence[tuple[TokenIds | None, ...]]]
-Scope = Callable[[Rollout], list[tuple[int, int]]]  # for each turn, [start, stop) of its completion ids that are distilled
+# for each turn, [start, stop) of its completion ids that are distilled
+Scope = Callable[[Rollout], list[tuple[int, int]]]
 
 
 def every_group(_group: RolloutGroup, _correct_above: float) -> bool:
@@ -77,19 +79,27 @@ def apply_gate(
 
 
 def to_samples(
-    groups: Sequence[RolloutGroup], advantages: Sequence[Sequence[float]], teacher_prompts: TeacherPrompts, *, scope: Scope
+    groups: Sequence[RolloutGroup],
+    advantages: Sequence[Sequence[float]],
+    teacher_prompts: TeacherPrompts,
+    *,
+    scope: Scope,
 ) -> list[TrainingSample]:
     """One sample per rollout that is data, in group and index order.
 
-    advantages, teacher_prompts: per group, per rollout. scope: which tokens are distilled. Infrastructure failures and rollouts
-    without a sampled token are left out. Raises RolloutError for a rollout whose records do not fit together, and BarrenStepError
-    when none of the usable rollouts has a token.
+    advantages, teacher_prompts: per group, per rollout. scope: which tokens are distilled. Infrastructure
+    failures and rollouts without a sampled token are left out. Raises RolloutError for a rollout whose
+    records do not fit together, and BarrenStepError when none of the usable rollouts has a token.
     """
     samples = []
     for number, group in enumerate(groups):
         spread = has_spread(group)
-        for rollout, advantage, prompts in zip(group.rollouts, advantages[number], teacher_prompts[number], strict=True):
-            if rollout.stop_reason.is_infrastructure or not any(turn.completion_ids for turn in rollout.turns):
+        for rollout, advantage, prompts in zip(
+            group.rollouts, advantages[number], teacher_prompts[number], strict=True
+        ):
+            if rollout.stop_reason.is_infrastructure or not any(
+                turn.completion_ids for turn in rollout.turns
+            ):
                 continue
             ids, mask, logprobs = rollout_arrays(rollout)
             query_positions, query_turns = scoped_positions(rollout, scope)
@@ -111,7 +121,8 @@ def to_samples(
     reasons = Counter(rollout.stop_reason.value for group in groups for rollout in group.usable)
     if reasons and not samples:
         raise BarrenStepError(
-            f"none of the step's {reasons.total()} rollouts has a sampled token ({dict(reasons)}), expected some to train on"
+            f"none of the step's {reasons.total()} rollouts has a sampled token ({dict(reasons)}), expected"
+            " some to train on"
         )
     return samples
 
@@ -131,7 +142,8 @@ def _by_prompt(
 
 
 def scoped_positions(rollout: Rollout, scope: Scope) -> tuple[np.ndarray, np.ndarray]:
-    """[Q] int64 positions in the rollout's ids of the tokens that are distilled, increasing, and [Q] int64 their turns."""
+    """[Q] int64 positions in the rollout's ids of the tokens that are distilled, increasing, and [Q] int64
+    their turns."""
     positions: list[int] = []
     turns: list[int] = []
     offset = len(rollout.prompt_ids)
@@ -145,10 +157,13 @@ def scoped_positions(rollout: Rollout, scope: Scope) -> tuple[np.ndarray, np.nda
 def rollout_arrays(rollout: Rollout) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """ids [L] int64, loss_mask [L] bool, rollout_logprobs [L] float32 of one rollout.
 
-    Raises RolloutError when the prompt is empty (the first token would have no logits) or a query span lies outside its turn.
+    Raises RolloutError when the prompt is empty (the first token would have no logits) or a query span lies
+    outside its turn.
     """
     if not rollout.prompt_ids:
-        raise RolloutError(f"rollout {rollout.index} of question {rollout.question_id} has an empty prompt, expected a token")
+        raise RolloutError(
+            f"rollout {rollout.index} of question {rollout.question_id} has an empty prompt, expected a token"
+        )
     ids: list[int] = list(rollout.prompt_ids)
     mask: list[bool] = [False] * len(ids)
     logprobs: list[float] = [0.0] * len(ids)
@@ -157,8 +172,9 @@ def rollout_arrays(rollout: Rollout) -> tuple[np.ndarray, np.ndarray, np.ndarray
         start, stop = turn.query_span or (0, 0)
         if len(turn.completion_logprobs) != num_sampled or not 0 <= start <= stop <= num_sampled:
             raise RolloutError(
-                f"turn {number} of rollout {rollout.index} of question {rollout.question_id} has {num_sampled} sampled ids, "
-                f"{len(turn.completion_logprobs)} log-probabilities and query span {turn.query_span}: they do not fit together"
+                f"turn {number} of rollout {rollout.index} of question {rollout.question_id} has"
+                f" {num_sampled} sampled ids, {len(turn.completion_logprobs)} log-probabilities and query"
+                f" span {turn.query_span}: they do not fit together"
             )
         ids.extend(turn.completion_ids + turn.observation_ids)
         mask.extend([True] * num_sampled + [False] * num_observed)

@@ -1,13 +1,19 @@
 """The configuration tree: every default of the library lives here, one file a section, and nowhere else.
 
-`load.py` reads `--config FILE.yaml` and `--section.key value` overrides into a frozen `Config`; `checks.py` says what values are
-in range and which go together. A typo, a wrong type, a value out of range or a missing section is a `ConfigError` that names the
-key, what was found and what was expected.
+`load.py` reads `--config FILE.yaml` and `--section.key value` overrides into a frozen `Config`; `checks.py`
+says what values are in range and which go together. A typo, a wrong type, a value out of range or a missing
+section is a `ConfigError` that names the key, what was found and what was expected.
 """
 
 from megatron_sd.config.loss import AlphaConfig, DistillConfig, PolicyLossConfig
 from megatron_sd.config.model import LoraConfig, ModelConfig
-from megatron_sd.config.retriever import ClientConfig, OpenSearchConfig, QdrantConfig, RetrieverConfig, SearchConfig
+from megatron_sd.config.retriever import (
+    ClientConfig,
+    OpenSearchConfig,
+    QdrantConfig,
+    RetrieverConfig,
+    SearchConfig,
+)
 from megatron_sd.config.rollout import ProtocolConfig, RewardConfig, RolloutConfig, VllmConfig
 from megatron_sd.config.run import CheckpointConfig, Config, DataConfig, LogConfig, SafetyConfig
 from megatron_sd.config.update import OptimizerConfig, PublishConfig, UpdateConfig

@@ -118,7 +118,10 @@ _RANGES: dict[str, tuple[str, ...]] = {
         "selection.wrong_question_share",
         "selection.validation_share",
     ),
-    "strictly between 0 and 1 (for its limits use divergence forward_kl or reverse_kl)": ("distill.beta", "beta"),
+    "strictly between 0 and 1 (for its limits use divergence forward_kl or reverse_kl)": (
+        "distill.beta",
+        "beta",
+    ),
 }
 _IN_RANGE: dict[str, Callable[[Any], bool]] = {
     "0": lambda value: 0 <= value < math.inf,
@@ -130,20 +133,24 @@ _IN_RANGE: dict[str, Callable[[Any], bool]] = {
 
 
 def check_ranges(config: Any) -> None:
-    """Raise ConfigError for a number out of its range, or passages from nowhere, in any record that has some of the training
-    configuration's keys."""
+    """Raise ConfigError for a number out of its range, or passages from nowhere, in any record that has
+    some of the training configuration's keys."""
     retriever = _value(config, "retriever")
     if retriever is not None:
         found = [name for name in ("corpus", "endpoints", "qdrant", "opensearch") if getattr(retriever, name)]
         if len(found) != 1:
-            expected = "expected one: a corpus directory, its servers, a Qdrant collection, or an OpenSearch index"
+            expected = (
+                "expected one: a corpus directory, its servers, a Qdrant collection, or an OpenSearch index"
+            )
             names = "retriever.corpus, .endpoints, .qdrant, .opensearch"
             raise ConfigError(f"{names}: found {' and '.join(found) or 'none'}, {expected}")
     for expected, keys in _RANGES.items():
         in_range = _IN_RANGE[expected.split()[0]]
         for key in keys:
             value = _value(config, key)
-            if not all(map(in_range, value if isinstance(value, tuple) else [] if value is None else [value])):
+            if not all(
+                map(in_range, value if isinstance(value, tuple) else [] if value is None else [value])
+            ):
                 raise ConfigError(f"{key}: found {value!r}, expected {expected}")
     optimizer = _value(config, "optimizer")
     if optimizer is not None and optimizer.final_ratio is not None and not optimizer.decays:
@@ -161,33 +168,48 @@ def check(config: Config) -> None:
     measures = distill.block != "none" and distill.measure_every > 0
     if distill.alpha.mode == "grad_ratio" and distill.measure_every == 0:
         raise ConfigError(
-            "distill.alpha.mode: found 'grad_ratio' with distill.measure_every 0, expected fixed, or measure_every above 0: "
-            "the ratio has to be measured"
+            "distill.alpha.mode: found 'grad_ratio' with distill.measure_every 0, expected fixed, or"
+            " measure_every above 0: the ratio has to be measured"
         )
     if measures and config.update.zero_stage != 3:
         raise ConfigError(
-            f"update.zero_stage: found {config.update.zero_stage}, expected 3, where the gradient ratio can be measured; "
-            "or set distill.measure_every to 0 with distill.alpha.mode fixed"
+            f"update.zero_stage: found {config.update.zero_stage}, expected 3, where the gradient ratio can"
+            " be measured; or set distill.measure_every to 0 with distill.alpha.mode fixed"
         )
-    if config.rollout.max_lag and config.rollout.engine == "vllm" and config.rollout.vllm.placement == "colocated":
+    if (
+        config.rollout.max_lag
+        and config.rollout.engine == "vllm"
+        and config.rollout.vllm.placement == "colocated"
+    ):
         raise ConfigError(
-            f"rollout.max_lag: found {config.rollout.max_lag} with rollout.vllm.placement colocated, expected 0, since such "
-            "ranks sample and train in turns; or placement process or server"
+            f"rollout.max_lag: found {config.rollout.max_lag} with rollout.vllm.placement colocated, expected"
+            " 0, since such ranks sample and train in turns; or placement process or server"
         )
     _check_offload(config)
     if config.update.tensor_parallel_size > 1:
         _check_tensor_parallel(config)
     if config.update.pack_sequences and config.update.sequence_parallel_size > 1:
-        raise ConfigError("update.pack_sequences: found true with update.sequence_parallel_size above 1, expected one of the two")
+        raise ConfigError(
+            "update.pack_sequences: found true with update.sequence_parallel_size above 1, expected one of"
+            " the two"
+        )
     if config.model.attention == "varlen" and not config.update.pack_sequences:
-        raise ConfigError("model.attention: found varlen without update.pack_sequences, expected both, or sdpa")
+        raise ConfigError(
+            "model.attention: found varlen without update.pack_sequences, expected both, or sdpa"
+        )
     if config.update.sequence_parallel_size > 1 and config.model.attention != "sdpa":
         found = f"found {config.model.attention} with update.sequence_parallel_size above 1"
         raise ConfigError(f"model.attention: {found}, expected sdpa")
     if config.model.lora.rank and config.publish.source == "master":
-        raise ConfigError("publish.source: found master with model.lora.rank above 0, expected parameters: W has no master then")
+        raise ConfigError(
+            "publish.source: found master with model.lora.rank above 0, expected parameters: W has no master"
+            " then"
+        )
     if config.model.lora.rank and config.distill.teacher == "ema":
-        raise ConfigError("distill.teacher: found ema with model.lora.rank above 0, expected live or frozen: W does not move")
+        raise ConfigError(
+            "distill.teacher: found ema with model.lora.rank above 0, expected live or frozen: W does not"
+            " move"
+        )
 
 
 def _check_offload(config: Config) -> None:
@@ -196,11 +218,14 @@ def _check_offload(config: Config) -> None:
     wanted = {"offload_optimizer": update.offload_optimizer, "offload_parameters": update.offload_parameters}
     for name, place in wanted.items():
         if place != "none" and update.zero_stage < lowest:
-            raise ConfigError(f"update.{name}: found {place} at zero_stage {update.zero_stage}, expected stage {lowest} or above")
+            raise ConfigError(
+                f"update.{name}: found {place} at zero_stage {update.zero_stage}, expected stage {lowest} or"
+                " above"
+            )
     if (update.offload_optimizer == "nvme") != (update.nvme_path is not None):
         raise ConfigError(
-            f"update.nvme_path: found {update.nvme_path!r} with offload_optimizer {update.offload_optimizer}, expected a "
-            "directory on a local disk with nvme, and none without"
+            f"update.nvme_path: found {update.nvme_path!r} with offload_optimizer {update.offload_optimizer},"
+            " expected a directory on a local disk with nvme, and none without"
         )
 
 
@@ -209,38 +234,64 @@ def _check_tensor_parallel(config: Config) -> None:
     update, distill = config.update, config.distill
     on_vllm, served = config.rollout.engine == "vllm", config.rollout.vllm
     wanted = {  # key: (found, fits, expected)
-        "update.sequence_parallel_size": (update.sequence_parallel_size, update.sequence_parallel_size == 1, "1"),
+        "update.sequence_parallel_size": (
+            update.sequence_parallel_size,
+            update.sequence_parallel_size == 1,
+            "1",
+        ),
         "update.zero_stage": (update.zero_stage, update.zero_stage > 0, "1 to 3"),
         "update.offload_parameters": (update.offload_parameters, update.offload_parameters == "none", "none"),
-        "update.offload_optimizer": (update.offload_optimizer, update.offload_optimizer != "nvme", "none or cpu"),
+        "update.offload_optimizer": (
+            update.offload_optimizer,
+            update.offload_optimizer != "nvme",
+            "none or cpu",
+        ),
         "model.lora.rank": (config.model.lora.rank, config.model.lora.rank == 0, "0"),
         "distill.teacher": (distill.teacher, distill.teacher == "live", "live"),
         "distill.top_k": (distill.top_k, distill.top_k is None, "none, the full vocabulary"),
-        "distill.divergence": (distill.divergence, distill.divergence != "mse", "jsd, forward_kl or reverse_kl"),
+        "distill.divergence": (
+            distill.divergence,
+            distill.divergence != "mse",
+            "jsd, forward_kl or reverse_kl",
+        ),
         "distill.target": (distill.target, distill.target != "shuffled_vocabulary", "teacher or uniform"),
         "rollout.vllm.publish": (served.publish, not (on_vllm and served.publishes_shards), "gather"),
-        "rollout.vllm.placement": (served.placement, not on_vllm or served.placement != "colocated", "process or server"),
+        "rollout.vllm.placement": (
+            served.placement,
+            not on_vllm or served.placement != "colocated",
+            "process or server",
+        ),
     }
     for key, (found, fits, expected) in wanted.items():
         if not fits:
-            raise ConfigError(f"{key}: found {found} with update.tensor_parallel_size above 1, expected {expected}")
+            raise ConfigError(
+                f"{key}: found {found} with update.tensor_parallel_size above 1, expected {expected}"
+            )
 
 
 def check_layer_cuts(update: UpdateConfig, model: Mapping[str, Any]) -> None:
-    """Raise ConfigError for a model (its config.json) whose layers cannot be cut into equal parts for tensor-parallel ranks."""
-    size, names = update.tensor_parallel_size, ("num_attention_heads", "num_key_value_heads", "intermediate_size")
+    """Raise ConfigError for a model (its config.json) whose layers cannot be cut into equal parts for
+    tensor-parallel ranks."""
+    size, names = (
+        update.tensor_parallel_size,
+        ("num_attention_heads", "num_key_value_heads", "intermediate_size"),
+    )
     sizes = {name: model[name] for name in names if name in model}
     if any(value % size for value in sizes.values()):
-        raise ConfigError(f"update.tensor_parallel_size: found {size} for a model of {sizes}, expected a divisor of each")
+        raise ConfigError(
+            f"update.tensor_parallel_size: found {size} for a model of {sizes}, expected a divisor of each"
+        )
 
 
 def check_sequence_heads(update: UpdateConfig, *, num_heads: int, num_kv_heads: int) -> None:
-    """Raise ConfigError for a model whose attention heads cannot be dealt to the ranks that share a sequence."""
+    """Raise ConfigError for a model whose attention heads cannot be dealt to the ranks that share a
+    sequence."""
     size = update.sequence_parallel_size
     if num_heads % size or (num_kv_heads % size and size % num_kv_heads):
         raise ConfigError(
-            f"update.sequence_parallel_size: found {size} for a model of {num_heads} attention and {num_kv_heads} key-value "
-            "heads, expected a divisor of the first that divides the second or is a multiple of it"
+            f"update.sequence_parallel_size: found {size} for a model of {num_heads} attention and"
+            f" {num_kv_heads} key-value heads, expected a divisor of the first that divides the second or is"
+            " a multiple of it"
         )
 
 
@@ -252,7 +303,7 @@ def _value(config: Any, key: str) -> Any:
 
 
 def engine_reads_policy(config: Config, num_ranks: int) -> bool:
-    """The embedded engine can read the policy's weights where they are: one rank holds them all, and nothing samples while they
-    change."""
+    """The embedded engine can read the policy's weights where they are: one rank holds them all, and
+    nothing samples while they change."""
     is_alone = num_ranks == 1 and config.update.zero_stage == 3 and config.update.offload_parameters == "none"
     return is_alone and config.rollout.engine == "torch" and config.rollout.max_lag == 0

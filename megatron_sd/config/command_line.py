@@ -1,4 +1,5 @@
-"""From a command line and YAML files to a frozen dataclass of parameters; every mistake is one line that names the key."""
+"""From a command line and YAML files to a frozen dataclass of parameters; every mistake is one line that
+names the key."""
 
 from __future__ import annotations
 
@@ -23,7 +24,10 @@ def parse(record: type[Parameters], argv: Sequence[str], program: str) -> Parame
 
     `--key` alone sets a bool to true.
     """
-    argv = [f"{word}=true" if is_switch else word for word, is_switch in zip(argv, _switches(record, argv), strict=True)]
+    argv = [
+        f"{word}=true" if is_switch else word
+        for word, is_switch in zip(argv, _switches(record, argv), strict=True)
+    ]
     for path in _config_files(argv):
         _check_keys(record, _read_mapping(path))
     for word in argv:
@@ -39,7 +43,8 @@ def parse(record: type[Parameters], argv: Sequence[str], program: str) -> Parame
 
 
 def name_positionals(argv: Sequence[str], names: Sequence[str]) -> list[str]:
-    """The leading words of a command line as options, in the order of `names`: for `COMMAND RUN_A RUN_B --key value`.
+    """The leading words of a command line as options, in the order of `names`: for `COMMAND RUN_A RUN_B
+    --key value`.
 
     >>> name_positionals(["runs/a", "--metric", "f1"], ("first", "second"))
     ['--first=runs/a', '--metric', 'f1']
@@ -52,7 +57,11 @@ def name_positionals(argv: Sequence[str], names: Sequence[str]) -> list[str]:
 def _switches(record: type, argv: Sequence[str]) -> Iterator[bool]:
     """For each word: it names a bool and no value follows."""
     for word, following in zip(argv, [*argv, "--"][1:], strict=True):
-        yield word.startswith("--") and following.startswith("--") and _annotation(record, word.removeprefix("--")) is bool
+        yield (
+            word.startswith("--")
+            and following.startswith("--")
+            and _annotation(record, word.removeprefix("--")) is bool
+        )
 
 
 def _config_files(argv: Sequence[str]) -> Iterator[Path]:
@@ -67,22 +76,28 @@ def _config_files(argv: Sequence[str]) -> Iterator[Path]:
 
 def _read_mapping(path: Path) -> Mapping[Any, Any]:
     if not path.is_file():
-        raise ConfigError(f"--config: found {'a directory' if path.is_dir() else 'no file'} at {path}, expected a YAML file")
+        raise ConfigError(
+            f"--config: found {'a directory' if path.is_dir() else 'no file'} at {path}, expected a YAML file"
+        )
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         mark = getattr(error, "problem_mark", None)
         place = f":{mark.line + 1}" if mark else ""
-        raise ConfigError(f"{path}{place} is no YAML: {getattr(error, 'problem', None) or error}; mend the file") from error
+        raise ConfigError(
+            f"{path}{place} is no YAML: {getattr(error, 'problem', None) or error}; mend the file"
+        ) from error
     if not isinstance(tree, dict):
         found = "nothing" if tree is None else f"a {type(tree).__name__}"
-        raise ConfigError(f"{path}: found {found}, expected a YAML mapping of keys and values such as `num_steps: 200`")
+        raise ConfigError(
+            f"{path}: found {found}, expected a YAML mapping of keys and values such as `num_steps: 200`"
+        )
     return tree
 
 
 def _check_keys(record: type, tree: Mapping[Any, Any], section: str = "") -> None:
-    """Every key is a field (of the section), a section is a mapping, and null stands only where it may; other types are for the
-    parser."""
+    """Every key is a field (of the section), a section is a mapping, and null stands only where it may;
+    other types are for the parser."""
     for key, value in tree.items():
         name = f"{section}{key}"
         annotation = _annotation(record, name)
@@ -133,14 +148,19 @@ def _names(record: type, section: str = "") -> list[str]:
 
 
 def _unknown(key: str, record: type) -> str:
-    """The nearest known key of the same section; a key that another section has; or what the section holds."""
+    """The nearest known key of the same section; a key that another section has; or what the section
+    holds."""
     section, _, own = key.rpartition(".")
     known = _names(record)
     siblings = {name.rpartition(".")[2]: name for name in known if name.rpartition(".")[0] == section}
     elsewhere = [name for name in known if name.rpartition(".")[2] == own]
     near = [siblings[name] for name in difflib.get_close_matches(own, siblings, n=1)]
     close = near or elsewhere or difflib.get_close_matches(key, known, n=1, cutoff=0.8)
-    expected = f"did you mean {close[0]}?" if close else f"expected one of {', '.join(siblings or get_type_hints(record))}"
+    expected = (
+        f"did you mean {close[0]}?"
+        if close
+        else f"expected one of {', '.join(siblings or get_type_hints(record))}"
+    )
     return f"{key}: unknown key; {expected}"
 
 
@@ -184,8 +204,14 @@ def _explain(message: str, record: type) -> str:
     if unrecognized:
         word = unrecognized[1]
         option = re.match(r"--([\w.-]+)", word)
-        return _unknown(option[1], record) if option else f"found {word!r} on the command line, expected --key=value"
-    nested = re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'|(?:Key|Option) '([\w.]+)' is not", message)
+        return (
+            _unknown(option[1], record)
+            if option
+            else f"found {word!r} on the command line, expected --key=value"
+        )
+    nested = re.search(
+        r"Group '([\w.]+)' does not accept option '([\w.]+)'|(?:Key|Option) '([\w.]+)' is not", message
+    )
     if nested:
         return _unknown(nested[3] or f"{nested[1]}.{nested[2]}", record)
     keys = re.findall(r'(?:Parser key "|argument --)([\w.]+)', message)  # an optional section, then its key

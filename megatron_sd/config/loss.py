@@ -8,19 +8,23 @@ from typing import Literal
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyLossConfig:
-    """GRPO. `aggregation`: token (mean over all completion tokens of the step) or rollout (mean of rollout means)."""
+    """GRPO. `aggregation`: token (mean over all completion tokens of the step) or rollout (mean of rollout
+    means)."""
 
-    objective: Literal["clipped", "likelihood"] = "clipped"  # algorithm/policy_loss.py; likelihood: of stored rollouts
+    # algorithm/policy_loss.py; likelihood: of stored rollouts
+    objective: Literal["clipped", "likelihood"] = "clipped"
     advantage: Literal["group", "one"] = "group"  # algorithm/advantage.py
     clip: float = 0.2
-    importance_cap: float | None = None  # truncated importance sampling: bound on a token's ratio to the engine; None: off
+    # truncated importance sampling: bound on a token's ratio to the engine; None: off
+    importance_cap: float | None = None
     kl_weight: float = 1e-3  # k3 KL to the start policy; 0 builds no reference policy
     aggregation: Literal["token", "rollout"] = "token"
 
 
 @dataclass(frozen=True, kw_only=True)
 class AlphaConfig:
-    """Weight of L_SD. fixed: `value` (paper: 1e-3); grad_ratio: adapted to |alpha grad L_SD| = target_ratio |grad L_GRPO|."""
+    """Weight of L_SD. fixed: `value` (paper: 1e-3); grad_ratio: adapted to |alpha grad L_SD| = target_ratio
+    |grad L_GRPO|."""
 
     mode: Literal["fixed", "grad_ratio"] = "fixed"
     value: float = 1e-3
@@ -34,21 +38,37 @@ class DistillConfig:
     """Hindsight self-distillation. `block: none` is plain GRPO, bit for bit."""
 
     block: Literal[
-        "paper", "leave_one_out", "single", "only_correct", "only_correct_shuffled", "no_labels", "shuffled", "inverted",
-        "flat_pool", "wrong_question", "dummy", "turn_causal", "with_documents", "none",
+        "paper",
+        "leave_one_out",
+        "single",
+        "only_correct",
+        "only_correct_shuffled",
+        "no_labels",
+        "shuffled",
+        "inverted",
+        "flat_pool",
+        "wrong_question",
+        "dummy",
+        "turn_causal",
+        "with_documents",
+        "none",
     ] = "paper"  # algorithm/blocks.py
     block_format: Literal["outcome_last", "outcome_first"] = "outcome_last"
     correct_above: float = 0.0  # rho: a rollout is CORRECT when its answer's token F1 exceeds this
     gate: Literal["none", "has_correct", "mixed", "reward_spread"] = "none"  # which groups distil
     scope: Literal["query", "all", "first_query"] = "query"  # which sampled tokens distil
-    target: Literal["teacher", "uniform", "shuffled_vocabulary"] = "teacher"  # of the student (ops/head/targets.py)
-    teacher: Literal["live", "ema", "frozen"] = "live"  # whose weights read the block: the student's, their average, the start's
+    # of the student (ops/head/targets.py)
+    target: Literal["teacher", "uniform", "shuffled_vocabulary"] = "teacher"
+    # whose weights read the block: the student's, their average, the start's
+    teacher: Literal["live", "ema", "frozen"] = "live"
     ema_decay: float = 0.99  # teacher = decay * teacher + (1 - decay) * student after each step
     divergence: Literal["jsd", "forward_kl", "reverse_kl", "mse"] = "jsd"
     beta: float = 0.5
     temperature: float = 1.0
     top_k: int | None = None  # None: the full vocabulary; the paper: 50, the teacher's, renormalised
     tail_bucket: bool = False  # with top_k: all other tokens together are one more event, instead of nothing
-    teacher_logits: Literal["delta", "float32_delta", "float32", "same_dtype"] = "delta"  # how they keep their digits in bfloat16
+    # how they keep their digits in bfloat16
+    teacher_logits: Literal["delta", "float32_delta", "float32", "same_dtype"] = "delta"
     alpha: AlphaConfig = field(default_factory=AlphaConfig)
-    measure_every: int = 25  # steps between exact gradient-ratio measurements (each costs two more updates); 0: never
+    # steps between exact gradient-ratio measurements (each costs two more updates); 0: never
+    measure_every: int = 25

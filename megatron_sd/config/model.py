@@ -10,7 +10,8 @@ from megatron_sd.machine import preferred_dtype
 
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig:
-    """Low-rank adapters: the model's own weights are frozen, W + alpha / rank * B A is trained, sampled from and saved."""
+    """Low-rank adapters: the model's own weights are frozen, W + alpha / rank * B A is trained, sampled
+    from and saved."""
 
     rank: int = 0  # 0: the whole model is trained
     alpha: float = 32.0
@@ -22,9 +23,12 @@ class ModelConfig:
     """The policy: any local Hugging Face causal language model directory (Qwen2, Qwen3, Llama, ...)."""
 
     path: str  # directory with config.json, tokenizer and safetensors
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: what this machine computes fast (machine.py)
-    attention: Literal["sdpa", "eager", "varlen", "flash_attention_2"] = "sdpa"  # varlen: for update.pack_sequences on GPUs
-    gradient_checkpointing: bool = False  # keep a layer's input only, and compute it once more for the backward
+    # auto: what this machine computes fast (machine.py)
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    # varlen: for update.pack_sequences on GPUs
+    attention: Literal["sdpa", "eager", "varlen", "flash_attention_2"] = "sdpa"
+    # keep a layer's input only, and compute it once more for the backward
+    gradient_checkpointing: bool = False
     lora: LoraConfig = field(default_factory=LoraConfig)
 
     def __post_init__(self) -> None:

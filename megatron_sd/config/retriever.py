@@ -10,9 +10,11 @@ from typing import Literal
 class SearchConfig:
     """How a corpus directory is searched, in a run's own process or by `sd-search retriever serve`."""
 
-    method: Literal["auto", "bm25", "dense", "hybrid"] = "auto"  # auto: dense where the corpus has vectors, else bm25
+    # auto: dense where the corpus has vectors, else bm25
+    method: Literal["auto", "bm25", "dense", "hybrid"] = "auto"
     effort: int | None = None  # HNSW's efSearch, IVF's nprobe; None: as the index was built for
-    # Of the query encoder, and of the vectors where FAISS has GPU code. In a training rank: its own GPU; vectors only with cuda.
+    # Of the query encoder, and of the vectors where FAISS has GPU code. In a training rank: its own GPU;
+    # vectors only with cuda.
     device: Literal["auto", "cpu", "cuda"] = "auto"
     fusion_depth: int = 100  # hybrid: how many passages of each method are ranked together
     fusion_constant: int = 60  # hybrid: a passage at rank r counts 1 / (constant + r)
@@ -20,7 +22,8 @@ class SearchConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ClientConfig:
-    """How endpoints are asked. A search that fails for good makes its rollout `retrieval_failed`: no data, and counted."""
+    """How endpoints are asked. A search that fails for good makes its rollout `retrieval_failed`: no data,
+    and counted."""
 
     deadline_s: float = 60.0  # of one search, retries included
     try_timeout_s: float = 20.0
@@ -43,7 +46,9 @@ class QdrantConfig:
 
     url: str
     collection: str
-    vectors: str  # the vectors directory it was filled from: its encoder reads the queries, its version is the corpus version
+    # the vectors directory it was filled from: its encoder reads the queries, its version is the corpus
+    # version
+    vectors: str
     deadline_s: float = 60.0
     device: Literal["auto", "cpu", "cuda"] = "auto"  # of the query encoder
     token_file: str | None = None  # a file with the server's API key
@@ -51,11 +56,13 @@ class QdrantConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OpenSearchConfig:
-    """An OpenSearch index that `sd-search data upload` filled, searched by BM25 (bm25) or by vectors (knn)."""
+    """An OpenSearch index that `sd-search data upload` filled, searched by BM25 (bm25) or by vectors
+    (knn)."""
 
     url: str
     index: str
-    vectors: str | None = None  # for knn: the vectors directory it was filled from, whose encoder reads the queries
+    # for knn: the vectors directory it was filled from, whose encoder reads the queries
+    vectors: str | None = None
     method: Literal["bm25", "knn"] = "bm25"
     k1: float = 1.5  # of BM25, for upload
     b: float = 0.75
@@ -67,8 +74,8 @@ class OpenSearchConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RetrieverConfig:
-    """Where passages come from: a corpus directory (`sd-search data index`) in this process, running servers, Qdrant or
-    OpenSearch."""
+    """Where passages come from: a corpus directory (`sd-search data index`) in this process, running
+    servers, Qdrant or OpenSearch."""
 
     corpus: str | None = None
     endpoints: tuple[str, ...] = ()  # http://host:port of servers of one corpus, which share the load

@@ -8,37 +8,46 @@ from typing import Literal
 
 @dataclass(frozen=True, kw_only=True)
 class ProtocolConfig:
-    """The text protocol between policy and environment. `preset` fills every field left at None (search/protocol.py)."""
+    """The text protocol between policy and environment. `preset` fills every field left at None
+    (search/protocol.py)."""
 
     preset: Literal["search_r1", "few_shot", "autorefine", "compact"] = "search_r1"
     prompt: str | None = None  # needs {question} and {hindsight}; the student's {hindsight} is empty
     chat_template: bool = False  # wrap the prompt as a user message of the tokenizer's chat template
-    template_arguments: dict[str, bool | int | str] = field(default_factory=dict)  # of the template, as {enable_thinking: false}
+    # of the template, as {enable_thinking: false}
+    template_arguments: dict[str, bool | int | str] = field(default_factory=dict)
     search_tags: tuple[str, str] | None = None
     information_tags: tuple[str, str] | None = None
     answer_tags: tuple[str, str] | None = None
     think_tags: tuple[str, str] | None = None
-    note_tags: tuple[str, str] | None = None  # a span that may come before the thought, where the preset has one (AutoRefine's)
+    # a span that may come before the thought, where the preset has one (AutoRefine's)
+    note_tags: tuple[str, str] | None = None
     passage_format: str | None = None  # fields: {rank} {title} {text}
-    invalid_action_message: str | None = None  # appended when a turn neither searches nor answers; empty string: stop instead
+    # appended when a turn neither searches nor answers; empty string: stop instead
+    invalid_action_message: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class VllmConfig:
-    """vLLM as the rollout engine. `placement`: process (servers started and ended by the run, on the ranks' own nodes), server
-    (already running, on nodes of their own: `sd-search vllm serve` starts one as a run needs it) or colocated (in the ranks'
-    processes and on their GPUs; tensor_parallel_size neighbouring ranks are one engine, which sleeps while they train)."""
+    """vLLM as the rollout engine. `placement`: process (servers started and ended by the run, on the ranks'
+    own nodes), server (already running, on nodes of their own: `sd-search vllm serve` starts one as a run
+    needs it) or colocated (in the ranks' processes and on their GPUs; tensor_parallel_size neighbouring
+    ranks are one engine, which sleeps while they train)."""
 
     placement: Literal["process", "server", "colocated"] = "process"
     urls: tuple[str, ...] = ()  # of running servers, such as http://node7:8000
     num_replicas: int = 1  # servers that a node of the run starts
     tensor_parallel_size: int = 1
-    devices: tuple[int, ...] = ()  # GPUs of the node's servers, tensor_parallel_size for each; empty: those that vLLM sees
+    # GPUs of the node's servers, tensor_parallel_size for each; empty: those that vLLM sees
+    devices: tuple[int, ...] = ()
     kv_cache_gib: float | None = None  # of each worker; None: what gpu_memory_share leaves beside the weights
-    gpu_memory_share: float = 0.85  # of a server's GPU: weights, keys and values, and the copy that a publish of shards stages
-    block_tokens: int | None = None  # tokens of a block of the KV cache, the unit of reuse; None: vLLM's choice (16; on CPUs 128)
+    # of a server's GPU: weights, keys and values, and the copy that a publish of shards stages
+    gpu_memory_share: float = 0.85
+    # tokens of a block of the KV cache, the unit of reuse; None: vLLM's choice (16; on CPUs 128)
+    block_tokens: int | None = None
     threads_per_worker: int = 1  # on CPUs
-    # How weights reach the workers. gather: whole tensors through vLLM's loader, as for families without a shard layout; auto:
+    # How weights reach the workers. gather: whole tensors through vLLM's loader, as for families without a
+    # shard layout; auto:
     # shards for servers, gather for colocated, where a rank and a worker share a GPU.
     publish: Literal["auto", "shards", "gather"] = "auto"
     publish_host: str | None = None  # name under which servers elsewhere reach this node; None: its host name
@@ -63,11 +72,15 @@ class RolloutConfig:
     max_observation_tokens: int = 512
     max_query_bytes: int = 4096  # a longer query is cut, with the corpus in process as with servers
     max_rollout_tokens: int = 4096  # prompt, completions and observations
-    max_failed_share: float = 0.2  # the run stops when more of a rank's rollouts of a step failed for infrastructure reasons
-    # Finished rollouts of an unfinished step wait in run_dir/bank for the run's next start. whole: used only when a rank's part
-    # of the step is complete, so that the embedded engine repeats it bit for bit; auto: whole with that engine, else all.
+    # the run stops when more of a rank's rollouts of a step failed for infrastructure reasons
+    max_failed_share: float = 0.2
+    # Finished rollouts of an unfinished step wait in run_dir/bank for the run's next start. whole: used
+    # only when a rank's part
+    # of the step is complete, so that the embedded engine repeats it bit for bit; auto: whole with that
+    # engine, else all.
     bank: Literal["auto", "all", "whole", "off"] = "auto"
-    max_lag: Literal[0, 1] = 0  # optimiser steps that sampling may be behind: 1 rolls out the next batch during the update
+    # optimiser steps that sampling may be behind: 1 rolls out the next batch during the update
+    max_lag: Literal[0, 1] = 0
     engine: Literal["torch", "vllm"] = "torch"
     max_concurrent_sequences: int = 256  # in the engine at one time; further rollouts wait
     vllm: VllmConfig = field(default_factory=VllmConfig)

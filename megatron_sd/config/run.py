@@ -31,20 +31,27 @@ class CheckpointConfig:
     every: int = 50
     keep: int = 2
     resume: bool = True  # continue from the newest checkpoint of run_dir that verifies
-    allow_changes: bool = False  # go on with another plan (learning rate, batch, limits, weights of the loss), and record it
+    # go on with another plan (learning rate, batch, limits, weights of the loss), and record it
+    allow_changes: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class SafetyConfig:
     """What keeps a run going, or ends it, when something goes wrong (docs/trust.md)."""
 
-    check_memory: Literal["warn", "refuse", "off"] = "warn"  # before `sd-search train` starts, when the planner sees no fit
-    watchdog_s: float = 1800.0  # a rank that does not move for so long ends all ranks, with every rank's stacks; 0: never
-    stop_after_s: float | None = None  # of this start: save and end with exit code 85, as run_dir/control/STOP or SIGUSR1 asks
-    max_idle_attempts: int = 3  # starts in a row that committed no new checkpoint, before the next one is refused; 0: any number
-    roll_back_after_refusals: int = 3  # steps refused (not finite, spike) before the run goes back to its last checkpoint
+    # before `sd-search train` starts, when the planner sees no fit
+    check_memory: Literal["warn", "refuse", "off"] = "warn"
+    # a rank that does not move for so long ends all ranks, with every rank's stacks; 0: never
+    watchdog_s: float = 1800.0
+    # of this start: save and end with exit code 85, as run_dir/control/STOP or SIGUSR1 asks
+    stop_after_s: float | None = None
+    # starts in a row that committed no new checkpoint, before the next one is refused; 0: any number
+    max_idle_attempts: int = 3
+    # steps refused (not finite, spike) before the run goes back to its last checkpoint
+    roll_back_after_refusals: int = 3
     stop_after_refusals: int = 5  # of these, and of steps without a sampled token
-    spike_sigmas: float = 0.0  # refuse a step whose log gradient norm lies so many robust deviations above the median; 0: none
+    # refuse a step whose log gradient norm lies so many robust deviations above the median; 0: none
+    spike_sigmas: float = 0.0
     spike_window: int = 256  # steps that median and deviation are taken from
 
 

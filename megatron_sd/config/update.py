@@ -31,12 +31,16 @@ class UpdateConfig:
     max_microbatch_tokens: int = 16384  # student and teacher positions, padding included
     head_chunk_rows: int = 1024  # hidden rows whose vocabulary logits exist at one time
     zero_stage: Literal[0, 1, 2, 3] = 3
-    offload_optimizer: Literal["none", "cpu", "nvme"] = "none"  # masters and moments in host memory, stepped there, or on NVMe
-    offload_parameters: Literal["none", "cpu"] = "none"  # shards of the weights in host memory between uses; stage 3
+    # masters and moments in host memory, stepped there, or on NVMe
+    offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
+    # shards of the weights in host memory between uses; stage 3
+    offload_parameters: Literal["none", "cpu"] = "none"
     nvme_path: str | None = None  # a directory on a local disk of every node
     pack_sequences: bool = False  # a microbatch is one row without padding: for model.attention varlen
-    sequence_parallel_size: int = 1  # neighbouring ranks that share each sequence of a microbatch (training/parallel/sequence.py)
-    tensor_parallel_size: int = 1  # neighbouring ranks that hold a part of each layer (training/parallel/tensor.py)
+    # neighbouring ranks that share each sequence of a microbatch (training/parallel/sequence.py)
+    sequence_parallel_size: int = 1
+    # neighbouring ranks that hold a part of each layer (training/parallel/tensor.py)
+    tensor_parallel_size: int = 1
 
     @property
     def ranks_per_batch(self) -> int:
@@ -46,15 +50,20 @@ class UpdateConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PublishConfig:
-    """How new weights reach inference workers in other processes. A rank packs `bucket_mib` at a time and holds two such buckets.
+    """How new weights reach inference workers in other processes. A rank packs `bucket_mib` at a time and
+    holds two such buckets.
 
-    wire `auto`: shared memory (CUDA IPC between GPUs) when all ranks and workers run on one node, else gloo (NCCL between GPUs).
+    wire `auto`: shared memory (CUDA IPC between GPUs) when all ranks and workers run on one node, else gloo
+    (NCCL between GPUs).
     """
 
-    source: Literal["parameters", "master"] = "parameters"  # master: the optimiser's float32 weights (ZeRO-3, float32 workers)
+    # master: the optimiser's float32 weights (ZeRO-3, float32 workers)
+    source: Literal["parameters", "master"] = "parameters"
     wire: Literal["auto", "shared_memory", "gloo", "cuda_ipc", "nccl"] = "auto"
     bucket_mib: float = 64
-    checksums: bool = False  # compare what lies in the workers with what was sent, by parameter; each publish packs twice
+    # compare what lies in the workers with what was sent, by parameter; each publish packs twice
+    checksums: bool = False
     timeout_s: float = 120  # without an answer for so long a worker counts as lost
     attempts: int = 2  # of one hand-over; servers of the run's own that ended are started again before each
-    host: str | None = None  # of rank 0's node, as other nodes see it; None: MASTER_ADDR with several nodes, else loopback
+    # of rank 0's node, as other nodes see it; None: MASTER_ADDR with several nodes, else loopback
+    host: str | None = None

@@ -1,4 +1,5 @@
-"""The few collective operations the project needs outside DeepSpeed. Every rank must call them in the same order."""
+"""The few collective operations the project needs outside DeepSpeed. Every rank must call them in the same
+order."""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ def sum_floats(world: World, values: Sequence[float]) -> list[float]:
 
 
 def share(world: World, items: Sequence[Item]) -> Sequence[Item]:
-    """This rank's contiguous part of the items: all parts in rank order are the whole, and sizes differ by one at most."""
+    """This rank's contiguous part of the items: all parts in rank order are the whole, and sizes differ by
+    one at most."""
     start, stop = (len(items) * rank // world.size for rank in (world.rank, world.rank + 1))
     return items[start:stop]
 
@@ -45,8 +47,8 @@ def gather_objects(world: World, value: Any) -> list[Any]:
 
 
 def together(world: World, action: Callable[[], Item]) -> list[Item]:
-    """The action's values from all ranks, in rank order. An error of ours on one rank is raised on every rank: none is left
-    waiting for a rank that has given up."""
+    """The action's values from all ranks, in rank order. An error of ours on one rank is raised on every
+    rank: none is left waiting for a rank that has given up."""
     value, failure = None, None
     try:
         value = action()
@@ -61,15 +63,19 @@ def together(world: World, action: Callable[[], Item]) -> list[Item]:
     return [value for value, _ in results]
 
 
-def shared_out(world: World, items: Sequence[Item], action: Callable[[Sequence[Item]], Sequence[Result]]) -> list[Result]:
-    """Every rank acts on its share of the items; every rank gets all results, in the items' order, or the error of one rank."""
+def shared_out(
+    world: World, items: Sequence[Item], action: Callable[[Sequence[Item]], Sequence[Result]]
+) -> list[Result]:
+    """Every rank acts on its share of the items; every rank gets all results, in the items' order, or the
+    error of one rank."""
     mine = share(world, items)
     return [result for part in together(world, lambda: action(mine)) for result in part]
 
 
 @contextmanager
 def hold_together(world: World, directory: Path) -> Iterator[None]:
-    """The first rank holds the directory for all (run_lock.hold). Raises ConfigError on every rank when another process does."""
+    """The first rank holds the directory for all (run_lock.hold). Raises ConfigError on every rank when
+    another process does."""
     with ExitStack() as held:
         together(world, lambda: held.enter_context(hold(directory)) if world.is_first else None)
         yield
@@ -99,7 +105,8 @@ def broadcast_object(world: World, value: Any, source: int = 0) -> Any:
 
 
 def gather_tensors(value: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch.Tensor:
-    """[ranks, ...]: the tensors of all ranks of the group (None: of the world), in rank order; they have one shape and dtype."""
+    """[ranks, ...]: the tensors of all ranks of the group (None: of the world), in rank order; they have
+    one shape and dtype."""
     parts = [torch.empty_like(value) for _ in range(dist.get_world_size(group))]
     dist.all_gather(parts, value.contiguous(), group=group)
     return torch.stack(parts)

@@ -1,4 +1,5 @@
-"""Asking a run to stop: by a file, by a signal, by the clock. It saves what it has and ends with exit code 85: start it again.
+"""Asking a run to stop: by a file, by a signal, by the clock. It saves what it has and ends with exit code
+85: start it again.
 
     run_dir/control/STOP     made by anybody; removed once the run has saved, so that the next start trains
     SIGUSR1, SIGTERM         to any rank
@@ -16,13 +17,15 @@ from types import FrameType
 from typing import Self
 
 STOPPED_EXIT_CODE = 85  # saved as asked: start the same command again and it goes on
-STARTER = "MEGATRON_SD_STARTER"  # set by `sd-search`: its process, "pid start", without which ranks do not go on
+# set by `sd-search`: its process, "pid start", without which ranks do not go on
+STARTER = "MEGATRON_SD_STARTER"
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 FILE_CHECK_S = 0.5  # a shared file system is asked no more often
 
 
 class StopRequest:
-    """Whether this rank has been asked to stop, and why. Other ranks learn of it by `distributed.collectives.agree`."""
+    """Whether this rank has been asked to stop, and why. Other ranks learn of it by
+    `distributed.collectives.agree`."""
 
     def __init__(self) -> None:
         self._reason: str | None = None

@@ -28,10 +28,11 @@ class RankGroup:
 def neighbours(
     world: World, size: int, key: str, *, backend: str | None = None, timeout: timedelta | None = None
 ) -> RankGroup:
-    """The group of this rank when ranks [0, size), [size, 2 size), ... share their work. Collective at the first call for a size.
+    """The group of this rank when ranks [0, size), [size, 2 size), ... share their work. Collective at the
+    first call for a size.
 
-    key: the configuration key that asks for it. backend, timeout: where they are not the world's own. Raises ConfigError when the
-    ranks do not divide into such groups.
+    key: the configuration key that asks for it. backend, timeout: where they are not the world's own.
+    Raises ConfigError when the ranks do not divide into such groups.
     """
     if world.size % size:
         raise ConfigError(f"{key}: found {size} for {world.size} ranks, expected a divisor of their number")
@@ -40,15 +41,19 @@ def neighbours(
 
 
 def joined_slices(own: Tensor, group: RankGroup) -> Tensor:
-    """[B, s, ...] of each rank -> [B, ranks * s, ...], the slices in rank order. Differentiable: a slice's gradient is the sum of
-    what all ranks have for it."""
+    """[B, s, ...] of each rank -> [B, ranks * s, ...], the slices in rank order. Differentiable: a slice's
+    gradient is the sum of what all ranks have for it."""
     return _JoinedSlices.apply(own, group)
 
 
 @functools.lru_cache(maxsize=8)
-def _groups(world_size: int, size: int, backend: str | None, timeout: timedelta | None) -> list[dist.ProcessGroup]:
+def _groups(
+    world_size: int, size: int, backend: str | None, timeout: timedelta | None
+) -> list[dist.ProcessGroup]:
     starts = range(0, world_size, size)
-    return [dist.new_group(list(range(start, start + size)), backend=backend, timeout=timeout) for start in starts]
+    return [
+        dist.new_group(list(range(start, start + size)), backend=backend, timeout=timeout) for start in starts
+    ]
 
 
 class _JoinedSlices(torch.autograd.Function):

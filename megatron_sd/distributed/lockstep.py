@@ -1,4 +1,5 @@
-"""Several ranks that are one tensor-parallel engine: each has its own rollouts, and all make the same calls in the same order."""
+"""Several ranks that are one tensor-parallel engine: each has its own rollouts, and all make the same calls
+in the same order."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ from megatron_sd.distributed.world import World
 
 @dataclass(frozen=True, kw_only=True)
 class News:
-    """What a rank tells its peers before a step of the engine. requests: (key, whatever describes it); aborted: keys."""
+    """What a rank tells its peers before a step of the engine. requests: (key, whatever describes it);
+    aborted: keys."""
 
     requests: tuple[tuple[str, Any], ...] = ()
     aborted: tuple[str, ...] = ()

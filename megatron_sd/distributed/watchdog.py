@@ -1,8 +1,10 @@
-"""Ends a run that is stuck: every rank prints where each of its threads is, and exits, so that nobody waits for a rank for ever.
+"""Ends a run that is stuck: every rank prints where each of its threads is, and exits, so that nobody waits
+for a rank for ever.
 
-Each rank's thread reports to a store how often its main thread has moved, and in which phase; the first rank's thread judges.
-A rank is at fault when its thread has not reported for `timeout_s` (it died, or something holds the interpreter), or when its
-main thread has not moved for so long although it waits for no other rank; so are all, when all wait for each other.
+Each rank's thread reports to a store how often its main thread has moved, and in which phase; the first
+rank's thread judges. A rank is at fault when its thread has not reported for `timeout_s` (it died, or
+something holds the interpreter), or when its main thread has not moved for so long although it waits for no
+other rank; so are all, when all wait for each other.
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What a rank says about itself. ticks: of its thread; moves: of its main thread; waits: for other ranks, in a collective."""
+    """What a rank says about itself. ticks: of its thread; moves: of its main thread; waits: for other
+    ranks, in a collective."""
 
     ticks: int
     moves: int
@@ -84,7 +87,10 @@ class Judge:
             return None
         first = min(at_fault, key=lambda rank: self.seen[rank].moved)
         phase = self.seen[first].report.phase
-        return f"rank {first} is stuck in phase {phase} for {now - self.seen[first].moved:.1f} s; {self._all(now)}"
+        return (
+            f"rank {first} is stuck in phase {phase} for {now - self.seen[first].moved:.1f} s;"
+            f" {self._all(now)}"
+        )
 
     def _all(self, now: float) -> str:
         parts = []
@@ -96,7 +102,8 @@ class Judge:
 
 
 class Watchdog:
-    """Watches from `start` to `stop`; a timeout of 0 watches nothing. Stacks go to stderr and to directory/rank_N.txt."""
+    """Watches from `start` to `stop`; a timeout of 0 watches nothing. Stacks go to stderr and to
+    directory/rank_N.txt."""
 
     def __init__(self, world: World, *, timeout_s: float, directory: Path):
         self._world = world
@@ -154,9 +161,17 @@ class Watchdog:
         self._store.set(f"rank/{self._world.rank}", json.dumps(vars(report)))
         ranks = range(self._world.size) if self._world.is_first else (0,)
         keys = {rank: f"rank/{rank}" for rank in ranks}
-        reports = {rank: Report(**json.loads(self._store.get(key))) for rank, key in keys.items() if self._store.check([key])}
+        reports = {
+            rank: Report(**json.loads(self._store.get(key)))
+            for rank, key in keys.items()
+            if self._store.check([key])
+        }
         if not self._world.is_first:
-            return self._store.get("verdict").decode() if self._store.check(["verdict"]) else self._first_is_silent(reports)
+            return (
+                self._store.get("verdict").decode()
+                if self._store.check(["verdict"])
+                else self._first_is_silent(reports)
+            )
         verdict = self._judge.verdict(reports, time.monotonic())
         if verdict is not None:
             self._store.set("verdict", verdict)
@@ -165,11 +180,18 @@ class Watchdog:
     def _first_is_silent(self, reports: Mapping[int, Report]) -> str | None:
         first, now = self._judge.seen[0], time.monotonic()
         first.update(reports.get(0), now)
-        return f"rank 0 has not been heard of for {now - first.ticked:.1f} s" if now - first.ticked > self._timeout_s else None
+        return (
+            f"rank 0 has not been heard of for {now - first.ticked:.1f} s"
+            if now - first.ticked > self._timeout_s
+            else None
+        )
 
     def _end(self, verdict: str) -> NoReturn:
         """Say why, print every thread's stack, and leave without waiting for anything."""
-        text = f"watchdog: {verdict}; rank {self._world.rank} was in phase {self._world.pulse.phase}; its stacks:\n"
+        text = (
+            f"watchdog: {verdict}; rank {self._world.rank} was in phase {self._world.pulse.phase}; its"
+            " stacks:\n"
+        )
         os.write(2, text.encode())
         faulthandler.dump_traceback(all_threads=True)
         self._file.write(text)
@@ -177,5 +199,6 @@ class Watchdog:
         faulthandler.dump_traceback(file=self._file, all_threads=True)
         self._file.flush()
         if self._world.is_first:
-            time.sleep(min(2 * self._tick_s, self._timeout_s * GRACE))  # the others read the verdict in this rank's store
+            # the others read the verdict in this rank's store
+            time.sleep(min(2 * self._tick_s, self._timeout_s * GRACE))
         os._exit(STUCK_EXIT_CODE)

@@ -22,7 +22,15 @@ from megatron_sd.errors import ConfigError
 from megatron_sd.machine import process_start
 
 # What launchers tell a rank about itself; a process that is no rank must not inherit it.
-RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
+RANK_VARIABLES = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "LOCAL_WORLD_SIZE",
+    "GROUP_RANK",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)
 EXPECTED_SIZE = "MEGATRON_SD_WORLD_SIZE"  # set by `sd-search launch`: how many ranks were asked for
 STARTER_CHECK_S = 1.0
 COLLECTIVE_TIMEOUT = timedelta(hours=2)  # a rank may wait this long for the slowest rank's rollouts
@@ -71,20 +79,26 @@ class World:
 
 
 def join_world(stop: StopRequest | None = None) -> World:
-    """Read RANK, WORLD_SIZE, LOCAL_RANK (set by deepspeed, torchrun or srun), join the process group and choose the device.
+    """Read RANK, WORLD_SIZE, LOCAL_RANK (set by deepspeed, torchrun or srun), join the process group and
+    choose the device.
 
-    Started by plain python, without these variables, the world is this process alone; no port is opened. NCCL on CUDA devices,
-    gloo on CPUs. A second call returns the same world. stop: the requests that this process listens for. Raises ConfigError when
-    the environment is half set, or when there are not as many ranks as were asked for.
+    Started by plain python, without these variables, the world is this process alone; no port is opened.
+    NCCL on CUDA devices, gloo on CPUs. A second call returns the same world. stop: the requests that this
+    process listens for. Raises ConfigError when the environment is half set, or when there are not as many
+    ranks as were asked for.
     """
     found = {name: os.environ.get(name) for name in ("RANK", "WORLD_SIZE")}
     if None in found.values() and set(found.values()) != {None}:
-        raise ConfigError(f"environment has {found}, expected both or neither: start with deepspeed, torchrun or plain python")
+        raise ConfigError(
+            f"environment has {found}, expected both or neither: start with deepspeed, torchrun or plain"
+            " python"
+        )
     rank, size = int(found["RANK"] or 0), int(found["WORLD_SIZE"] or 1)
     if found["RANK"] is not None and os.environ.get(EXPECTED_SIZE, str(size)) != str(size):
         raise ConfigError(
-            f"WORLD_SIZE is {size}, expected {os.environ[EXPECTED_SIZE]}, which {EXPECTED_SIZE} asks for: a launcher without a "
-            "hostfile starts the ranks of one machine only; look at the attempt's hostfile"
+            f"WORLD_SIZE is {size}, expected {os.environ[EXPECTED_SIZE]}, which {EXPECTED_SIZE} asks for: a"
+            " launcher without a hostfile starts the ranks of one machine only; look at the attempt's"
+            " hostfile"
         )
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     os.environ["LOCAL_RANK"] = str(local_rank)  # DeepSpeed asks for it even in a world of one
@@ -92,7 +106,9 @@ def join_world(stop: StopRequest | None = None) -> World:
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         if found["RANK"] is None:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=COLLECTIVE_TIMEOUT)
+            dist.init_process_group(
+                backend, store=dist.HashStore(), rank=0, world_size=1, timeout=COLLECTIVE_TIMEOUT
+            )
         else:
             dist.init_process_group(backend, rank=rank, world_size=size, timeout=COLLECTIVE_TIMEOUT)
     _end_with_starter(os.environ.get(STARTER))
@@ -101,7 +117,12 @@ def join_world(stop: StopRequest | None = None) -> World:
 
 def lone_world(device: torch.device | None = None) -> World:
     """This process without a process group; device: None is the first CUDA device, or the CPU."""
-    return World(rank=0, size=1, local_rank=0, device=device or torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    return World(
+        rank=0,
+        size=1,
+        local_rank=0,
+        device=device or torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+    )
 
 
 def world_of_program() -> World:
@@ -136,7 +157,8 @@ def leave_world() -> None:
 
 
 def use_device(device: torch.device) -> None:
-    """First in every thread that touches the device: a new thread's current CUDA device is 0, whatever its process chose."""
+    """First in every thread that touches the device: a new thread's current CUDA device is 0, whatever its
+    process chose."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
 
@@ -144,8 +166,8 @@ def use_device(device: torch.device) -> None:
 def end_process(code: int) -> NoReturn:
     """Exit without tearing the interpreter down; everything of the run is on disk by now.
 
-    A communication thread that outlives its process group may ask for the interpreter while it is being torn down, and then
-    aborts the process: a finished run would count as failed.
+    A communication thread that outlives its process group may ask for the interpreter while it is being
+    torn down, and then aborts the process: a finished run would count as failed.
     """
     logging.shutdown()
     sys.stdout.flush()
@@ -154,8 +176,8 @@ def end_process(code: int) -> NoReturn:
 
 
 def _end_with_starter(starter: str | None) -> None:
-    """Send this process SIGTERM when the one that started the ranks is gone, however it went. DeepSpeed's launchers stand between
-    the two, and do not always hand a signal on."""
+    """Send this process SIGTERM when the one that started the ranks is gone, however it went. DeepSpeed's
+    launchers stand between the two, and do not always hand a signal on."""
     if starter is None:
         return
     pid, start = map(int, starter.split())
@@ -173,7 +195,10 @@ def _choose_device(local_rank: int) -> torch.device:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed reads it when it is imported
         return torch.device("cpu")
     if local_rank >= torch.cuda.device_count():
-        raise ConfigError(f"LOCAL_RANK is {local_rank}, expected less than the {torch.cuda.device_count()} visible CUDA devices")
+        raise ConfigError(
+            f"LOCAL_RANK is {local_rank}, expected less than the {torch.cuda.device_count()} visible CUDA"
+            " devices"
+        )
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
     return device

@@ -57,7 +57,10 @@ def flush(paths: Iterable[Path]) -> None:
 def seal(directory: Path, known: Iterable[str] = ()) -> Seals:
     """Size and checksum of every file but those of `known` names, whose writers have sealed them."""
     names = {str(path.relative_to(directory)): path for path in files_under(directory)}
-    return {name: {"bytes": names[name].stat().st_size, "sha256": sha256(names[name])} for name in names.keys() - set(known)}
+    return {
+        name: {"bytes": names[name].stat().st_size, "sha256": sha256(names[name])}
+        for name in names.keys() - set(known)
+    }
 
 
 def commit(staging: Path, directory: Path, seals: Seals) -> None:
@@ -70,7 +73,8 @@ def commit(staging: Path, directory: Path, seals: Seals) -> None:
 
 
 def point_to(directory: Path) -> None:
-    """Let `latest` name a committed directory: by replacing it, so that a reader finds the old name or the new one."""
+    """Let `latest` name a committed directory: by replacing it, so that a reader finds the old name or the
+    new one."""
     latest = directory.with_name(LATEST)
     temporary = latest.with_name(f"{LATEST}.tmp")
     _write_flushed(temporary, directory.name + "\n")
@@ -79,8 +83,8 @@ def point_to(directory: Path) -> None:
 
 
 def find_damage(directory: Path, share: tuple[int, int] = (0, 1)) -> str | None:
-    """What is wrong with a committed directory (checking only this share of its files), or None. Any changed bit is found, in
-    the manifest too, and any file that was not there when it was written."""
+    """What is wrong with a committed directory (checking only this share of its files), or None. Any
+    changed bit is found, in the manifest too, and any file that was not there when it was written."""
     try:
         text = (directory / MANIFEST).read_bytes()
         seals: Seals = json.loads(text)["files"]
@@ -104,7 +108,8 @@ def set_aside(directory: Path) -> Path:
 
 
 def prune(root: Path, keep: int) -> None:
-    """Remove all but the newest `keep` committed directories; one that is removed in part has lost its name before."""
+    """Remove all but the newest `keep` committed directories; one that is removed in part has lost its name
+    before."""
     for directory in committed(root)[keep:]:
         os.rename(directory, staging_of(directory))
         shutil.rmtree(staging_of(directory))

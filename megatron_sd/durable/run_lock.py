@@ -1,9 +1,10 @@
-"""One run, one directory: what a command holds while it writes below a directory, so that a second one is refused by name.
+"""One run, one directory: what a command holds while it writes below a directory, so that a second one is
+refused by name.
 
     lock.json    who holds it, and a count that grows while the holder lives
 
-A holder that was killed leaves its file. On its own machine it is known by its process; on another one, which shares the file
-system, by its count: a stale lock's stands still.
+A holder that was killed leaves its file. On its own machine it is known by its process; on another one,
+which shares the file system, by its count: a stale lock's stands still.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Holder:
-    """A process that holds a directory. machine: where its pid means something; born: the process's start, in clock ticks."""
+    """A process that holds a directory. machine: where its pid means something; born: the process's start,
+    in clock ticks."""
 
     token: str
     host: str
@@ -61,11 +63,11 @@ class Holder:
 
 @contextlib.contextmanager
 def hold(directory: Path, *, beat_s: float = BEAT_S, stale_s: float = STALE_S) -> Iterator[None]:
-    """Hold `directory`, made where it is missing, while the block runs. Beats come every `beat_s` seconds; a lock of another
-    machine counts as stale after `stale_s` seconds without one, which are waited for.
+    """Hold `directory`, made where it is missing, while the block runs. Beats come every `beat_s` seconds;
+    a lock of another machine counts as stale after `stale_s` seconds without one, which are waited for.
 
-    Raises ConfigError when another process holds it, and when it is no directory. A holder that finds its lock taken over (it
-    stood still for long, suspended perhaps) ends its process: two must never write.
+    Raises ConfigError when another process holds it, and when it is no directory. A holder that finds its
+    lock taken over (it stood still for long, suspended perhaps) ends its process: two must never write.
     """
     if directory.exists() and not directory.is_dir():
         raise ConfigError(f"found a file at {directory}, expected a directory of this run, or a new one")
@@ -88,7 +90,8 @@ def hold(directory: Path, *, beat_s: float = BEAT_S, stale_s: float = STALE_S) -
 
 
 def refuse_held(directory: Path) -> None:
-    """Raise ConfigError when a living process of this machine holds `directory`; a look that takes no time."""
+    """Raise ConfigError when a living process of this machine holds `directory`; a look that takes no
+    time."""
     found = read_holder(directory / LOCK_NAME)
     if found is not None and found.is_here and found.is_alive:
         raise ConfigError(_in_use(directory, found))
@@ -121,8 +124,8 @@ def _refuse_while_held(path: Path, *, stale_s: float) -> None:
 
 def _in_use(directory: Path, found: Holder) -> str:
     return (
-        f"{directory} is in use by {found}; expected a directory that nothing else writes to: wait for it, end it, or give "
-        "another directory"
+        f"{directory} is in use by {found}; expected a directory that nothing else writes to: wait for it,"
+        " end it, or give another directory"
     )
 
 
@@ -132,14 +135,22 @@ def _beat(path: Path, mine: Holder, over: threading.Event, beat_s: float) -> Non
     while not over.wait(beat_s):
         found = read_holder(path)
         if found is not None and found.token != mine.token:
-            print(f"{path}: taken over by {found}; this process ends, so that two do not write", file=sys.stderr, flush=True)
+            print(
+                f"{path}: taken over by {found}; this process ends, so that two do not write",
+                file=sys.stderr,
+                flush=True,
+            )
             os._exit(1)
         beats += 1
         try:
             _write(path, dataclasses.replace(mine, beats=beats))
         except OSError as error:
             if not told:
-                logger.warning("%s: no sign of life can be written (%s); another run may take the directory over", path, error)
+                logger.warning(
+                    "%s: no sign of life can be written (%s); another run may take the directory over",
+                    path,
+                    error,
+                )
             told = True
 
 
@@ -153,7 +164,9 @@ def _this_process() -> Holder:
     pid = os.getpid()
     since = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
     born = process_start(pid) or 0
-    return Holder(token=uuid.uuid4().hex, host=socket.gethostname(), machine=_machine(), pid=pid, born=born, since=since)
+    return Holder(
+        token=uuid.uuid4().hex, host=socket.gethostname(), machine=_machine(), pid=pid, born=born, since=since
+    )
 
 
 def _machine() -> str:

@@ -13,10 +13,11 @@ _WORDS = re.compile(r"\w+")
 
 
 def rollout_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
-    """What the rollouts of scored groups did and earned. Means are over usable rollouts; shares lie in [0, 1].
+    """What the rollouts of scored groups did and earned. Means are over usable rollouts; shares lie in [0,
+    1].
 
-    rollout/stop_<reason> is the share of all rollouts, infrastructure failures included. Hop hits are left out where no
-    question names its passages. Empty when there is no rollout.
+    rollout/stop_<reason> is the share of all rollouts, infrastructure failures included. Hop hits are left
+    out where no question names its passages. Empty when there is no rollout.
     """
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     usable = [rollout for group in groups for rollout in group.usable]
@@ -32,7 +33,9 @@ def rollout_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
 def lag_metrics(groups: Sequence[RolloutGroup], step: int) -> dict[str, float]:
     """How old the weights were that sampled the rollouts of a step: rollout/policy_version, the oldest, and
     rollout/policy_lag_steps, the mean over turns of the optimiser steps taken since; 0 is on-policy."""
-    versions = [turn.policy_version for group in groups for rollout in group.rollouts for turn in rollout.turns]
+    versions = [
+        turn.policy_version for group in groups for rollout in group.rollouts for turn in rollout.turns
+    ]
     if not versions:
         return {}
     return {
@@ -60,8 +63,12 @@ def _length_metrics(usable: Sequence[Rollout]) -> dict[str, float]:
     return {
         "rollout/searches": num_queries / len(usable),
         "rollout/turns": _mean(len(rollout.turns) for rollout in usable),
-        "rollout/completion_tokens": _mean(sum(len(turn.completion_ids) for turn in rollout.turns) for rollout in usable),
-        "rollout/observation_tokens": _mean(sum(len(turn.observation_ids) for turn in rollout.turns) for rollout in usable),
+        "rollout/completion_tokens": _mean(
+            sum(len(turn.completion_ids) for turn in rollout.turns) for rollout in usable
+        ),
+        "rollout/observation_tokens": _mean(
+            sum(len(turn.observation_ids) for turn in rollout.turns) for rollout in usable
+        ),
         "rollout/total_tokens_max": float(max(rollout.num_tokens for rollout in usable)),
         "rollout/duplicate_query_share": num_repeats / num_queries if num_queries else 0.0,
     }
@@ -80,13 +87,16 @@ def _group_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
 
 
 def block_metrics(groups: Sequence[RolloutGroup], blocks: Sequence[Sequence[str]]) -> dict[str, float]:
-    """What the hindsight blocks reveal (docs/method.md, section 5, points 3 and 4). blocks[g][i] is the text for rollout i.
+    """What the hindsight blocks reveal (docs/method.md, section 5, points 3 and 4). blocks[g][i] is the
+    text for rollout i.
 
     distill/share_rollouts_with_block: usable rollouts whose block is not empty. Over these alone:
     distill/share_blocks_with_gold: blocks that hold a gold answer as whole words, case ignored.
-    distill/share_block_words_unseen: words of the siblings' queries that stand neither in the question, nor in the rollout's
+    distill/share_block_words_unseen: words of the siblings' queries that stand neither in the question, nor
+    in the rollout's
         own queries, nor in the passages it saw: the student could not know them.
-    distill/copy_rate_correct, _incorrect: share of the rollout's queries that a sibling which was CORRECT (F1 above 0)
+    distill/copy_rate_correct, _incorrect: share of the rollout's queries that a sibling which was CORRECT
+    (F1 above 0)
         or INCORRECT asked word for word. Left out when no sibling bears the label.
     Empty when no rollout is usable; only the first figure when no rollout has a block.
     """
@@ -101,8 +111,12 @@ def block_metrics(groups: Sequence[RolloutGroup], blocks: Sequence[Sequence[str]
     shown = [pair for pair in pairs if pair[2]]
     metrics = {"distill/share_rollouts_with_block": len(shown) / len(pairs)}
     if shown:
-        metrics["distill/share_blocks_with_gold"] = _mean(_holds_any(block, g.question.golden_answers) for g, _, block in shown)
-        metrics["distill/share_block_words_unseen"] = _mean(_unseen_share(group, rollout) for group, rollout, _ in shown)
+        metrics["distill/share_blocks_with_gold"] = _mean(
+            _holds_any(block, g.question.golden_answers) for g, _, block in shown
+        )
+        metrics["distill/share_block_words_unseen"] = _mean(
+            _unseen_share(group, rollout) for group, rollout, _ in shown
+        )
         metrics |= _copy_rates([(group, rollout) for group, rollout, _ in shown])
     return metrics
 
@@ -117,7 +131,8 @@ def _unseen_share(group: RolloutGroup, rollout: Rollout) -> float:
     return len(unseen) / len(words) if words else 0.0
 
 
-@functools.lru_cache(maxsize=512)  # the rollouts of a question, which come one after another, see the same passages
+# the rollouts of a question, which come one after another, see the same passages
+@functools.lru_cache(maxsize=512)
 def _passage_words(passage: Passage) -> frozenset[str]:
     return frozenset(_words((passage.title, passage.text)))
 
@@ -126,7 +141,9 @@ def _copy_rates(pairs: Sequence[tuple[RolloutGroup, Rollout]]) -> Mapping[str, f
     copied: dict[str, list[bool]] = {"correct": [], "incorrect": []}
     for group, rollout in pairs:
         for label, flags in copied.items():
-            siblings = [o for o in group.usable if o is not rollout and (o.scores.f1 > 0) == (label == "correct")]
+            siblings = [
+                o for o in group.usable if o is not rollout and (o.scores.f1 > 0) == (label == "correct")
+            ]
             asked = {_fold(query) for other in siblings for query in other.queries}
             if siblings:
                 flags.extend(_fold(query) in asked for query in rollout.queries)

@@ -1,7 +1,8 @@
 """metrics.jsonl: the append-only record of a run, of which TensorBoard is a view.
 
-Lines are {"step": int, "metrics": {name: float}} in the order they were recorded. Every start of the run first appends
-{"start": int}, the first step it is going to record: earlier lines of that step and later ones are superseded.
+Lines are {"step": int, "metrics": {name: float}} in the order they were recorded. Every start of the run
+first appends {"start": int}, the first step it is going to record: earlier lines of that step and later
+ones are superseded.
 """
 
 from __future__ import annotations
@@ -43,8 +44,8 @@ class MetricsLog:
 def read_metrics(path: Path) -> dict[int, dict[str, float]]:
     """Metrics by step, in order of step, superseded lines dropped, several lines of a step merged.
 
-    A torn line is dropped where a kill can leave one: at the end, or right before a start. Raises DataError for any other
-    line that does not parse, and for a missing file.
+    A torn line is dropped where a kill can leave one: at the end, or right before a start. Raises DataError
+    for any other line that does not parse, and for a missing file.
     """
     if not path.is_file():
         raise DataError(f"{path} does not exist: expected the metrics.jsonl of a run directory")
@@ -54,7 +55,10 @@ def read_metrics(path: Path) -> dict[int, dict[str, float]]:
     for number, row in enumerate(parsed, start=1):
         if row is None:
             if number < len(parsed) and "start" not in (parsed[number] or {}):
-                raise DataError(f"{path}:{number} is no metrics line: {lines[number - 1][:80]!r}; the file was changed by hand")
+                raise DataError(
+                    f"{path}:{number} is no metrics line: {lines[number - 1][:80]!r}; the file was changed by"
+                    " hand"
+                )
         elif "start" in row:
             steps = {step: values for step, values in steps.items() if step < row["start"]}
         else:
@@ -67,5 +71,7 @@ def _parse(line: bytes) -> dict[str, Any] | None:
         row = json.loads(line)
     except ValueError:
         return None
-    is_known = isinstance(row, dict) and (isinstance(row.get("start"), int) or {"step", "metrics"} <= row.keys())
+    is_known = isinstance(row, dict) and (
+        isinstance(row.get("start"), int) or {"step", "metrics"} <= row.keys()
+    )
     return row if is_known else None

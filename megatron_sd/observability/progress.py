@@ -39,7 +39,11 @@ class Progress:
         """num_steps: the last step of the run; step: where it begins."""
         self._num_steps = num_steps
         self._stream = stream
-        self._bar = tqdm(total=num_steps, initial=step, file=stream, unit="step", dynamic_ncols=True) if stream.isatty() else None
+        self._bar = (
+            tqdm(total=num_steps, initial=step, file=stream, unit="step", dynamic_ncols=True)
+            if stream.isatty()
+            else None
+        )
 
     def show(self, step: int, metrics: Mapping[str, float]) -> None:
         """Move to `step` and show its main figures."""
@@ -60,7 +64,8 @@ class Progress:
 
 
 class Work:
-    """Shows tasks on `stream` (None: nowhere, as on every rank but the first). Work that is done within 30 s leaves no line.
+    """Shows tasks on `stream` (None: nowhere, as on every rank but the first). Work that is done within 30
+    s leaves no line.
 
     clock: seconds of any steady clock.
     """
@@ -71,7 +76,8 @@ class Work:
 
     @contextmanager
     def on(self, name: str, total: int, unit: str) -> Iterator[Task]:
-        """A task of `total` units, shown while the block runs. Tasks may stand within each other, and run in threads."""
+        """A task of `total` units, shown while the block runs. Tasks may stand within each other, and run
+        in threads."""
         if self._stream is None:
             task = Task(total, self._clock)
         else:
@@ -113,7 +119,11 @@ class Task:
     def rate(self) -> str:
         """Tokens a second since the start, in words; nothing for work that counts none."""
         seconds = self._clock() - self.start
-        return f"{self.tokens:,} tokens, {self.tokens / seconds:,.1f} tokens/s" if self.tokens and seconds > 0 else ""
+        return (
+            f"{self.tokens:,} tokens, {self.tokens / seconds:,.1f} tokens/s"
+            if self.tokens and seconds > 0
+            else ""
+        )
 
     def is_due(self, every_s: float) -> bool:
         """True once in `every_s` seconds."""
@@ -138,7 +148,9 @@ class _Lines(Task):
 class _Bar(Task):
     def __init__(self, total: int, clock: Callable[[], float], stream: TextIO, name: str, unit: str) -> None:
         super().__init__(total, clock)
-        self._bar = tqdm(total=total, desc=name, unit=f" {unit}", file=stream, leave=False, dynamic_ncols=True)
+        self._bar = tqdm(
+            total=total, desc=name, unit=f" {unit}", file=stream, leave=False, dynamic_ncols=True
+        )
 
     def tick(self) -> None:
         if self.is_due(BAR_EVERY_S) or self.done == self.total:

@@ -1,4 +1,5 @@
-"""Everything a run writes about itself, behind one object: metrics.jsonl, TensorBoard, transcripts, progress."""
+"""Everything a run writes about itself, behind one object: metrics.jsonl, TensorBoard, transcripts,
+progress."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ TRANSCRIPTS_NAME = "transcripts"
 
 
 class Recorder:
-    """Records a run under `run_dir`. On a rank that is not `enabled` every method does nothing and touches no file.
+    """Records a run under `run_dir`. On a rank that is not `enabled` every method does nothing and touches
+    no file.
 
         config.yaml                      the resolved configuration
         plan_changes.jsonl               what was changed of the plan on resume, and from which step on
@@ -30,9 +32,17 @@ class Recorder:
     """
 
     def __init__(
-        self, run_dir: Path | str, *, enabled: bool, num_steps: int, config_text: str, decode: Decode, transcripts_per_step: int
+        self,
+        run_dir: Path | str,
+        *,
+        enabled: bool,
+        num_steps: int,
+        config_text: str,
+        decode: Decode,
+        transcripts_per_step: int,
     ) -> None:
-        """decode: token ids to text. transcripts_per_step: groups written each time. Nothing is opened before `begin`."""
+        """decode: token ids to text. transcripts_per_step: groups written each time. Nothing is opened
+        before `begin`."""
         self._run_dir = Path(run_dir)
         self._enabled = enabled
         self._num_steps = num_steps
@@ -42,8 +52,9 @@ class Recorder:
         self._open: tuple[MetricsLog, TensorBoard, Progress] | None = None
 
     def begin(self, step: int, plan_changes: Sequence[tuple[int, str]] = ()) -> None:
-        """Start recording after optimiser step `step` (0, or that of a checkpoint): what was recorded beyond it is superseded.
-        plan_changes: what was changed of the plan since the run began, from which step on and in words."""
+        """Start recording after optimiser step `step` (0, or that of a checkpoint): what was recorded
+        beyond it is superseded. plan_changes: what was changed of the plan since the run began, from which
+        step on and in words."""
         if not self._enabled:
             return
         self._run_dir.mkdir(parents=True, exist_ok=True)
@@ -52,7 +63,9 @@ class Recorder:
         board = TensorBoard(self._run_dir / TENSORBOARD_NAME, first_step=step + 1)
         board.text("config", self._config_text, step)
         if plan_changes:
-            lines = (json.dumps({"step": from_step, "words": words}) + "\n" for from_step, words in plan_changes)
+            lines = (
+                json.dumps({"step": from_step, "words": words}) + "\n" for from_step, words in plan_changes
+            )
             _write_text(self._run_dir / CHANGES_NAME, "".join(lines))
             board.text("plan changes", "\n".join(words for _, words in plan_changes), step)
         self._open = (log, board, Progress(self._num_steps, step, sys.stderr))
@@ -74,7 +87,9 @@ class Recorder:
         path.parent.mkdir(exist_ok=True)
         texts = [render_group(group, own, self._decode) for group, own in chosen]
         _write_text(path, "\n\n".join(texts))
-        records = (json.dumps(group_record(group, own, self._decode), ensure_ascii=False) for group, own in chosen)
+        records = (
+            json.dumps(group_record(group, own, self._decode), ensure_ascii=False) for group, own in chosen
+        )
         _write_text(path.with_suffix(".jsonl"), "".join(record + "\n" for record in records))
         _, board, _ = self._open
         for place, text in enumerate(texts):

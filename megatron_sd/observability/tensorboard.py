@@ -8,7 +8,8 @@ from pathlib import Path
 from torch.utils.tensorboard import SummaryWriter
 
 TENSORBOARD_NAME = "tensorboard"
-# Charts of the "Custom Scalars" tab. Each chart draws every scalar whose name matches one of its regular expressions.
+# Charts of the "Custom Scalars" tab. Each chart draws every scalar whose name matches one of its regular
+# expressions.
 LAYOUT = {
     "outcome": {
         "reward": ["Multiline", ["reward/(mean|em|f1|format_valid)"]],
@@ -35,7 +36,8 @@ class TensorBoard:
     """Writes event files into `directory`."""
 
     def __init__(self, directory: Path, first_step: int) -> None:
-        """Start a new event file that supersedes earlier points of `first_step` and later ones (TensorBoard hides them)."""
+        """Start a new event file that supersedes earlier points of `first_step` and later ones (TensorBoard
+        hides them)."""
         self._writer = SummaryWriter(str(directory), purge_step=first_step)
         self._writer.add_custom_scalars(LAYOUT)
 
@@ -46,7 +48,8 @@ class TensorBoard:
         self._writer.flush()
 
     def text(self, name: str, content: str, step: int) -> None:
-        """A text shown verbatim. TensorBoard renders Markdown, in which an indented block keeps its lines as they are."""
+        """A text shown verbatim. TensorBoard renders Markdown, in which an indented block keeps its lines
+        as they are."""
         self._writer.add_text(name, "\n".join("    " + line for line in content.split("\n")), step)
         self._writer.flush()
 

@@ -15,7 +15,8 @@ _MAXRSS_BYTES = 1024  # ru_maxrss counts KiB on Linux
 
 
 class Timers:
-    """Wall-clock seconds of one step, by phase. The step begins with its first phase. on_phase: told of every one that begins."""
+    """Wall-clock seconds of one step, by phase. The step begins with its first phase. on_phase: told of
+    every one that begins."""
 
     def __init__(self, on_phase: Callable[[str], None] = lambda name: None) -> None:
         self._on_phase = on_phase
@@ -37,7 +38,8 @@ class Timers:
             self._seconds[name] += time.perf_counter() - start
 
     def metrics(self) -> dict[str, float]:
-        """time/<phase>_s of every phase and time/step_s since the first one began; then forget them. Empty without a phase."""
+        """time/<phase>_s of every phase and time/step_s since the first one began; then forget them. Empty
+        without a phase."""
         if self._step_start is None:
             return {}
         metrics = {f"time/{name}_s": seconds for name, seconds in self._seconds.items()}
@@ -48,7 +50,8 @@ class Timers:
 
 
 def memory_metrics() -> dict[str, float]:
-    """mem/peak_gib: peak resident memory of this process. mem/gpu_peak_gib: peak on a GPU in use since the last call."""
+    """mem/peak_gib: peak resident memory of this process. mem/gpu_peak_gib: peak on a GPU in use since the
+    last call."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _MAXRSS_BYTES
     metrics = {"mem/peak_gib": peak / _GIB}
     if torch.cuda.is_initialized():

@@ -14,10 +14,11 @@ _GUTTER = 9
 
 
 def render_group(group: RolloutGroup, blocks: Sequence[str], decode: Decode) -> str:
-    """One group as text: the question, the prompt, and each rollout's segments by writer, with hits, scores and its block.
+    """One group as text: the question, the prompt, and each rollout's segments by writer, with hits, scores
+    and its block.
 
-    blocks: the hindsight text the teacher saw for each rollout, empty where it saw none. Control characters are replaced, so
-    that nothing a policy writes can steer a terminal.
+    blocks: the hindsight text the teacher saw for each rollout, empty where it saw none. Control characters
+    are replaced, so that nothing a policy writes can steer a terminal.
 
         policy   | <search> Kalo Miren guide </search>
         hits     | 1. p17 Kalo Miren (12.31), hop 1
@@ -27,7 +28,10 @@ def render_group(group: RolloutGroup, blocks: Sequence[str], decode: Decode) -> 
     lines = [
         f"question {question.id}: {question.text}",
         f"gold     {' | '.join(question.golden_answers)}",
-        *(f"hop {number}    any of {', '.join(ids)}" for number, ids in enumerate(question.supporting, start=1)),
+        *(
+            f"hop {number}    any of {', '.join(ids)}"
+            for number, ids in enumerate(question.supporting, start=1)
+        ),
     ]
     if group.rollouts:
         lines += _segment("prompt", decode(group.rollouts[0].prompt_ids))
@@ -65,7 +69,10 @@ def _turn_lines(turn: Turn, question: Question, decode: Decode) -> list[str]:
 
 
 def _segment(writer: str, text: str) -> list[str]:
-    lines = ("".join(c if c.isprintable() or c == "\t" else "\ufffd" for c in line) for line in text.strip("\n").split("\n"))
+    lines = (
+        "".join(c if c.isprintable() or c == "\t" else "\ufffd" for c in line)
+        for line in text.strip("\n").split("\n")
+    )
     return [f"{writer:<{_GUTTER - 1}} | {line}".rstrip() for line in lines]
 
 

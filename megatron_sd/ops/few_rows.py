@@ -1,7 +1,8 @@
-"""The product of few rows with a large weight matrix on CPUs, which is what every decoding step of a language model consists of.
+"""The product of few rows with a large weight matrix on CPUs, which is what every decoding step of a
+language model consists of.
 
-The native product (kernels/csrc/linear_cpu.cpp) sums every element in one order, so a row's result does not depend on how many
-others there are. Elsewhere, and where it gains nothing, this is torch's own product.
+The native product (kernels/csrc/linear_cpu.cpp) sums every element in one order, so a row's result does not
+depend on how many others there are. Elsewhere, and where it gains nothing, this is torch's own product.
 """
 
 from __future__ import annotations
@@ -35,8 +36,9 @@ class LinearTask(ctypes.Structure):
 
 
 def linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """torch.nn.functional.linear: [..., depth] and [columns, depth] give [..., columns]. Natively computed where no gradient is
-    wanted, for float32 on CPUs, at most MAX_ROWS rows and at least MIN_WEIGHTS weights."""
+    """torch.nn.functional.linear: [..., depth] and [columns, depth] give [..., columns]. Natively computed
+    where no gradient is wanted, for float32 on CPUs, at most MAX_ROWS rows and at least MIN_WEIGHTS
+    weights."""
     if not _gains(rows, weight):
         return functional.linear(rows, weight, bias)
     out = native_linear(rows.reshape(-1, weight.shape[1]), weight).view(*rows.shape[:-1], weight.shape[0])
@@ -44,7 +46,8 @@ def linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def native_linear(rows: Tensor, weight: Tensor, *, instruction_set: str | None = None) -> Tensor:
-    """[n, depth] and [columns, depth], float32 on the CPU, give [n, columns]. The library must be there (ops/native.LIBRARY)."""
+    """[n, depth] and [columns, depth], float32 on the CPU, give [n, columns]. The library must be there
+    (ops/native.LIBRARY)."""
     rows, weight = rows.contiguous(), weight.contiguous()
     out = torch.empty(len(rows), len(weight))
     task = LinearTask(

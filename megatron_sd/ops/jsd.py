@@ -39,24 +39,33 @@ def jsd_rows(  # noqa: PLR0913 (five tensors and the divergence's options: the w
 ) -> RowDivergence:
     """weights[i] * D(teacher_logits[teacher_rows[i]], student_logits[student_rows[i]]) for every i.
 
-    student_logits [S, V], teacher_logits [T, V]: any floating dtype, arithmetic in float32 (float64 stays float64).
-    student_rows, teacher_rows: [N] integer; only these rows are touched. weights: [N] floating, no gradient. Returns [N] values
-    in the arithmetic's dtype, differentiable in student_logits alone, and the [N] truncated masses. N = 0 is fine.
-    top_k: both restricted to the teacher's k likeliest tokens, renormalised; tail_bucket: what lies outside is one more event.
-    in_place: the gradient takes the place of student_logits, which are lost (rows not listed become 0), and the backward can run
-    once; without a gradient nothing is written. That saves the [S, V] gradient, and is refused where it would corrupt something.
-    impl: "cpp" and "cuda" are the native code of kernels/csrc (float32 or bfloat16, full vocabulary) on CPU and on CUDA tensors,
-    "torch" is the reference, "auto" the native code where it can and otherwise the reference, said once in the log. Raises
-    ConfigError for options and ValueError for tensors that do not fit; row indices are checked only where that costs no device
-    synchronisation (on the CPU; the CUDA code makes rows out of range NaN).
-    NaN in a row's logits is NaN in its value, and on the CPU a warning with the row's number.
+    student_logits [S, V], teacher_logits [T, V]: any floating dtype, arithmetic in float32 (float64 stays
+    float64). student_rows, teacher_rows: [N] integer; only these rows are touched. weights: [N] floating,
+    no gradient. Returns [N] values in the arithmetic's dtype, differentiable in student_logits alone, and
+    the [N] truncated masses. N = 0 is fine. top_k: both restricted to the teacher's k likeliest tokens,
+    renormalised; tail_bucket: what lies outside is one more event. in_place: the gradient takes the place
+    of student_logits, which are lost (rows not listed become 0), and the backward can run once; without a
+    gradient nothing is written. That saves the [S, V] gradient, and is refused where it would corrupt
+    something. impl: "cpp" and "cuda" are the native code of kernels/csrc (float32 or bfloat16, full
+    vocabulary) on CPU and on CUDA tensors, "torch" is the reference, "auto" the native code where it can
+    and otherwise the reference, said once in the log. Raises ConfigError for options and ValueError for
+    tensors that do not fit; row indices are checked only where that costs no device synchronisation (on the
+    CPU; the CUDA code makes rows out of range NaN). NaN in a row's logits is NaN in its value, and on the
+    CPU a warning with the row's number.
     """
     check_options(
-        divergence=divergence, beta=beta, temperature=temperature, top_k=top_k, tail_bucket=tail_bucket, impl=impl
+        divergence=divergence,
+        beta=beta,
+        temperature=temperature,
+        top_k=top_k,
+        tail_bucket=tail_bucket,
+        impl=impl,
     )
     _check_tensors(student_logits, teacher_logits, student_rows, teacher_rows, weights)
     if top_k is not None and top_k > student_logits.shape[-1]:
-        raise ConfigError(f"distill.top_k is {top_k}, expected at most the vocabulary size {student_logits.shape[-1]}")
+        raise ConfigError(
+            f"distill.top_k is {top_k}, expected at most the vocabulary size {student_logits.shape[-1]}"
+        )
     chosen = _chosen(impl, student_logits, teacher_logits, divergence=divergence, top_k=top_k)
     compute = functools.partial(
         _reference_rows if chosen == "torch" else _native_rows,
@@ -87,7 +96,15 @@ def _native_rows(  # noqa: PLR0913, PLR0917 (as jsd_rows)
 ) -> RowDivergence:
     wants_gradient = student.requires_grad and torch.is_grad_enabled()
     values, _ = torch_ops.jsd_rows(
-        student, teacher, student_rows, teacher_rows, weights.float(), divergence, beta, temperature, wants_gradient
+        student,
+        teacher,
+        student_rows,
+        teacher_rows,
+        weights.float(),
+        divergence,
+        beta,
+        temperature,
+        wants_gradient,
     )
     return RowDivergence(values, torch.zeros_like(values))
 
@@ -118,27 +135,43 @@ def _reference_rows(  # noqa: PLR0913, PLR0917 (as jsd_rows)
     if student.device.type == "cpu" and not torch.compiler.is_compiling() and result.values.isnan().any():
         index = int(result.values.isnan().nonzero()[0, 0])
         pair = f"student row {int(student_rows[index])} and teacher row {int(teacher_rows[index])}"
-        _LOG.warning("%d of %d divergences are NaN, first that of %s", int(result.values.isnan().sum()), len(result.values), pair)
+        _LOG.warning(
+            "%d of %d divergences are NaN, first that of %s",
+            int(result.values.isnan().sum()),
+            len(result.values),
+            pair,
+        )
     return RowDivergence(result.values * weights.to(dtype), result.truncated_mass)
 
 
 def _chosen(impl: str, student: Tensor, teacher: Tensor, *, divergence: str, top_k: int | None) -> str:
-    """"cpp", "cuda" or "torch". Raises ValueError if impl is a native one and these tensors or options are not for it."""
+    """ "cpp", "cuda" or "torch". Raises ValueError if impl is a native one and these tensors or options are
+    not for it."""
     if impl == "torch":
         return impl
-    obstacle = f"top_k={top_k}" if top_k is not None else calls.obstacle(student, teacher, teacher_is_difference=False)
+    obstacle = (
+        f"top_k={top_k}"
+        if top_k is not None
+        else calls.obstacle(student, teacher, teacher_is_difference=False)
+    )
     if divergence not in NATIVE_DIVERGENCES:
         obstacle = f"divergence={divergence!r}"
     if impl != "auto" and student.device.type != NATIVE_DEVICES[impl]:
         obstacle = f"tensors on {student.device}"
     if impl != "auto" and obstacle:
-        expected = f"{NATIVE_DEVICES[impl].upper()} tensors of float32 or bfloat16, no top_k and no mse, or impl='auto'"
+        expected = (
+            f"{NATIVE_DEVICES[impl].upper()} tensors of float32 or bfloat16, no top_k and no mse, or"
+            " impl='auto'"
+        )
         raise ValueError(f"impl={impl!r} cannot serve {obstacle}; expected {expected}")
     if impl != "auto":
         return impl
     chosen = "torch" if obstacle else "cuda" if student.is_cuda else "cpp"
     if not torch.compiler.is_compiling():
-        _say_once(chosen, obstacle or (cuda_library.architectures() if chosen == "cuda" else cpu_library.INSTRUCTION_SET))
+        _say_once(
+            chosen,
+            obstacle or (cuda_library.architectures() if chosen == "cuda" else cpu_library.INSTRUCTION_SET),
+        )
     return chosen
 
 
@@ -147,7 +180,9 @@ def _say_once(chosen: str, reason: str) -> None:
     _LOG.info("divergence of rows: impl='auto' takes %r (%s)", chosen, reason)
 
 
-def check_options(*, divergence: str, beta: float, temperature: float, top_k: int | None, tail_bucket: bool, impl: str) -> None:
+def check_options(
+    *, divergence: str, beta: float, temperature: float, top_k: int | None, tail_bucket: bool, impl: str
+) -> None:
     """Raises ConfigError naming the option, what was found and what was expected."""
     if divergence not in DIVERGENCES:
         raise ConfigError(f"distill.divergence is {divergence!r}, expected one of {DIVERGENCES}")
@@ -161,17 +196,26 @@ def check_options(*, divergence: str, beta: float, temperature: float, top_k: in
     if top_k is not None and top_k < 1:
         raise ConfigError(f"distill.top_k is {top_k}, expected at least 1, or null for the full vocabulary")
     if tail_bucket and top_k is None:
-        raise ConfigError("distill.tail_bucket is true with distill.top_k null, expected a top_k: all tokens leave no tail")
+        raise ConfigError(
+            "distill.tail_bucket is true with distill.top_k null, expected a top_k: all tokens leave no tail"
+        )
     if impl not in IMPLEMENTATIONS:
         raise ConfigError(f"impl is {impl!r}, expected one of {IMPLEMENTATIONS}")
     libraries = {"cpp": cpu_library, "cuda": cuda_library}
     if impl in libraries and libraries[impl].LIBRARY is None:
-        raise ConfigError(f"impl={impl!r} is not part of this build, expected 'auto' or 'torch': {libraries[impl].MISSING}")
+        raise ConfigError(
+            f"impl={impl!r} is not part of this build, expected 'auto' or 'torch': {libraries[impl].MISSING}"
+        )
 
 
-def _check_tensors(student: Tensor, teacher: Tensor, student_rows: Tensor, teacher_rows: Tensor, weights: Tensor) -> None:
+def _check_tensors(
+    student: Tensor, teacher: Tensor, student_rows: Tensor, teacher_rows: Tensor, weights: Tensor
+) -> None:
     if student.ndim != 2 or teacher.ndim != 2:
-        raise ValueError(f"logits have shapes {tuple(student.shape)} and {tuple(teacher.shape)}, expected [rows, vocabulary]")
+        raise ValueError(
+            f"logits have shapes {tuple(student.shape)} and {tuple(teacher.shape)}, expected [rows,"
+            " vocabulary]"
+        )
     if student.shape[1] != teacher.shape[1]:
         raise ValueError(
             f"the student's vocabulary has {student.shape[1]} entries and the teacher's {teacher.shape[1]}: "
@@ -179,8 +223,8 @@ def _check_tensors(student: Tensor, teacher: Tensor, student_rows: Tensor, teach
         )
     if not student_rows.shape == teacher_rows.shape == weights.shape or student_rows.ndim != 1:
         raise ValueError(
-            f"student_rows, teacher_rows and weights have shapes {tuple(student_rows.shape)}, {tuple(teacher_rows.shape)} and "
-            f"{tuple(weights.shape)}, expected three times [N]"
+            f"student_rows, teacher_rows and weights have shapes {tuple(student_rows.shape)},"
+            f" {tuple(teacher_rows.shape)} and {tuple(weights.shape)}, expected three times [N]"
         )
     if student_rows.dtype not in ROW_DTYPES or teacher_rows.dtype not in ROW_DTYPES:
         found = f"{student_rows.dtype} and {teacher_rows.dtype}"

@@ -19,12 +19,16 @@ BLOCK_ELEMENTS = 1 << 20  # logits that are copied out at one time: a few rows o
 Compute = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], RowDivergence]
 
 
-def in_place_rows(compute: Compute, student: Tensor, teacher: Tensor, lists: tuple[Tensor, Tensor, Tensor]) -> RowDivergence:
-    """compute(student, teacher, *lists), with the gradient kept in `student` [S, V] between forward and backward.
+def in_place_rows(
+    compute: Compute, student: Tensor, teacher: Tensor, lists: tuple[Tensor, Tensor, Tensor]
+) -> RowDivergence:
+    """compute(student, teacher, *lists), with the gradient kept in `student` [S, V] between forward and
+    backward.
 
-    lists: the student's rows, the teacher's and the weights, [N] each. What is listed in the student's becomes that row's
-    gradient, what is not becomes 0. Raises ValueError where that would lose or corrupt something (one device synchronisation),
-    and RuntimeError from a second backward. Whatever else has kept the logits for its own backward is told by autograd.
+    lists: the student's rows, the teacher's and the weights, [N] each. What is listed in the student's
+    becomes that row's gradient, what is not becomes 0. Raises ValueError where that would lose or corrupt
+    something (one device synchronisation), and RuntimeError from a second backward. Whatever else has kept
+    the logits for its own backward is told by autograd.
     """
     _check(student, teacher, lists[0])
     return RowDivergence(*_InPlace.apply(student, compute, teacher, *lists))
@@ -33,12 +37,22 @@ def in_place_rows(compute: Compute, student: Tensor, teacher: Tensor, lists: tup
 class _InPlace(torch.autograd.Function):
     @staticmethod
     def forward(  # noqa: PLR0913, PLR0917 (autograd hands everything on by position)
-        ctx, student: Tensor, compute: Compute, teacher: Tensor, student_rows: Tensor, teacher_rows: Tensor, weights: Tensor
+        ctx,
+        student: Tensor,
+        compute: Compute,
+        teacher: Tensor,
+        student_rows: Tensor,
+        teacher_rows: Tensor,
+        weights: Tensor,
     ) -> tuple[Tensor, Tensor]:
         block_rows = max(BLOCK_ELEMENTS // student.shape[1], 1)
-        is_listed = torch.zeros(len(student), dtype=torch.bool, device=student.device).index_fill(0, student_rows.long(), True)
+        is_listed = torch.zeros(len(student), dtype=torch.bool, device=student.device).index_fill(
+            0, student_rows.long(), True
+        )
         parts = []
-        for own, others, shares in zip(*(part.split(block_rows) for part in (student_rows, teacher_rows, weights)), strict=True):
+        for own, others, shares in zip(
+            *(part.split(block_rows) for part in (student_rows, teacher_rows, weights)), strict=True
+        ):
             with torch.enable_grad():
                 logits = student.detach()[own].requires_grad_()
                 result = compute(logits, teacher, torch.arange(len(own), device=own.device), others, shares)
@@ -56,7 +70,9 @@ class _InPlace(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_values: Tensor, _grad_mass: Tensor):
         if ctx.is_spent:
-            raise RuntimeError("in_place=True keeps one gradient for one backward; for a second one expected in_place=False")
+            raise RuntimeError(
+                "in_place=True keeps one gradient for one backward; for a second one expected in_place=False"
+            )
         ctx.is_spent = True
         student, student_rows = ctx.saved_tensors
         scales = grad_values.new_zeros(len(student)).index_copy(0, student_rows.long(), grad_values)

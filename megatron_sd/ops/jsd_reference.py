@@ -1,7 +1,8 @@
 """The divergence of a teacher's and a student's token distributions, row by row: the oracle.
 
-Plain torch, any floating dtype and device; tests judge every other implementation against this one, and this one against
-float64 autograd of the textbook formula. With z = logits / temperature, P = softmax(teacher), Q = softmax(student):
+Plain torch, any floating dtype and device; tests judge every other implementation against this one, and
+this one against float64 autograd of the textbook formula. With z = logits / temperature, P =
+softmax(teacher), Q = softmax(student):
 
     jsd(beta)    beta KL(P || M) + (1 - beta) KL(Q || M),  M = beta P + (1 - beta) Q,  0 < beta < 1
     forward_kl   KL(P || Q)
@@ -15,11 +16,13 @@ The teacher gets no gradient. The student's gradient is computed in the forward,
     reverse_kl   Q_j (w_j - sum_k Q_k w_k)/T,  w = log(Q / P)
     mse          Q_j (w_j - sum_k Q_k w_k)/T,  w = 2 (Q - P)
 
-Everything goes through d = log P - log Q, so rows that are equal bit for bit give exactly 0, in value and gradient.
+Everything goes through d = log P - log Q, so rows that are equal bit for bit give exactly 0, in value and
+gradient.
 
-With top_k both distributions are restricted to the teacher's k likeliest tokens S and renormalised. A tail bucket (TRL's and
-SDPO's add_tail) keeps what lies outside instead: k + 1 events, the last of probability 1 - sum over S. With b(j) the event of
-token j, its gradient is that of the event shared out by probability, for jsd (1 - beta)/T * Q_j (r_b(j) - sum_b Q_b r_b).
+With top_k both distributions are restricted to the teacher's k likeliest tokens S and renormalised. A tail
+bucket (TRL's and SDPO's add_tail) keeps what lies outside instead: k + 1 events, the last of probability 1
+- sum over S. With b(j) the event of token j, its gradient is that of the event shared out by probability,
+for jsd (1 - beta)/T * Q_j (r_b(j) - sum_b Q_b r_b).
 """
 
 from __future__ import annotations
@@ -34,8 +37,9 @@ MASKED = -1e30  # what -inf logits become: finite, so that no inf - inf arises
 
 
 class RowDivergence(NamedTuple):
-    """values: [N], the divergences (times the caller's weights). truncated_mass: [N], the student's probability outside the
-    teacher's top-k (no gradient; 0 with the full vocabulary), whether or not a tail bucket holds it."""
+    """values: [N], the divergences (times the caller's weights). truncated_mass: [N], the student's
+    probability outside the teacher's top-k (no gradient; 0 with the full vocabulary), whether or not a tail
+    bucket holds it."""
 
     values: Tensor
     truncated_mass: Tensor
@@ -53,9 +57,9 @@ def divergence_rows(  # noqa: PLR0913 (two matrices and the divergence's options
 ) -> RowDivergence:
     """Divergence of each row of two [N, V] logit matrices of the same floating dtype; values keep that dtype.
 
-    beta is read for "jsd" alone. top_k: both distributions are restricted to the teacher's k likeliest tokens and renormalised;
-    the student gets no gradient on its mass outside, unless a tail_bucket holds the rest as one more event. A row that is all
-    -inf, or holds a NaN, gives NaN.
+    beta is read for "jsd" alone. top_k: both distributions are restricted to the teacher's k likeliest
+    tokens and renormalised; the student gets no gradient on its mass outside, unless a tail_bucket holds
+    the rest as one more event. A row that is all -inf, or holds a NaN, gives NaN.
     """
     teacher_logits = teacher_logits.detach()
     truncated_mass = student_logits.new_zeros(len(student_logits))
@@ -76,14 +80,17 @@ def _events(logits: Tensor, support: Tensor, temperature: float) -> Tensor:
 
 
 def _events_with_tail(logits: Tensor, support: Tensor, temperature: float) -> Tensor:
-    """[N, k + 1] logits: those of the support, and one of the same probability as everything outside together."""
+    """[N, k + 1] logits: those of the support, and one of the same probability as everything outside
+    together."""
     outside = logits.scatter(-1, support, MASKED).clamp(min=MASKED) / temperature
     tail = torch.logsumexp(outside, -1, keepdim=True) * temperature
     return torch.cat([logits.gather(-1, support), tail], -1)
 
 
 def _mass_outside(logits: Tensor, support: Tensor, temperature: float) -> Tensor:
-    inside = torch.logsumexp(logits.gather(-1, support) / temperature, -1) - torch.logsumexp(logits / temperature, -1)
+    inside = torch.logsumexp(logits.gather(-1, support) / temperature, -1) - torch.logsumexp(
+        logits / temperature, -1
+    )
     return -torch.expm1(inside)
 
 
@@ -92,7 +99,13 @@ class _Divergence(torch.autograd.Function):
 
     @staticmethod
     def forward(  # noqa: PLR0913, PLR0917 (autograd hands everything on by position)
-        ctx, student: Tensor, teacher: Tensor, divergence: str, beta: float, temperature: float, wants_gradient: bool
+        ctx,
+        student: Tensor,
+        teacher: Tensor,
+        divergence: str,
+        beta: float,
+        temperature: float,
+        wants_gradient: bool,
     ) -> Tensor:
         log_q, log_p = log_softmax(student, temperature), log_softmax(teacher, temperature)
         terms = divergence_terms(log_p, log_q, divergence=divergence, beta=beta)
@@ -117,8 +130,9 @@ def log_softmax(logits: Tensor, temperature: float) -> Tensor:
 
 
 class Terms(NamedTuple):
-    """A divergence entry by entry, all [N, V]: it is the sum of `values`, and its gradient with respect to logits / temperature
-    is slopes - q * sum(slopes). q: the student's probabilities. values and slopes may be one tensor."""
+    """A divergence entry by entry, all [N, V]: it is the sum of `values`, and its gradient with respect to
+    logits / temperature is slopes - q * sum(slopes). q: the student's probabilities. values and slopes may
+    be one tensor."""
 
     values: Tensor
     slopes: Tensor
@@ -126,21 +140,24 @@ class Terms(NamedTuple):
 
 
 def divergence_terms(log_p: Tensor, log_q: Tensor, *, divergence: str, beta: float) -> Terms:
-    """From log-probabilities of the teacher and the student; entries of a row may be a part of its vocabulary."""
+    """From log-probabilities of the teacher and the student; entries of a row may be a part of its
+    vocabulary."""
     if divergence == "jsd":
         return _jsd(log_p, log_q, beta)
     return {"forward_kl": _forward_kl, "reverse_kl": _reverse_kl, "mse": _mse}[divergence](log_p, log_q)
 
 
 def _jsd(log_p: Tensor, log_q: Tensor, beta: float) -> Terms:
-    """Overflow-safe: with L = log(M / max(P, Q)), log(P/M) and log(Q/M) are -L and -L -+ d, never a difference of logs of M."""
+    """Overflow-safe: with L = log(M / max(P, Q)), log(P/M) and log(Q/M) are -L and -L -+ d, never a
+    difference of logs of M."""
     difference = log_p - log_q
     teacher_larger = difference > 0
     distance = difference.abs()
     larger = torch.maximum(log_p, log_q).exp_()
     smaller = larger * torch.exp(-distance)
     p, q = torch.where(teacher_larger, larger, smaller), torch.where(teacher_larger, smaller, larger)
-    small_share = beta + (1.0 - 2.0 * beta) * teacher_larger.to(log_p.dtype)  # 1 - beta where the student's is the smaller
+    # 1 - beta where the student's is the smaller
+    small_share = beta + (1.0 - 2.0 * beta) * teacher_larger.to(log_p.dtype)
     log_m_over_larger = torch.log1p(small_share * torch.expm1(-distance))
     of_larger, of_smaller = -log_m_over_larger, -distance - log_m_over_larger
     log_p_over_m = torch.where(teacher_larger, of_larger, of_smaller)
@@ -161,7 +178,8 @@ def _reverse_kl(log_p: Tensor, log_q: Tensor) -> Terms:
 
 
 def _mse(log_p: Tensor, log_q: Tensor) -> Terms:
-    """A difference of probabilities as a share of the larger one: equal rows give exactly 0, close ones keep their digits."""
+    """A difference of probabilities as a share of the larger one: equal rows give exactly 0, close ones
+    keep their digits."""
     distance = (log_p - log_q).abs()
     apart = -torch.maximum(log_p, log_q).exp() * torch.expm1(-distance)
     q = log_q.exp()

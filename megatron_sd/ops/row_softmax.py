@@ -1,4 +1,5 @@
-"""Softmax of rows of logits, with as few [rows, vocabulary] matrices as can be: one beside the logits, which are used up."""
+"""Softmax of rows of logits, with as few [rows, vocabulary] matrices as can be: one beside the logits,
+which are used up."""
 
 from __future__ import annotations
 
@@ -11,8 +12,8 @@ from megatron_sd.ops.jsd_reference import MASKED
 
 
 class RowSoftmax(NamedTuple):
-    """exponentials [N, V] of logits / temperature less its maximum, and their sums [N]; in nats, entropies [N] and the targets'
-    logprobs [N] (None without targets)."""
+    """exponentials [N, V] of logits / temperature less its maximum, and their sums [N]; in nats, entropies
+    [N] and the targets' logprobs [N] (None without targets)."""
 
     exponentials: Tensor
     sums: Tensor
@@ -21,8 +22,8 @@ class RowSoftmax(NamedTuple):
 
     @classmethod
     def of(cls, logits: Tensor, temperature: float, targets: Tensor | None = None) -> RowSoftmax:
-        """logits: [N, V] float32 or float64, overwritten. targets: [N] int64. -inf is a probability of 0; a row of nothing
-        else, or with a NaN or +inf, is NaN."""
+        """logits: [N, V] float32 or float64, overwritten. targets: [N] int64. -inf is a probability of 0; a
+        row of nothing else, or with a NaN or +inf, is NaN."""
         if temperature != 1.0:
             logits.div_(temperature)
         logits.sub_(logits.amax(-1, keepdim=True))
@@ -34,8 +35,8 @@ class RowSoftmax(NamedTuple):
         return cls(exponentials, sums, entropies, logprobs)
 
     def gradient(self, slopes: Tensor, targets: Tensor, temperature: float) -> Tensor:
-        """[N, V]: of sum(slopes * logprobs) with respect to the logits, (onehot - softmax) slopes / temperature. It takes the
-        memory of the exponentials."""
+        """[N, V]: of sum(slopes * logprobs) with respect to the logits, (onehot - softmax) slopes /
+        temperature. It takes the memory of the exponentials."""
         slopes = slopes / temperature
         gradient = self.exponentials.mul_(-(slopes / self.sums)[:, None])
         return gradient.scatter_add_(-1, targets[:, None], slopes[:, None])

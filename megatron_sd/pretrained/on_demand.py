@@ -1,7 +1,9 @@
-"""Models whose weights are read from their files later, element by element where they are wanted: by the rank that owns them.
+"""Models whose weights are read from their files later, element by element where they are wanted: by the
+rank that owns them.
 
-The parameters of such a model are memory that nobody has written yet, which costs nothing, and each knows its tensor in the
-files. Ranks read their own elements from the mapped file; what no rank of a node owns is never read there.
+The parameters of such a model are memory that nobody has written yet, which costs nothing, and each knows
+its tensor in the files. Ranks read their own elements from the mapped file; what no rank of a node owns is
+never read there.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ from megatron_sd.pretrained.directory import StoredTensor, stored_tensors
 
 log = logging.getLogger(__name__)
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # by safetensors' words
+# by safetensors' words
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _READ_ELEMENTS = 1 << 24  # at a time
 _ATTRIBUTE = "stored_tensor"
 
@@ -36,12 +39,15 @@ class Stored:
     pages: mmap.mmap
 
     def read(self, target: Tensor, start: int, stop: int) -> None:
-        """Write the elements [start, stop) of the tensor, in the order of its flat view, into `target` [stop - start], cast."""
+        """Write the elements [start, stop) of the tensor, in the order of its flat view, into `target`
+        [stop - start], cast."""
         dtype = DTYPES[self.tensor.dtype]
         for low in range(start, stop, _READ_ELEMENTS):
             count = min(_READ_ELEMENTS, stop - low)
             offset = self.tensor.offset + low * dtype.itemsize
-            target[low - start : low - start + count].copy_(torch.frombuffer(self.pages, dtype=dtype, offset=offset, count=count))
+            target[low - start : low - start + count].copy_(
+                torch.frombuffer(self.pages, dtype=dtype, offset=offset, count=count)
+            )
 
 
 def stored_in(parameter: nn.Parameter) -> Stored | None:
@@ -52,8 +58,9 @@ def stored_in(parameter: nn.Parameter) -> Stored | None:
 def load_on_demand(
     path: str, *, dtype: torch.dtype, attention: str, config: PretrainedConfig, key: str
 ) -> PreTrainedModel | None:
-    """The model of a directory, without its weights. None where only transformers itself can read them: files of another format
-    or dtype, or whose tensors are not the model's one by one (renamed, fused, missing: then it also knows what to say).
+    """The model of a directory, without its weights. None where only transformers itself can read them:
+    files of another format or dtype, or whose tensors are not the model's one by one (renamed, fused,
+    missing: then it also knows what to say).
 
     Raises DataError for files that are not whole.
     """
@@ -67,7 +74,11 @@ def load_on_demand(
         model.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
     found = _match(model, tensors)
     if found is None or _keeps_float32(model):
-        log.info("%s %s: every rank loads the whole model, its files do not hold the parameters one by one", key, path)
+        log.info(
+            "%s %s: every rank loads the whole model, its files do not hold the parameters one by one",
+            key,
+            path,
+        )
         return None
     pages = {file: _map(file) for file in {tensor.file for tensor in tensors.values()}}
     for parameter, tensor in found:
@@ -81,8 +92,11 @@ def forget_file(parameter: nn.Parameter) -> None:
         delattr(parameter, _ATTRIBUTE)
 
 
-def _match(model: PreTrainedModel, tensors: dict[str, StoredTensor]) -> list[tuple[nn.Parameter, StoredTensor]] | None:
-    """Each parameter with its tensor; None unless there is exactly one for each, of its shape, and no other."""
+def _match(
+    model: PreTrainedModel, tensors: dict[str, StoredTensor]
+) -> list[tuple[nn.Parameter, StoredTensor]] | None:
+    """Each parameter with its tensor; None unless there is exactly one for each, of its shape, and no
+    other."""
     names: dict[nn.Parameter, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(parameter, []).append(name)
@@ -107,7 +121,9 @@ def _can_map(tensor: StoredTensor) -> bool:
 def _keeps_float32(model: PreTrainedModel) -> bool:
     """The family keeps some modules in float32 whatever dtype is asked for."""
     patterns = model._keep_in_fp32_modules_strict or ()
-    return model.dtype != torch.float32 and any(re.search(p, name) for p in patterns for name, _ in model.named_parameters())
+    return model.dtype != torch.float32 and any(
+        re.search(p, name) for p in patterns for name, _ in model.named_parameters()
+    )
 
 
 def _map(file: Path) -> Any:

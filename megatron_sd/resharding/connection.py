@@ -20,8 +20,24 @@ from torch import Tensor
 
 from megatron_sd.config import PublishConfig
 from megatron_sd.errors import ReshardError
-from megatron_sd.resharding.exchange import BucketBuffers, BucketInbox, BucketOutbox, DirectInbox, DirectOutbox, Inbox, Outbox
-from megatron_sd.resharding.layout import Rectangle, ShardLayout, TensorSpec, WorkerId, WorkerLayout, WorkerTensor, check_worker
+from megatron_sd.resharding.exchange import (
+    BucketBuffers,
+    BucketInbox,
+    BucketOutbox,
+    DirectInbox,
+    DirectOutbox,
+    Inbox,
+    Outbox,
+)
+from megatron_sd.resharding.layout import (
+    Rectangle,
+    ShardLayout,
+    TensorSpec,
+    WorkerId,
+    WorkerLayout,
+    WorkerTensor,
+    check_worker,
+)
 from megatron_sd.resharding.plan import ReshardPlan
 from megatron_sd.resharding.staging import (
     CudaMemory,
@@ -58,13 +74,16 @@ def workers(plan: ReshardPlan, key: str) -> dict[str, str]:
 
 
 def open_session(session: Session, plan: ReshardPlan, terms: PublishConfig) -> None:
-    """Trainer rank 0: offer the plan, look at everybody and decide the wire. Raises ReshardError naming the worker whose tensors
-    are not what the plan expects; nothing has been sent then."""
+    """Trainer rank 0: offer the plan, look at everybody and decide the wire. Raises ReshardError naming the
+    worker whose tensors are not what the plan expects; nothing has been sent then."""
     session.post("open", {"plan": asdict(plan), "terms": asdict(terms)})
     hosts = session.wait_for(ranks(plan, "rank"))
     found = session.wait_for(workers(plan, "worker"))
     for worker, description in enumerate(found):
-        specs = {name: TensorSpec(name=name, shape=tuple(shape), dtype=dtype) for name, shape, dtype in description["tensors"]}
+        specs = {
+            name: TensorSpec(name=name, shape=tuple(shape), dtype=dtype)
+            for name, shape, dtype in description["tensors"]
+        }
         check_worker(worker_id(plan, worker), plan.layout_of(worker), specs)
     wire = choose_wire(terms.wire, [*hosts, *found])
     log.info("weights reach %d workers over %s", plan.num_workers, wire)
@@ -78,25 +97,35 @@ def whereabouts(device: torch.device) -> dict[str, Any]:
 
 
 def choose_wire(wanted: str, parties: Sequence[Mapping[str, Any]]) -> str:
-    """The wire that reaches everybody, from their whereabouts. Raises ReshardError when the wanted one does not."""
+    """The wire that reaches everybody, from their whereabouts. Raises ReshardError when the wanted one does
+    not."""
     one_node = len({party["host"] for party in parties}) == 1
     all_cuda = all(party["device"] == "cuda" for party in parties)
     if wanted == "auto":
-        wanted = ("cuda_ipc" if all_cuda else "shared_memory") if one_node else ("nccl" if all_cuda else "gloo")
+        wanted = (
+            ("cuda_ipc" if all_cuda else "shared_memory") if one_node else ("nccl" if all_cuda else "gloo")
+        )
     if wanted in OPEN_MEMORY and not one_node:
-        raise ReshardError(f"publish.wire is {wanted}, but ranks and workers run on several nodes: expected gloo, nccl or auto")
+        raise ReshardError(
+            f"publish.wire is {wanted}, but ranks and workers run on several nodes: expected gloo, nccl or"
+            " auto"
+        )
     if wanted in ("cuda_ipc", "nccl") and not all_cuda:
-        raise ReshardError(f"publish.wire is {wanted}, but not every rank and worker has CUDA tensors: expected auto")
+        raise ReshardError(
+            f"publish.wire is {wanted}, but not every rank and worker has CUDA tensors: expected auto"
+        )
     gpus = Counter(party["gpu"] for party in parties if party.get("gpu"))
     if wanted == "nccl" and (shared := [gpu for gpu, count in gpus.items() if count > 1]):
         raise ReshardError(
-            f"publish.wire: nccl would join {gpus[shared[0]]} parties on GPU {shared[0]}, which NCCL refuses (a rank and a vLLM "
-            "worker share it): expected one party a GPU; set rollout.vllm.publish gather"
+            f"publish.wire: nccl would join {gpus[shared[0]]} parties on GPU {shared[0]}, which NCCL refuses"
+            " (a rank and a vLLM worker share it): expected one party a GPU; set rollout.vllm.publish gather"
         )
     return wanted
 
 
-def make_outbox(session: Session, plan: ReshardPlan, terms: PublishConfig, *, rank: int, device: torch.device) -> Outbox:
+def make_outbox(
+    session: Session, plan: ReshardPlan, terms: PublishConfig, *, rank: int, device: torch.device
+) -> Outbox:
     """Trainer rank `rank`'s side of the wire that was decided."""
     dtype, bucket_numel = getattr(torch, plan.dtype), bucket_elements(plan, terms)
     (wire,) = session.wait_for({"wire": "trainer rank 0"}, patience=2)
@@ -104,7 +133,9 @@ def make_outbox(session: Session, plan: ReshardPlan, terms: PublishConfig, *, ra
         windows = {}
         for worker, token in enumerate(session.wait_for(workers(plan, "memory"))):
             layout = plan.layout_of(worker)
-            windows[worker] = tensor_views(OPEN_MEMORY[wire](token, num_staged(layout), dtype, device), layout)
+            windows[worker] = tensor_views(
+                OPEN_MEMORY[wire](token, num_staged(layout), dtype, device), layout
+            )
         return DirectOutbox(plan, rank, windows, bucket_numel=bucket_numel, device=device)
     channel = GroupWire(session, wire, rank, [*ranks(plan, "").values(), *workers(plan, "").values()])
     buffers = BucketBuffers(bucket_numel, dtype, _buffer_device(wire, device))
@@ -114,7 +145,8 @@ def make_outbox(session: Session, plan: ReshardPlan, terms: PublishConfig, *, ra
 def make_inbox(
     session: Session, plan: ReshardPlan, terms: PublishConfig, *, worker: int, device: torch.device
 ) -> tuple[Inbox, Memory, dict[str, Tensor]]:
-    """Worker `worker`'s side, its memory for the next version, and its staged tensors there, flat, by name."""
+    """Worker `worker`'s side, its memory for the next version, and its staged tensors there, flat, by
+    name."""
     dtype, layout = getattr(torch, plan.dtype), plan.layout_of(worker)
     (wire,) = session.wait_for({"wire": "trainer rank 0"}, patience=2)
     memory: Memory
@@ -132,7 +164,11 @@ def make_inbox(
     channel = GroupWire(session, wire, party, [*ranks(plan, "").values(), *workers(plan, "").values()])
     bucket_numel = bucket_elements(plan, terms)
     buffers = BucketBuffers(bucket_numel, dtype, _buffer_device(wire, device))
-    return BucketInbox(plan, worker, channel, buffers, bucket_numel=bucket_numel, staged=staged), memory, staged
+    return (
+        BucketInbox(plan, worker, channel, buffers, bucket_numel=bucket_numel, staged=staged),
+        memory,
+        staged,
+    )
 
 
 def bucket_elements(plan: ReshardPlan, terms: PublishConfig) -> int:
@@ -148,9 +184,13 @@ def plan_from_plain(plain: Mapping[str, Any]) -> ReshardPlan:
     """The plan whose asdict came as JSON."""
     source = plain["source"]
     return ReshardPlan(
-        source=ShardLayout(parameters=tuple(map(_spec, source["parameters"])), world_size=source["world_size"]),
+        source=ShardLayout(
+            parameters=tuple(map(_spec, source["parameters"])), world_size=source["world_size"]
+        ),
         workers=tuple(
-            WorkerLayout(tp_rank=w["tp_rank"], tp_size=w["tp_size"], tensors=tuple(map(_tensor, w["tensors"])))
+            WorkerLayout(
+                tp_rank=w["tp_rank"], tp_size=w["tp_size"], tensors=tuple(map(_tensor, w["tensors"]))
+            )
             for w in plain["workers"]
         ),
         num_replicas=plain["num_replicas"],
@@ -163,6 +203,9 @@ def _spec(plain: Mapping[str, Any]) -> TensorSpec:
 
 def _tensor(plain: Mapping[str, Any]) -> WorkerTensor:
     pieces = (
-        Rectangle(**{**piece, "rows": tuple(piece["rows"]), "columns": tuple(piece["columns"])}) for piece in plain["pieces"]
+        Rectangle(**{**piece, "rows": tuple(piece["rows"]), "columns": tuple(piece["columns"])})
+        for piece in plain["pieces"]
     )
-    return WorkerTensor(spec=_spec(plain["spec"]), pieces=tuple(pieces), num_padding_rows=plain["num_padding_rows"])
+    return WorkerTensor(
+        spec=_spec(plain["spec"]), pieces=tuple(pieces), num_padding_rows=plain["num_padding_rows"]
+    )

@@ -1,4 +1,5 @@
-"""Moving what a plan says: written by the senders straight into a worker's memory, or packed into buckets and sent.
+"""Moving what a plan says: written by the senders straight into a worker's memory, or packed into buckets
+and sent.
 
 Outboxes belong to trainer ranks, inboxes to workers; both follow the same plan in the same order.
 """
@@ -25,8 +26,9 @@ class Outbox(Protocol):
     """A trainer rank's side."""
 
     def send(self, shards: Tensors) -> int:
-        """Send this rank's shards (flat, valid elements only, by parameter; another type is converted on the way). Returns the
-        bytes sent when the buffers are free again. Raises ReshardError naming the worker that failed."""
+        """Send this rank's shards (flat, valid elements only, by parameter; another type is converted on
+        the way). Returns the bytes sent when the buffers are free again. Raises ReshardError naming the
+        worker that failed."""
         ...
 
     def close(self) -> None:
@@ -38,7 +40,8 @@ class Inbox(Protocol):
     """A worker's side."""
 
     def receive(self) -> None:
-        """Until everything is in the staged tensors, or, where the senders write there themselves, at once."""
+        """Until everything is in the staged tensors, or, where the senders write there themselves, at
+        once."""
         ...
 
     def close(self) -> None:
@@ -62,13 +65,24 @@ def target_runs(staged: Tensors, part: Slice) -> Tensor:
 
 
 class DirectOutbox:
-    """Writes every slice where it belongs, in one copy; between devices a copy may pass through as much as a bucket.
+    """Writes every slice where it belongs, in one copy; between devices a copy may pass through as much as
+    a bucket.
 
     windows: the workers' staged tensors, by worker.
     """
 
-    def __init__(self, plan: ReshardPlan, rank: int, windows: Mapping[int, Tensors], *, bucket_numel: int, device: torch.device):
-        self._parts = [(worker, part) for worker, bucket in outgoing(plan, rank, bucket_numel) for part in bucket]
+    def __init__(
+        self,
+        plan: ReshardPlan,
+        rank: int,
+        windows: Mapping[int, Tensors],
+        *,
+        bucket_numel: int,
+        device: torch.device,
+    ):
+        self._parts = [
+            (worker, part) for worker, bucket in outgoing(plan, rank, bucket_numel) for part in bucket
+        ]
         self._windows = dict(windows)
         self._item_bytes = plan.item_bytes
         self._device = device
@@ -111,10 +125,18 @@ class BucketBuffers:
 
 
 class BucketOutbox:
-    """Packs slices into buckets of at most `bucket_numel` elements and sends them, packing one while another travels."""
+    """Packs slices into buckets of at most `bucket_numel` elements and sends them, packing one while
+    another travels."""
 
     def __init__(
-        self, plan: ReshardPlan, rank: int, wire: Wire, buffers: BucketBuffers, *, bucket_numel: int, device: torch.device
+        self,
+        plan: ReshardPlan,
+        rank: int,
+        wire: Wire,
+        buffers: BucketBuffers,
+        *,
+        bucket_numel: int,
+        device: torch.device,
     ):
         self._buckets = list(outgoing(plan, rank, bucket_numel))
         self._first_worker = plan.source.world_size  # among the wire's parties
@@ -145,9 +167,19 @@ class BucketOutbox:
 
 
 class BucketInbox:
-    """Receives what BucketOutbox sends and unpacks it into the staged tensors, one bucket while the next one travels."""
+    """Receives what BucketOutbox sends and unpacks it into the staged tensors, one bucket while the next
+    one travels."""
 
-    def __init__(self, plan: ReshardPlan, worker: int, wire: Wire, buffers: BucketBuffers, *, bucket_numel: int, staged: Tensors):
+    def __init__(
+        self,
+        plan: ReshardPlan,
+        worker: int,
+        wire: Wire,
+        buffers: BucketBuffers,
+        *,
+        bucket_numel: int,
+        staged: Tensors,
+    ):
         self._buckets = list(incoming(plan, worker, bucket_numel))
         self._wire = wire
         self._buffers = buffers

@@ -1,6 +1,8 @@
-"""Who holds which elements of a model's weights: the trainer's ZeRO-3 shards and the workers' tensor-parallel shards, as data.
+"""Who holds which elements of a model's weights: the trainer's ZeRO-3 shards and the workers'
+tensor-parallel shards, as data.
 
-Offsets and lengths count elements. A tensor of any rank is seen as a matrix of shape[0] rows; a vector has rows of one element.
+Offsets and lengths count elements. A tensor of any rank is seen as a matrix of shape[0] rows; a vector has
+rows of one element.
 """
 
 from __future__ import annotations
@@ -37,10 +39,12 @@ class TensorSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class ShardLayout:
-    """Weights cut as ZeRO-3 cuts them: rank r of `world_size` owns the flat elements [r * part, (r + 1) * part) of every
-    parameter, row-major, part = ceil(numel / world_size); the last ranks may own less, or nothing.
+    """Weights cut as ZeRO-3 cuts them: rank r of `world_size` owns the flat elements [r * part, (r + 1) *
+    part) of every parameter, row-major, part = ceil(numel / world_size); the last ranks may own less, or
+    nothing.
 
-    parameters: whole, by their Hugging Face names, in the order in which they are sent; a tied parameter comes once.
+    parameters: whole, by their Hugging Face names, in the order in which they are sent; a tied parameter
+    comes once.
     """
 
     parameters: tuple[TensorSpec, ...]
@@ -74,7 +78,8 @@ class Rectangle:
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerTensor:
-    """A worker's tensor and the pieces it is made of; its last `num_padding_rows` rows come from nobody and are zero."""
+    """A worker's tensor and the pieces it is made of; its last `num_padding_rows` rows come from nobody and
+    are zero."""
 
     spec: TensorSpec
     pieces: tuple[Rectangle, ...]
@@ -83,7 +88,8 @@ class WorkerTensor:
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerLayout:
-    """What the worker of one tensor-parallel rank holds. Every element comes from exactly one place (`check_tiling`)."""
+    """What the worker of one tensor-parallel rank holds. Every element comes from exactly one place
+    (`check_tiling`)."""
 
     tp_rank: int
     tp_size: int
@@ -109,7 +115,10 @@ class WorkerId:
         return self.replica * self.tp_size + self.tp_rank
 
     def __str__(self) -> str:
-        return f"worker {self.number} (replica {self.replica}, tensor-parallel rank {self.tp_rank} of {self.tp_size})"
+        return (
+            f"worker {self.number} (replica {self.replica}, tensor-parallel rank {self.tp_rank} of"
+            f" {self.tp_size})"
+        )
 
 
 def check_tiling(worker: WorkerLayout) -> None:
@@ -118,16 +127,24 @@ def check_tiling(worker: WorkerLayout) -> None:
         spec = tensor.spec
         num_rows, num_columns = spec.shape[0] - tensor.num_padding_rows, spec.num_columns
         rectangles = [
-            (p.at_row, p.at_row + p.rows[1] - p.rows[0], p.at_column, p.at_column + p.columns[1] - p.columns[0])
+            (
+                p.at_row,
+                p.at_row + p.rows[1] - p.rows[0],
+                p.at_column,
+                p.at_column + p.columns[1] - p.columns[0],
+            )
             for p in tensor.pieces
         ]
         inside = all(0 <= a <= b <= num_rows and 0 <= c <= d <= num_columns for a, b, c, d in rectangles)
-        disjoint = not any(_overlap(one, other) for n, one in enumerate(rectangles) for other in rectangles[:n])
+        disjoint = not any(
+            _overlap(one, other) for n, one in enumerate(rectangles) for other in rectangles[:n]
+        )
         found = sum(piece.numel for piece in tensor.pieces)
         if not (inside and disjoint and found == num_rows * num_columns):
             raise ReshardError(
-                f"{spec.name} of tensor-parallel rank {worker.tp_rank}: found pieces of {found} elements at {rectangles}, "
-                f"expected a tiling of {num_rows} x {num_columns}: the family's description in resharding/names.py is wrong"
+                f"{spec.name} of tensor-parallel rank {worker.tp_rank}: found pieces of {found} elements at"
+                f" {rectangles}, expected a tiling of {num_rows} x {num_columns}: the family's description in"
+                " resharding/names.py is wrong"
             )
 
 
@@ -136,14 +153,17 @@ def _overlap(one: tuple[int, int, int, int], other: tuple[int, int, int, int]) -
 
 
 def check_parameters(source: ShardLayout, expected: Sequence[TensorSpec]) -> None:
-    """Raise ReshardError naming the first parameters that trainer and engine do not both have, or have in another form."""
-    differences = spec_differences({spec.name: spec for spec in source.parameters}, {spec.name: spec for spec in expected})
+    """Raise ReshardError naming the first parameters that trainer and engine do not both have, or have in
+    another form."""
+    differences = spec_differences(
+        {spec.name: spec for spec in source.parameters}, {spec.name: spec for spec in expected}
+    )
     twice = [name for name, count in Counter(spec.name for spec in source.parameters).items() if count > 1]
     differences += [f"{name}: the trainer has it twice" for name in twice]
     if differences:
         raise ReshardError(
-            f"trainer and engine differ in {len(differences)} parameters: {'; '.join(differences[:3])}. Build both from the same "
-            "model directory and dtype; tied embeddings must be tied on both sides"
+            f"trainer and engine differ in {len(differences)} parameters: {'; '.join(differences[:3])}. Build"
+            " both from the same model directory and dtype; tied embeddings must be tied on both sides"
         )
 
 
@@ -152,8 +172,8 @@ def check_worker(worker: WorkerId, layout: WorkerLayout, found: Mapping[str, Ten
     differences = spec_differences(found, {tensor.spec.name: tensor.spec for tensor in layout.tensors})
     if differences:
         raise ReshardError(
-            f"{worker} differs from its layout in {len(differences)} tensors: {'; '.join(differences[:3])}. Start it from the "
-            "policy's model directory, with its dtype and without quantisation"
+            f"{worker} differs from its layout in {len(differences)} tensors: {'; '.join(differences[:3])}."
+            " Start it from the policy's model directory, with its dtype and without quantisation"
         )
 
 

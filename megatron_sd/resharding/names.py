@@ -1,8 +1,9 @@
 """Where each Hugging Face parameter lands in a vLLM worker, by model family.
 
-vLLM's rules (0.32): q, k and v are stacked in qkv_proj, gate and up in gate_up_proj, by rows, each cut by heads or rows; o_proj
-and down_proj are cut by columns; embedding and head are cut by rows after padding the vocabulary to a multiple of 64; with fewer
-key-value heads than workers each head is held by several; a tied head is the embedding; everything else is whole everywhere.
+vLLM's rules (0.32): q, k and v are stacked in qkv_proj, gate and up in gate_up_proj, by rows, each cut by
+heads or rows; o_proj and down_proj are cut by columns; embedding and head are cut by rows after padding the
+vocabulary to a multiple of 64; with fewer key-value heads than workers each head is held by several; a tied
+head is the embedding; everything else is whole everywhere.
 """
 
 from __future__ import annotations
@@ -63,7 +64,9 @@ def _qwen3(config: Mapping[str, Any]) -> DecoderSizes:
 
 def _llama(config: Mapping[str, Any]) -> DecoderSizes:
     bias = bool(config.get("attention_bias"))
-    return DecoderSizes(**_common(config), qkv_bias=bias, out_bias=bias, mlp_bias=bool(config.get("mlp_bias")))
+    return DecoderSizes(
+        **_common(config), qkv_bias=bias, out_bias=bias, mlp_bias=bool(config.get("mlp_bias"))
+    )
 
 
 FAMILIES: dict[str, Callable[[Mapping[str, Any]], DecoderSizes]] = {
@@ -74,23 +77,27 @@ FAMILIES: dict[str, Callable[[Mapping[str, Any]], DecoderSizes]] = {
 
 
 def model_shape(config: Mapping[str, Any]) -> DecoderSizes:
-    """From a Hugging Face configuration as a dictionary. Raises UnknownArchitectureError for a family not described here."""
+    """From a Hugging Face configuration as a dictionary. Raises UnknownArchitectureError for a family not
+    described here."""
     names = config.get("architectures") or []
     known = [name for name in names if name in FAMILIES]
     if not known:
         raise UnknownArchitectureError(
-            f"architecture {', '.join(names) or 'unnamed'} has no shard layout, expected one of {', '.join(FAMILIES)}: its full "
-            "parameters are gathered on every rank for each publish; describe the family in resharding/names.py to reshard it"
+            f"architecture {', '.join(names) or 'unnamed'} has no shard layout, expected one of"
+            f" {', '.join(FAMILIES)}: its full parameters are gathered on every rank for each publish;"
+            " describe the family in resharding/names.py to reshard it"
         )
     try:
         return FAMILIES[known[0]](config)
     except KeyError as error:
-        raise ConfigError(f"the configuration of {known[0]} lacks {error}, expected a complete config.json") from error
+        raise ConfigError(
+            f"the configuration of {known[0]} lacks {error}, expected a complete config.json"
+        ) from error
 
 
 def worker_layouts(config: Mapping[str, Any], *, tp_size: int, dtype: str) -> tuple[WorkerLayout, ...]:
-    """The tensors of each of `tp_size` workers, in tensor-parallel rank order. Raises UnknownArchitectureError, and ConfigError
-    for a number of workers that the model cannot be cut for."""
+    """The tensors of each of `tp_size` workers, in tensor-parallel rank order. Raises
+    UnknownArchitectureError, and ConfigError for a number of workers that the model cannot be cut for."""
     shape = model_shape(config)
     _check_divides(shape, tp_size)
     layouts = []
@@ -105,7 +112,11 @@ def whole_parameters(config: Mapping[str, Any], *, dtype: str) -> tuple[TensorSp
     """The parameters that the trainer must have; a tied head is not among them."""
     (whole,) = worker_layouts(config, tp_size=1, dtype=dtype)
     return tuple(
-        TensorSpec(name=piece.parameter, shape=(piece.rows[1], piece.columns[1])[: len(tensor.spec.shape)], dtype=dtype)
+        TensorSpec(
+            name=piece.parameter,
+            shape=(piece.rows[1], piece.columns[1])[: len(tensor.spec.shape)],
+            dtype=dtype,
+        )
         for tensor in whole.tensors
         for piece in tensor.pieces
     )
@@ -123,7 +134,11 @@ def _check_divides(shape: DecoderSizes, tp_size: int) -> None:
     if tp_size < 1 or problems:
         raise ConfigError(
             f"tensor-parallel size: found {tp_size}, expected one that divides the model evenly"
-            + (f"; {', '.join(problems)} cannot be shared so: choose a divisor of {shape.num_heads}" if problems else "")
+            + (
+                f"; {', '.join(problems)} cannot be shared so: choose a divisor of {shape.num_heads}"
+                if problems
+                else ""
+            )
         )
 
 
@@ -176,12 +191,16 @@ class _Cut:
         yield from self._stacked(f"{prefix}.gate_up_proj", parts, bias=self.shape.mlp_bias)
         yield from self._by_columns(f"{prefix}.down_proj", rows, bias=self.shape.mlp_bias)
 
-    def _stacked(self, name: str, parts: Sequence[tuple[str, tuple[int, int]]], *, bias: bool) -> Iterator[WorkerTensor]:
+    def _stacked(
+        self, name: str, parts: Sequence[tuple[str, tuple[int, int]]], *, bias: bool
+    ) -> Iterator[WorkerTensor]:
         """Rows of several matrices of [.., hidden], one below the other, and so their biases."""
         for suffix, num_columns in (("weight", self.shape.hidden), ("bias", 1))[: 1 + bias]:
             pieces, at = [], 0
             for module, rows in parts:
-                pieces.append(Rectangle(parameter=f"{module}.{suffix}", rows=rows, columns=(0, num_columns), at_row=at))
+                pieces.append(
+                    Rectangle(parameter=f"{module}.{suffix}", rows=rows, columns=(0, num_columns), at_row=at)
+                )
                 at += rows[1] - rows[0]
             yield self._tensor(f"{name}.{suffix}", (at, num_columns)[: 1 + (suffix == "weight")], pieces)
 
@@ -202,7 +221,9 @@ class _Cut:
         piece = Rectangle(parameter=name, rows=(start, stop), columns=(0, self.shape.hidden))
         return self._tensor(name, (part, self.shape.hidden), [piece], num_padding_rows=part - (stop - start))
 
-    def _tensor(self, name: str, shape: tuple[int, ...], pieces: Sequence[Rectangle], num_padding_rows: int = 0) -> WorkerTensor:
+    def _tensor(
+        self, name: str, shape: tuple[int, ...], pieces: Sequence[Rectangle], num_padding_rows: int = 0
+    ) -> WorkerTensor:
         spec = TensorSpec(name=name, shape=shape, dtype=self.dtype)
         return WorkerTensor(spec=spec, pieces=tuple(pieces), num_padding_rows=num_padding_rows)
 

@@ -1,7 +1,7 @@
 """Which runs of elements go from which trainer rank to which worker: pure arithmetic on two layouts.
 
-A plan holds no list of runs: those between one rank and one worker (a link) follow from the layouts on demand. A column shard of
-a row-major matrix is thousands of short runs at equal distances, and one `Slice`.
+A plan holds no list of runs: those between one rank and one worker (a link) follow from the layouts on
+demand. A column shard of a row-major matrix is thousands of short runs at equal distances, and one `Slice`.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 class Slice(NamedTuple):
-    """`num_runs` runs of `run_length` elements. Run n starts at source_offset + n * source_stride in the rank's own shard of
-    `parameter`, and at target_offset + n * target_stride in the worker's `tensor`, both flat."""
+    """`num_runs` runs of `run_length` elements. Run n starts at source_offset + n * source_stride in the
+    rank's own shard of `parameter`, and at target_offset + n * target_stride in the worker's `tensor`, both
+    flat."""
 
     parameter: str
     tensor: str
@@ -39,8 +40,8 @@ class Slice(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class ReshardPlan:
-    """From the ranks of `source` to `num_replicas` times the workers of `workers`; worker n is tensor-parallel rank
-    n % tp_size of replica n // tp_size. Everything is of one type."""
+    """From the ranks of `source` to `num_replicas` times the workers of `workers`; worker n is
+    tensor-parallel rank n % tp_size of replica n // tp_size. Everything is of one type."""
 
     source: ShardLayout
     workers: tuple[WorkerLayout, ...]
@@ -77,7 +78,10 @@ class ReshardPlan:
     def num_bytes(self, rank: int, worker: int) -> int:
         """What a trainer rank sends to a worker."""
         return self.item_bytes * sum(
-            count * sum(length * num_runs for *_, length, num_runs in _cuts(self.source.owned(numel, rank), *geometry))
+            count
+            * sum(
+                length * num_runs for *_, length, num_runs in _cuts(self.source.owned(numel, rank), *geometry)
+            )
             for (numel, *geometry), count in self._geometries[worker % len(self.workers)].items()
         )
 
@@ -90,7 +94,12 @@ class ReshardPlan:
         """How often each way of cutting occurs, by tensor-parallel rank."""
         return [
             Counter(
-                (self._parameters[piece.parameter].numel, _corners(piece), self._parameters[piece.parameter].num_columns, columns)
+                (
+                    self._parameters[piece.parameter].numel,
+                    _corners(piece),
+                    self._parameters[piece.parameter].num_columns,
+                    columns,
+                )
                 for tensor, columns in ((tensor, tensor.spec.num_columns) for tensor in layout.tensors)
                 for piece in tensor.pieces
             )
@@ -100,14 +109,19 @@ class ReshardPlan:
     # ---- who meets whom when ----
 
     def rounds(self) -> Iterator[list[tuple[int, int]]]:
-        """The (rank, worker) pairs of each round: everybody is in one pair at most, and every pair comes once.
+        """The (rank, worker) pairs of each round: everybody is in one pair at most, and every pair comes
+        once.
 
-        Ranks and workers sit around a table, a worker beside the ranks that hold its rows; in round k a rank meets the worker k
-        seats on. The long links so fall into the same rounds, and no order of waiting is circular.
+        Ranks and workers sit around a table, a worker beside the ranks that hold its rows; in round k a
+        rank meets the worker k seats on. The long links so fall into the same rounds, and no order of
+        waiting is circular.
         """
         num_seats = max(self.num_workers, self.source.world_size)
         tp_size = len(self.workers)
-        seats = {worker % tp_size * (num_seats // tp_size) + worker // tp_size: worker for worker in range(self.num_workers)}
+        seats = {
+            worker % tp_size * (num_seats // tp_size) + worker // tp_size: worker
+            for worker in range(self.num_workers)
+        }
         for k in range(num_seats):
             meetings = ((rank, seats.get((rank + k) % num_seats)) for rank in range(self.source.world_size))
             yield [(rank, worker) for rank, worker in meetings if worker is not None]
@@ -122,14 +136,20 @@ class ReshardPlan:
 
 
 def make_plan(source: ShardLayout, workers: Sequence[WorkerLayout], *, num_replicas: int) -> ReshardPlan:
-    """Raises ReshardError when a worker's tensor needs what the trainer does not have, in that shape and type, and when the
-    trainer has a parameter that no worker takes."""
+    """Raises ReshardError when a worker's tensor needs what the trainer does not have, in that shape and
+    type, and when the trainer has a parameter that no worker takes."""
     parameters = {spec.name: spec for spec in source.parameters}
     needed = {piece.parameter for worker in workers for tensor in worker.tensors for piece in tensor.pieces}
-    problems = [f"{name}: the trainer has it, no worker takes it" for name in parameters if name not in needed]
-    dtypes = {spec.dtype for spec in source.parameters} | {tensor.spec.dtype for worker in workers for tensor in worker.tensors}
+    problems = [
+        f"{name}: the trainer has it, no worker takes it" for name in parameters if name not in needed
+    ]
+    dtypes = {spec.dtype for spec in source.parameters} | {
+        tensor.spec.dtype for worker in workers for tensor in worker.tensors
+    }
     if len(dtypes) != 1 or not dtypes <= ITEM_BYTES.keys():
-        problems.append(f"types {', '.join(sorted(dtypes))}, expected one of {', '.join(ITEM_BYTES)} for all tensors")
+        problems.append(
+            f"types {', '.join(sorted(dtypes))}, expected one of {', '.join(ITEM_BYTES)} for all tensors"
+        )
     for worker in workers:
         for tensor in worker.tensors:
             problems += filter(None, (_missing(piece, parameters) for piece in tensor.pieces))
@@ -146,7 +166,10 @@ def _missing(piece: Rectangle, parameters: dict[str, TensorSpec]) -> str | None:
     if spec is None:
         return f"{piece.parameter}: a worker needs it, the trainer does not have it"
     if piece.rows[1] > spec.shape[0] or piece.columns[1] > spec.num_columns:
-        return f"{piece.parameter}: found shape {list(spec.shape)}, a worker needs rows {piece.rows} and columns {piece.columns}"
+        return (
+            f"{piece.parameter}: found shape {list(spec.shape)}, a worker needs rows {piece.rows} and columns"
+            f" {piece.columns}"
+        )
     return None
 
 
@@ -158,8 +181,11 @@ Cut = tuple[int, int, int, int, int, int]  # a Slice without its names
 
 
 @functools.lru_cache(maxsize=1 << 16)  # all layers are cut alike
-def _cuts(owned: tuple[int, int], corners: tuple[int, ...], source_columns: int, target_columns: int) -> tuple[Cut, ...]:
-    """The part of a rectangle that lies in the flat elements [start, stop): whole rows, and part of a row at either end."""
+def _cuts(
+    owned: tuple[int, int], corners: tuple[int, ...], source_columns: int, target_columns: int
+) -> tuple[Cut, ...]:
+    """The part of a rectangle that lies in the flat elements [start, stop): whole rows, and part of a row
+    at either end."""
     start, stop = owned
     top, bottom, left, right, at_row, at_column = corners
     if start == stop or top == bottom or left == right:
@@ -167,7 +193,8 @@ def _cuts(owned: tuple[int, int], corners: tuple[int, ...], source_columns: int,
     first, last = max(top, start // source_columns), min(bottom - 1, (stop - 1) // source_columns)
     if first > last:
         return ()
-    low, high = max(start - first * source_columns, left), min(stop - last * source_columns, right)  # in the rows at the ends
+    # in the rows at the ends
+    low, high = max(start - first * source_columns, left), min(stop - last * source_columns, right)
     if first == last:
         blocks = [(first, 1, low, high)]
     else:
@@ -185,13 +212,15 @@ def _cuts(owned: tuple[int, int], corners: tuple[int, ...], source_columns: int,
         if length == source_columns == target_columns:
             num_rows, length = 1, length * num_rows
         at = (at_row + row - top) * target_columns + at_column + begin - left
-        cuts.append((row * source_columns + begin - start, source_columns, at, target_columns, length, num_rows))
+        cuts.append(
+            (row * source_columns + begin - start, source_columns, at, target_columns, length, num_rows)
+        )
     return tuple(cuts)
 
 
 def buckets(slices: Iterable[Slice], bucket_numel: int) -> Iterator[list[Slice]]:
-    """The slices cut and grouped into buckets of exactly `bucket_numel` elements, but for the last. Bounds memory: a bucket is
-    what a rank packs at one time."""
+    """The slices cut and grouped into buckets of exactly `bucket_numel` elements, but for the last. Bounds
+    memory: a bucket is what a rank packs at one time."""
     bucket, room = [], bucket_numel
     for whole in slices:
         pending = [whole]
@@ -222,7 +251,8 @@ def incoming(plan: ReshardPlan, worker: int, bucket_numel: int) -> Iterator[tupl
 
 
 def _split(whole: Slice, room: int) -> tuple[Slice, list[Slice]]:
-    """At most `room` elements from the front, and what remains, last first: whole runs if one fits, else a part of the first."""
+    """At most `room` elements from the front, and what remains, last first: whole runs if one fits, else a
+    part of the first."""
     if whole.numel <= room:
         return whole, []
     num_runs = room // whole.run_length
@@ -230,7 +260,9 @@ def _split(whole: Slice, room: int) -> tuple[Slice, list[Slice]]:
         return whole._replace(num_runs=num_runs), [_skip_runs(whole, num_runs)]
     run = whole._replace(num_runs=1)
     rest = run._replace(
-        source_offset=run.source_offset + room, target_offset=run.target_offset + room, run_length=run.run_length - room
+        source_offset=run.source_offset + room,
+        target_offset=run.target_offset + room,
+        run_length=run.run_length - room,
     )
     return run._replace(run_length=room), [_skip_runs(whole, 1), rest] if whole.num_runs > 1 else [rest]
 

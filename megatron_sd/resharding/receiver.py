@@ -1,4 +1,5 @@
-"""A worker's part in taking a version over: everything is staged and verified before the first live tensor changes."""
+"""A worker's part in taking a version over: everything is staged and verified before the first live tensor
+changes."""
 
 from __future__ import annotations
 
@@ -21,8 +22,9 @@ NO_VERSION = -1
 class ShardReceiver:
     """The tensors of one tensor-parallel worker, and how new versions get into them.
 
-    tensors: live and contiguous, by the engine's names; they are written in place, so their addresses stay. A tied tensor may be
-    listed under each of its names. address: of the trainer's meeting point. It needs the memory of a second copy of the tensors.
+    tensors: live and contiguous, by the engine's names; they are written in place, so their addresses stay.
+    A tied tensor may be listed under each of its names. address: of the trainer's meeting point. It needs
+    the memory of a second copy of the tensors.
 
     Raises ReshardError when nobody answers at the address within timeout_s.
     """
@@ -39,10 +41,12 @@ class ShardReceiver:
         self._retire_predecessor()
 
     def receive(self, policy_version: int) -> int:
-        """Take part in the hand-over of a version; blocks until it is in the live tensors. Returns the bytes that came.
+        """Take part in the hand-over of a version; blocks until it is in the live tensors. Returns the
+        bytes that came.
 
-        Every worker calls it while every trainer rank sends, with no generation in flight. Raises ReshardError, with the live
-        tensors untouched, when trainer, this worker or another one failed; call it again for the next attempt.
+        Every worker calls it while every trainer rank sends, with no generation in flight. Raises
+        ReshardError, with the live tensors untouched, when trainer, this worker or another one failed; call
+        it again for the next attempt.
         """
         if self._connection is not None and self._connection.session.closed() is not None:
             self._disconnect()
@@ -53,7 +57,10 @@ class ShardReceiver:
             t = connection.transfer
             (found,) = session.wait_for({f"{t}/version": "trainer rank 0"})
             if found != policy_version:
-                raise ReshardError(f"{self._worker} was told to take version {policy_version}, the trainer sends version {found}")
+                raise ReshardError(
+                    f"{self._worker} was told to take version {policy_version}, the trainer sends version"
+                    f" {found}"
+                )
             connection.inbox.receive()
             sent = session.wait_for(ranks(connection.plan, f"{t}/sent"))
             self._verify(connection, sent)
@@ -73,7 +80,8 @@ class ShardReceiver:
         self._disconnect()
 
     def _retire_predecessor(self) -> None:
-        """A worker of this number that died and was replaced may still be expected in an open session: end that."""
+        """A worker of this number that died and was replaced may still be expected in an open session: end
+        that."""
         while self._meeting.has(f"{self._number}/open", f"{self._number}/closed"):
             self._number += 1
         session = Session(self._meeting, self._number, self._timeout_s)
@@ -95,18 +103,23 @@ class ShardReceiver:
         plan, terms = plan_from_plain(offer["plan"]), PublishConfig(**offer["terms"])
         number = self._worker.number
         if len(plan.workers) != self._worker.tp_size or number >= plan.num_workers:
-            raise ReshardError(f"the trainer plans for {plan.num_replicas} x {len(plan.workers)} workers and met {self._worker}")
+            raise ReshardError(
+                f"the trainer plans for {plan.num_replicas} x {len(plan.workers)} workers and met"
+                f" {self._worker}"
+            )
         session.post(f"worker/{number}", whereabouts(self._device) | {"tensors": self._description()})
         inbox, memory, staged = make_inbox(session, plan, terms, worker=number, device=self._device)
         return _Connection(session, plan, terms, inbox=inbox, memory=memory, staged=staged)
 
     def _description(self) -> list[tuple[str, list[int], str]]:
-        """Name, shape and type of every tensor; a second name of the same memory is left out. Raises ReshardError for a tensor
-        that cannot be written as it lies."""
+        """Name, shape and type of every tensor; a second name of the same memory is left out. Raises
+        ReshardError for a tensor that cannot be written as it lies."""
         seen, found = set(), []
         for name, tensor in self._tensors.items():
             if not tensor.is_contiguous():
-                raise ReshardError(f"{self._worker}: {name} is not contiguous, expected a plain row-major tensor")
+                raise ReshardError(
+                    f"{self._worker}: {name} is not contiguous, expected a plain row-major tensor"
+                )
             place = (tensor.data_ptr(), tensor.shape)
             if tensor.numel() == 0 or place not in seen:
                 found.append((name, list(tensor.shape), str(tensor.dtype).removeprefix("torch.")))
@@ -122,8 +135,9 @@ class ShardReceiver:
             wrong = [name for name, checksum in sums[str(number)].items() if found[name] != checksum]
             if wrong:
                 raise ReshardError(
-                    f"checksums differ in {len(wrong)} parameters, such as {wrong[0]}, between trainer rank {rank} and "
-                    f"{self._worker}: expected the bytes that were sent; publish again, and look at the link if it repeats"
+                    f"checksums differ in {len(wrong)} parameters, such as {wrong[0]}, between trainer rank"
+                    f" {rank} and {self._worker}: expected the bytes that were sent; publish again, and look"
+                    " at the link if it repeats"
                 )
 
     def _disconnect(self) -> None:

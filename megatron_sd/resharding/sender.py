@@ -1,4 +1,5 @@
-"""A trainer rank's part in handing a version over: all ranks call `send`, and the workers hold all of it or what they had."""
+"""A trainer rank's part in handing a version over: all ranks call `send`, and the workers hold all of it or
+what they had."""
 
 from __future__ import annotations
 
@@ -21,7 +22,15 @@ class ShardSender:
     device: of the shards. The first `send`, and the first after a failure, connects to the workers.
     """
 
-    def __init__(self, meeting: MeetingPoint, plan: ReshardPlan, terms: PublishConfig, *, rank: int, device: torch.device):
+    def __init__(
+        self,
+        meeting: MeetingPoint,
+        plan: ReshardPlan,
+        terms: PublishConfig,
+        *,
+        rank: int,
+        device: torch.device,
+    ):
         self._meeting = meeting
         self._plan = plan
         self._terms = terms
@@ -33,10 +42,11 @@ class ShardSender:
         self._transfer = 0  # within the session
 
     def send(self, shards: Mapping[str, Tensor], policy_version: int) -> int:
-        """Hand a version over. shards: flat, valid elements only, by parameter. Returns the bytes that this rank sent.
+        """Hand a version over. shards: flat, valid elements only, by parameter. Returns the bytes that this
+        rank sent.
 
-        Raises ReshardError on every rank, naming who failed, when some worker did not get or take all of it. Before the decision
-        every worker keeps the version it had; `send` may then be called again.
+        Raises ReshardError on every rank, naming who failed, when some worker did not get or take all of
+        it. Before the decision every worker keeps the version it had; `send` may then be called again.
         """
         session = self._agree_on_session()
         with session.ended_by_errors(self._drop):

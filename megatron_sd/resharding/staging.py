@@ -1,4 +1,5 @@
-"""Where a worker's next version waits until all of it is there: memory of its shard's size, on one node open to the senders."""
+"""Where a worker's next version waits until all of it is there: memory of its shard's size, on one node
+open to the senders."""
 
 from __future__ import annotations
 
@@ -44,10 +45,15 @@ def padding_views(views: Mapping[str, Tensor], layout: WorkerLayout) -> Iterator
 
 
 def host_id() -> str:
-    """Equal for processes that can open each other's shared memory: same kernel, process namespace and user."""
+    """Equal for processes that can open each other's shared memory: same kernel, process namespace and
+    user."""
     boot = Path("/proc/sys/kernel/random/boot_id")
     namespace = Path("/proc/self/ns/pid")
-    return f"{boot.read_text().strip()} {os.readlink(namespace)} {os.getuid()}" if boot.is_file() else f"pid {os.getpid()}"
+    return (
+        f"{boot.read_text().strip()} {os.readlink(namespace)} {os.getuid()}"
+        if boot.is_file()
+        else f"pid {os.getpid()}"
+    )
 
 
 def available_bytes() -> int:
@@ -57,15 +63,16 @@ def available_bytes() -> int:
 
 
 class SharedMemory:
-    """Anonymous memory that other processes of the node can open. It has no name: a killed process leaves nothing behind, and
-    the size of /dev/shm does not limit it."""
+    """Anonymous memory that other processes of the node can open. It has no name: a killed process leaves
+    nothing behind, and the size of /dev/shm does not limit it."""
 
     def __init__(self, numel: int, dtype: torch.dtype):
         num_bytes = max(numel * dtype.itemsize, 1)
         if num_bytes > available_bytes():
             raise ReshardError(
-                f"the next version's shard needs {num_bytes / 2**30:.2f} GiB beside the current one, found "
-                f"{available_bytes() / 2**30:.2f} GiB of free memory: use more tensor-parallel workers, or nodes"
+                f"the next version's shard needs {num_bytes / 2**30:.2f} GiB beside the current one, found"
+                f" {available_bytes() / 2**30:.2f} GiB of free memory: use more tensor-parallel workers, or"
+                " nodes"
             )
         self._file = os.memfd_create("megatron_sd_staging")
         self._closing = weakref.finalize(self, os.close, self._file)
@@ -79,7 +86,8 @@ class SharedMemory:
 
 
 def open_shared_memory(token: Token, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A SharedMemory, as a flat tensor to write into; device: the CPU. Raises ReshardError when that process has gone."""
+    """A SharedMemory, as a flat tensor to write into; device: the CPU. Raises ReshardError when that
+    process has gone."""
     path = f"/proc/{token['process']}/fd/{token['file']}"
     try:
         file = os.open(path, os.O_RDWR)
@@ -105,7 +113,8 @@ class CudaMemory:
     def __init__(self, numel: int, dtype: torch.dtype, device: torch.device):
         self.tensor = torch.empty(numel, dtype=dtype, device=device)
         _, arguments = reduce_tensor(self.tensor)
-        # tensor class, size, stride, offset, storage class and dtype are known to whoever opens it; the rest names the memory
+        # tensor class, size, stride, offset, storage class and dtype are known to whoever opens it; the
+        # rest names the memory
         handle = [part.hex() if isinstance(part, bytes) else part for part in arguments[6:]]
         self.token: Token = {"process": os.getpid(), "handle": handle}
         _OWN_CUDA_MEMORY[handle_key(self.token)] = self.tensor
@@ -114,7 +123,8 @@ class CudaMemory:
         """The memory goes with its tensor."""
 
 
-_OWN_CUDA_MEMORY: weakref.WeakValueDictionary[str, Tensor] = weakref.WeakValueDictionary()  # of this process, by handle_key
+# of this process, by handle_key
+_OWN_CUDA_MEMORY: weakref.WeakValueDictionary[str, Tensor] = weakref.WeakValueDictionary()
 
 
 def handle_key(token: Token) -> str:
@@ -123,15 +133,16 @@ def handle_key(token: Token) -> str:
 
 
 def handle_parts(token: Token, device: torch.device) -> list[Any]:
-    """What torch rebuilds the tensor from. The first part is the number of the worker's device among those that *it* sees, which
-    is another GPU here, or none: it is replaced by ours, so that the memory is mapped where this process computes."""
+    """What torch rebuilds the tensor from. The first part is the number of the worker's device among those
+    that *it* sees, which is another GPU here, or none: it is replaced by ours, so that the memory is mapped
+    where this process computes."""
     parts = [bytes.fromhex(part) if isinstance(part, str) else part for part in token["handle"]]
     return [device.index, *parts[1:]]
 
 
 def open_cuda_memory(token: Token, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A CudaMemory, as a flat tensor to write into from `device`. CUDA refuses to open a handle in the process that made it, so
-    a worker in this process hands its tensor over as it is. Not run yet."""
+    """A CudaMemory, as a flat tensor to write into from `device`. CUDA refuses to open a handle in the
+    process that made it, so a worker in this process hands its tensor over as it is. Not run yet."""
     if token["process"] == os.getpid():
         return _OWN_CUDA_MEMORY[handle_key(token)]
     parts = handle_parts(token, device)

@@ -1,7 +1,9 @@
-"""How trainer ranks and workers talk: a shared key-value store for words, a process group of their own for bytes.
+"""How trainer ranks and workers talk: a shared key-value store for words, a process group of their own for
+bytes.
 
-The store lives in trainer rank 0. Everything said belongs to a session; a session ends with the first failure, and its reason is
-what everybody raises. Values are JSON: whoever reaches the port can disturb a run, not run code.
+The store lives in trainer rank 0. Everything said belongs to a session; a session ends with the first
+failure, and its reason is what everybody raises. Values are JSON: whoever reaches the port can disturb a
+run, not run code.
 """
 
 from __future__ import annotations
@@ -22,20 +24,22 @@ from megatron_sd.errors import ConfigError, ReshardError
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.0005, 0.02
 LOOPBACK = "127.0.0.1"
-POLL_S, LOOK_S = 0.0002, 0.5  # between two questions whether a transfer is done, and whether the session has ended
+# between two questions whether a transfer is done, and whether the session has ended
+POLL_S, LOOK_S = 0.0002, 0.5
 
 
 def publish_host(wanted: str | None, host_ids: Sequence[str], *, launcher_address: str | None) -> str:
-    """Where rank 0 hosts the meeting point. wanted: publish.host; host_ids: of all ranks. Raises ConfigError when ranks of
-    several nodes would look for it on their own."""
+    """Where rank 0 hosts the meeting point. wanted: publish.host; host_ids: of all ranks. Raises
+    ConfigError when ranks of several nodes would look for it on their own."""
     num_nodes = len(set(host_ids))
     if num_nodes == 1:
         return wanted or LOOPBACK
     host = wanted or launcher_address
     if host is None or _is_loopback(host):
         raise ConfigError(
-            f"publish.host: found {host!r} for ranks on {num_nodes} nodes, expected the address of rank 0's node as the others "
-            "see it: pass --publish.host ADDRESS, or start the ranks with MASTER_ADDR set to it"
+            f"publish.host: found {host!r} for ranks on {num_nodes} nodes, expected the address of rank 0's"
+            " node as the others see it: pass --publish.host ADDRESS, or start the ranks with MASTER_ADDR"
+            " set to it"
         )
     return host
 
@@ -56,8 +60,11 @@ class MeetingPoint:
 
     @classmethod
     def host(cls, host: str, *, timeout_s: float) -> MeetingPoint:
-        """Serve the store from this process, at a free port; `host`: this machine's address as the others see it."""
-        store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout_s))
+        """Serve the store from this process, at a free port; `host`: this machine's address as the others
+        see it."""
+        store = dist.TCPStore(
+            host, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout_s)
+        )
         return cls(store, f"{host}:{store.port}")
 
     @classmethod
@@ -65,10 +72,13 @@ class MeetingPoint:
         """Raises ReshardError when nobody serves the store there."""
         host, _, port = address.rpartition(":")
         try:
-            return cls(dist.TCPStore(host, int(port), is_master=False, timeout=timedelta(seconds=timeout_s)), address)
+            return cls(
+                dist.TCPStore(host, int(port), is_master=False, timeout=timedelta(seconds=timeout_s)), address
+            )
         except (dist.DistError, ValueError) as error:
             raise ReshardError(
-                f"no meeting point at {address!r} within {timeout_s:g} s ({error}); expected the address that the trainer prints"
+                f"no meeting point at {address!r} within {timeout_s:g} s ({error}); expected the address that"
+                " the trainer prints"
             ) from error
 
     def post(self, key: str, value: Any) -> None:
@@ -105,7 +115,9 @@ class MeetingPoint:
         try:
             yield
         except dist.DistError as error:
-            raise ReshardError(f"the meeting point at {self.address} is gone ({error}): trainer rank 0 has ended") from error
+            raise ReshardError(
+                f"the meeting point at {self.address} is gone ({error}): trainer rank 0 has ended"
+            ) from error
 
 
 class Session:
@@ -121,7 +133,8 @@ class Session:
         self.meeting.post(f"{self.number}/{key}", value)
 
     def post_in(self, transfer: int, key: str, value: Any = None) -> None:
-        """Say something about a transfer; of the last but one, which everybody has left, the same is forgotten."""
+        """Say something about a transfer; of the last but one, which everybody has left, the same is
+        forgotten."""
         self.post(f"{transfer}/{key}", value)
         if transfer > 2:
             self.meeting.forget(f"{self.number}/{transfer - 2}/{key}")
@@ -131,8 +144,8 @@ class Session:
         return self.meeting.has(f"{self.number}/{key}")
 
     def wait_for(self, owners: Mapping[str, str], *, patience: float = 1.0) -> list[Any]:
-        """What the keys say, in order; owners: who is to say each. Raises ReshardError with the reason when the session ends, and
-        naming who has not spoken after `patience` times the session's timeout."""
+        """What the keys say, in order; owners: who is to say each. Raises ReshardError with the reason when
+        the session ends, and naming who has not spoken after `patience` times the session's timeout."""
         keys = [f"{self.number}/{key}" for key in owners]
         limit_s = patience * self.timeout_s
         deadline, pause_s = time.monotonic() + limit_s, FIRST_PAUSE_S
@@ -141,7 +154,9 @@ class Session:
                 raise ReshardError(reason)
             if time.monotonic() > deadline:
                 silent = [owner for key, owner in zip(keys, owners.values()) if not self.meeting.has(key)]
-                raise ReshardError(f"no answer within {limit_s:g} s from {', '.join(silent)}: restart it and publish again")
+                raise ReshardError(
+                    f"no answer within {limit_s:g} s from {', '.join(silent)}: restart it and publish again"
+                )
             time.sleep(pause_s)
             pause_s = min(1.5 * pause_s, LONGEST_PAUSE_S)
         return [self.meeting.read(key) for key in keys]
@@ -156,7 +171,8 @@ class Session:
 
     @contextmanager
     def ended_by_errors(self, let_go: Callable[[], None]) -> Iterator[None]:
-        """An error inside ends the session for everybody; all raise its first reason. Then lets go of what belonged to it."""
+        """An error inside ends the session for everybody; all raise its first reason. Then lets go of what
+        belonged to it."""
         try:
             yield
         except Exception as error:  # whatever it was: nobody shall wait for this process
@@ -168,20 +184,24 @@ class Session:
 
 
 def until_completed(work: Any, peer: str, session: Session) -> None:
-    """Ask a transfer until it is done. Raises ReshardError for its error, when the session has ended, and naming the peer when
-    it takes longer than the session's time limit."""
+    """Ask a transfer until it is done. Raises ReshardError for its error, when the session has ended, and
+    naming the peer when it takes longer than the session's time limit."""
     deadline, next_look = time.monotonic() + session.timeout_s, time.monotonic() + LOOK_S
     while not work.is_completed():
         now = time.monotonic()
         if now > deadline:
-            raise ReshardError(f"{peer} moved nothing within {session.timeout_s:g} s over NCCL: restart it and publish again")
+            raise ReshardError(
+                f"{peer} moved nothing within {session.timeout_s:g} s over NCCL: restart it and publish again"
+            )
         if now > next_look:  # the store is asked rarely
             next_look = now + LOOK_S
             if (reason := session.closed()) is not None:
                 raise ReshardError(reason)
         time.sleep(POLL_S)
     if (error := work.exception()) is not None:
-        raise ReshardError(f"{peer} has stopped answering ({_first_line(error)}): restart it and publish again")
+        raise ReshardError(
+            f"{peer} has stopped answering ({_first_line(error)}): restart it and publish again"
+        )
 
 
 def _first_line(error: BaseException) -> str:
@@ -192,7 +212,8 @@ class Pending(Protocol):
     """A transfer under way."""
 
     def wait(self) -> None:
-        """Until the buffer may be used again; on CUDA, by what is enqueued from here on. Raises ReshardError naming the peer."""
+        """Until the buffer may be used again; on CUDA, by what is enqueued from here on. Raises
+        ReshardError naming the peer."""
         ...
 
 
@@ -215,12 +236,16 @@ class Wire(Protocol):
 class GroupWire:
     """A Wire over a process group beside the default one: gloo for buffers in host memory, NCCL for CUDA's.
 
-    NCCL has not been run yet; parties that share a GPU cannot use it. Its transfers are asked whether they are done, instead of
-    waited for: a wait only orders streams, and a dead peer would be noticed by torch's watchdog alone, which ends the process.
+    NCCL has not been run yet; parties that share a GPU cannot use it. Its transfers are asked whether they
+    are done, instead of waited for: a wait only orders streams, and a dead peer would be noticed by torch's
+    watchdog alone, which ends the process.
     """
 
     def __init__(self, session: Session, backend: str, party: int, names: Sequence[str]):
-        store, timeout = session.meeting.prefixed(f"{session.number}/{backend}"), timedelta(seconds=session.timeout_s)
+        store, timeout = (
+            session.meeting.prefixed(f"{session.number}/{backend}"),
+            timedelta(seconds=session.timeout_s),
+        )
         self._names = names
         self._session = session
         self._polls = backend == "nccl"
@@ -233,7 +258,9 @@ class GroupWire:
             else:
                 self._group = dist.ProcessGroupGloo(store, party, len(names), timeout)
         except RuntimeError as error:
-            raise ReshardError(f"{names[party]} could not connect to {', '.join(names)} over {backend}: {error}") from error
+            raise ReshardError(
+                f"{names[party]} could not connect to {', '.join(names)} over {backend}: {error}"
+            ) from error
 
     def send(self, buffer: Tensor, peer: int) -> Pending:
         """Begin to send a contiguous buffer."""
@@ -249,7 +276,8 @@ class GroupWire:
         return pending
 
     def close(self) -> None:
-        """Drop the connections. Transfers under way would keep them open, and the peers waiting for what never comes."""
+        """Drop the connections. Transfers under way would keep them open, and the peers waiting for what
+        never comes."""
         under_way = [pending for pending in self._pending if not pending.is_done()]
         for pending in self._pending:
             pending.drop()
@@ -259,7 +287,8 @@ class GroupWire:
 
 
 class _GroupPending:
-    """A Work of torch's, whose errors name the peer. polled: the session whose end and time limit end the wait, too."""
+    """A Work of torch's, whose errors name the peer. polled: the session whose end and time limit end the
+    wait, too."""
 
     def __init__(self, begin: Callable[[], Any], peer: str, polled: Session | None = None):
         self._peer = peer

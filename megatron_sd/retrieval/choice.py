@@ -13,8 +13,8 @@ from megatron_sd.retrieval.retriever import Retriever
 def open_retriever(config: RetrieverConfig) -> Retriever:
     """A corpus directory in this process, or a client of its servers.
 
-    Raises DataError for a damaged corpus, ConfigError for a top_k above its passages, endpoints of different corpora or a client
-    that is not installed, RetrievalError when a server cannot be reached.
+    Raises DataError for a damaged corpus, ConfigError for a top_k above its passages, endpoints of
+    different corpora or a client that is not installed, RetrievalError when a server cannot be reached.
     """
     if config.corpus is not None:
         return _local(config, config.corpus)
@@ -40,7 +40,10 @@ def _local(config: RetrieverConfig, corpus: str) -> CorpusRetriever:
     retriever = CorpusRetriever(corpus, config.search, shares_gpus=True)
     num_passages = len(retriever.passages)
     if config.top_k > num_passages:
-        raise ConfigError(f"retriever.top_k: found {config.top_k}, expected at most {num_passages}, the passages of {corpus}")
+        raise ConfigError(
+            f"retriever.top_k: found {config.top_k}, expected at most {num_passages}, the passages of"
+            f" {corpus}"
+        )
     return retriever
 
 
@@ -48,6 +51,6 @@ def require_extra(module: str, extra: str) -> None:
     """Raise ConfigError when the module of an extra is not installed."""
     if importlib.util.find_spec(module) is None:
         raise ConfigError(
-            f"{extra}: its client {module} is not installed here, expected it from `pip install 'megatron-sd[{extra}]'` "
-            f"(`pip install .[{extra}]` in a checkout)"
+            f"{extra}: its client {module} is not installed here, expected it from `pip install"
+            f" 'megatron-sd[{extra}]'` (`pip install .[{extra}]` in a checkout)"
         )

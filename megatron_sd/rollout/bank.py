@@ -1,10 +1,12 @@
-"""Finished rollouts of the step at work, on disk: a run that is killed or stopped within a step does not sample them again.
+"""Finished rollouts of the step at work, on disk: a run that is killed or stopped within a step does not
+sample them again.
 
     run_dir/bank/step_00000041.rank_3.1764040000000000000.jsonl
 
-The first line names the run, the step and the version of the weights; each further one is a rollout with its checksum. A file of
-another run, step or version is not used, and a torn line ends the file. Rollouts are found by question and place in the group, so
-that a run which starts again on another number of ranks finds them, too.
+The first line names the run, the step and the version of the weights; each further one is a rollout with
+its checksum. A file of another run, step or version is not used, and a torn line ends the file. Rollouts
+are found by question and place in the group, so that a run which starts again on another number of ranks
+finds them, too.
 """
 
 from __future__ import annotations
@@ -32,9 +34,9 @@ logger = logging.getLogger(__name__)
 class RolloutBank:
     """One rank's handle on the run's bank.
 
-    identity: of the run, so that other settings or another corpus find nothing. only_whole: use what is there of a step only when
-    nothing is missing of a rank's part. An engine whose last bits depend on what is batched together repeats a step bit for bit
-    only as a whole.
+    identity: of the run, so that other settings or another corpus find nothing. only_whole: use what is
+    there of a step only when nothing is missing of a rank's part. An engine whose last bits depend on what
+    is batched together repeats a step bit for bit only as a whole.
     """
 
     def __init__(self, directory: Path, *, rank: int, identity: str, only_whole: bool):
@@ -61,7 +63,9 @@ class RolloutBank:
 class BankedStep:
     """The rollouts of one step. `ask_for` comes first."""
 
-    def __init__(self, found: dict[RolloutKey, Rollout], path: Path, title: dict[str, Any], *, only_whole: bool):
+    def __init__(
+        self, found: dict[RolloutKey, Rollout], path: Path, title: dict[str, Any], *, only_whole: bool
+    ):
         self._found = found
         self._path = path
         self._title = title
@@ -73,7 +77,9 @@ class BankedStep:
         """The rollouts that this rank needs, before the first of them is looked for."""
         num_found = sum(key in self._found for key in keys)
         if num_found:
-            logger.info("%d of %d rollouts of step %d are in the bank", num_found, len(keys), self._title["step"])
+            logger.info(
+                "%d of %d rollouts of step %d are in the bank", num_found, len(keys), self._title["step"]
+            )
         if self._only_whole and num_found < len(keys):
             self._found.clear()
 

@@ -16,10 +16,11 @@ from megatron_sd.records import TokenIds
 class GenerationRequest:
     """One turn of one rollout.
 
-    session: names the rollout; the prompt_ids of later requests of a session extend what the engine has already seen, so it may
-        keep its KV cache between them. seed: of the rollout; the noise of the token at absolute position p is a function of
-        (seed, p) alone. temperature: 0 is greedy. stop: strings after whose appearance in the completion's text sampling ends;
-        the token that completes the string is kept whole.
+    session: names the rollout; the prompt_ids of later requests of a session extend what the engine has
+        already seen, so it may keep its KV cache between them. seed: of the rollout; the noise of the token
+        at absolute position p is a function of (seed, p) alone. temperature: 0 is greedy. stop: strings
+        after whose appearance in the completion's text sampling ends; the token that completes the string
+        is kept whole.
     """
 
     session: str
@@ -32,8 +33,9 @@ class GenerationRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class Completion:
-    """ids: [C] sampled ids, the end-of-sequence id included when it was sampled; logprobs: [C] natural logs under the sampling
-    distribution softmax(logits / temperature) (temperature 1 when greedy); finish: why it ended."""
+    """ids: [C] sampled ids, the end-of-sequence id included when it was sampled; logprobs: [C] natural logs
+    under the sampling distribution softmax(logits / temperature) (temperature 1 when greedy); finish: why
+    it ended."""
 
     ids: TokenIds
     logprobs: tuple[float, ...]
@@ -44,7 +46,8 @@ class Completion:
 class InferenceEngine(Protocol):
     """Asynchronous generation; many `generate` calls are in flight at once and are batched by the engine.
 
-    Rollouts are sampled between `wake` and `sleep`, which every rank calls, however little it has to sample (see `awake`).
+    Rollouts are sampled between `wake` and `sleep`, which every rank calls, however little it has to sample
+    (see `awake`).
     """
 
     policy_version: int
@@ -62,7 +65,8 @@ class InferenceEngine(Protocol):
         ...
 
     def release(self, session: str) -> None:
-        """The rollout is over: its cache may go, and a completion of it that is still in flight is aborted."""
+        """The rollout is over: its cache may go, and a completion of it that is still in flight is
+        aborted."""
         ...
 
     def close(self) -> None:
@@ -100,5 +104,6 @@ class WeightSharer(WeightReceiver, Protocol):
     """An engine of this process that can also read weights where the trainer has them."""
 
     def share_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Read full parameters, by Hugging Face name, in the caller's memory, which changes between updates only."""
+        """Read full parameters, by Hugging Face name, in the caller's memory, which changes between updates
+        only."""
         ...

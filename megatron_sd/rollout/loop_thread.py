@@ -1,4 +1,5 @@
-"""An event loop in a thread of its own, for connections that outlive the rollouter's loops, which end with every batch."""
+"""An event loop in a thread of its own, for connections that outlive the rollouter's loops, which end with
+every batch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Runs the rollouts of a batch concurrently: think, search, read, ..., answer. No rollout waits for another one's search."""
+"""Runs the rollouts of a batch concurrently: think, search, read, ..., answer. No rollout waits for another
+one's search."""
 
 from __future__ import annotations
 
@@ -36,9 +37,10 @@ class _Attempt:
 class Rollouter:
     """Samples groups of rollouts from an engine, a retriever and an environment.
 
-    top_k: passages a search returns. seed: of the run; a rollout's tokens follow from (seed, step, question id, index) and the
-    weights alone. The limits are `environment.limits`. world: whose pulse moves with every turn, and whose stop request ends the
-    rollouts at work (None: nobody's). work: where it is shown how far they are.
+    top_k: passages a search returns. seed: of the run; a rollout's tokens follow from (seed, step, question
+    id, index) and the weights alone. The limits are `environment.limits`. world: whose pulse moves with
+    every turn, and whose stop request ends the rollouts at work (None: nobody's). work: where it is shown
+    how far they are.
     """
 
     def __init__(
@@ -69,17 +71,21 @@ class Rollouter:
         hindsight: Sequence[str] | None = None,
         bank: BankedStep | None = None,
     ) -> list[RolloutGroup]:
-        """`group_size` rollouts of every question, in question and index order; greedy: one, since all would be equal.
+        """`group_size` rollouts of every question, in question and index order; greedy: one, since all
+        would be equal.
 
-        hindsight: one block per question, put into its prompt as the teacher sees it (None: no blocks). Returns when every
-        rollout has ended; runs its own event loop, so it must not be called from a running one. bank: has rollouts that need not
-        be sampled, and keeps those that end.
-        Raises RolloutError when more than `max_failed_share` of the rollouts failed for infrastructure reasons, and StopRequested
-        when this rank is asked to stop.
+        hindsight: one block per question, put into its prompt as the teacher sees it (None: no blocks).
+        Returns when every rollout has ended; runs its own event loop, so it must not be called from a
+        running one. bank: has rollouts that need not be sampled, and keeps those that end. Raises
+        RolloutError when more than `max_failed_share` of the rollouts failed for infrastructure reasons,
+        and StopRequested when this rank is asked to stop.
         """
         blocks = [""] * len(questions) if hindsight is None else list(hindsight)
         if len(blocks) != len(questions):
-            raise ValueError(f"found {len(blocks)} hindsight blocks for {len(questions)} questions, expected one per question")
+            raise ValueError(
+                f"found {len(blocks)} hindsight blocks for {len(questions)} questions, expected one per"
+                " question"
+            )
         attempts = [
             self._attempts(question, block, step=step, place=place, greedy=greedy)
             for place, (question, block) in enumerate(zip(questions, blocks))
@@ -96,7 +102,9 @@ class Rollouter:
             for question, group in zip(questions, results)
         ]
 
-    def _attempts(self, question: Question, block: str, *, step: int, place: int, greedy: bool) -> list[_Attempt]:
+    def _attempts(
+        self, question: Question, block: str, *, step: int, place: int, greedy: bool
+    ) -> list[_Attempt]:
         limits = self._environment.limits
         prompt_ids = self._environment.prompt_ids(question.text, block)
         return [
@@ -114,10 +122,13 @@ class Rollouter:
     async def _run_all(
         self, attempts: Sequence[_Attempt], bank: BankedStep | None, task: Task
     ) -> list[tuple[Rollout, Exception | None]]:
-        """One task per rollout, started in order; an unexpected error, and a request to stop, end them all and are raised."""
+        """One task per rollout, started in order; an unexpected error, and a request to stop, end them all
+        and are raised."""
         try:
             async with asyncio.TaskGroup() as tasks:
-                running = [tasks.create_task(self._find_or_roll_out(attempt, bank, task)) for attempt in attempts]
+                running = [
+                    tasks.create_task(self._find_or_roll_out(attempt, bank, task)) for attempt in attempts
+                ]
                 beside = [tasks.create_task(self._watch_for_stop()), tasks.create_task(task.keep_ticking())]
                 if running:
                     await asyncio.wait(running)
@@ -167,8 +178,14 @@ class Rollouter:
         completion = await self._complete(episode, budget)
         self._world.pulse.move()
         task.add(tokens=len(completion.ids))
-        verdict = environment.judge(completion.ids, turn=len(episode.turns), truncated=completion.finish == "length")
-        episode.act(completion, verdict, well_formed=environment.is_well_formed(completion.ids, turn=len(episode.turns)))
+        verdict = environment.judge(
+            completion.ids, turn=len(episode.turns), truncated=completion.finish == "length"
+        )
+        episode.act(
+            completion,
+            verdict,
+            well_formed=environment.is_well_formed(completion.ids, turn=len(episode.turns)),
+        )
         if verdict.stop is not None:
             return
         hits: tuple[Hit, ...] = ()
@@ -192,7 +209,9 @@ class Rollouter:
         )
         completion = await self._engine.generate(request)
         if not completion.ids:
-            raise RolloutError(f"the engine returned no token for {attempt.session}, expected 1 to {budget}; see its log")
+            raise RolloutError(
+                f"the engine returned no token for {attempt.session}, expected 1 to {budget}; see its log"
+            )
         return completion
 
     def _refuse_many_failures(self, outcomes: Sequence[tuple[Rollout, Exception | None]]) -> None:

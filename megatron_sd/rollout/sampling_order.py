@@ -22,7 +22,8 @@ class SamplingOrder(Protocol):
         ...
 
     def settle(self) -> None:
-        """Wait until the engine is idle, so that it can take new weights. What failed is raised by the next `take`."""
+        """Wait until the engine is idle, so that it can take new weights. What failed is raised by the next
+        `take`."""
         ...
 
 
@@ -41,9 +42,10 @@ class InStep:
 
 
 class OneAhead:
-    """Rollouts of step n + 1 are sampled in a thread while step n is assembled and updated: from the weights of step n, so they
-    are one optimiser step behind (the first step of a run, or of a resumed one, is not). Rollouts of a step that the run does not
-    come to, because it goes back to a checkpoint, are dropped."""
+    """Rollouts of step n + 1 are sampled in a thread while step n is assembled and updated: from the
+    weights of step n, so they are one optimiser step behind (the first step of a run, or of a resumed one,
+    is not). Rollouts of a step that the run does not come to, because it goes back to a checkpoint, are
+    dropped."""
 
     def __init__(self, sample: Sample, *, num_steps: int, device: torch.device):
         self._sample = sample
@@ -57,7 +59,10 @@ class OneAhead:
         is_here = self._ahead is not None and self._step_ahead == step
         groups = (self._ahead if is_here else self._thread.submit(self._sample, step)).result()
         more = step + 1 < self._num_steps
-        self._ahead, self._step_ahead = self._thread.submit(self._sample, step + 1) if more else None, step + 1
+        self._ahead, self._step_ahead = (
+            self._thread.submit(self._sample, step + 1) if more else None,
+            step + 1,
+        )
         return groups
 
     def settle(self) -> None:

@@ -1,9 +1,11 @@
 """Rollouts as JSON lines: a line a question, with the question, its rollouts whole and what they earned.
 
-    {"question": {"id": .., "text": .., "golden_answers": [..], ..}, "rollouts": [{"prompt_ids": [..], "turns": [..], ..}, ..]}
+    {"question": {"id": .., "text": .., "golden_answers": [..], ..}, "rollouts": [{"prompt_ids": [..],
+    "turns": [..], ..}, ..]}
 
-Ids stay ids: what was sampled is never decoded and encoded again. `sd-search sample` writes such lines, `sd-search select` reads
-and writes them, `sd-search sft` trains on them; the gate's draws and the bank hold the same rollouts.
+Ids stay ids: what was sampled is never decoded and encoded again. `sd-search sample` writes such lines,
+`sd-search select` reads and writes them, `sd-search sft` trains on them; the gate's draws and the bank hold
+the same rollouts.
 """
 
 from __future__ import annotations
@@ -26,14 +28,18 @@ VALIDATION_NAME = "validation.jsonl"
 
 
 class StoredGroups(Sequence[RolloutGroup]):
-    """The groups of a file, which stay on disk until they are asked for. Half a line at the end, which a kill left, is left out.
+    """The groups of a file, which stay on disk until they are asked for. Half a line at the end, which a
+    kill left, is left out.
 
     Raises DataError for a file that is not there, and for a line that is no group, when it is read.
     """
 
     def __init__(self, path: Path):
         if not path.is_file():
-            raise DataError(f"{path} does not exist; expected rollouts that `sd-search sample` or `sd-search select` wrote")
+            raise DataError(
+                f"{path} does not exist; expected rollouts that `sd-search sample` or `sd-search select`"
+                " wrote"
+            )
         self._path = path
         with path.open("rb") as file:
             lengths = [len(line) for line in file if line.endswith(b"\n")]
@@ -56,21 +62,27 @@ class StoredGroups(Sequence[RolloutGroup]):
 
 
 def read_record(path: Path, written_by: str) -> dict[str, Any]:
-    """What a directory of rollouts or episodes says of itself. Raises DataError when there is none, or its file is broken."""
+    """What a directory of rollouts or episodes says of itself. Raises DataError when there is none, or its
+    file is broken."""
     if not path.is_file():
-        raise DataError(f"{path.parent} holds no {path.name}, expected a directory that `{written_by}` finished")
+        raise DataError(
+            f"{path.parent} holds no {path.name}, expected a directory that `{written_by}` finished"
+        )
     try:
         return {"strategy": None, **json.loads(path.read_text(encoding="utf-8"))}
     except (ValueError, TypeError) as error:
-        raise DataError(f"{path} is no JSON object ({error}); run `{written_by}` into another directory") from error
+        raise DataError(
+            f"{path} is no JSON object ({error}); run `{written_by}` into another directory"
+        ) from error
 
 
 def check_tokenizer(fingerprint: str, record: Mapping[str, Any], place: Path) -> None:
     """Raise DataError when another tokenizer than this one made the ids. record: of read_record."""
     if (found := record.get("tokenizer")) != fingerprint:
         raise DataError(
-            f"{place} holds ids of another tokenizer: {found} (of {record.get('model')}), expected {fingerprint}: the same ids "
-            "mean other text; use the model that sampled, or one with its tokenizer, or sample with this one"
+            f"{place} holds ids of another tokenizer: {found} (of {record.get('model')}), expected"
+            f" {fingerprint}: the same ids mean other text; use the model that sampled, or one with its"
+            " tokenizer, or sample with this one"
         )
 
 
@@ -94,8 +106,8 @@ def group_of(line: bytes, place: str) -> RolloutGroup:
         return RolloutGroup(question=question, rollouts=tuple(map(rollout_of, fields["rollouts"])))
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(
-            f"{place} is no question with rollouts ({type(error).__name__}: {error}); expected a line that `sd-search sample` or "
-            "`sd-search select` wrote: the file was changed, or is of another kind"
+            f"{place} is no question with rollouts ({type(error).__name__}: {error}); expected a line that"
+            " `sd-search sample` or `sd-search select` wrote: the file was changed, or is of another kind"
         ) from error
 
 
@@ -115,6 +127,8 @@ def rollout_of(fields: dict[str, Any]) -> Rollout:
 
 def _turn_of(fields: dict[str, Any]) -> Turn:
     hits = tuple(Hit(passage=Passage(**hit["passage"]), score=hit["score"]) for hit in fields["hits"])
-    tuples = {name: tuple(fields[name]) for name in ("completion_ids", "completion_logprobs", "observation_ids")}
+    tuples = {
+        name: tuple(fields[name]) for name in ("completion_ids", "completion_logprobs", "observation_ids")
+    }
     span = fields["query_span"]
     return Turn(**{**fields, **tuples, "hits": hits, "query_span": None if span is None else tuple(span)})

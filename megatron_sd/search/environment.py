@@ -1,4 +1,5 @@
-"""The environment of a rollout as pure functions: what it shows, what it appends, and when it ends the rollout."""
+"""The environment of a rollout as pure functions: what it shows, what it appends, and when it ends the
+rollout."""
 
 from __future__ import annotations
 
@@ -18,8 +19,9 @@ from megatron_sd.search.tokens import TextCodec
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """What follows a completion: a search to serve (query, query_span), a message and another turn (observation_ids), or the end
-    (stop, with the answer if there is one). Exactly one of the three holds: a search that is not served is no query."""
+    """What follows a completion: a search to serve (query, query_span), a message and another turn
+    (observation_ids), or the end (stop, with the answer if there is one). Exactly one of the three holds: a
+    search that is not served is no query."""
 
     query: str | None = None
     query_span: tuple[int, int] | None = None
@@ -29,7 +31,8 @@ class Verdict:
 
 
 class Environment:
-    """A text protocol bound to a tokenizer and to limits. It holds no state: every method is a function of its arguments.
+    """A text protocol bound to a tokenizer and to limits. It holds no state: every method is a function of
+    its arguments.
 
     Raises ConfigError when max_observation_tokens cannot hold the information tags.
     """
@@ -46,13 +49,13 @@ class Environment:
         frame = len(codec.encode_own(self._before)) + len(self._closing_ids)
         if limits.max_observation_tokens <= frame:
             raise ConfigError(
-                f"rollout.max_observation_tokens is {limits.max_observation_tokens}, expected more than the {frame} tokens "
-                "of the information tags"
+                f"rollout.max_observation_tokens is {limits.max_observation_tokens}, expected more than the"
+                f" {frame} tokens of the information tags"
             )
 
     def prompt_ids(self, question: str, hindsight: str = "") -> TokenIds:
-        """The prompt of a question; `hindsight` is the teacher's block, empty for the student. Both are sanitised, the block line
-        by line."""
+        """The prompt of a question; `hindsight` is the teacher's block, empty for the student. Both are
+        sanitised, the block line by line."""
         clean = self.sanitizer.clean
         block = "\n".join(map(clean, hindsight.split("\n")))
         fields = self.protocol.prompt_fields(clean(question), block)
@@ -61,8 +64,8 @@ class Environment:
     def observation_ids(self, hits: Sequence[Hit]) -> TokenIds:
         """The passages, best first, in the protocol's frame; cut so that the closing tag always fits.
 
-        Holds no control id but those of the tags: titles and texts are sanitised, then encoded as plain text, in one go with the
-        frame where nothing is cut.
+        Holds no control id but those of the tags: titles and texts are sanitised, then encoded as plain
+        text, in one go with the frame where nothing is cut.
         """
         passages = "".join(self._show(rank, hit) for rank, hit in enumerate(hits, start=1))
         if self.protocol.strips_passages:
@@ -75,9 +78,14 @@ class Environment:
         return (*shown, *self._closing_ids)
 
     def _show(self, rank: int, hit: Hit) -> str:
-        """One passage as text. Lines are cleaned once more, since a tag may be split between title and text."""
+        """One passage as text. Lines are cleaned once more, since a tag may be split between title and
+        text."""
         clean = self.sanitizer.clean
-        text = self._clean_lines(hit.passage.text) if self.protocol.keeps_line_breaks else clean(hit.passage.text)
+        text = (
+            self._clean_lines(hit.passage.text)
+            if self.protocol.keeps_line_breaks
+            else clean(hit.passage.text)
+        )
         fields = {"rank": str(rank), "title": clean(hit.passage.title), "text": text}
         return "\n".join(map(clean, fill(self.protocol.passage_format, fields).split("\n")))
 
@@ -98,19 +106,25 @@ class Environment:
         return ids
 
     def turn_budget(self, num_tokens: int) -> int:
-        """How many tokens the next turn may sample after `num_tokens` of prompt, completions and observations; 0: none."""
+        """How many tokens the next turn may sample after `num_tokens` of prompt, completions and
+        observations; 0: none."""
         return max(0, min(self.limits.max_turn_tokens, self.limits.max_rollout_tokens - num_tokens))
 
     def judge(self, completion_ids: TokenIds, *, turn: int, truncated: bool) -> Verdict:
         """What follows the completion of 0-based `turn`. truncated: sampling ended at a token limit.
 
-        Turns 0 .. max_search_turns - 1 may search; turn max_search_turns is the last, in which a search is not served.
+        Turns 0 .. max_search_turns - 1 may search; turn max_search_turns is the last, in which a search is
+        not served.
         """
         action = parse_action(completion_ids, self.protocol, self.codec)
         if action.answer is not None:
             return Verdict(answer=action.answer.strip(), stop=StopReason.ANSWERED)
         is_last = turn >= self.limits.max_search_turns
-        query = "" if action.query is None else fit_query(self.sanitizer.clean_query(action.query), self.limits.max_query_bytes)
+        query = (
+            ""
+            if action.query is None
+            else fit_query(self.sanitizer.clean_query(action.query), self.limits.max_query_bytes)
+        )
         if query and not is_last:
             return Verdict(query=query, query_span=action.query_span)
         if truncated:
@@ -122,8 +136,9 @@ class Environment:
         return Verdict(observation_ids=self._retry_ids)
 
     def is_well_formed(self, completion_ids: TokenIds, turn: int = 0) -> bool:
-        """reward.completion_is_well_formed of the text of 0-based `turn`; an end-of-sequence id is left out. The first turn goes
-        on with a thought that the prompt has opened, as chat templates of thinking models do."""
+        """reward.completion_is_well_formed of the text of 0-based `turn`; an end-of-sequence id is left
+        out. The first turn goes on with a thought that the prompt has opened, as chat templates of thinking
+        models do."""
         ids = completion_ids[:-1] if completion_ids[-1] in self.codec.eos_ids else completion_ids
         opened = self._opened_thought if turn == 0 else ""
         return completion_is_well_formed(opened + self.codec.decode(ids), self.protocol)

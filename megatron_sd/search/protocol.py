@@ -20,45 +20,46 @@ from megatron_sd.search.tokens import TextCodec, fill
 Tags = tuple[str, str]
 
 _INSTRUCTIONS = (
-    "Answer the question below. Think between {think_open} and {think_close} each time you learn something new. If you lack "
-    "knowledge, search for it with {search_open} query {search_close}; the best passages come back between {information_open} "
-    "and {information_close}. Search as often as you need. When you know enough, give the answer alone between {answer_open} "
-    "and {answer_close}, for example {answer_open} Beijing {answer_close}.\n"
+    "Answer the question below. Think between {think_open} and {think_close} each time you learn something"
+    " new. If you lack knowledge, search for it with {search_open} query {search_close}; the best passages"
+    " come back between {information_open} and {information_close}. Search as often as you need. When you"
+    " know enough, give the answer alone between {answer_open} and {answer_close}, for example {answer_open}"
+    " Beijing {answer_close}.\n"
 )
 # What Search-R1's checkpoints were trained on, word for word, its slip ("as your want") included.
 _SEARCH_R1_PROMPT = (
-    "Answer the given question. You must conduct reasoning inside {think_open} and {think_close} first every time you get new "
-    "information. After reasoning, if you find you lack some knowledge, you can call a search engine by {search_open} query "
-    "{search_close} and it will return the top searched results between {information_open} and {information_close}. You can "
-    "search as many times as your want. If you find no further external knowledge needed, you can directly provide the answer "
-    "inside {answer_open} and {answer_close}, without detailed illustrations. For example, {answer_open} Beijing {answer_close}. "
-    "Question: {question}\n"
+    "Answer the given question. You must conduct reasoning inside {think_open} and {think_close} first every"
+    " time you get new information. After reasoning, if you find you lack some knowledge, you can call a"
+    " search engine by {search_open} query {search_close} and it will return the top searched results between"
+    " {information_open} and {information_close}. You can search as many times as your want. If you find no"
+    " further external knowledge needed, you can directly provide the answer inside {answer_open} and"
+    " {answer_close}, without detailed illustrations. For example, {answer_open} Beijing {answer_close}."
+    " Question: {question}\n"
 )
 _SEARCH_R1_RETRY = (
-    "\nMy previous action is invalid. If I want to search, I should put the query between {search_open} and {search_close}. If I "
-    "want to give the final answer, I should put the answer between {answer_open} and {answer_close}. Let me try again.\n"
+    "\nMy previous action is invalid. If I want to search, I should put the query between {search_open} and"
+    " {search_close}. If I want to give the final answer, I should put the answer between {answer_open} and"
+    " {answer_close}. Let me try again.\n"
 )
 _RETRY = (
-    "\nThat was neither a search nor an answer. To search, write the query between {search_open} and {search_close}; to answer, "
-    "write the answer between {answer_open} and {answer_close}.\n"
+    "\nThat was neither a search nor an answer. To search, write the query between {search_open} and"
+    " {search_close}; to answer, write the answer between {answer_open} and {answer_close}.\n"
 )
-# For models that were not trained to search: the form, then one worked example of two searches, as the environment shows them.
+# For models that were not trained to search: the form, then one worked example of two searches, as the
+# environment shows them.
 _FEW_SHOT_PROMPT = (
-    "Answer the question at the end by searching. Each time, think between {think_open} and {think_close} first. Then write "
-    "either one search, {search_open} query {search_close}, or the answer, {answer_open} answer {answer_close}, nothing else. "
-    "What a search finds is shown to you between {information_open} and {information_close}; never write that yourself. Ask for "
-    "one fact at a time, and keep the answer to a few words.\n\n"
-    "Example\n"
-    "Question: Which river flows through the town where the painter of The Harbour Wall was born?\n"
-    "{think_open} I need the painter and the town first. {think_close}\n"
-    "{search_open} painter of The Harbour Wall birthplace {search_close}\n\n"
-    '{information_open}Doc 1(Title: "The Harbour Wall") The Harbour Wall is a painting of 1871 by Ida Kerrow, who was born in '
-    "Dunmere.{information_close}\n\n"
-    "{think_open} Ida Kerrow was born in Dunmere. Now its river. {think_close}\n"
-    "{search_open} river through Dunmere {search_close}\n\n"
-    '{information_open}Doc 1(Title: "Dunmere") Dunmere is a market town on the river Asel.{information_close}\n\n'
-    "{think_open} The river is the Asel. {think_close}\n"
-    "{answer_open} Asel {answer_close}\n\n"
+    "Answer the question at the end by searching. Each time, think between {think_open} and {think_close}"
+    " first. Then write either one search, {search_open} query {search_close}, or the answer, {answer_open}"
+    " answer {answer_close}, nothing else. What a search finds is shown to you between {information_open} and"
+    " {information_close}; never write that yourself. Ask for one fact at a time, and keep the answer to a"
+    " few words.\n\nExample\nQuestion: Which river flows through the town where the painter of The Harbour"
+    " Wall was born?\n{think_open} I need the painter and the town first. {think_close}\n{search_open}"
+    ' painter of The Harbour Wall birthplace {search_close}\n\n{information_open}Doc 1(Title: "The Harbour'
+    ' Wall") The Harbour Wall is a painting of 1871 by Ida Kerrow, who was born in'
+    " Dunmere.{information_close}\n\n{think_open} Ida Kerrow was born in Dunmere. Now its river."
+    " {think_close}\n{search_open} river through Dunmere {search_close}\n\n{information_open}Doc 1(Title:"
+    ' "Dunmere") Dunmere is a market town on the river Asel.{information_close}\n\n{think_open} The river is'
+    " the Asel. {think_close}\n{answer_open} Asel {answer_close}\n\n"
 )
 
 
@@ -66,9 +67,10 @@ _FEW_SHOT_PROMPT = (
 class Protocol:
     """A complete text protocol: every field of ProtocolConfig, filled, and what belongs to the preset alone.
 
-    note_tags is None where turns begin with the thought. information_format: what an observation looks like; {passages} are the
-    passages one after the other, without white space around them where strips_passages says so. keeps_line_breaks: those within
-    a passage; else they become spaces. question_end: put behind a question that does not end in it.
+    note_tags is None where turns begin with the thought. information_format: what an observation looks
+    like; {passages} are the passages one after the other, without white space around them where
+    strips_passages says so. keeps_line_breaks: those within a passage; else they become spaces.
+    question_end: put behind a question that does not end in it.
     """
 
     prompt: str
@@ -89,7 +91,13 @@ class Protocol:
     @property
     def control_tags(self) -> tuple[str, ...]:
         """Every tag that means something to the environment."""
-        return (*self.search_tags, *self.information_tags, *self.answer_tags, *self.think_tags, *(self.note_tags or ()))
+        return (
+            *self.search_tags,
+            *self.information_tags,
+            *self.answer_tags,
+            *self.think_tags,
+            *(self.note_tags or ()),
+        )
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -135,7 +143,8 @@ PRESETS: dict[str, Protocol] = {
     ),
     "autorefine": Protocol(
         prompt=_INSTRUCTIONS
-        + "After each result, note what matters between {note_open} and {note_close}.\n{hindsight}Question: {question}\n",
+        + "After each result, note what matters between {note_open} and {note_close}.\n{hindsight}Question:"
+        " {question}\n",
         search_tags=_tag("search"),
         information_tags=_tag("documents"),
         answer_tags=_tag("answer"),
@@ -144,7 +153,8 @@ PRESETS: dict[str, Protocol] = {
         passage_format="Doc {rank}(Title: {title}) {text}\n",
         invalid_action_message=_RETRY,
     ),
-    # Few tokens for small models trained from scratch (the synthetic world): no instructions, one line a passage.
+    # Few tokens for small models trained from scratch (the synthetic world): no instructions, one line a
+    # passage.
     "compact": Protocol(
         prompt="{hindsight}Question: {question}\n",
         search_tags=_tag("search"),
@@ -168,7 +178,8 @@ def _fill_tags(text: str, protocol: Protocol) -> str:
 
 
 def build_protocol(config: ProtocolConfig) -> Protocol:
-    """The preset with the configuration's own fields in place. Raises ConfigError for tags or prompts that cannot work."""
+    """The preset with the configuration's own fields in place. Raises ConfigError for tags or prompts that
+    cannot work."""
     own = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name in _FIELDS}
     own = {name: value for name, value in own.items() if value is not None}
     protocol = dataclasses.replace(PRESETS[config.preset], **own)
@@ -181,14 +192,14 @@ def build_protocol(config: ProtocolConfig) -> Protocol:
     for placeholder in ("{question}", "{hindsight}"):
         if protocol.prompt.count(placeholder) != 1:
             raise ConfigError(
-                f"protocol.prompt holds {placeholder} {protocol.prompt.count(placeholder)} times, expected exactly once: "
-                "the hindsight block and the question each need one place"
+                f"protocol.prompt holds {placeholder} {protocol.prompt.count(placeholder)} times, expected"
+                " exactly once: the hindsight block and the question each need one place"
             )
     _refuse_unread_tags(protocol)
     if protocol.template_arguments and not protocol.chat_template:
         raise ConfigError(
-            f"protocol.template_arguments: found {protocol.template_arguments} without a chat template, expected "
-            "protocol.chat_template true"
+            f"protocol.template_arguments: found {protocol.template_arguments} without a chat template,"
+            " expected protocol.chat_template true"
         )
     tags = protocol.control_tags
     if len(set(tags)) != len(tags) or not all(tags):
@@ -197,16 +208,18 @@ def build_protocol(config: ProtocolConfig) -> Protocol:
 
 
 def _refuse_unread_tags(protocol: Protocol) -> None:
-    """Raise ConfigError for a tag in the prompt that is spelled in another way than the environment reads it (`< Search >`), or
-    hidden by invisible characters: a model would copy it from the example, and its action would be none."""
+    """Raise ConfigError for a tag in the prompt that is spelled in another way than the environment reads
+    it (`< Search >`), or hidden by invisible characters: a model would copy it from the example, and its
+    action would be none."""
     sanitizer, plain = Sanitizer(protocol.control_tags), Sanitizer(())
     exact = re.compile("|".join(map(re.escape, sorted(protocol.control_tags, key=len, reverse=True))))
     for line in exact.sub("\n", protocol.prompt).split("\n"):
         if sanitizer.clean(line) != plain.clean(line):
             tags = " ".join(protocol.control_tags)
             raise ConfigError(
-                f"protocol.prompt: found a tag in {line.strip()!r} that is written otherwise than the environment reads it; "
-                f"expected exactly {tags}, or {{search_open}}, {{search_close}} and so on in their places"
+                f"protocol.prompt: found a tag in {line.strip()!r} that is written otherwise than the"
+                f" environment reads it; expected exactly {tags}, or {{search_open}}, {{search_close}} and so"
+                " on in their places"
             )
 
 
@@ -214,8 +227,9 @@ def _refuse_unread_tags(protocol: Protocol) -> None:
 class Action:
     """What a completion does: a search (query and query_span), an answer, or neither (all None).
 
-    query, answer: the text between the tags, as sampled (not yet sanitised). query_span: [start, stop) token offsets into the
-    completion of the tokens strictly between the search tags; empty (start == stop) when no token lies fully inside.
+    query, answer: the text between the tags, as sampled (not yet sanitised). query_span: [start, stop)
+    token offsets into the completion of the tokens strictly between the search tags; empty (start == stop)
+    when no token lies fully inside.
     """
 
     query: str | None = None
@@ -224,13 +238,15 @@ class Action:
 
 
 def parse_action(completion_ids: Sequence[int], protocol: Protocol, codec: TextCodec) -> Action:
-    """Read the first complete action of one completion: the first closing search or answer tag that has its opening before it.
+    """Read the first complete action of one completion: the first closing search or answer tag that has its
+    opening before it.
 
-    Works on the raw bytes of the ids, so that no id is ever decoded and encoded again; the last opening tag before the closing
-    one counts. Bytes that are no UTF-8 read as U+FFFD.
+    Works on the raw bytes of the ids, so that no id is ever decoded and encoded again; the last opening tag
+    before the closing one counts. Bytes that are no UTF-8 read as U+FFFD.
 
-    The straddle rule: a token belongs to the query when all its bytes lie between the last byte of the opening tag and the first
-    byte of the closing one. A token that also holds a byte of a tag is excluded, and so is every token of the tags themselves.
+    The straddle rule: a token belongs to the query when all its bytes lie between the last byte of the
+    opening tag and the first byte of the closing one. A token that also holds a byte of a tag is excluded,
+    and so is every token of the tags themselves.
     """
     offsets = codec.offsets(completion_ids)
     text = codec.bytes_of(completion_ids)
@@ -242,7 +258,8 @@ def parse_action(completion_ids: Sequence[int], protocol: Protocol, codec: TextC
 
 
 def _first_enclosed(text: bytes, tags: Tags) -> tuple[int, int] | None:
-    """[start, stop) of the bytes before the first closing tag that follows an opening one, from the last such opening."""
+    """[start, stop) of the bytes before the first closing tag that follows an opening one, from the last
+    such opening."""
     opening, closing = (tag.encode("utf-8") for tag in tags)
     first = text.find(opening)
     if first < 0:

@@ -1,8 +1,9 @@
 """Rewards: how an answer compares with the gold answers, and what a rollout earns.
 
-Two normalisations. `search_r1` is SQuAD's, as Search-R1 and its relatives use it: comparable with published numbers, and with
-known quirks (see `normalize_search_r1`). `strict` mends them (see `normalize_strict`). Answers come from `Rollout.answer` only,
-which is read from the policy's own tokens: a passage that holds an answer tag earns nothing.
+Two normalisations. `search_r1` is SQuAD's, as Search-R1 and its relatives use it: comparable with published
+numbers, and with known quirks (see `normalize_search_r1`). `strict` mends them (see `normalize_strict`).
+Answers come from `Rollout.answer` only, which is read from the policy's own tokens: a passage that holds an
+answer tag earns nothing.
 """
 
 from __future__ import annotations
@@ -35,10 +36,11 @@ _CLOSED_CLASS_ANSWERS = ("yes", "no", "noanswer")
 
 
 def normalize_search_r1(text: str) -> str:
-    """Lower case, drop ASCII punctuation, drop the articles a/an/the, squeeze white space, in this order (SQuAD's script).
+    """Lower case, drop ASCII punctuation, drop the articles a/an/the, squeeze white space, in this order
+    (SQuAD's script).
 
-    Quirks kept for comparability: "3.5" equals "35", "-5" equals "5", "The A" becomes empty, "café" differs from "cafe" and
-    from its own decomposed form, curly quotes stay.
+    Quirks kept for comparability: "3.5" equals "35", "-5" equals "5", "The A" becomes empty, "café" differs
+    from "cafe" and from its own decomposed form, curly quotes stay.
     """
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_ASCII_PUNCTUATION)).split())
 
@@ -46,11 +48,14 @@ def normalize_search_r1(text: str) -> str:
 def normalize_strict(text: str) -> str:
     """Unicode-aware normalisation that keeps numbers apart.
 
-    - NFKC and case folding: composed and decomposed forms, full-width letters and "STRASSE"/"straße" agree; diacritics still
+    - NFKC and case folding: composed and decomposed forms, full-width letters and "STRASSE"/"straße" agree;
+    diacritics still
       count ("café" is not "cafe").
-    - A minus sign before a number and a decimal point inside one stay ("-5" is not "5", "3.5" is not "35"); commas between
+    - A minus sign before a number and a decimal point inside one stay ("-5" is not "5", "3.5" is not "35");
+    commas between
       thousands go ("1,000" equals "1000").
-    - Every other punctuation mark or symbol goes: apostrophes and full stops without a trace ("U.S." equals "US"), the rest
+    - Every other punctuation mark or symbol goes: apostrophes and full stops without a trace ("U.S." equals
+    "US"), the rest
       as a space ("Spider-Man" equals "spider man", "1990–1995" equals "1990-1995").
     - The articles a/an/the go, unless nothing else is left ("The A" stays "the a").
     """
@@ -75,7 +80,8 @@ NORMALIZERS: dict[str, Normalizer] = {"search_r1": normalize_search_r1, "strict"
 
 
 def empty_answers(golden_answers: Sequence[str]) -> list[str]:
-    """The gold answers of which Search-R1's normalisation leaves nothing ("The", "!?"): an empty answer would match them."""
+    """The gold answers of which Search-R1's normalisation leaves nothing ("The", "!?"): an empty answer
+    would match them."""
     return [gold for gold in golden_answers if not normalize_search_r1(gold)]
 
 
@@ -98,9 +104,11 @@ def sub_em(answer: str, golden_answers: Sequence[str], normalize: Normalizer) ->
 
 
 def token_f1(answer: str, golden_answers: Sequence[str], normalize: Normalizer) -> float:
-    """The best token F1 with any gold answer, in [0, 1]: harmonic mean of precision and recall over words as multisets.
+    """The best token F1 with any gold answer, in [0, 1]: harmonic mean of precision and recall over words
+    as multisets.
 
-    As HotpotQA's evaluation: when either side is yes, no or noanswer, only equality scores. An empty side scores 0.
+    As HotpotQA's evaluation: when either side is yes, no or noanswer, only equality scores. An empty side
+    scores 0.
     """
     normalized = normalize(answer)
     return max((_f1(normalized, normalize(gold)) for gold in golden_answers), default=0.0)
@@ -119,10 +127,11 @@ ANSWER_SCORES: dict[str, AnswerScore] = {"em": exact_match, "f1": token_f1, "sub
 
 
 def completion_is_well_formed(text: str, protocol: Protocol) -> bool:
-    """True for: at most one note span (where the protocol has them), at most one think span, then exactly one search or answer
-    span, white space around them, nothing else.
+    """True for: at most one note span (where the protocol has them), at most one think span, then exactly
+    one search or answer span, white space around them, nothing else.
 
-    `text` is one decoded completion without the end-of-sequence token. No control tag may occur inside a span.
+    `text` is one decoded completion without the end-of-sequence token. No control tag may occur inside a
+    span.
     """
     body = text.strip()
     for opening, closing in filter(None, (protocol.note_tags, protocol.think_tags)):
@@ -152,7 +161,8 @@ def format_valid(rollout: Rollout) -> float:
 
 
 def hop_hit_rate(rollout: Rollout, supporting: Sequence[Sequence[str]]) -> float | None:
-    """Share of hops of which any serving passage was retrieved in any turn; None when the hops are unknown."""
+    """Share of hops of which any serving passage was retrieved in any turn; None when the hops are
+    unknown."""
     if not supporting:
         return None
     found = {hit.passage.id for turn in rollout.turns for hit in turn.hits}
@@ -177,11 +187,14 @@ def score_rollout(rollout: Rollout, group: RolloutGroup, config: RewardConfig) -
 
 
 def score(groups: Sequence[RolloutGroup], config: RewardConfig) -> list[RolloutGroup]:
-    """The groups with `Rollout.scores` filled in, infrastructure failures (which `RolloutGroup.usable` leaves out) included."""
+    """The groups with `Rollout.scores` filled in, infrastructure failures (which `RolloutGroup.usable`
+    leaves out) included."""
     return [
         dataclasses.replace(
             group,
-            rollouts=tuple(dataclasses.replace(r, scores=score_rollout(r, group, config)) for r in group.rollouts),
+            rollouts=tuple(
+                dataclasses.replace(r, scores=score_rollout(r, group, config)) for r in group.rollouts
+            ),
         )
         for group in groups
     ]

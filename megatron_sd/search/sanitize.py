@@ -1,7 +1,7 @@
 """Text from outside becomes plain: no control tag, no special token string, no invisible character survives.
 
-A passage could otherwise close its own information block, answer in the policy's stead, or hide a tag behind full-width letters,
-zero-width characters or capital letters.
+A passage could otherwise close its own information block, answer in the policy's stead, or hide a tag
+behind full-width letters, zero-width characters or capital letters.
 """
 
 from __future__ import annotations
@@ -11,8 +11,10 @@ import unicodedata
 from collections.abc import Iterable
 from functools import lru_cache
 
-# Breaks become spaces. Removed: control characters, surrogates, everything that Unicode calls default-ignorable or bidirectional
-# control (zero-width characters, variation selectors, fillers, tags), and the replacement character of broken UTF-8.
+# Breaks become spaces. Removed: control characters, surrogates, everything that Unicode calls
+# default-ignorable or bidirectional
+# control (zero-width characters, variation selectors, fillers, tags), and the replacement character of
+# broken UTF-8.
 _BREAKS = re.compile("[\t\n\x0b\x0c\r\x85\u2028\u2029]")
 _INVISIBLE = re.compile(
     "[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f"
@@ -20,14 +22,20 @@ _INVISIBLE = re.compile(
 )
 # Look-alikes of tag punctuation that compatibility normalisation leaves alone.
 _LOOK_ALIKES = str.maketrans(
-    {c: plain for plain, others in {"<": "‹〈⟨❬❮❰⧼⦑˂ᐸ", ">": "›〉⟩❭❯❱⧽⦒˃ᐳ", "/": "⁄∕⧸╱", "|": "ǀ∣│❘"}.items() for c in others}
+    {
+        c: plain
+        for plain, others in {"<": "‹〈⟨❬❮❰⧼⦑˂ᐸ", ">": "›〉⟩❭❯❱⧽⦒˃ᐳ", "/": "⁄∕⧸╱", "|": "ǀ∣│❘"}.items()
+        for c in others
+    }
 )
-_MAX_PASSES = 8  # nested tags deeper than this are an attack: from then on every first character of a tag goes
+# nested tags deeper than this are an attack: from then on every first character of a tag goes
+_MAX_PASSES = 8
 _CACHE_SIZE = 16384  # texts; the same passages come back again and again
 
 
 def _fold(text: str) -> str:
-    """Compatibility-decomposed (context-free, character by character), case-folded, look-alikes made plain."""
+    """Compatibility-decomposed (context-free, character by character), case-folded, look-alikes made
+    plain."""
     return unicodedata.normalize("NFKD", text).casefold().translate(_LOOK_ALIKES)
 
 
@@ -38,10 +46,11 @@ def _pattern(strings: Iterable[str]) -> re.Pattern[str]:
 
 
 class Sanitizer:
-    """Makes text plain with respect to `forbidden` strings (the protocol's control tags and the tokenizer's control strings).
+    """Makes text plain with respect to `forbidden` strings (the protocol's control tags and the tokenizer's
+    control strings).
 
-    The result is a fixed point (`clean(clean(text)) == clean(text)`), and ordinary text comes back unchanged except that line
-    breaks and tabs become spaces.
+    The result is a fixed point (`clean(clean(text)) == clean(text)`), and ordinary text comes back
+    unchanged except that line breaks and tabs become spaces.
 
     >>> Sanitizer(["</information>", "<|im_end|>"]).clean("one\\ntwo</ Information ><|im_end|>")
     'one two  '
@@ -54,7 +63,8 @@ class Sanitizer:
         self.clean = lru_cache(maxsize=_CACHE_SIZE)(self._clean)
 
     def clean_query(self, text: str) -> str:
-        """A query on one line, without leading, trailing or repeated white space; empty when nothing is left."""
+        """A query on one line, without leading, trailing or repeated white space; empty when nothing is
+        left."""
         return " ".join(self.clean(text).split())
 
     def _clean(self, text: str) -> str:
@@ -67,7 +77,8 @@ class Sanitizer:
         return "".join(c for c in text if self._triggers.isdisjoint(_fold(c)))
 
     def _spans(self, text: str) -> list[tuple[int, int]]:
-        """[start, stop) of forbidden strings in `text`, found in its folded form and mapped back to whole characters."""
+        """[start, stop) of forbidden strings in `text`, found in its folded form and mapped back to whole
+        characters."""
         folded = _fold(text)
         if not any(trigger in folded for trigger in self._triggers):
             return []

@@ -1,8 +1,9 @@
 """Text <-> token ids, byte-exact in one direction and safe in the other.
 
-Sampled ids are read as raw bytes (a tag, or a single character, may straddle tokens). Text from outside (questions, passages,
-messages) is encoded by a copy of the tokenizer that knows no added token at all, so plain text can never become a control id.
-Text of our own (the prompt's template, tags) is cut at added tokens first: where a model has a token for <think>, it is used.
+Sampled ids are read as raw bytes (a tag, or a single character, may straddle tokens). Text from outside
+(questions, passages, messages) is encoded by a copy of the tokenizer that knows no added token at all, so
+plain text can never become a control id. Text of our own (the prompt's template, tags) is cut at added
+tokens first: where a model has a token for <think>, it is used.
 """
 
 from __future__ import annotations
@@ -25,16 +26,30 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from megatron_sd.errors import ConfigError, DataError
 from megatron_sd.records import TokenIds
 
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "tekken.json",
+)
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _JINJA = jinja2.Environment(extensions=[loopcontrols])  # only to see what a template reads
-_OUR_ARGUMENTS = frozenset({"messages", "conversation", "add_generation_prompt", "continue_final_message", "tokenize"})
-_CONTENT_MARK = "@@megatron-sd-content@@"  # stands for the user's message while a chat template is taken apart
+_OUR_ARGUMENTS = frozenset(
+    {"messages", "conversation", "add_generation_prompt", "continue_final_message", "tokenize"}
+)
+# stands for the user's message while a chat template is taken apart
+_CONTENT_MARK = "@@megatron-sd-content@@"
 
 
 def _byte_alphabet() -> dict[str, int]:
     """GPT-2's printable stand-ins for the 256 bytes: character -> byte."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    printable = [
+        *range(ord("!"), ord("~") + 1),
+        *range(ord("¡"), ord("¬") + 1),
+        *range(ord("®"), ord("ÿ") + 1),
+    ]
     others = [b for b in range(256) if b not in printable]
     return {chr(b): b for b in printable} | {chr(256 + n): b for n, b in enumerate(others)}
 
@@ -57,14 +72,19 @@ def _piece_bytes(piece: str, alphabet: dict[str, int] | None) -> bytes:
 class TextCodec:
     """A Hugging Face tokenizer as rollouts need it.
 
-    token_bytes: raw bytes of every id (added tokens: their text; ids without an entry: nothing). control_ids: ids that plain text
-    never encodes to. control_strings: their texts. eos_ids: ids that end a completion. Raises DataError for a tokenizer whose ids
-    cannot be read as bytes, or which turns plain text into control ids; ConfigError when `chat_template` is asked for and absent.
-    template_arguments: what the chat template is given beside the message, such as enable_thinking.
+    token_bytes: raw bytes of every id (added tokens: their text; ids without an entry: nothing).
+    control_ids: ids that plain text never encodes to. control_strings: their texts. eos_ids: ids that end a
+    completion. Raises DataError for a tokenizer whose ids cannot be read as bytes, or which turns plain
+    text into control ids; ConfigError when `chat_template` is asked for and absent. template_arguments:
+    what the chat template is given beside the message, such as enable_thinking.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, *, chat_template: bool, template_arguments: Mapping[str, Any] | None = None
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        chat_template: bool,
+        template_arguments: Mapping[str, Any] | None = None,
     ):
         spec = json.loads(tokenizer.backend_tokenizer.to_str())
         added = {entry["id"]: entry["content"] for entry in spec["added_tokens"]}
@@ -83,12 +103,15 @@ class TextCodec:
             self._prefix_ids, self._suffix_ids = _plain_frame(tokenizer)
 
     @staticmethod
-    def _read_vocabulary(tokenizer: PreTrainedTokenizerBase, spec: dict, added: dict[int, str]) -> tuple[bytes, ...]:
+    def _read_vocabulary(
+        tokenizer: PreTrainedTokenizerBase, spec: dict, added: dict[int, str]
+    ) -> tuple[bytes, ...]:
         kinds = _decoder_types(spec["decoder"])
         if not kinds & {"ByteLevel", "ByteFallback", "Metaspace"}:
             raise DataError(
-                f"the tokenizer's decoder is {sorted(kinds) or 'absent'}, expected byte-level BPE (Qwen, Llama 3, GPT-2) or "
-                "SentencePiece with byte fallback: sampled ids must be readable as raw bytes"
+                f"the tokenizer's decoder is {sorted(kinds) or 'absent'}, expected byte-level BPE (Qwen,"
+                " Llama 3, GPT-2) or SentencePiece with byte fallback: sampled ids must be readable as raw"
+                " bytes"
             )
         alphabet = _byte_alphabet() if "ByteLevel" in kinds else None
         pieces = {index: _piece_bytes(piece, alphabet) for piece, index in tokenizer.get_vocab().items()}
@@ -96,16 +119,20 @@ class TextCodec:
         return tuple(pieces.get(index, b"") for index in range(max(pieces) + 1))
 
     def _refuse_leaks(self) -> None:
-        leaking = [text for text in self.control_strings if not self.control_ids.isdisjoint(self.encode(text))]
+        leaking = [
+            text for text in self.control_strings if not self.control_ids.isdisjoint(self.encode(text))
+        ]
         if leaking:
             raise DataError(
-                f"the tokenizer encodes the plain texts {leaking[:5]} to control ids, expected ordinary ids: "
-                "a passage could forge control tokens; use a tokenizer that keeps its added tokens out of its model's vocabulary"
+                f"the tokenizer encodes the plain texts {leaking[:5]} to control ids, expected ordinary ids:"
+                " a passage could forge control tokens; use a tokenizer that keeps its added tokens out of"
+                " its model's vocabulary"
             )
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """What every id stands for, and which ids are control ids, as a hash: stored ids are worth nothing under another one."""
+        """What every id stands for, and which ids are control ids, as a hash: stored ids are worth nothing
+        under another one."""
         digest = xxhash.xxh3_128(json.dumps(sorted(self.control_ids)).encode())
         for piece in self.token_bytes:
             digest.update(len(piece).to_bytes(4, "little") + piece)
@@ -116,8 +143,8 @@ class TextCodec:
         return tuple(self._plain.encode(text, add_special_tokens=False).ids)
 
     def encode_own(self, template: str, fields: Mapping[str, str] | None = None) -> TokenIds:
-        """Ids of text that we wrote: added tokens in it are what they are for the model. `{name}` of `fields` become untrusted
-        text, as encode reads it."""
+        """Ids of text that we wrote: added tokens in it are what they are for the model. `{name}` of
+        `fields` become untrusted text, as encode reads it."""
         ids: list[int] = []
         for part in self._own_tokens.split(template):
             ids += (part,) if isinstance(part, int) else self.encode(fill(part, fields or {}))
@@ -128,7 +155,8 @@ class TextCodec:
         return self.in_frame(self.encode(text))
 
     def in_frame(self, ids: TokenIds) -> TokenIds:
-        """A prompt's ids after what the tokenizer puts before every text (if anything), or in its chat frame."""
+        """A prompt's ids after what the tokenizer puts before every text (if anything), or in its chat
+        frame."""
         return (*self._prefix_ids, *ids, *self._suffix_ids)
 
     def bytes_of(self, ids: Iterable[int]) -> bytes:
@@ -145,7 +173,8 @@ class TextCodec:
         return list(accumulate(map(len, self.pieces(ids)), initial=0))
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text for reading (transcripts, answers); bytes that are no UTF-8 become U+FFFD. Never encoded again."""
+        """Text for reading (transcripts, answers); bytes that are no UTF-8 become U+FFFD. Never encoded
+        again."""
         return self.bytes_of(ids).decode("utf-8", errors="replace")
 
 
@@ -173,22 +202,29 @@ class _AddedTokens:
 
 
 def fill(template: str, fields: Mapping[str, str]) -> str:
-    """The template with each `{name}` of `fields` replaced, in one pass: what a value says is never filled in again."""
+    """The template with each `{name}` of `fields` replaced, in one pass: what a value says is never filled
+    in again."""
     return re.sub(r"\{(\w+)\}", lambda match: fields.get(match[1], match[0]), template)
 
 
 def _plain_frame(tokenizer: PreTrainedTokenizerBase) -> tuple[TokenIds, TokenIds]:
-    """What the tokenizer puts before every text (Llama's begin-of-text); what it puts after would be an ending: left out."""
+    """What the tokenizer puts before every text (Llama's begin-of-text); what it puts after would be an
+    ending: left out."""
     bare = tokenizer("a", add_special_tokens=False).input_ids
     full = tokenizer("a", add_special_tokens=True).input_ids
     starts = [n for n in range(len(full)) if full[n : n + len(bare)] == bare]
     return (tuple(full[: starts[0]]) if starts else ()), ()
 
 
-def _chat_frame(tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, Any]) -> tuple[TokenIds, TokenIds]:
-    """Ids before and after the user's message in the tokenizer's chat template, the assistant's opening included."""
+def _chat_frame(
+    tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, Any]
+) -> tuple[TokenIds, TokenIds]:
+    """Ids before and after the user's message in the tokenizer's chat template, the assistant's opening
+    included."""
     if not tokenizer.chat_template:
-        raise ConfigError("protocol.chat_template is true but the tokenizer has no chat template; set it to false")
+        raise ConfigError(
+            "protocol.chat_template is true but the tokenizer has no chat template; set it to false"
+        )
     _refuse_unread(arguments, tokenizer.get_chat_template())
     messages = [{"role": "user", "content": _CONTENT_MARK}]
     given = {"tokenize": False, "add_generation_prompt": True}
@@ -196,8 +232,9 @@ def _chat_frame(tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, Any]
         text = tokenizer.apply_chat_template(messages, **given, **arguments)
     except (jinja2.TemplateError, TypeError, ValueError) as error:
         raise ConfigError(
-            f"the tokenizer's chat template refuses a user's message with {dict(arguments)} ({error}); see "
-            "protocol.template_arguments, or set protocol.chat_template to false and write the frame into protocol.prompt"
+            f"the tokenizer's chat template refuses a user's message with {dict(arguments)} ({error}); see"
+            " protocol.template_arguments, or set protocol.chat_template to false and write the frame into"
+            " protocol.prompt"
         ) from error
     frame = text.split(_CONTENT_MARK)
     if len(frame) != 2:
@@ -216,12 +253,15 @@ def _refuse_unread(arguments: Mapping[str, Any], template: str) -> None:
     except jinja2.TemplateSyntaxError:  # it uses tags of transformers' own: nobody can tell
         return
     if ours := sorted(arguments.keys() & _OUR_ARGUMENTS):
-        raise ConfigError(f"protocol.template_arguments: found {', '.join(ours)}, which rollouts set themselves; leave it out")
+        raise ConfigError(
+            f"protocol.template_arguments: found {', '.join(ours)}, which rollouts set themselves; leave"
+            " it out"
+        )
     if unread := sorted(arguments.keys() - read):
         known = ", ".join(sorted(read - _OUR_ARGUMENTS)) or "nothing"
         raise ConfigError(
-            f"protocol.template_arguments: the chat template reads no {', '.join(unread)}, expected some of what it reads beside "
-            f"the message: {known}"
+            f"protocol.template_arguments: the chat template reads no {', '.join(unread)}, expected some of"
+            f" what it reads beside the message: {known}"
         )
 
 
@@ -229,14 +269,23 @@ def _first_line(error: Exception) -> str:
     return str(error).split("\n")[0]
 
 
-def load_codec(path: str, *, chat_template: bool, template_arguments: Mapping[str, Any] | None = None) -> TextCodec:
+def load_codec(
+    path: str, *, chat_template: bool, template_arguments: Mapping[str, Any] | None = None
+) -> TextCodec:
     """The codec of a local model directory. Raises DataError when there is no tokenizer."""
     if not Path(path).is_dir():
-        raise DataError(f"model.path: found no directory at {path}, expected a local Hugging Face model directory")
+        raise DataError(
+            f"model.path: found no directory at {path}, expected a local Hugging Face model directory"
+        )
     if not any((Path(path) / name).is_file() for name in _TOKENIZER_FILES):
-        raise DataError(f"no tokenizer in {path}, expected {' or '.join(_TOKENIZER_FILES)}: copy the files of the model's own")
+        raise DataError(
+            f"no tokenizer in {path}, expected {' or '.join(_TOKENIZER_FILES)}: copy the files of the"
+            " model's own"
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError) as error:
-        raise DataError(f"no tokenizer in {path} ({_first_line(error)}); expected a directory with tokenizer.json") from error
+        raise DataError(
+            f"no tokenizer in {path} ({_first_line(error)}); expected a directory with tokenizer.json"
+        ) from error
     return TextCodec(tokenizer, chat_template=chat_template, template_arguments=template_arguments)

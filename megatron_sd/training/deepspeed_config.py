@@ -9,35 +9,44 @@ from megatron_sd.training.parallel.tensor import autotp_settings
 
 PERSISTENT_PARAMETER_ELEMENTS = 100_000  # smaller parameters (norms, biases) stay gathered between steps
 REDUCE_BUCKET_ELEMENTS = 50_000_000
-SUB_GROUP_ELEMENTS = 50_000_000  # the optimiser steps over so many at a time (or over one parameter, if larger)
+# the optimiser steps over so many at a time (or over one parameter, if larger)
+SUB_GROUP_ELEMENTS = 50_000_000
 PREFETCH_ELEMENTS = 50_000_000  # gathered ahead of their use
 
 
 def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
     """What deepspeed.initialize gets for the trained policy.
 
-    Accumulation is ours: any number of microbatches between two steps, losses already divided by global totals. Gradients
-    accumulate in float32. DeepSpeed clips by the global norm and skips a step whose norm is not finite, at any stage but 0.
+    Accumulation is ours: any number of microbatches between two steps, losses already divided by global
+    totals. Gradients accumulate in float32. DeepSpeed clips by the global norm and skips a step whose norm
+    is not finite, at any stage but 0.
     """
     return {
         **_common(config, world_size),
         "managed_gradient_accumulation": False,
-        "gradient_clipping": config.optimizer.max_grad_norm if config.update.zero_stage else 0.0,  # else: ClippedAdamW
+        # else: ClippedAdamW
+        "gradient_clipping": config.optimizer.max_grad_norm if config.update.zero_stage else 0.0,
         "data_types": {"grad_accum_dtype": "fp32"},
         "zero_optimization": _zero(config.update.zero_stage) | _offload(config.update),
         **autotp_settings(config.update.tensor_parallel_size),
-        "zero_force_ds_cpu_optimizer": False,  # torch's AdamW steps in host memory, too: DeepSpeed's own needs a compiler
+        # torch's AdamW steps in host memory, too: DeepSpeed's own needs a compiler
+        "zero_force_ds_cpu_optimizer": False,
     }
 
 
 def reference_config(config: Config, world_size: int) -> dict[str, Any]:
-    """What deepspeed.initialize gets for a frozen policy without optimiser; ZeRO-3 is the only stage that shards one."""
+    """What deepspeed.initialize gets for a frozen policy without optimiser; ZeRO-3 is the only stage that
+    shards one."""
     return {**_common(config, world_size), "zero_optimization": _zero(3)}
 
 
 def teacher_config(config: Config, world_size: int) -> dict[str, Any]:
-    """What deepspeed.initialize gets for a teacher with weights of its own; none is kept gathered, since an average moves."""
-    return {**_common(config, world_size), "zero_optimization": _zero(3) | {"stage3_param_persistence_threshold": 0}}
+    """What deepspeed.initialize gets for a teacher with weights of its own; none is kept gathered, since an
+    average moves."""
+    return {
+        **_common(config, world_size),
+        "zero_optimization": _zero(3) | {"stage3_param_persistence_threshold": 0},
+    }
 
 
 def _offload(update: UpdateConfig) -> dict[str, Any]:
@@ -68,7 +77,8 @@ def _zero(stage: int) -> dict[str, Any]:
         "sub_group_size": SUB_GROUP_ELEMENTS,
         "stage3_param_persistence_threshold": PERSISTENT_PARAMETER_ELEMENTS,
         "stage3_gather_16bit_weights_on_model_save": False,
-        "memory_efficient_linear": False,  # would replace torch's linear everywhere for good: placement.zero3_linear
+        # would replace torch's linear everywhere for good: placement.zero3_linear
+        "memory_efficient_linear": False,
     }
     return {
         "stage": stage,

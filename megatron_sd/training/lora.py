@@ -1,7 +1,8 @@
-"""Low-rank adapters (Hu et al. 2021): W stays frozen, W + alpha / rank * B A is what computes, and what is published and saved.
+"""Low-rank adapters (Hu et al. 2021): W stays frozen, W + alpha / rank * B A is what computes, and what is
+published and saved.
 
-A weight knows its adapter, so that whoever hands weights out (local_shards.py, publisher.py, the checkpoint's model) merges on
-the way, and nobody else has to know: names and shapes stay Hugging Face's.
+A weight knows its adapter, so that whoever hands weights out (local_shards.py, publisher.py, the
+checkpoint's model) merges on the way, and nobody else has to know: names and shapes stay Hugging Face's.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ class Adapter:
 
     def delta(self) -> Tensor:
         """[out, in] float32: what it adds. Call it where a and b are gathered."""
-        return FullAdapter(a=self.a.detach().float(), b=self.b.detach().float(), scale=self.scale).rows(0, self.b.shape[0])
+        return FullAdapter(a=self.a.detach().float(), b=self.b.detach().float(), scale=self.scale).rows(
+            0, self.b.shape[0]
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,12 +75,14 @@ class LoraLinear(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
         low = nn.functional.linear(hidden, self.lora_a)
-        return nn.functional.linear(hidden, self.weight, self.bias) + self.scale * nn.functional.linear(low, self.lora_b)
+        return nn.functional.linear(hidden, self.weight, self.bias) + self.scale * nn.functional.linear(
+            low, self.lora_b
+        )
 
 
 def with_adapters(model: PreTrainedModel, config: LoraConfig, *, seed: int) -> PreTrainedModel:
-    """The model with everything frozen but an adapter on each linear layer named in config.targets; unchanged for rank 0. The
-    start is the model itself. Raises ConfigError when no layer has such a name."""
+    """The model with everything frozen but an adapter on each linear layer named in config.targets;
+    unchanged for rank 0. The start is the model itself. Raises ConfigError when no layer has such a name."""
     if config.rank == 0:
         return model
     model.requires_grad_(False)
@@ -90,7 +95,9 @@ def with_adapters(model: PreTrainedModel, config: LoraConfig, *, seed: int) -> P
         if name in config.targets and isinstance(child, nn.Linear)
     ]
     if not places:
-        raise ConfigError(f"model.lora.targets: found {list(config.targets)}, expected names of the model's linear layers")
+        raise ConfigError(
+            f"model.lora.targets: found {list(config.targets)}, expected names of the model's linear layers"
+        )
     for parent, name in places:
         setattr(parent, name, LoraLinear(getattr(parent, name), config, generator))
     return model
@@ -109,7 +116,9 @@ def is_adapter(name: str) -> bool:
 def with_their_adapters(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
     """The parameters and those of their adapters: what must be gathered to merge."""
     adapters = [(p, adapter_of(p)) for p in parameters]
-    return [part for p, adapter in adapters for part in ((p,) if adapter is None else (p, adapter.a, adapter.b))]
+    return [
+        part for p, adapter in adapters for part in ((p,) if adapter is None else (p, adapter.a, adapter.b))
+    ]
 
 
 def merged(parameter: nn.Parameter) -> Tensor:

@@ -21,13 +21,15 @@ from megatron_sd.pretrained.on_demand import Stored, forget_file, stored_in
 Module = TypeVar("Module", bound=nn.Module)
 
 
-def place(module: Module, model: PreTrainedModel, settings: Mapping[str, Any], device: torch.device) -> Module:
-    """Under ZeRO-3: each parameter goes to the device alone and stays there as this rank's shard, which is read from its file
-    just then where it is not in memory. Else: the whole module.
+def place(
+    module: Module, model: PreTrainedModel, settings: Mapping[str, Any], device: torch.device
+) -> Module:
+    """Under ZeRO-3: each parameter goes to the device alone and stays there as this rank's shard, which is
+    read from its file just then where it is not in memory. Else: the whole module.
 
-    module: what DeepSpeed will wrap, with `model` inside; settings: the configuration it will be initialised with. The weights
-    must be of the dtype they shall have; deepspeed.zero.Init around their construction would also cast the rotary embedding's
-    frequencies.
+    module: what DeepSpeed will wrap, with `model` inside; settings: the configuration it will be
+    initialised with. The weights must be of the dtype they shall have; deepspeed.zero.Init around their
+    construction would also cast the rotary embedding's frequencies.
     """
     if "tensor_parallel" in settings:  # each rank's part goes to the device, and ZeRO cuts that there
         if settings["zero_optimization"]["stage"] == 3:
@@ -36,7 +38,8 @@ def place(module: Module, model: PreTrainedModel, settings: Mapping[str, Any], d
     if settings["zero_optimization"]["stage"] < 3:
         return module.to(device)
     gather_layers_whole(model)
-    deepspeed.init_distributed(auto_mpi_discovery=False)  # takes over torch's group; without it zero.Init sees a world of one
+    # takes over torch's group; without it zero.Init sees a world of one
+    deepspeed.init_distributed(auto_mpi_discovery=False)
     _ShardsFromFiles(module=module, config_dict_or_path=dict(settings))
     for buffer in module.buffers():
         buffer.data = buffer.data.to(device)
@@ -49,8 +52,8 @@ def reads_shards(settings: Mapping[str, Any]) -> bool:
 
 
 class _ShardsFromFiles(deepspeed.zero.Init):
-    """ZeRO-3's sharding of a module. Of a parameter that is still in its file, this rank reads what it will own, no more, and
-    nothing is broadcast."""
+    """ZeRO-3's sharding of a module. Of a parameter that is still in its file, this rank reads what it will
+    own, no more, and nothing is broadcast."""
 
     def _convert_to_zero_parameters(self, param_list: Iterable[nn.Parameter]) -> None:
         for parameter in param_list:
@@ -61,7 +64,8 @@ class _ShardsFromFiles(deepspeed.zero.Init):
                 self._read_and_shard(parameter, stored)
 
     def _read_and_shard(self, parameter: nn.Parameter, stored: Stored) -> None:
-        parameter.data = torch.empty(parameter.shape, dtype=parameter.dtype, device=self.local_device)  # unwritten: no memory
+        # unwritten: no memory
+        parameter.data = torch.empty(parameter.shape, dtype=parameter.dtype, device=self.local_device)
         self._convert_to_deepspeed_param(parameter)
         size = self._aligned_size(parameter) // self._partition_world_size(parameter)
         start, stop = (min(self._partition_rank(parameter) * size + n, parameter.ds_numel) for n in (0, size))
@@ -71,9 +75,11 @@ class _ShardsFromFiles(deepspeed.zero.Init):
 
 
 def share_masters(optimizer: Any) -> None:
-    """Under ZeRO-3 with float32 weights, let the optimiser step on the shards themselves: no second float32 copy of them.
+    """Under ZeRO-3 with float32 weights, let the optimiser step on the shards themselves: no second float32
+    copy of them.
 
-    DeepSpeed means to, and compares a device with its name, so it never does. optimizer: of the DeepSpeed engine.
+    DeepSpeed means to, and compares a device with its name, so it never does. optimizer: of the DeepSpeed
+    engine.
     """
     masters = getattr(optimizer, "fp32_partitioned_groups_flat", ())
     for master, shard in zip(masters, getattr(optimizer, "fp16_partitioned_groups_flat", ())):
@@ -82,20 +88,25 @@ def share_masters(optimizer: Any) -> None:
 
 
 def check_disk_offload(update: UpdateConfig) -> None:
-    """Raise ConfigError for offloading to a disk where DeepSpeed cannot compile its disk operation: it would end in a traceback,
-    minutes later."""
-    if update.offload_optimizer == "nvme" and not get_accelerator().create_op_builder("AsyncIOBuilder").is_compatible():
+    """Raise ConfigError for offloading to a disk where DeepSpeed cannot compile its disk operation: it
+    would end in a traceback, minutes later."""
+    if (
+        update.offload_optimizer == "nvme"
+        and not get_accelerator().create_op_builder("AsyncIOBuilder").is_compatible()
+    ):
         raise ConfigError(
-            "update.offload_optimizer: found nvme, and no libaio on this machine, expected its headers and library (libaio-dev, "
-            "libaio-devel) for DeepSpeed to compile its disk operation: install them, or take cpu"
+            "update.offload_optimizer: found nvme, and no libaio on this machine, expected its headers and"
+            " library (libaio-dev, libaio-devel) for DeepSpeed to compile its disk operation: install them,"
+            " or take cpu"
         )
 
 
 def gather_layers_whole(model: PreTrainedModel) -> None:
-    """Let ZeRO-3 gather and reduce a decoder layer at once instead of module by module: half the overhead of a small model.
+    """Let ZeRO-3 gather and reduce a decoder layer at once instead of module by module: half the overhead
+    of a small model.
 
-    DeepSpeed then reduces a layer's gradients when that of its first positional argument is known. A layer called by keyword
-    would be reduced too early, silently: hence the check.
+    DeepSpeed then reduces a layer's gradients when that of its first positional argument is known. A layer
+    called by keyword would be reduced too early, silently: hence the check.
     """
     for layer in set_z3_leaf_modules(model, sorted(model._no_split_modules or ()), raise_if_not_found=False):
         layer.register_forward_pre_hook(_check_positional)
@@ -103,8 +114,9 @@ def gather_layers_whole(model: PreTrainedModel) -> None:
 
 @contextmanager
 def zero3_linear() -> Iterator[None]:
-    """Within it, linear layers do not keep the gathered weight alive for the backward, as ZeRO-3 needs. DeepSpeed would leave
-    that slower linear in torch for good, and the rollout engine of this process would pay for it at every token."""
+    """Within it, linear layers do not keep the gathered weight alive for the backward, as ZeRO-3 needs.
+    DeepSpeed would leave that slower linear in torch for good, and the rollout engine of this process would
+    pay for it at every token."""
     plain = torch.nn.functional.linear
     torch.nn.functional.linear = zero3_linear_wrap
     try:
@@ -116,6 +128,6 @@ def zero3_linear() -> Iterator[None]:
 def _check_positional(layer: nn.Module, arguments: tuple) -> None:
     if not (arguments and torch.is_tensor(arguments[0])):
         raise DataError(
-            f"{type(layer).__name__} gets its hidden states by keyword, which ZeRO-3's whole-layer gathering cannot follow: "
-            "set update.zero_stage to 2 for this model"
+            f"{type(layer).__name__} gets its hidden states by keyword, which ZeRO-3's whole-layer gathering"
+            " cannot follow: set update.zero_stage to 2 for this model"
         )

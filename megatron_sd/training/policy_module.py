@@ -1,8 +1,9 @@
-"""The one module that DeepSpeed wraps: student and teacher through the same backbone, and the head that sees listed rows only.
+"""The one module that DeepSpeed wraps: student and teacher through the same backbone, and the head that
+sees listed rows only.
 
-Everything of a microbatch happens in one forward, so that ZeRO-3 gathers each parameter in the order it has seen before, and
-gathers the head's weight only around the head's own call. The teacher's pass is a separate call of the backbone without a
-graph: whether it runs changes no bit of the student's.
+Everything of a microbatch happens in one forward, so that ZeRO-3 gathers each parameter in the order it has
+seen before, and gathers the head's weight only around the head's own call. The teacher's pass is a separate
+call of the backbone without a graph: whether it runs changes no bit of the student's.
 """
 
 from __future__ import annotations
@@ -36,9 +37,15 @@ class Runs(NamedTuple):
     longest: int
 
     def options(self) -> dict[str, Tensor | int]:
-        """What the backbone is told, in transformers' words; flash attention takes the last four, other kinds the positions."""
+        """What the backbone is told, in transformers' words; flash attention takes the last four, other
+        kinds the positions."""
         lengths = {"cu_seq_lens_q": self.starts, "cu_seq_lens_k": self.starts}
-        return {"position_ids": self.positions, **lengths, "max_length_q": self.longest, "max_length_k": self.longest}
+        return {
+            "position_ids": self.positions,
+            **lengths,
+            "max_length_q": self.longest,
+            "max_length_k": self.longest,
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,13 +72,18 @@ class DeviceMicrobatch:
 
     @classmethod
     def of(cls, microbatch: Microbatch, device: torch.device) -> DeviceMicrobatch:
-        """Copy to the device. A packed microbatch becomes one row [1, T] of student and of teacher, with the rows in it."""
+        """Copy to the device. A packed microbatch becomes one row [1, T] of student and of teacher, with
+        the rows in it."""
 
         def on_device(array: np.ndarray) -> Tensor:
             return torch.from_numpy(array).to(device, non_blocking=True)
 
         apart = ("head_rows", "has_teacher", "runs", "teacher_runs")
-        tensors = {name: on_device(getattr(microbatch, name)) for name in cls.__dataclass_fields__ if name not in apart}
+        tensors = {
+            name: on_device(getattr(microbatch, name))
+            for name in cls.__dataclass_fields__
+            if name not in apart
+        }
         head_rows = HeadRows(on_device(microbatch.targets), tensors["query_rows"], microbatch.query_rows)
         if microbatch.is_packed:
             row = student_row(microbatch)
@@ -85,8 +97,8 @@ class DeviceMicrobatch:
 
 
 class TeacherRows(NamedTuple):
-    """hidden: [Q, H] the teacher's last hidden states at its rows. head: weight and bias of a teacher with weights of its own,
-    None where it shares the student's."""
+    """hidden: [Q, H] the teacher's last hidden states at its rows. head: weight and bias of a teacher with
+    weights of its own, None where it shares the student's."""
 
     hidden: Tensor
     head: tuple[Tensor, Tensor | None] | None = None
@@ -104,18 +116,24 @@ class RowHead(nn.Module):
         self.bias = getattr(output_embedding, "bias", None)
         self.options = options
 
-    def forward(self, hidden: Tensor, teacher: TeacherRows, rows: HeadRows, row_loss: RowLoss | None) -> RowValues:
+    def forward(
+        self, hidden: Tensor, teacher: TeacherRows, rows: HeadRows, row_loss: RowLoss | None
+    ) -> RowValues:
         """ops.linear_jsd with this head's weight, or with this rank's rows of it."""
         own, shard = (self.weight, self.bias), self.options.shard
         if shard is not None:
-            hidden, own = replicated(hidden, shard), tuple(None if part is None else own_rows(part, shard) for part in own)
+            hidden, own = (
+                replicated(hidden, shard),
+                tuple(None if part is None else own_rows(part, shard) for part in own),
+            )
         options = {"row_loss": row_loss, "options": self.options, "teacher_head": teacher.head}
         return linear_jsd(hidden, teacher.hidden, own, rows, **options)
 
 
 @dataclass(frozen=True, kw_only=True)
 class MicrobatchLoss:
-    """The share that any rows of a microbatch have in the step's loss, over global denominators: what the head asks for."""
+    """The share that any rows of a microbatch have in the step's loss, over global denominators: what the
+    head asks for."""
 
     microbatch: DeviceMicrobatch
     totals: Totals
@@ -127,13 +145,19 @@ class MicrobatchLoss:
     def __call__(self, values: RowValues, rows: slice, queries: slice) -> Tensor:
         """A scalar, differentiable in values.logprobs and values.divergences."""
         policy = self.policy_rows(values.logprobs, rows)
-        loss = self.weights.policy * (self.row_weights[rows] * (policy.losses + self.config.kl_weight * policy.kl)).sum()
+        loss = (
+            self.weights.policy
+            * (self.row_weights[rows] * (policy.losses + self.config.kl_weight * policy.kl)).sum()
+        )
         if self.distils:
-            loss = loss + (self.alpha[queries] * values.divergences).sum() / (self.totals.distilled_rollouts or 1.0)
+            loss = loss + (self.alpha[queries] * values.divergences).sum() / (
+                self.totals.distilled_rollouts or 1.0
+            )
         return loss
 
     def policy_rows(self, logprobs: Tensor, rows: slice) -> PolicyRows:
-        """The loss of algorithm/policy_loss.py that the configuration names, of rows whose log-probabilities are given."""
+        """The loss of algorithm/policy_loss.py that the configuration names, of rows whose
+        log-probabilities are given."""
         m, reference = self.microbatch, self.reference_logprobs
         return POLICY_LOSSES[self.config.objective](
             logprobs,
@@ -172,9 +196,10 @@ class PolicyModule(nn.Module):
         *,
         teacher: TeacherRows | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """(loss, sums). loss: this microbatch's share of the step's loss, over global denominators: its sum over microbatches
-        and ranks is the step's loss. sums: the detached vector of update_metrics.SUM_NAMES. teacher: what another model read;
-        None: these weights are the teacher's too."""
+        """(loss, sums). loss: this microbatch's share of the step's loss, over global denominators: its sum
+        over microbatches and ranks is the step's loss. sums: the detached vector of
+        update_metrics.SUM_NAMES. teacher: what another model read; None: these weights are the teacher's
+        too."""
         if microbatch.has_teacher and weights.distils and teacher is None:
             teacher = TeacherRows(teacher_hidden_rows(self.model, microbatch))
         loss = MicrobatchLoss(
@@ -202,22 +227,31 @@ def with_row_head(model: PreTrainedModel, options: HeadOptions) -> PreTrainedMod
 
 
 def student_values(
-    model: PreTrainedModel, microbatch: DeviceMicrobatch, teacher: TeacherRows | None, row_loss: RowLoss | None
+    model: PreTrainedModel,
+    microbatch: DeviceMicrobatch,
+    teacher: TeacherRows | None,
+    row_loss: RowLoss | None,
 ) -> RowValues:
     """What the head says of the student's rows (and of the teacher's, where there is a teacher)."""
     hidden = hidden_rows(model, microbatch.input_ids, microbatch.row_index, microbatch.runs)
     head = model.get_output_embeddings()
     if teacher is None:
-        return head(hidden, TeacherRows(hidden[:0].detach()), microbatch.head_rows.without_teacher(), row_loss)
+        return head(
+            hidden, TeacherRows(hidden[:0].detach()), microbatch.head_rows.without_teacher(), row_loss
+        )
     return head(hidden, teacher, microbatch.head_rows, row_loss)
 
 
 def hidden_rows(model: PreTrainedModel, ids: Tensor, rows: Tensor, runs: Runs | None = None) -> Tensor:
-    """[len(rows), H] last hidden states at flat positions of right-padded ids [B, S], or of one row [1, T] of runs.
+    """[len(rows), H] last hidden states at flat positions of right-padded ids [B, S], or of one row [1, T]
+    of runs.
 
-    No padding mask: under causal attention nothing to the right of a token reaches it, and padding is never asked for.
+    No padding mask: under causal attention nothing to the right of a token reaches it, and padding is never
+    asked for.
     """
-    states = model.base_model(input_ids=ids, use_cache=False, **(runs.options() if runs else {})).last_hidden_state
+    states = model.base_model(
+        input_ids=ids, use_cache=False, **(runs.options() if runs else {})
+    ).last_hidden_state
     return states.flatten(0, 1).index_select(0, rows)
 
 
@@ -225,8 +259,8 @@ def hidden_rows(model: PreTrainedModel, ids: Tensor, rows: Tensor, runs: Runs | 
 def teacher_hidden_rows(model: PreTrainedModel, microbatch: DeviceMicrobatch) -> Tensor:
     """[Q, H] last hidden states of the teacher at its rows.
 
-    Rollouts of a group share the teacher's prompt, hindsight block and all: it is read once, and every rollout continues from
-    its keys and values. In a row of runs every rollout has the prompt before it.
+    Rollouts of a group share the teacher's prompt, hindsight block and all: it is read once, and every
+    rollout continues from its keys and values. In a row of runs every rollout has the prompt before it.
     """
     backbone, m = model.base_model, microbatch
     if m.teacher_runs is not None:
@@ -250,8 +284,9 @@ def teacher_hidden_rows(model: PreTrainedModel, microbatch: DeviceMicrobatch) ->
 
 
 def load_for_training(config: ModelConfig, *, on_demand: bool = False) -> PreTrainedModel:
-    """The model of a local directory, ready for training: dropout off, no cache. on_demand: without its weights where possible,
-    which placement.place then reads. Raises DataError when it cannot be used, ConfigError when its attention cannot."""
+    """The model of a local directory, ready for training: dropout off, no cache. on_demand: without its
+    weights where possible, which placement.place then reads. Raises DataError when it cannot be used,
+    ConfigError when its attention cannot."""
     model_config = load_config(config.path)
     check_head(model_config, config.path)
     for name in vars(model_config):

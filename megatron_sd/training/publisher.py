@@ -1,4 +1,5 @@
-"""Handing the trained weights to the inference engine: gathered whole or as each worker's shard from the ranks that own it."""
+"""Handing the trained weights to the inference engine: gathered whole or as each worker's shard from the
+ranks that own it."""
 
 from __future__ import annotations
 
@@ -68,12 +69,14 @@ class SparePublisher:
 class GatherPublisher:
     """Gathers full parameters on every rank, a bucket at a time, and hands them to that rank's engine.
 
-    Besides the engine's own copy, no more than BUCKET_BYTES of full parameters exist at one time (or one parameter, if larger).
+    Besides the engine's own copy, no more than BUCKET_BYTES of full parameters exist at one time (or one
+    parameter, if larger).
     """
 
     def publish(self, policy: Policy, receiver: WeightReceiver, policy_version: int) -> None:
-        """Names are Hugging Face names; a tied weight is sent once. No rank returns before every rank's engine has the version,
-        and an engine's RolloutError is raised on every rank, after the last gather."""
+        """Names are Hugging Face names; a tied weight is sent once. No rank returns before every rank's
+        engine has the version, and an engine's RolloutError is raised on every rank, after the last
+        gather."""
         stages = _Stages()
         stages.attempt(receiver.begin_update)
         for bucket in gathered_buckets(policy.named_parameters(), BUCKET_BYTES):
@@ -83,15 +86,17 @@ class GatherPublisher:
 
 
 class InPlacePublisher:
-    """Lets the embedded engine of a rank that is alone read the policy's own weights: nothing is copied. Weights with adapters
-    are merged into the engine's copies of these."""
+    """Lets the embedded engine of a rank that is alone read the policy's own weights: nothing is copied.
+    Weights with adapters are merged into the engine's copies of these."""
 
     def publish(self, policy: Policy, receiver: WeightSharer, policy_version: int) -> None:
         """Raises RolloutError when policy and engine are of two models."""
         receiver.begin_update()
         parameters = list(policy.named_parameters())
         receiver.share_weights((name, whole_shard(p)) for name, p in parameters if adapter_of(p) is None)
-        for bucket in gathered_buckets(((name, p) for name, p in parameters if adapter_of(p) is not None), BUCKET_BYTES):
+        for bucket in gathered_buckets(
+            ((name, p) for name, p in parameters if adapter_of(p) is not None), BUCKET_BYTES
+        ):
             receiver.load_bucket(bucket)
         receiver.finish_update(policy_version)
 
@@ -115,16 +120,16 @@ class _Stages:
 
 
 class ShardedEngine(Protocol):
-    """What publishing shards needs of an engine whose workers hold a resharding ShardReceiver each. Every rank has a handle; the
-    handles of ranks that own no worker do nothing."""
+    """What publishing shards needs of an engine whose workers hold a resharding ShardReceiver each. Every
+    rank has a handle; the handles of ranks that own no worker do nothing."""
 
     def begin_update(self) -> None:
         """Forget every cache; no generation may be in flight until the update ends."""
         ...
 
     def start_receiving(self, policy_version: int) -> Future:
-        """Make every worker of this handle call ShardReceiver.receive(policy_version), and return at once. The future ends when
-        all have returned, and with the first error of one as soon as it is known."""
+        """Make every worker of this handle call ShardReceiver.receive(policy_version), and return at once.
+        The future ends when all have returned, and with the first error of one as soon as it is known."""
         ...
 
     def finish_update(self, policy_version: int) -> None:
@@ -132,16 +137,18 @@ class ShardedEngine(Protocol):
         ...
 
     def cancel_update(self) -> None:
-        """The update failed: wait until no worker receives any more, and serve on with the version they still hold."""
+        """The update failed: wait until no worker receives any more, and serve on with the version they
+        still hold."""
         ...
 
 
 class ShardPublisher:
-    """Sends each tensor-parallel worker the elements of its shard, from the ranks that own them; nothing is gathered.
+    """Sends each tensor-parallel worker the elements of its shard, from the ranks that own them; nothing is
+    gathered.
 
-    address: of the meeting point, for the workers' ShardReceiver. num_bytes: that this rank sent in the last publish. Raises
-    UnknownArchitectureError, ConfigError when the model cannot be cut for tp_size workers, and ReshardError when policy and
-    model directory differ.
+    address: of the meeting point, for the workers' ShardReceiver. num_bytes: that this rank sent in the
+    last publish. Raises UnknownArchitectureError, ConfigError when the model cannot be cut for tp_size
+    workers, and ReshardError when policy and model directory differ.
     """
 
     def __init__(self, policy: Policy, config: Config, world: World, *, tp_size: int, num_replicas: int):
@@ -155,7 +162,9 @@ class ShardPublisher:
         self.num_bytes = 0
         self._rank = world.rank
         timeout_s = config.publish.timeout_s
-        host = publish_host(config.publish.host, gather_objects(world, host_id()), launcher_address=first_node_address())
+        host = publish_host(
+            config.publish.host, gather_objects(world, host_id()), launcher_address=first_node_address()
+        )
         meeting = MeetingPoint.host(host, timeout_s=timeout_s) if world.is_first else None
         self.address = broadcast_object(world, meeting and meeting.address)
         meeting = meeting or MeetingPoint.join(self.address, timeout_s=timeout_s)
@@ -164,8 +173,8 @@ class ShardPublisher:
         self._sender = ShardSender(meeting, self.plan, config.publish, rank=world.rank, device=world.device)
 
     def publish(self, policy: Policy, receiver: ShardedEngine, policy_version: int) -> None:
-        """Raises ReshardError on every rank when a worker failed in every attempt: all still hold what they had, and `publish`
-        may be repeated once the worker is back."""
+        """Raises ReshardError on every rank when a worker failed in every attempt: all still hold what they
+        had, and `publish` may be repeated once the worker is back."""
         for attempt in range(1, self._attempts + 1):
             try:
                 self._hand_over(policy, receiver, policy_version)
@@ -178,7 +187,11 @@ class ShardPublisher:
     def _hand_over(self, policy: Policy, receiver: ShardedEngine, policy_version: int) -> None:
         adapters = full_adapters(policy.named_parameters())
         shards = LocalShards(
-            policy.named_parameters(), self.plan.source, rank=self._rank, master=self._master, adapters=adapters
+            policy.named_parameters(),
+            self.plan.source,
+            rank=self._rank,
+            master=self._master,
+            adapters=adapters,
         )
         receiver.begin_update()
         receiving = receiver.start_receiving(policy_version)
@@ -201,7 +214,9 @@ class ShardPublisher:
             self._sender.give_up(str(receiving.exception()))
 
 
-def sharded_or_gathering(policy: Policy, config: Config, world: World, *, tp_size: int, num_replicas: int) -> Publisher:
+def sharded_or_gathering(
+    policy: Policy, config: Config, world: World, *, tp_size: int, num_replicas: int
+) -> Publisher:
     """A ShardPublisher, or for a model family without a shard layout, with a warning, a GatherPublisher."""
     try:
         return ShardPublisher(policy, config, world, tp_size=tp_size, num_replicas=num_replicas)
@@ -210,8 +225,11 @@ def sharded_or_gathering(policy: Policy, config: Config, world: World, *, tp_siz
         return GatherPublisher()
 
 
-def gathered_buckets(parameters: Iterable[tuple[str, nn.Parameter]], bucket_bytes: int) -> Iterator[list[tuple[str, Tensor]]]:
-    """Full parameters by name, adapters merged and parts joined, a bucket at a time; valid until the next bucket is asked for.
+def gathered_buckets(
+    parameters: Iterable[tuple[str, nn.Parameter]], bucket_bytes: int
+) -> Iterator[list[tuple[str, Tensor]]]:
+    """Full parameters by name, adapters merged and parts joined, a bucket at a time; valid until the next
+    bucket is asked for.
 
     Collective under ZeRO-3 and tensor parallelism: every rank must draw every bucket.
     """
@@ -221,8 +239,11 @@ def gathered_buckets(parameters: Iterable[tuple[str, nn.Parameter]], bucket_byte
 
 
 def full_adapters(parameters: Iterable[tuple[str, nn.Parameter]]) -> dict[str, FullAdapter]:
-    """By the weight's name: the adapters of the model, whole on every rank. Collective under ZeRO-3; they are small beside it."""
-    adapted = [(name, adapter) for name, parameter in parameters if (adapter := adapter_of(parameter)) is not None]
+    """By the weight's name: the adapters of the model, whole on every rank. Collective under ZeRO-3; they
+    are small beside it."""
+    adapted = [
+        (name, adapter) for name, parameter in parameters if (adapter := adapter_of(parameter)) is not None
+    ]
     found: dict[str, FullAdapter] = {}
     for name, adapter in adapted:
         with deepspeed.zero.GatheredParameters([adapter.a, adapter.b]):
@@ -231,7 +252,9 @@ def full_adapters(parameters: Iterable[tuple[str, nn.Parameter]]) -> dict[str, F
     return found
 
 
-def split_buckets(parameters: Iterable[tuple[str, nn.Parameter]], bucket_bytes: int) -> Iterator[NamedParameters]:
+def split_buckets(
+    parameters: Iterable[tuple[str, nn.Parameter]], bucket_bytes: int
+) -> Iterator[NamedParameters]:
     """Runs of parameters of at most bucket_bytes when full; each holds at least one."""
     bucket: NamedParameters = []
     filled = 0

@@ -1,4 +1,5 @@
-"""What an update reports: sums over rows, added over microbatches and ranks, turned into scalars once a step."""
+"""What an update reports: sums over rows, added over microbatches and ranks, turned into scalars once a
+step."""
 
 from __future__ import annotations
 
@@ -17,8 +18,8 @@ SUM_NAMES = _POLICY + _DISTILL
 
 
 def policy_sums(rows: PolicyRows, values: RowValues, row_weights: Tensor, *, counted: bool) -> Tensor:
-    """The vector of SUM_NAMES with the policy's part filled. row_weights: [R], over the global total. counted: False in a pass
-    whose rows another pass of the same step counts."""
+    """The vector of SUM_NAMES with the policy's part filled. row_weights: [R], over the global total.
+    counted: False in a pass whose rows another pass of the same step counts."""
     columns = (
         (row_weights * rows.losses).sum(),
         (row_weights * rows.kl).sum(),
@@ -31,8 +32,8 @@ def policy_sums(rows: PolicyRows, values: RowValues, row_weights: Tensor, *, cou
 
 
 def distill_sums(values: RowValues, query_rows: Tensor, mean_weights: Tensor, *, counted: Tensor) -> Tensor:
-    """The vector of SUM_NAMES with the distillation's part filled. mean_weights: [Q], such that the weighted sum of divergences
-    over all ranks is L_SD. counted: [Q] bool, the rows that this pass distils."""
+    """The vector of SUM_NAMES with the distillation's part filled. mean_weights: [Q], such that the
+    weighted sum of divergences over all ranks is L_SD. counted: [Q] bool, the rows that this pass distils."""
     divergences = values.divergences.detach()
     columns = (
         mean_weights * divergences,
@@ -46,7 +47,8 @@ def distill_sums(values: RowValues, query_rows: Tensor, mean_weights: Tensor, *,
 
 
 def to_metrics(sums: Sequence[float]) -> Mapping[str, float]:
-    """Scalars by TensorBoard name from the vector summed over the step. Without query rows there is no distill/ scalar."""
+    """Scalars by TensorBoard name from the vector summed over the step. Without query rows there is no
+    distill/ scalar."""
     total = dict(zip(SUM_NAMES, sums, strict=True))
     rows = max(total["rows"], 1.0)
     metrics = {

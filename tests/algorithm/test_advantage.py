@@ -45,7 +45,9 @@ def test_unscored_rollout_is_an_error():
     import dataclasses
 
     group = make_group([1.0, 0.0])
-    group = dataclasses.replace(group, rollouts=(group.rollouts[0], dataclasses.replace(group.rollouts[1], scores=None)))
+    group = dataclasses.replace(
+        group, rollouts=(group.rollouts[0], dataclasses.replace(group.rollouts[1], scores=None))
+    )
     with pytest.raises(ValueError, match="rollout 1 of question q has no scores"):
         group_advantages(group)
 

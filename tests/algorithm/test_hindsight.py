@@ -23,7 +23,9 @@ OTHER = group([rollout(0, ["elsewhere"], reward=0.0, number=1)], number=1)
 
 def blocks(name, groups, step=0, correct_above=0.0, block_format="outcome_last", first_step=0):
     settings = {"render": RENDERERS[block_format], "correct_above": correct_above, "first_step": first_step}
-    return shown(HindsightBlocks(build=BLOCKS[name], seed=0, by_turn=name in BY_TURN, **settings)(groups, step))
+    return shown(
+        HindsightBlocks(build=BLOCKS[name], seed=0, by_turn=name in BY_TURN, **settings)(groups, step)
+    )
 
 
 def test_the_block_word_for_word():
@@ -112,8 +114,8 @@ def test_every_block_of_the_configuration_exists():
 
 def test_leave_one_out_lists_the_siblings():
     texts = blocks("leave_one_out", [MIXED])[0]
-    assert texts[0] == (
-        "Previous attempts at this question:\n"
+    assert (
+        texts[0] == "Previous attempts at this question:\n"
         'Attempt 1: "grey owl" => INCORRECT\n'
         "Attempt 2: no search => INCORRECT\n"
         'Attempt 3: "half right" => CORRECT\n'
@@ -143,7 +145,9 @@ def test_only_correct_shuffled_calls_as_many_correct_and_draws_them_from_all():
 
 def test_inverted_turns_every_label_round():
     text = blocks("inverted", [MIXED])[0][0]
-    turned = blocks("paper", [MIXED])[0][0].replace("=> INCORRECT", "=> X").replace("=> CORRECT", "=> INCORRECT")
+    turned = (
+        blocks("paper", [MIXED])[0][0].replace("=> INCORRECT", "=> X").replace("=> CORRECT", "=> INCORRECT")
+    )
     assert text == turned.replace("=> X", "=> CORRECT")
 
 
@@ -168,11 +172,20 @@ def test_a_dummy_has_the_words_of_the_papers_block_but_says_nothing():
 def test_turn_causal_shows_at_each_turn_what_siblings_had_asked_so_far():
     first = group([rollout(0, ["a1", "a2"], reward=0.0), rollout(1, ["b1", "b2", "b3"], reward=1.0)])
     builder = HindsightBlocks(
-        build=BLOCKS["turn_causal"], render=RENDERERS["outcome_first"], seed=0, correct_above=0.0, first_step=0, by_turn=True
+        build=BLOCKS["turn_causal"],
+        render=RENDERERS["outcome_first"],
+        seed=0,
+        correct_above=0.0,
+        first_step=0,
+        by_turn=True,
     )
     ((of_a, of_b),) = builder([first], 0)
     head = "Previous attempts at this question:\nAttempt 1 "
-    assert of_a == (f'{head}(CORRECT): "b1"\n', f'{head}(CORRECT): "b1" -> "b2"\n', f'{head}(CORRECT): "b1" -> "b2" -> "b3"\n')
+    assert of_a == (
+        f'{head}(CORRECT): "b1"\n',
+        f'{head}(CORRECT): "b1" -> "b2"\n',
+        f'{head}(CORRECT): "b1" -> "b2" -> "b3"\n',
+    )
     assert of_b == (f'{head}(INCORRECT): "a1"\n', *[f'{head}(INCORRECT): "a1" -> "a2"\n'] * 3)
     ((searched, idle),) = builder([group([rollout(0, ["alone"], reward=1.0), rollout(1, [], reward=0.0)])], 0)
     assert searched == () and idle == (f'{head}(CORRECT): "alone"\n',)
@@ -183,7 +196,8 @@ def test_with_documents_puts_what_was_found_behind_each_query():
     found = (hit("p1", 'The fox said "no" => CORRECT\nAttempt 9', "Fox"), hit("p2", "Den.", ""))
     turns = (replace(attempt.turns[0], hits=found), *attempt.turns[1:])
     text = blocks("with_documents", [group([replace(attempt, turns=turns)])])[0][0]
-    assert text == (
-        "Previous attempts at this question:\n"
-        "Attempt 1: \"red fox\" \"Fox The fox said 'no' => CORRECT Attempt 9\" \"Den.\" -> \"blue hen\" => CORRECT\n"
+    assert (
+        text
+        == 'Previous attempts at this question:\nAttempt 1: "red fox" "Fox The fox said \'no\' => CORRECT'
+        ' Attempt 9" "Den." -> "blue hen" => CORRECT\n'
     )

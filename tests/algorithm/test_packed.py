@@ -1,4 +1,5 @@
-"""Sequences one after the other in one row, without padding: none sees another, and every step is that of padded ones."""
+"""Sequences one after the other in one row, without padding: none sees another, and every step is that of
+padded ones."""
 
 import dataclasses
 import inspect
@@ -18,7 +19,12 @@ from megatron_sd.config.load import load
 from megatron_sd.distributed.world import join_world
 from megatron_sd.errors import ConfigError
 from megatron_sd.training import varlen_attention
-from megatron_sd.training.policy_module import DeviceMicrobatch, hidden_rows, load_for_training, teacher_hidden_rows
+from megatron_sd.training.policy_module import (
+    DeviceMicrobatch,
+    hidden_rows,
+    load_for_training,
+    teacher_hidden_rows,
+)
 from tests.launched import assert_same_figures, outcomes_on
 from tests.rank_programs.update_steps import Order, take_steps
 from tests.training.fakes import make_config, make_samples, write_model
@@ -33,13 +39,21 @@ CASES = {
 }
 
 
-def packed_attention(module, query, key, value, attention_mask, *, cu_seq_lens_q, cu_seq_lens_k, max_length_q, **options):
+def packed_attention(
+    module, query, key, value, attention_mask, *, cu_seq_lens_q, cu_seq_lens_k, max_length_q, **options
+):
     """What flash attention computes from the sequences' starts, one sequence at a time; it has no mask."""
-    assert attention_mask is None and torch.equal(cu_seq_lens_q, cu_seq_lens_k) and cu_seq_lens_q.dtype == torch.int32
+    assert (
+        attention_mask is None
+        and torch.equal(cu_seq_lens_q, cu_seq_lens_k)
+        and cu_seq_lens_q.dtype == torch.int32
+    )
     assert int(cu_seq_lens_q.diff().max()) == max_length_q and int(cu_seq_lens_q[-1]) == query.shape[2]
     key, value = (repeat_kv(part, module.num_key_value_groups) for part in (key, value))
     parts = [
-        scaled_dot_product_attention(*(part[:, :, start:stop] for part in (query, key, value)), is_causal=True)
+        scaled_dot_product_attention(
+            *(part[:, :, start:stop] for part in (query, key, value)), is_causal=True
+        )
         for start, stop in zip(cu_seq_lens_q[:-1].tolist(), cu_seq_lens_q[1:].tolist())
     ]
     return torch.cat(parts, 2).transpose(1, 2), None
@@ -50,7 +64,12 @@ AttentionInterface.register("packed_oracle", packed_attention)
 
 def eager_varlen(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, enable_gqa):
     """What torch's varlen_attn computes, one sequence at a time; torch has it on CUDA alone."""
-    assert window_size == (-1, 0) and cu_seq_q is cu_seq_k and cu_seq_q.dtype == torch.int32 and type(max_q) is int is type(max_k)
+    assert (
+        window_size == (-1, 0)
+        and cu_seq_q is cu_seq_k
+        and cu_seq_q.dtype == torch.int32
+        and type(max_q) is int is type(max_k)
+    )
     assert int(cu_seq_q.diff().max()) == max_q == max_k and int(cu_seq_q[-1]) == len(query)
     starts = cu_seq_q.tolist()
     parts = [
@@ -75,7 +94,8 @@ def a_microbatch():
 
 
 def test_rows_hold_the_tokens_that_they_are_asked_for():
-    """The student's row n is the token before its target; the teacher's sequence is its prompt and the continuation."""
+    """The student's row n is the token before its target; the teacher's sequence is its prompt and the
+    continuation."""
     samples, m = make_samples(7), a_microbatch()
     row = student_row(m)
     assert row.ids[0].tolist() == [token for sample in samples for token in sample.ids]
@@ -84,7 +104,9 @@ def test_rows_hold_the_tokens_that_they_are_asked_for():
     assert row.positions[0].tolist() == [position for length in m.lengths for position in range(length)]
     views = [view for sample in samples if sample.is_distilled for view in sample.teacher_views]
     row = teacher_row(m)
-    assert row.ids[0].tolist() == [token for view in views for token in (*view.prompt_ids[:-1], *view.continuation)]
+    assert row.ids[0].tolist() == [
+        token for view in views for token in (*view.prompt_ids[:-1], *view.continuation)
+    ]
     assert row.ids[0, row.rows].tolist() == m.teacher_ids.flatten()[m.teacher_rows].tolist()
 
 
@@ -97,15 +119,20 @@ def test_transformers_flash_attention_finds_the_same_sequences():
 
 @pytest.mark.parametrize("attention", ["sdpa", "packed_oracle", "varlen"])
 def test_packed_sequences_have_the_hidden_states_of_padded_ones(model_path, attention, monkeypatch):
-    """By the mask that transformers makes of positions, by the starts that flash attention gets, and by the door of torch's
-    varlen attention."""
+    """By the mask that transformers makes of positions, by the starts that flash attention gets, and by the
+    door of torch's varlen attention."""
     monkeypatch.setattr(varlen_attention, "varlen_attn", eager_varlen)
     config = make_config(model_path)
-    padded, packed = (DeviceMicrobatch.of(dataclasses.replace(a_microbatch(), is_packed=p), CPU) for p in (False, True))
+    padded, packed = (
+        DeviceMicrobatch.of(dataclasses.replace(a_microbatch(), is_packed=p), CPU) for p in (False, True)
+    )
     model = load_for_training(config.model)
     expected = hidden_rows(model, padded.input_ids, padded.row_index), teacher_hidden_rows(model, padded)
     model.set_attn_implementation(attention)
-    found = hidden_rows(model, packed.input_ids, packed.row_index, packed.runs), teacher_hidden_rows(model, packed)
+    found = (
+        hidden_rows(model, packed.input_ids, packed.row_index, packed.runs),
+        teacher_hidden_rows(model, packed),
+    )
     assert packed.input_ids.shape == (1, int(a_microbatch().lengths.sum()))
     for one, other in zip(expected, found, strict=True):
         torch.testing.assert_close(other, one, rtol=0, atol=2e-5)
@@ -128,11 +155,14 @@ def test_a_token_changes_nothing_in_other_sequences(model_path):
 
 
 def test_microbatches_are_filled_by_what_is_read():
-    """No padding, and a teacher's prompt counts for each of its continuations; passes and empty microbatches stay packed."""
+    """No padding, and a teacher's prompt counts for each of its continuations; passes and empty
+    microbatches stay packed."""
     samples = make_samples(16)
     batches = pack(samples, max_tokens=150, world_size=2, aggregation="token", one_row=True)
     for microbatch in (m for batch in batches for m in batch):
-        read = student_row(microbatch).ids.size + (teacher_row(microbatch).ids.size if len(microbatch.teacher_rows) else 0)
+        read = student_row(microbatch).ids.size + (
+            teacher_row(microbatch).ids.size if len(microbatch.teacher_rows) else 0
+        )
         assert microbatch.is_packed and read <= 150
     assert padding_share(batches[0]) == 0.0
     assert padding_share(pack(samples, max_tokens=150, world_size=2, aggregation="token")[0]) > 0.0
@@ -166,8 +196,16 @@ def test_packed_steps_are_the_steps_of_padded_ones(outcomes, model_path, name):
 
 
 def test_packing_and_sharing_sequences_exclude_each_other():
-    required = ["--run_dir=r", "--model.path=m", "--data.train=q", "--retriever.corpus=c", "--update.sequence_parallel_size=2"]
-    with pytest.raises(ConfigError, match="update.pack_sequences: found true with update.sequence_parallel_size above 1"):
+    required = [
+        "--run_dir=r",
+        "--model.path=m",
+        "--data.train=q",
+        "--retriever.corpus=c",
+        "--update.sequence_parallel_size=2",
+    ]
+    with pytest.raises(
+        ConfigError, match="update.pack_sequences: found true with update.sequence_parallel_size above 1"
+    ):
         load([*required, "--update.pack_sequences=true"])
 
 
@@ -179,7 +217,13 @@ def test_varlen_attention_has_the_signature_of_torchs():
 
 
 def test_varlen_attention_is_for_packed_rows():
-    required = ["--run_dir=r", "--model.path=m", "--data.train=q", "--retriever.corpus=c", "--model.attention=varlen"]
+    required = [
+        "--run_dir=r",
+        "--model.path=m",
+        "--data.train=q",
+        "--retriever.corpus=c",
+        "--model.attention=varlen",
+    ]
     assert load([*required, "--update.pack_sequences=true"]).model.attention == "varlen"
     with pytest.raises(ConfigError, match="model.attention: found varlen without update.pack_sequences"):
         load(required)

@@ -22,7 +22,8 @@ CASES = st.tuples(st.integers(0, 40), st.integers(1, 400), st.integers(1, 5), st
 
 
 def reading(m, row):
-    """Everything the teacher has read where its state is taken: its prompt, then the rollout up to the token before."""
+    """Everything the teacher has read where its state is taken: its prompt, then the rollout up to the
+    token before."""
     b, i = divmod(int(row), m.teacher_ids.shape[1])
     prompt = m.teacher_prompt_of[b]
     return (*m.teacher_prompts[prompt, : m.teacher_prompt_lengths[prompt]], *m.teacher_ids[b, : i + 1])
@@ -46,7 +47,9 @@ def test_every_sample_lies_in_one_bin_and_the_budget_holds(case):
     assert {len(own) for own in ranks} == {len(bins) // world_size}
     for column in zip(*ranks):  # the costs of a column lie between those of its neighbours
         costs = sorted(bin_cost(sizes, b) for b in column)
-        assert costs[0] >= max((bin_cost(sizes, b) for own in ranks for b in own[ranks[0].index(column[0]) + 1 :]), default=0)
+        assert costs[0] >= max(
+            (bin_cost(sizes, b) for own in ranks for b in own[ranks[0].index(column[0]) + 1 :]), default=0
+        )
 
 
 @settings(max_examples=30, deadline=None)
@@ -59,7 +62,9 @@ def test_rows_carry_every_completion_token_once_with_its_own_values(case):
     for batch in batches:
         for m in batch:
             flat = m.input_ids.ravel()
-            assert (m.row_index % m.input_ids.shape[1] + 1 < m.lengths[m.row_index // m.input_ids.shape[1]]).all()
+            assert (
+                m.row_index % m.input_ids.shape[1] + 1 < m.lengths[m.row_index // m.input_ids.shape[1]]
+            ).all()
             assert (flat[m.row_index + 1] == m.targets).all()
             assert (np.diff(m.query_rows) > 0).all()
             teacher_reads += [reading(m, row) for row in m.teacher_rows]
@@ -75,7 +80,9 @@ def test_rows_carry_every_completion_token_once_with_its_own_values(case):
         if s.is_distilled:
             share = np.float32(1 / len(s.query_positions))
             expected_queries += [(s.ids[p], share, s.group_has_spread) for p in s.query_positions]
-            expected_reads += [(*s.teacher_prompt_ids, *s.ids[s.prompt_length : p]) for p in s.query_positions]
+            expected_reads += [
+                (*s.teacher_prompt_ids, *s.ids[s.prompt_length : p]) for p in s.query_positions
+            ]
     assert sorted(found) == sorted(expected)
     assert sorted(queries) == sorted(expected_queries)
     assert sorted(teacher_reads) == sorted(expected_reads)
@@ -86,7 +93,9 @@ def test_rows_carry_every_completion_token_once_with_its_own_values(case):
 @settings(max_examples=20, deadline=None)
 def test_teachers_run_on_all_ranks_or_none(case):
     num, max_tokens, world_size, seed = case
-    batches = pack(make_samples(num, seed=seed), max_tokens=max_tokens, world_size=world_size, aggregation="token")
+    batches = pack(
+        make_samples(num, seed=seed), max_tokens=max_tokens, world_size=world_size, aggregation="token"
+    )
     for column in zip(*batches):
         assert len({m.has_teacher for m in column}) == 1
 
@@ -126,12 +135,16 @@ def test_sorting_by_length_wastes_little():
 
 
 def test_a_sample_above_the_budget_stands_alone():
-    batches = pack([plain_sample(n) for n in (100, *[10] * 8)], max_tokens=20, world_size=1, aggregation="token")
+    batches = pack(
+        [plain_sample(n) for n in (100, *[10] * 8)], max_tokens=20, world_size=1, aggregation="token"
+    )
     assert [m.input_ids.shape for m in batches[0]] == [(1, 100)] + [(2, 10)] * 4
 
 
 def test_nothing_to_train_on_gives_empty_microbatches():
-    (first,), (second,) = (batch.microbatches for batch in pack([], max_tokens=10, world_size=2, aggregation="token"))
+    (first,), (second,) = (
+        batch.microbatches for batch in pack([], max_tokens=10, world_size=2, aggregation="token")
+    )
     for m in (first, second):
         assert m.input_ids.tolist() == [[0]] and m.lengths.tolist() == [1] and not m.has_teacher
         assert len(m.row_index) == len(m.query_rows) == 0
@@ -166,7 +179,9 @@ def test_the_distilled_part_holds_the_pass_s_query_rows_and_what_precedes_them(s
     reads = [reading(microbatch, row) for row in microbatch.teacher_rows[kept]]
     assert [reading(part, row) for row in part.teacher_rows] == reads
     assert len(part.teacher_prompts) <= max(len(set(part.teacher_prompt_of)), 1)
-    assert part.input_ids.size <= microbatch.input_ids.size and (part.lengths <= part.input_ids.shape[1]).all()
+    assert (
+        part.input_ids.size <= microbatch.input_ids.size and (part.lengths <= part.input_ids.shape[1]).all()
+    )
 
 
 def test_rollouts_of_a_group_share_the_teachers_prompt():
@@ -178,18 +193,27 @@ def test_rollouts_of_a_group_share_the_teachers_prompt():
 
 
 def test_prompts_that_change_between_turns_are_read_as_sequences_of_their_own():
-    """Every query token is predicted after its own turn's prompt and all of the rollout before it, and weighs as before."""
+    """Every query token is predicted after its own turn's prompt and all of the rollout before it, and
+    weighs as before."""
     sample = next(s for s in make_samples(30) if s.is_distilled and len(s.query_positions) > 3)
     later = dataclasses.replace(sample, later_prompts=((2, (90, 91, 92)), (3, (80, 81))))
     microbatch = build_microbatch([later, sample], "token")
-    prompts = [sample.teacher_prompt_ids] * 2 + [(90, 91, 92)] + [(80, 81)] * (len(sample.query_positions) - 3)
+    prompts = (
+        [sample.teacher_prompt_ids] * 2 + [(90, 91, 92)] + [(80, 81)] * (len(sample.query_positions) - 3)
+    )
     rollout = sample.ids[sample.prompt_length :]
-    expected = [(*prompt, *rollout[: p - sample.prompt_length]) for prompt, p in zip(prompts, sample.query_positions)]
-    plain = [(*sample.teacher_prompt_ids, *rollout[: p - sample.prompt_length]) for p in sample.query_positions]
+    expected = [
+        (*prompt, *rollout[: p - sample.prompt_length]) for prompt, p in zip(prompts, sample.query_positions)
+    ]
+    plain = [
+        (*sample.teacher_prompt_ids, *rollout[: p - sample.prompt_length]) for p in sample.query_positions
+    ]
     assert [reading(microbatch, row) for row in microbatch.teacher_rows] == expected + plain
     assert len(microbatch.teacher_ids) == 4 and len(microbatch.teacher_prompts) == 3
     assert microbatch.query_weights.tolist() == [np.float32(1 / len(sample.query_positions))] * len(plain) * 2
     assert count_totals([later, sample], "token").distilled_rollouts == 2
     size_of_later, size_of_plain = sizes_of([later, sample])
     assert [own[1] for own in size_of_later.views] == [len(sample.teacher_prompt_ids), 3, 2]
-    assert bin_cost([size_of_later, size_of_plain], [0, 1]) == bin_cost_of(microbatch) + len(microbatch.teacher_prompts)
+    assert bin_cost([size_of_later, size_of_plain], [0, 1]) == bin_cost_of(microbatch) + len(
+        microbatch.teacher_prompts
+    )

@@ -14,7 +14,9 @@ def rows(ratio, advantage, reference=None, clip=0.2, importance_cap=None):
     known = torch.tensor([-1.0], dtype=torch.float64)
     reference = None if reference is None else torch.tensor([reference], dtype=torch.float64)
     advantages = torch.tensor([advantage], dtype=torch.float64)
-    return logprob, policy_rows(logprob, known, advantages, reference, clip=clip, importance_cap=importance_cap)
+    return logprob, policy_rows(
+        logprob, known, advantages, reference, clip=clip, importance_cap=importance_cap
+    )
 
 
 @pytest.mark.parametrize(
@@ -41,9 +43,18 @@ def test_clipped_objective(ratio, advantage, loss, gradient, clipped):
 
 @pytest.mark.parametrize(
     ("ratio", "advantage", "weight", "cut"),
-    [(1.0, 2.0, 1.0, 0), (1.5, 2.0, 1.5, 0), (1.5, -2.0, 1.5, 0), (3.0, 2.0, 2.0, 1), (3.0, -2.0, 2.0, 1), (0.1, -2.0, 0.1, 0)],
+    [
+        (1.0, 2.0, 1.0, 0),
+        (1.5, 2.0, 1.5, 0),
+        (1.5, -2.0, 1.5, 0),
+        (3.0, 2.0, 2.0, 1),
+        (3.0, -2.0, 2.0, 1),
+        (0.1, -2.0, 0.1, 0),
+    ],
 )
-def test_truncated_importance_sampling_bounds_the_weight_of_every_token_and_drops_none(ratio, advantage, weight, cut):
+def test_truncated_importance_sampling_bounds_the_weight_of_every_token_and_drops_none(
+    ratio, advantage, weight, cut
+):
     logprob, found = rows(ratio, advantage, importance_cap=2.0)
     assert found.losses.item() == pytest.approx(-weight * advantage, abs=1e-12)
     found.losses.sum().backward()
@@ -74,10 +85,15 @@ def test_query_rows_weigh_by_their_groups_alpha():
 @pytest.mark.parametrize(("now", "advantage"), [(-0.5, 1.0), (-3.0, 1.0), (-1.0, 0.0), (-2.0, -0.5)])
 def test_the_likelihood_of_stored_rollouts_knows_no_ratio(now, advantage):
     logprob = torch.tensor([now], dtype=torch.float64, requires_grad=True)
-    known, advantages = torch.tensor([-1.0], dtype=torch.float64), torch.tensor([advantage], dtype=torch.float64)
+    known, advantages = (
+        torch.tensor([-1.0], dtype=torch.float64),
+        torch.tensor([advantage], dtype=torch.float64),
+    )
     found = POLICY_LOSSES["likelihood"](logprob, known, advantages, None, clip=0.2)
     found.losses.sum().backward()
     assert found.losses.item() == pytest.approx(-advantage * now, abs=1e-12)
-    assert logprob.grad.item() == pytest.approx(-advantage, abs=1e-12), "however far the policy has moved from who sampled"
+    assert logprob.grad.item() == pytest.approx(-advantage, abs=1e-12), (
+        "however far the policy has moved from who sampled"
+    )
     assert (found.kl.item(), found.clipped.item()) == (0, 0)
     assert found.logprob_gap.item() == pytest.approx(abs(now + 1.0), abs=1e-12)

@@ -31,7 +31,12 @@ def test_every_array_of_a_rollout():
     assert sample.loss_mask.tolist() == [False] * 3 + [True] * 4 + [False] * 2 + [True] * 2 + [False, True]
     assert sample.rollout_logprobs.tolist() == [0, 0, 0, -1, -2, -3, -4, 0, 0, -5, -6, 0, -7]
     assert sample.query_positions.tolist() == [4, 5]
-    assert (sample.advantage, sample.group, sample.group_has_spread, sample.prompt_length) == (0.5, 0, True, 3)
+    assert (sample.advantage, sample.group, sample.group_has_spread, sample.prompt_length) == (
+        0.5,
+        0,
+        True,
+        3,
+    )
     (view,) = sample.teacher_views
     assert view.prompt_ids == (7, 8, 9, 9)
     assert view.continuation.tolist() == [9, 10, 11]
@@ -50,7 +55,9 @@ def test_failures_and_empty_rollouts_are_left_out_and_group_numbers_stay():
 def test_a_step_without_a_single_token_is_an_error_unless_all_rollouts_failed():
     """Prompts above rollout.max_rollout_tokens would otherwise train on nothing, step after step."""
     empty = dataclasses.replace(make_rollout(0.0, turns=()), stop_reason=StopReason.TOKEN_LIMIT)
-    with pytest.raises(BarrenStepError, match=r"none of the step's 1 rollouts has a sampled token .*'token_limit': 1"):
+    with pytest.raises(
+        BarrenStepError, match=r"none of the step's 1 rollouts has a sampled token .*'token_limit': 1"
+    ):
         samples_of(group_of(empty, make_rollout(0.0, index=1, failed=True)), [(), ()])
     assert samples_of(group_of(make_rollout(0.0, failed=True)), [()]) == []
 
@@ -59,8 +66,14 @@ def test_a_step_without_a_single_token_is_an_error_unless_all_rollouts_failed():
     ("changes", "words"),
     [
         ({"prompt_ids": ()}, "empty prompt"),
-        ({"turns": (Turn(completion_ids=(1, 2), completion_logprobs=(-1.0,)),)}, "2 sampled ids, 1 log-probabilities"),
-        ({"turns": (Turn(completion_ids=(1,), completion_logprobs=(-1.0,), query_span=(0, 2)),)}, r"query span \(0, 2\)"),
+        (
+            {"turns": (Turn(completion_ids=(1, 2), completion_logprobs=(-1.0,)),)},
+            "2 sampled ids, 1 log-probabilities",
+        ),
+        (
+            {"turns": (Turn(completion_ids=(1,), completion_logprobs=(-1.0,), query_span=(0, 2)),)},
+            r"query span \(0, 2\)",
+        ),
     ],
 )
 def test_records_that_do_not_fit(changes, words):
@@ -74,7 +87,10 @@ def test_records_that_do_not_fit(changes, words):
     [("query", [11, 12, 17]), ("first_query", [11, 12]), ("all", [10, 11, 12, 13, 14, 15, 16, 17, 18])],
 )
 def test_scopes_name_the_tokens_that_distil(scope, ids):
-    turns = (*TURNS[:2], Turn(completion_ids=(16, 17, 18), completion_logprobs=(-7.0,) * 3, query="y", query_span=(1, 2)))
+    turns = (
+        *TURNS[:2],
+        Turn(completion_ids=(16, 17, 18), completion_logprobs=(-7.0,) * 3, query="y", query_span=(1, 2)),
+    )
     (sample,) = samples_of(group_of(make_rollout(1.0, turns=turns)), [((7, 8, 9),)], scope)
     assert sample.ids[sample.query_positions].tolist() == ids
     (view,) = sample.teacher_views
@@ -112,7 +128,12 @@ def test_turns_without_a_prompt_are_not_distilled():
 
 def test_gates():
     """F1 above rho is CORRECT; a failed rollout has no say."""
-    groups = [make_group([0.0, 0.0]), make_group([0.6, 0.0]), make_group([0.6, 1.0]), make_group([1.0, 0.0], failed=(0,))]
+    groups = [
+        make_group([0.0, 0.0]),
+        make_group([0.6, 0.0]),
+        make_group([0.6, 1.0]),
+        make_group([1.0, 0.0], failed=(0,)),
+    ]
     prompts = [[((1,),), ((2,),)] for _ in groups]
 
     def kept(gate, rho):

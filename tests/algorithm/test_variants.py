@@ -1,4 +1,5 @@
-"""Every variant of the method through the composition root: real engine, retriever, start policy and DeepSpeed, two steps."""
+"""Every variant of the method through the composition root: real engine, retriever, start policy and
+DeepSpeed, two steps."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ VOCABULARY = json.loads((START_POLICY / "config.json").read_text())["vocab_size"
 
 
 @pytest.mark.parametrize(
-    ("key", "table"), [("scope", SCOPES), ("gate", GATES), ("divergence", DIVERGENCES), ("block_format", RENDERERS)]
+    ("key", "table"),
+    [("scope", SCOPES), ("gate", GATES), ("divergence", DIVERGENCES), ("block_format", RENDERERS)],
 )
 def test_every_choice_of_the_configuration_exists(key, table):
     assert set(get_args(get_type_hints(DistillConfig)[key])) == set(table)
@@ -60,7 +62,11 @@ def metrics_of(world: Path, run_dir: Path, **distill: str) -> list[dict[str, flo
     for _ in range(2):
         trainer.take_step()
     trainer.recorder.close()
-    return [json.loads(line)["metrics"] for line in (run_dir / "metrics.jsonl").read_text().splitlines() if "metrics" in line]
+    return [
+        json.loads(line)["metrics"]
+        for line in (run_dir / "metrics.jsonl").read_text().splitlines()
+        if "metrics" in line
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +74,16 @@ def paper(world, tmp_path_factory):
     return metrics_of(world, tmp_path_factory.mktemp("paper"))
 
 
-BLOCKS = ("leave_one_out", "single", "inverted", "flat_pool", "dummy", "turn_causal", "with_documents", "only_correct_shuffled")
+BLOCKS = (
+    "leave_one_out",
+    "single",
+    "inverted",
+    "flat_pool",
+    "dummy",
+    "turn_causal",
+    "with_documents",
+    "only_correct_shuffled",
+)
 VARIANTS = [
     *({"block": name} for name in BLOCKS),
     {"scope": "all"},
@@ -83,16 +98,21 @@ VARIANTS = [
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda own: "-".join(own.values()))
 def test_a_variant_changes_the_distillation_and_nothing_else(variant, world, paper, tmp_path):
-    """The first step's rollouts and policy loss are the paper's, its divergence is not; both steps are finite."""
+    """The first step's rollouts and policy loss are the paper's, its divergence is not; both steps are
+    finite."""
     first, second = metrics_of(world, tmp_path, **variant)
     assert first["reward/mean"] == paper[0]["reward/mean"]
     assert first["loss/policy"] == pytest.approx(paper[0]["loss/policy"], abs=1e-7)
-    assert first["loss/distill"] > 0 and first["loss/distill"] != pytest.approx(paper[0]["loss/distill"], rel=1e-4)
+    assert first["loss/distill"] > 0 and first["loss/distill"] != pytest.approx(
+        paper[0]["loss/distill"], rel=1e-4
+    )
     assert all(math.isfinite(value) for value in second.values())
     if variant == {"target": "uniform"}:
         assert first["distill/teacher_entropy_nats"] == pytest.approx(math.log(VOCABULARY), rel=1e-5)
     if variant == {"target": "shuffled_vocabulary"}:
-        assert first["distill/teacher_entropy_nats"] == pytest.approx(paper[0]["distill/teacher_entropy_nats"], rel=1e-4)
+        assert first["distill/teacher_entropy_nats"] == pytest.approx(
+            paper[0]["distill/teacher_entropy_nats"], rel=1e-4
+        )
 
 
 @pytest.mark.slow

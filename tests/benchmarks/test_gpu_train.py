@@ -6,7 +6,15 @@ import sys
 import pytest
 import torch
 
-from benchmarks.training.gpu_train import ARMS, SHAPES, WHOLE_LOGITS, describe, measure, samples, write_random_model
+from benchmarks.training.gpu_train import (
+    ARMS,
+    SHAPES,
+    WHOLE_LOGITS,
+    describe,
+    measure,
+    samples,
+    write_random_model,
+)
 
 
 @pytest.fixture(scope="module")
@@ -14,7 +22,10 @@ def figures(tmp_path_factory):
     """Arm -> what was measured."""
     model = tmp_path_factory.mktemp("toy") / "model"
     write_random_model(model, SHAPES["0.5b"], tiny=True, dtype="float32")
-    return {arm: measure(SHAPES["0.5b"], model, tiny=True, **chosen) for arm, chosen in (ARMS | WHOLE_LOGITS).items()}
+    return {
+        arm: measure(SHAPES["0.5b"], model, tiny=True, **chosen)
+        for arm, chosen in (ARMS | WHOLE_LOGITS).items()
+    }
 
 
 def test_whole_logits_take_the_step_of_the_one_pass(figures):
@@ -46,6 +57,8 @@ def test_realistic_rollouts():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_without_a_gpu_it_says_why_it_measures_nothing():
-    done = subprocess.run([sys.executable, "-m", "benchmarks.training.gpu_train"], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.training.gpu_train"], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 2
     assert "gpu-check-train needs a CUDA device that torch sees" in done.stderr

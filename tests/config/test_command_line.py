@@ -1,4 +1,5 @@
-"""Every mistake in a configuration file or on a command line is one line: the key, what was found, what was expected."""
+"""Every mistake in a configuration file or on a command line is one line: the key, what was found, what was
+expected."""
 
 import pytest
 
@@ -26,9 +27,15 @@ def message(argv: list[str]) -> str:
         ("run_dir: r\nmodel: [1\n", "run.yaml:3 is no YAML: "),
         (FILE.replace("retriever", "retreiver"), "retreiver: unknown key; did you mean retriever?"),
         (FILE + "learning_rate: 1\n", "learning_rate: unknown key; did you mean optimizer.learning_rate?"),
-        (FILE + "rollout: {nonsense: 1}\n", "rollout.nonsense: unknown key; expected one of questions_per_step, group_size"),
+        (
+            FILE + "rollout: {nonsense: 1}\n",
+            "rollout.nonsense: unknown key; expected one of questions_per_step, group_size",
+        ),
         (FILE + "rollout:\n", "rollout: found null, expected a section with questions_per_step, group_size"),
-        (FILE + "distill: {block: shufled}\n", "distill.block: found 'shufled', expected one of paper, leave_one_out, "),
+        (
+            FILE + "distill: {block: shufled}\n",
+            "distill.block: found 'shufled', expected one of paper, leave_one_out, ",
+        ),
         (FILE + "distill: {block: leave_one_in}\n", "; did you mean leave_one_out?"),
         (FILE + "distill: {teacher: eta}\n", "expected one of live, ema, frozen; did you mean ema?"),
         (FILE + "distill: {ema_decay: 1.5}\n", "distill.ema_decay: found 1.5, expected between 0 and 1"),
@@ -52,14 +59,26 @@ def test_a_broken_file(tmp_path, text, expected):
         (["--config"], "--config: found nothing after it"),
         ([*REQUIRED, "extra"], "found 'extra' on the command line, expected --key=value"),
         ([*REQUIRED, "--nope=1"], "nope: unknown key; expected one of run_dir, model, data"),
-        ([*REQUIRED, "--model.dtype=fp16"], "model.dtype: found 'fp16', expected one of auto, float32, bfloat16"),
+        (
+            [*REQUIRED, "--model.dtype=fp16"],
+            "model.dtype: found 'fp16', expected one of auto, float32, bfloat16",
+        ),
         ([*REQUIRED, "--num-steps=3"], "num-steps: unknown key; did you mean num_steps?"),
         ([*REQUIRED, "--num_steps"], "num_steps: found nothing, expected int"),
         ([*REQUIRED, "--rollout=3"], "rollout: found '3', expected a section with"),
-        ([*REQUIRED, "--protocol.search_tags=<s>"], "protocol.search_tags: found '<s>', expected [str, str] or null"),
+        (
+            [*REQUIRED, "--protocol.search_tags=<s>"],
+            "protocol.search_tags: found '<s>', expected [str, str] or null",
+        ),
         ([*REQUIRED, "--rollout.temperature=nan"], "rollout.temperature: found"),
-        ([*REQUIRED, "--rollout.max_concurrent_sequences=0"], "rollout.max_concurrent_sequences: found 0, expected 1 or more"),
-        ([*REQUIRED, "--optimizer.betas=[0.9, 2.0]"], "optimizer.betas: found (0.9, 2.0), expected between 0 and 1"),
+        (
+            [*REQUIRED, "--rollout.max_concurrent_sequences=0"],
+            "rollout.max_concurrent_sequences: found 0, expected 1 or more",
+        ),
+        (
+            [*REQUIRED, "--optimizer.betas=[0.9, 2.0]"],
+            "optimizer.betas: found (0.9, 2.0), expected between 0 and 1",
+        ),
         ([*REQUIRED, "--checkpoint.every=-1"], "checkpoint.every: found -1, expected 0 or more"),
     ],
 )

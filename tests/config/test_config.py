@@ -1,4 +1,5 @@
-"""The configuration door: overrides, round trip, and errors that name the key, what was found and what was expected."""
+"""The configuration door: overrides, round trip, and errors that name the key, what was found and what was
+expected."""
 
 from pathlib import Path
 
@@ -28,14 +29,22 @@ def test_defaults_are_the_papers():
 
 def test_command_line_overrides_yaml(tmp_path):
     file = write_yaml(
-        tmp_path, "run_dir: r\nmodel: {path: m}\ndata: {train: q}\nretriever: {corpus: c, top_k: 5}\nnum_steps: 7\n"
+        tmp_path,
+        "run_dir: r\nmodel: {path: m}\ndata: {train: q}\nretriever: {corpus: c, top_k: 5}\nnum_steps: 7\n",
     )
     config = load([file, "--num_steps=9", "--distill.alpha.mode=grad_ratio"])
     assert (config.num_steps, config.retriever.top_k, config.distill.alpha.mode) == (9, 5, "grad_ratio")
 
 
 def test_resolved_yaml_reads_back_equal(tmp_path):
-    config = load([*REQUIRED, "--protocol.search_tags=[<tool>, </tool>]", "--optimizer.betas=[0.8, 0.98]", "--data.eval=null"])
+    config = load(
+        [
+            *REQUIRED,
+            "--protocol.search_tags=[<tool>, </tool>]",
+            "--optimizer.betas=[0.8, 0.98]",
+            "--data.eval=null",
+        ]
+    )
     again = load([write_yaml(tmp_path, dump(config))])
     assert isinstance(again, Config)
     assert again == config
@@ -62,7 +71,14 @@ def test_bad_argument_names_key_found_expected(argument, fragments):
 
 def test_typo_in_yaml_names_the_nearest_key(tmp_path):
     with pytest.raises(ConfigError, match="model.dtpe.*model.dtype"):
-        load([write_yaml(tmp_path, "run_dir: r\nmodel: {path: m, dtpe: float32}\ndata: {train: q}\nretriever: {corpus: c}\n")])
+        load(
+            [
+                write_yaml(
+                    tmp_path,
+                    "run_dir: r\nmodel: {path: m, dtpe: float32}\ndata: {train: q}\nretriever: {corpus: c}\n",
+                )
+            ]
+        )
 
 
 def test_missing_section_is_named():

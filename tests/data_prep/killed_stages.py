@@ -1,4 +1,5 @@
-"""A stage of `sd-search data` in a process of its own, in small pieces, killed at the moment a test chooses."""
+"""A stage of `sd-search data` in a process of its own, in small pieces, killed at the moment a test
+chooses."""
 
 from __future__ import annotations
 
@@ -21,8 +22,9 @@ CHANGES = ("replace", "rename", "unlink", "rmdir")  # of os: whatever makes work
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
-    """kill_before: the how manieth change of CHANGES it does not live to make; None: it is not killed. log: gets a byte for each
-    row that is decoded or cut, and then a line break and the number of changes it made."""
+    """kill_before: the how manieth change of CHANGES it does not live to make; None: it is not killed. log:
+    gets a byte for each row that is decoded or cut, and then a line break and the number of changes it
+    made."""
 
     stage: str  # import, chunk, encode or index
     config: Any
@@ -40,7 +42,8 @@ def launch(start: Start) -> BaseProcess:
 
 
 def run(start: Start) -> tuple[int, int, int]:
-    """Exit code, rows that were read (of encode: shards that were encoded), changes that were made (0 when it was killed)."""
+    """Exit code, rows that were read (of encode: shards that were encoded), changes that were made (0 when
+    it was killed)."""
     start.log.write_bytes(b"")
     process = launch(start)
     process.join()
@@ -50,7 +53,11 @@ def run(start: Start) -> tuple[int, int, int]:
 
 def contents(directory: Path) -> dict[str, bytes]:
     """Every file below a directory."""
-    return {path.relative_to(directory).as_posix(): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+    return {
+        path.relative_to(directory).as_posix(): path.read_bytes()
+        for path in directory.rglob("*")
+        if path.is_file()
+    }
 
 
 @contextlib.contextmanager

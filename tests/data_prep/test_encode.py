@@ -40,7 +40,10 @@ def encoder_path(tmp_path_factory):
 @pytest.fixture(scope="module")
 def passages(tmp_path_factory):
     path = tmp_path_factory.mktemp("passages") / "passages"
-    rows = (SourcedPassage(id=f"{n:03d}", title=WORDS[n % 8], text=f"{WORDS[n * 3 % 8]} {n} " * (1 + n % 7)) for n in range(100))
+    rows = (
+        SourcedPassage(id=f"{n:03d}", title=WORDS[n % 8], text=f"{WORDS[n * 3 % 8]} {n} " * (1 + n % 7))
+        for n in range(100)
+    )
     write_table(path, rows, Origin())
     return path
 
@@ -52,7 +55,9 @@ def _config(passages, encoder_path, output, **changes):
 
 def _expected(path, text, pooling, max_tokens):
     """One text through plain transformers, without padding."""
-    inputs = AutoTokenizer.from_pretrained(path)(text, truncation=True, max_length=max_tokens, return_tensors="pt")
+    inputs = AutoTokenizer.from_pretrained(path)(
+        text, truncation=True, max_length=max_tokens, return_tensors="pt"
+    )
     with torch.no_grad():
         hidden = AutoModel.from_pretrained(path)(**inputs).last_hidden_state[0].double()
     pooled = {"mean": hidden.mean(0), "cls": hidden[0], "last": hidden[-1]}[pooling]
@@ -70,9 +75,13 @@ def test_batches_and_padding_change_nothing(encoder_path, pooling):
 
 def test_prefixes_normalisation_and_nothing(encoder_path):
     plain = Encoder(encoder_path, SETTINGS, choose_device("cpu"))
-    prefixed = Encoder(encoder_path, dataclasses.replace(SETTINGS, query_prefix="kalo "), choose_device("cpu"))
+    prefixed = Encoder(
+        encoder_path, dataclasses.replace(SETTINGS, query_prefix="kalo "), choose_device("cpu")
+    )
     assert np.array_equal(prefixed.encode_queries(["dava", "sul"]), plain.encode(["kalo dava", "kalo sul"]))
-    raw = Encoder(encoder_path, dataclasses.replace(SETTINGS, normalize=False), choose_device("cpu")).encode(TEXTS)
+    raw = Encoder(encoder_path, dataclasses.replace(SETTINGS, normalize=False), choose_device("cpu")).encode(
+        TEXTS
+    )
     norms = np.linalg.norm(raw, axis=1)
     assert np.abs(norms - 1).max() > 0.1
     assert raw / norms[:, None] == pytest.approx(plain.encode(TEXTS), abs=2e-6)
@@ -80,13 +89,17 @@ def test_prefixes_normalisation_and_nothing(encoder_path):
 
 
 def test_vectors_of_a_passages_directory(passages, encoder_path, tmp_path):
-    version = encode_passages(_config(passages, encoder_path, tmp_path / "vectors", passage_format="{title} {text}"))
+    version = encode_passages(
+        _config(passages, encoder_path, tmp_path / "vectors", passage_format="{title} {text}")
+    )
     shards = VectorShards(tmp_path / "vectors")
     assert (shards.version, len(shards), shards.dim) == (version, 100, 32)
     table = PassageTable(passages)
     assert shards.manifest.made_from == {"passages": table.version}
     settings = dataclasses.replace(SETTINGS, max_tokens=16)
-    expected = Encoder(encoder_path, settings, choose_device("cpu")).encode([f"{row.title} {row.text}" for row in table])
+    expected = Encoder(encoder_path, settings, choose_device("cpu")).encode(
+        [f"{row.title} {row.text}" for row in table]
+    )
     assert np.concatenate(list(shards.blocks(7))) == pytest.approx(expected, abs=2e-3)  # half precision
     rows = np.array([99, 0, 10, 9])
     assert np.array_equal(shards.take(rows), np.concatenate(list(shards.blocks(7)))[rows])
@@ -101,11 +114,16 @@ def test_several_processes_write_the_same_bytes(passages, encoder_path, tmp_path
 
 
 def _interrupted(command, partial, rng):
-    """Start, kill -9 at a random moment after the first file has appeared; the names of the shards that are whole then."""
+    """Start, kill -9 at a random moment after the first file has appeared; the names of the shards that are
+    whole then."""
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     before = len(list(partial.glob("vectors-*")))
     deadline = time.monotonic() + START_S
-    while len(list(partial.glob("vectors-*"))) == before and process.poll() is None and time.monotonic() < deadline:
+    while (
+        len(list(partial.glob("vectors-*"))) == before
+        and process.poll() is None
+        and time.monotonic() < deadline
+    ):
         time.sleep(0.002)
     time.sleep(rng.random() * 0.02)
     process.kill()
@@ -117,7 +135,10 @@ def test_killed_again_and_again_the_bytes_are_the_same(passages, encoder_path, t
     expected = encode_passages(_config(passages, encoder_path, tmp_path / "whole"))
     config = _config(passages, encoder_path, tmp_path / "killed")
     command = [sys.executable, "-m", "launch.cli", "data", "encode"]
-    command += [f"--{name}={getattr(config, name)}" for name in ("passages", "encoder", "output", "max_tokens", "rows_per_shard")]
+    command += [
+        f"--{name}={getattr(config, name)}"
+        for name in ("passages", "encoder", "output", "max_tokens", "rows_per_shard")
+    ]
     command += ["--batch_size=4", "--devices=[cpu]"]
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     partial, rng = tmp_path / "killed.partial", random.Random(0)
@@ -145,7 +166,10 @@ def test_what_was_begun_from_something_else_is_refused(passages, encoder_path, t
     (other / "config.json").write_text((other / "config.json").read_text() + " ")
     for changes, message in [
         ({"pooling": "cls"}, r"settings\.pooling was 'mean' and is 'cls'; use what it was begun from"),
-        ({"encoder": str(other)}, r"encoder\.config\.json\.num_bytes was \d+ and is \d+, encoder\.config\.json\.xxh3_128 was"),
+        (
+            {"encoder": str(other)},
+            r"encoder\.config\.json\.num_bytes was \d+ and is \d+, encoder\.config\.json\.xxh3_128 was",
+        ),
         ({"rows_per_shard": 11}, "rows_per_shard was 10 and is 11"),
     ]:
         with pytest.raises(DataError, match=message):
@@ -192,7 +216,9 @@ def test_no_code_of_an_encoder_or_of_a_shard_runs(passages, encoder_path, tmp_pa
     np.save(shard, np.array([Canary(canary)], dtype=object), allow_pickle=True)
     manifest, _ = read_manifest(tmp_path / "vectors")
     (tmp_path / "vectors" / MANIFEST_NAME).unlink()
-    write_manifest(tmp_path / "vectors", dataclasses.replace(manifest, files=file_entries(tmp_path / "vectors")))
+    write_manifest(
+        tmp_path / "vectors", dataclasses.replace(manifest, files=file_entries(tmp_path / "vectors"))
+    )
     with pytest.raises(DataError, match="no array of numbers"):
         VectorShards(tmp_path / "vectors")
     assert not canary.exists()
@@ -202,10 +228,20 @@ def test_vectors_of_other_passages_are_refused(passages, encoder_path, tmp_path)
     encode_passages(_config(passages, encoder_path, tmp_path / "vectors"))
     chunk_passages(ChunkConfig(passages=str(passages), output=str(tmp_path / "chunks"), size=3))
     with pytest.raises(DataError, match="holds vectors of the passages"):
-        build_index(IndexConfig(passages=str(tmp_path / "chunks"), vectors=str(tmp_path / "vectors"), output=str(tmp_path / "c")))
+        build_index(
+            IndexConfig(
+                passages=str(tmp_path / "chunks"),
+                vectors=str(tmp_path / "vectors"),
+                output=str(tmp_path / "c"),
+            )
+        )
     (tmp_path / "p.jsonl").write_text('{"id": "1", "text": "kalo"}')
     with pytest.raises(DataError, match="found no passages directory"):
-        build_index(IndexConfig(passages=f"{tmp_path}/p.jsonl", vectors=str(tmp_path / "vectors"), output=str(tmp_path / "c")))
+        build_index(
+            IndexConfig(
+                passages=f"{tmp_path}/p.jsonl", vectors=str(tmp_path / "vectors"), output=str(tmp_path / "c")
+            )
+        )
     with pytest.raises(ConfigError, match="bm25: found false without vectors"):
         build_index(IndexConfig(passages=str(passages), bm25=False, output=str(tmp_path / "c")))
     assert not (tmp_path / "c").exists()

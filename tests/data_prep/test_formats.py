@@ -25,7 +25,10 @@ HOTPOT = {
     "type": "comparison",
     "level": "hard",
 }
-HOTPOT_HUB = HOTPOT | {"id": "5a8b57f2", "supporting_facts": {"title": ["Scott Derrickson", "Ed Wood"], "sent_id": [0, 0]}}
+HOTPOT_HUB = HOTPOT | {
+    "id": "5a8b57f2",
+    "supporting_facts": {"title": ["Scott Derrickson", "Ed Wood"], "sent_id": [0, 0]},
+}
 HOTPOT_HUB.pop("_id")
 TWO_WIKI = HOTPOT | {"_id": "61a46987", "evidences": [["A", "born in", "B"]]}
 MUSIQUE = {
@@ -45,12 +48,32 @@ MUSIQUE = {
     "answerable": True,
 }
 NQ = {"question": "who got the first nobel prize", "answer": ["Wilhelm Conrad Röntgen", "Röntgen"]}
-TRIVIA = {"QuestionId": "tc_2", "Question": "Who?", "Answer": {"Value": "David", "Aliases": ["Dave"], "Type": "X"}}
-TRIVIA_HUB = {"question_id": "tc_2", "question": "Who?", "answer": {"value": "David", "aliases": ["Dave"], "type": "X"}}
-POPQA = {"id": 4222362, "subj": "G", "prop": "occupation", "question": "What is G?", "possible_answers": '["politician", "pol"]'}
+TRIVIA = {
+    "QuestionId": "tc_2",
+    "Question": "Who?",
+    "Answer": {"Value": "David", "Aliases": ["Dave"], "Type": "X"},
+}
+TRIVIA_HUB = {
+    "question_id": "tc_2",
+    "question": "Who?",
+    "answer": {"value": "David", "aliases": ["Dave"], "type": "X"},
+}
+POPQA = {
+    "id": 4222362,
+    "subj": "G",
+    "prop": "occupation",
+    "question": "What is G?",
+    "possible_answers": '["politician", "pol"]',
+}
 BAMBOOGLE = {"Question": "Who was president then?", "Answer": "Harding"}
 FLASHRAG = {"id": "test_0", "question": "who?", "golden_answers": ["a b"], "metadata": {"type": "x"}}
-SEARCH_R1 = {"id": "t1", "question": "who?", "golden_answers": ["a b"], "data_source": "nq", "prompt": [{"role": "user"}]}
+SEARCH_R1 = {
+    "id": "t1",
+    "question": "who?",
+    "golden_answers": ["a b"],
+    "data_source": "nq",
+    "prompt": [{"role": "user"}],
+}
 SUPPORT = (("s",), ("e1", "e2"))
 
 EXPECTED = {
@@ -76,7 +99,12 @@ def _passages(tmp_path):
 
 
 def _import(tmp_path, name, **options):
-    config = {"kind": "questions", "input": str(tmp_path / name), "output": str(tmp_path / "out.jsonl"), "split": "dev"}
+    config = {
+        "kind": "questions",
+        "input": str(tmp_path / name),
+        "output": str(tmp_path / "out.jsonl"),
+        "split": "dev",
+    }
     report = import_file(ImportConfig(**(config | options)))
     return report, load_questions(tmp_path / "out.jsonl")
 
@@ -87,7 +115,9 @@ def test_every_native_format(tmp_path, name):
     (tmp_path / "in.jsonl").write_text(json.dumps(row))
     _, (found,) = _import(tmp_path, "in.jsonl", passages=_passages(tmp_path), license="CC-BY-SA-4.0")
     text = row.get("question", row.get("Question"))
-    assert found == Question(id=id_, text=text, golden_answers=golds, source=source, split="dev", supporting=supporting)
+    assert found == Question(
+        id=id_, text=text, golden_answers=golds, source=source, split="dev", supporting=supporting
+    )
     assert json.loads((tmp_path / "out.jsonl").read_text())["license"] == "CC-BY-SA-4.0"
     _, (found,) = _import(tmp_path, "in.jsonl")  # without passages, titles say nothing
     assert found.supporting == ()
@@ -113,9 +143,13 @@ def test_a_row_of_no_known_form_is_rejected_with_its_line(tmp_path, row, reason)
 
 def test_the_files_rows_come_in(tmp_path):
     (tmp_path / "list.json").write_text(json.dumps([HOTPOT, TWO_WIKI]))
-    (tmp_path / "wrapped.json.gz").write_bytes(gzip.compress(json.dumps({"Data": [TRIVIA], "Version": 1}).encode()))
+    (tmp_path / "wrapped.json.gz").write_bytes(
+        gzip.compress(json.dumps({"Data": [TRIVIA], "Version": 1}).encode())
+    )
     pq.write_table(pa.Table.from_pylist([SEARCH_R1]), tmp_path / "q.parquet")
-    (tmp_path / "popqa.tsv").write_text('id\tquestion\tpossible_answers\n7\tWhat "is"?\t' + '"[""a b"", ""c d""]"' + "\n")
+    (tmp_path / "popqa.tsv").write_text(
+        'id\tquestion\tpossible_answers\n7\tWhat "is"?\t' + '"[""a b"", ""c d""]"' + "\n"
+    )
     (tmp_path / "bamboogle.csv").write_text('Question,Answer\n"Who, then?",Harding\n')
     ids = {}
     for name in ("list.json", "wrapped.json.gz", "q.parquet", "popqa.tsv", "bamboogle.csv"):
@@ -184,7 +218,11 @@ def test_rows_that_are_done_are_passed_over(name, num_done, tmp_path):
             if name == "texts":
                 (path / f"{number:02d}.txt").write_text(row["text"])
             elif number % 5 == 0:
-                pq.write_table(pa.Table.from_pylist(rows[number : number + 5]), path / f"{number:02d}.parquet", row_group_size=2)
+                pq.write_table(
+                    pa.Table.from_pylist(rows[number : number + 5]),
+                    path / f"{number:02d}.parquet",
+                    row_group_size=2,
+                )
     elif name == "q.parquet":
         pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=4)
     else:

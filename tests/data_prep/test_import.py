@@ -1,4 +1,5 @@
-"""Importing and loading questions and passages: every format, every way a row can be broken, compressed and damaged files."""
+"""Importing and loading questions and passages: every format, every way a row can be broken, compressed and
+damaged files."""
 
 import gzip
 import json
@@ -31,7 +32,10 @@ TITLED = {
     "question": "Which college?",
     "golden_answers": ["Berea College", "Berea"],
     "type": "bridge",
-    "supporting": [{"title": "Berea College", "ids": ["28314", "7"]}, {"title": "James Fieser", "ids": [29615]}],
+    "supporting": [
+        {"title": "Berea College", "ids": ["28314", "7"]},
+        {"title": "James Fieser", "ids": [29615]},
+    ],
 }
 SEARCH_R1 = {"id": 3, "data_source": "nq", "question": "when?", "golden_answers": "1972"}
 
@@ -87,7 +91,9 @@ def test_broken_question_rows_say_what_is_wrong(changes, message):
 
 
 def test_every_passage_format():
-    assert parse_passage({"id": "1", "title": "T", "text": "x", "datasets": []}) == Passage(id="1", title="T", text="x")
+    assert parse_passage({"id": "1", "title": "T", "text": "x", "datasets": []}) == Passage(
+        id="1", title="T", text="x"
+    )
     assert parse_passage({"id": 1, "text": "x"}) == Passage(id="1", title="", text="x")
     assert parse_passage({"id": "1", "contents": '"Ed "Wood" (film)"\nEd Wood is\na film'}) == Passage(
         id="1", title='Ed "Wood" (film)', text="Ed Wood is\na film"
@@ -96,7 +102,14 @@ def test_every_passage_format():
 
 
 @pytest.mark.parametrize(
-    "row", [{"id": "1"}, {"id": "1", "text": ""}, {"id": "1", "contents": " "}, {"id": 1.5, "text": "x"}, {"text": "x"}]
+    "row",
+    [
+        {"id": "1"},
+        {"id": "1", "text": ""},
+        {"id": "1", "contents": " "},
+        {"id": 1.5, "text": "x"},
+        {"text": "x"},
+    ],
 )
 def test_broken_passage_rows(row):
     with pytest.raises(RowError):
@@ -107,11 +120,19 @@ SURROGATE = b'{"id": "w2", "text": "\\ud800", "golden_answers": ["ab"]}'
 DEEP = b'{"id":' + b"[" * 200_000
 
 
-@pytest.mark.parametrize("line", [b"[1]", b"null", b"5", b'"x"', b"\x00", b"{", b'{"id": "\xff", "text": "x"}', SURROGATE, DEEP])
+@pytest.mark.parametrize(
+    "line", [b"[1]", b"null", b"5", b'"x"', b"\x00", b"{", b'{"id": "\xff", "text": "x"}', SURROGATE, DEEP]
+)
 def test_rows_that_are_no_objects_are_rejected_not_guessed(tmp_path, line):
-    (tmp_path / "q.jsonl").write_bytes(json.dumps(OWN).encode() + b"\n\n" + line + b"\n" + json.dumps(OWN).encode())
+    (tmp_path / "q.jsonl").write_bytes(
+        json.dumps(OWN).encode() + b"\n\n" + line + b"\n" + json.dumps(OWN).encode()
+    )
     found = list(parse_rows(tmp_path / "q.jsonl", lambda row, line: parse_question(row)))
-    assert [(line.number, isinstance(result, RowError)) for line, result in found] == [(1, False), (3, True), (4, True)]
+    assert [(line.number, isinstance(result, RowError)) for line, result in found] == [
+        (1, False),
+        (3, True),
+        (4, True),
+    ]
     assert found[0][1].id == "w1"
     assert str(found[2][1]) == "id 'w1' repeats that of q.jsonl:1"
 
@@ -119,9 +140,17 @@ def test_rows_that_are_no_objects_are_rejected_not_guessed(tmp_path, line):
 def test_import_keeps_count_of_every_row(tmp_path):
     good = [OWN | {"id": f"w{i}"} for i in range(3)]
     two = OWN | {"id": "w8", "golden_answers": ["$", "US dollar"]}
-    report = _import(tmp_path, *good, "{", two, OWN | {"id": "w9", "golden_answers": ["The"]}, max_reject_share=0.4)
-    assert report == ImportReport(num_kept=4, num_rejected=2, num_notes=1, rejects=str(tmp_path / "out.rejects.jsonl"))
-    assert [(r["file"], r["line"]) for r in _rejects(tmp_path)] == [("in.jsonl", 4), ("in.jsonl", 5), ("in.jsonl", 6)]
+    report = _import(
+        tmp_path, *good, "{", two, OWN | {"id": "w9", "golden_answers": ["The"]}, max_reject_share=0.4
+    )
+    assert report == ImportReport(
+        num_kept=4, num_rejected=2, num_notes=1, rejects=str(tmp_path / "out.rejects.jsonl")
+    )
+    assert [(r["file"], r["line"]) for r in _rejects(tmp_path)] == [
+        ("in.jsonl", 4),
+        ("in.jsonl", 5),
+        ("in.jsonl", 6),
+    ]
     assert _rejects(tmp_path)[0]["content"] == "{"
     assert "['The'] normalise to nothing" in _rejects(tmp_path)[2]["reason"]
     loaded = load_questions(tmp_path / "out.jsonl")
@@ -131,7 +160,9 @@ def test_import_keeps_count_of_every_row(tmp_path):
 
 
 def test_import_fills_missing_labels_only(tmp_path):
-    _import(tmp_path, TITLED, {"id": "x", "question": "q", "golden_answers": ["ab"]}, source="nq", split="test")
+    _import(
+        tmp_path, TITLED, {"id": "x", "question": "q", "golden_answers": ["ab"]}, source="nq", split="test"
+    )
     first, second = load_questions(tmp_path / "out.jsonl")
     assert (first.source, first.split) == ("hotpotqa", "eval")
     assert (second.source, second.split) == ("nq", "test")
@@ -150,7 +181,10 @@ def test_hops_are_found_by_title(tmp_path):
 
 
 def test_too_many_rejects_are_an_error_and_are_written_down(tmp_path):
-    with pytest.raises(DataError, match=r"2 of 3 rows are broken, more than the allowed share of 0\.01; the first: in\.jsonl:1"):
+    with pytest.raises(
+        DataError,
+        match=r"2 of 3 rows are broken, more than the allowed share of 0\.01; the first: in\.jsonl:1",
+    ):
         _import(tmp_path, "{", "{", OWN)
     assert len(_rejects(tmp_path)) == 2
     assert not (tmp_path / "out.jsonl").exists()
@@ -200,13 +234,19 @@ def test_a_bad_passage_is_rejected_and_too_many_leave_nothing(tmp_path, row, rea
 
 def test_invalid_utf8_is_rejected_by_line(tmp_path):
     (tmp_path / "p.jsonl").write_bytes(b'{"id": "1", "text": "a"}\n{"id": "2", "text": "\xff"}\n')
-    config = {"kind": "passages", "input": str(tmp_path / "p.jsonl"), "output": str(tmp_path / "out"), "max_reject_share": 0.5}
+    config = {
+        "kind": "passages",
+        "input": str(tmp_path / "p.jsonl"),
+        "output": str(tmp_path / "out"),
+        "max_reject_share": 0.5,
+    }
     assert import_file(ImportConfig(**config)).num_rejected == 1
     assert _rejects(tmp_path)[0]["line"] == 2
 
 
 def test_compressed_files_read_alike(tmp_path):
-    rows = [json.dumps(OWN | {"id": f"w{i}", "text": "é" * 2000}) for i in range(900)]  # spans several read blocks
+    # spans several read blocks
+    rows = [json.dumps(OWN | {"id": f"w{i}", "text": "é" * 2000}) for i in range(900)]
     content = "\n".join(rows).encode()
     (tmp_path / "q.jsonl").write_bytes(content)
     (tmp_path / "q.jsonl.gz").write_bytes(gzip.compress(content))
@@ -216,13 +256,18 @@ def test_compressed_files_read_alike(tmp_path):
     assert list(read_lines(tmp_path / "q.jsonl.gz")) == plain
     assert list(read_lines(tmp_path / "q.jsonl.zst")) == plain
     half = len(content) // 2
-    (tmp_path / "q.jsonl.zst").write_bytes(zstandard.compress(content[:half]) + zstandard.compress(content[half:]))
+    (tmp_path / "q.jsonl.zst").write_bytes(
+        zstandard.compress(content[:half]) + zstandard.compress(content[half:])
+    )
     assert list(read_lines(tmp_path / "q.jsonl.zst")) == plain
 
 
 def test_damaged_files_are_named(tmp_path):
     content = "\n".join(json.dumps(OWN | {"id": f"w{i}"}) for i in range(50)).encode()
-    for name, compressed in [("q.jsonl.gz", gzip.compress(content)), ("q.jsonl.zst", zstandard.compress(content))]:
+    for name, compressed in [
+        ("q.jsonl.gz", gzip.compress(content)),
+        ("q.jsonl.zst", zstandard.compress(content)),
+    ]:
         for broken in (compressed[:-9], compressed[: len(compressed) // 2], b"not compressed"):
             (tmp_path / name).write_bytes(broken)
             with pytest.raises(DataError, match=name.replace(".", r"\.")):

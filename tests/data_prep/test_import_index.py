@@ -25,12 +25,18 @@ from tests.retrieval.fakes import WORDS
 from tests.retrieval.fakes_encoder import tiny_encoder
 
 NUM_ROWS = 25
-E5 = {"passage_format": "passage: {contents}", "query_prefix": "query: ", "max_tokens": 24, "devices": ("cpu",)}
+E5 = {
+    "passage_format": "passage: {contents}",
+    "query_prefix": "query: ",
+    "max_tokens": 24,
+    "devices": ("cpu",),
+}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """wiki.jsonl in Search-R1's form, ids that are row numbers, and e5_Flat.index of its rows as their script builds it."""
+    """wiki.jsonl in Search-R1's form, ids that are row numbers, and e5_Flat.index of its rows as their
+    script builds it."""
     folder = tmp_path_factory.mktemp("wiki")
     tiny_encoder(folder / "encoder")
     contents = [f'"{WORDS[n % 8]}"\n{WORDS[n * 5 % 7]} {n} {WORDS[n // 4 % 8]}' for n in range(NUM_ROWS)]
@@ -42,7 +48,9 @@ def folder(tmp_path_factory):
         options = {"input": f"{folder}/{name}.jsonl", "output": f"{folder}/{name}", "max_reject_share": 0.2}
         import_file(ImportConfig(kind="passages", source="wiki", **options))
     settings = encoder_settings(EncodeConfig(passages="", encoder=f"{folder}/encoder", output="", **E5))
-    vectors = Encoder(folder / "encoder", settings, torch.device("cpu")).encode([f"passage: {own}" for own in contents])
+    vectors = Encoder(folder / "encoder", settings, torch.device("cpu")).encode(
+        [f"passage: {own}" for own in contents]
+    )
     _write_index(folder / "e5_Flat.index", vectors)
     junk = np.ones((1, 32), np.float32)
     _write_index(folder / "named.index", np.concatenate([vectors[:3], junk, vectors[3:], junk]))
@@ -71,24 +79,37 @@ def test_every_passage_gets_the_vector_of_its_row(folder, tmp_path):
     expected = np.load(folder / "vectors.npy")[[int(id_) for id_ in ids]].astype(np.float16)
     found = VectorShards(tmp_path / "v")
     assert np.array_equal(found.take(np.arange(NUM_ROWS)), expected.astype(np.float32))
-    assert (found.version, found.manifest.made_from) == (version, {"passages": PassageTable(folder / "wiki").version})
+    assert (found.version, found.manifest.made_from) == (
+        version,
+        {"passages": PassageTable(folder / "wiki").version},
+    )
     assert found.manifest.settings["taken_from"]["index"] == "e5_Flat.index"
     assert found.manifest.settings["encoder"]["query_prefix"] == "query: "
     files = sorted(read_manifest(tmp_path / "v")[0].files)
-    assert [name for name in files if name.startswith("vectors")] == [f"vectors-{n:05d}.npy" for n in range(4)]
+    assert [name for name in files if name.startswith("vectors")] == [
+        f"vectors-{n:05d}.npy" for n in range(4)
+    ]
     assert "encoder/model.safetensors" in files
     assert sorted(path.name for path in tmp_path.iterdir()) == ["v"]
 
 
 def test_a_corpus_of_it_is_that_of_encoded_passages(folder, tmp_path):
     import_index(_config(folder, tmp_path / "v"))
-    encode_passages(EncodeConfig(passages=f"{folder}/wiki", encoder=f"{folder}/encoder", output=f"{tmp_path}/own", **E5))
+    encode_passages(
+        EncodeConfig(passages=f"{folder}/wiki", encoder=f"{folder}/encoder", output=f"{tmp_path}/own", **E5)
+    )
     found = []
     for name in ("v", "own"):
-        paths = {"passages": f"{folder}/wiki", "vectors": f"{tmp_path}/{name}", "output": f"{tmp_path}/corpus-{name}"}
+        paths = {
+            "passages": f"{folder}/wiki",
+            "vectors": f"{tmp_path}/{name}",
+            "output": f"{tmp_path}/corpus-{name}",
+        }
         build_index(IndexConfig(**paths, bm25=False, vector_index=VectorIndexConfig(kind="flat")))
         retriever = CorpusRetriever(tmp_path / f"corpus-{name}", SearchConfig(method="dense"))
-        found.append([[hit.passage.id for hit in hits] for hits in retriever.find(["kalo 17", "dava sul"], 5)])
+        found.append(
+            [[hit.passage.id for hit in hits] for hits in retriever.find(["kalo 17", "dava sul"], 5)]
+        )
     assert found[0] == found[1]
 
 
@@ -98,7 +119,9 @@ def test_the_order_of_a_file_whose_ids_are_no_row_numbers(folder, tmp_path, fact
     index = faiss.read_index(f"{folder}/named.index")
     path = _write_index(tmp_path / "i.index", index.reconstruct_n(0, index.ntotal), factory)
     import_index(
-        _config(folder, tmp_path / "v", passages=f"{folder}/named", index=str(path), order=f"{folder}/named.jsonl")
+        _config(
+            folder, tmp_path / "v", passages=f"{folder}/named", index=str(path), order=f"{folder}/named.jsonl"
+        )
     )
     vectors = np.load(folder / "vectors.npy").astype(np.float16).astype(np.float32)
     expected = vectors[[97 - int(passage.id[1:]) for passage in PassageTable(folder / "named")]]
@@ -116,17 +139,29 @@ def test_an_index_that_does_not_belong_to_the_passages_is_refused(folder, tmp_pa
         return {"index": str(_write_index(tmp_path / name, *given))}
 
     cases = [
-        (built("0", swapped), r"passage '10': its vector, row 10 of .* cosine of .*above 0.99: encoder, passage_format"),
-        ({"passage_format": "{text}"}, r"passage '0': its vector, row 0 of .*passage_format '\{text\}', pooling"),
+        (
+            built("0", swapped),
+            r"passage '10': its vector, row 10 of .* cosine of .*above 0.99: encoder, passage_format",
+        ),
+        (
+            {"passage_format": "{text}"},
+            r"passage '0': its vector, row 0 of .*passage_format '\{text\}', pooling",
+        ),
         (built("1", more), "holds 26 vectors, expected 25, the passages of .*wiki: give the file"),
         (built("2", vectors[:, :8].copy()), "has vectors of 8 numbers, expected 32 as .*encoder makes"),
         (built("3", vectors, "SQ8"), "is an IndexScalarQuantizer of inner product, expected IndexFlat or"),
         (built("4", vectors, "Flat", faiss.METRIC_L2), "is an IndexFlatL2 of metric 1, expected"),
         (built("5", 3 * vectors), "not of length 1, expected that with normalize true"),
         ({"index": str(tmp_path / "part")}, "part is no FAISS index that can be read"),
-        ({"passages": f"{folder}/named"}, "passage 'w73' has no row in .*expected ids 0 to 24, which are row numbers; give"),
+        (
+            {"passages": f"{folder}/named"},
+            "passage 'w73' has no row in .*expected ids 0 to 24, which are row numbers; give",
+        ),
         ({"order": f"{folder}/named.jsonl"}, "holds 25 vectors, expected 27, the passages of .*named.jsonl"),
-        ({"index": f"{folder}/named.index", "order": f"{folder}/named.jsonl"}, "named.jsonl has no passage '0', expected all"),
+        (
+            {"index": f"{folder}/named.index", "order": f"{folder}/named.jsonl"},
+            "named.jsonl has no passage '0', expected all",
+        ),
     ]
     for changes, message in cases:
         with pytest.raises(DataError, match=message):

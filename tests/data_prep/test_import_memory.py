@@ -1,4 +1,5 @@
-"""An import's memory is that of the rows it sorts at a time, not of the file; and repeated ids are still known."""
+"""An import's memory is that of the rows it sorts at a time, not of the file; and repeated ids are still
+known."""
 
 import gc
 import json
@@ -41,7 +42,8 @@ def _num_alive(kind):
 
 
 def test_no_more_rows_are_in_memory_than_are_sorted_at_a_time(tmp_path, monkeypatch):
-    """benchmarks/retrieval/import_memory.py measures bytes; here rows are counted, wherever there may be most of them."""
+    """benchmarks/retrieval/import_memory.py measures bytes; here rows are counted, wherever there may be
+    most of them."""
     monkeypatch.setattr(runs, "_READ_ROWS", 2)
     monkeypatch.setattr(table, "ROWS_PER_BATCH", 25)
     alive = {"sorting": 0, "merging": 0}
@@ -64,7 +66,9 @@ def test_no_more_rows_are_in_memory_than_are_sorted_at_a_time(tmp_path, monkeypa
 
     monkeypatch.setattr(corpus, "parse_sourced", parsing)
     monkeypatch.setattr(pq.ParquetWriter, "write_batch", writing)
-    report = import_file(ImportConfig(kind="passages", input=str(path), output=str(tmp_path / "out"), rows_per_run=40))
+    report = import_file(
+        ImportConfig(kind="passages", input=str(path), output=str(tmp_path / "out"), rows_per_run=40)
+    )
     assert (report.num_kept, report.num_rejected) == (400, 1)
     reject = json.loads((tmp_path / "out.rejects.jsonl").read_text())
     assert (reject["line"], reject["reason"]) == (401, f"id '{ids[0]}' repeats that of in.jsonl:1")

@@ -17,7 +17,10 @@ SENTENCE = "Three years later the expedition left for the south."
         ({"id": 0, "contents": '"only title"'}, ("0", "only title", "only title")),
         ({"id": 0, "contents": '"She" was a "maker"'}, ("0", "", '"She" was a "maker"')),
         ({"id": 0, "title": "Lena Hart", "contents": "She\nlived."}, ("0", "Lena Hart", "She\nlived.")),
-        ({"id": 0, "title": "Lena Hart", "contents": '"Lena Hart"\nShe lived.'}, ("0", "Lena Hart", "She lived.")),
+        (
+            {"id": 0, "title": "Lena Hart", "contents": '"Lena Hart"\nShe lived.'},
+            ("0", "Lena Hart", "She lived."),
+        ),
         ({"_id": "d1", "title": "Only a title", "text": ""}, ("d1", "Only a title", "Only a title")),
         (
             {"_id": "9", "wikipedia_id": "9", "wikipedia_title": "L", "text": ["L\n", "One.\n", "Two.\n"]},

@@ -18,7 +18,10 @@ from tests.retrieval.fakes_encoder import tiny_encoder
 
 
 def _passages(size, seed=0):
-    rows = [SourcedPassage(id=f"{n}", title=f"t{n}", text=f"kalo é{n}", source="s", license="MIT") for n in range(size)]
+    rows = [
+        SourcedPassage(id=f"{n}", title=f"t{n}", text=f"kalo é{n}", source="s", license="MIT")
+        for n in range(size)
+    ]
     random.Random(seed).shuffle(rows)
     return rows
 
@@ -39,10 +42,16 @@ def test_any_order_gives_the_same_sorted_directory(tmp_path, small_pieces, size)
     assert len(versions) == 1
     table = PassageTable(tmp_path / "0")
     assert (list(table), len(table)) == (expected, size)
-    assert (table.manifest.sources, table.manifest.licenses, table.version) == (("s",), ("MIT",), versions.pop())
+    assert (table.manifest.sources, table.manifest.licenses, table.version) == (
+        ("s",),
+        ("MIT",),
+        versions.pop(),
+    )
     assert sorted(table.manifest.files) == [f"passages-{n:05d}.parquet" for n in range(-(-size // 32))]
     for start, stop in [(0, size), (size // 3, size), (size // 2, size // 2 + 1), (size, size)]:
-        assert [row for batch in table.batches(start, stop) for row in from_batch(batch)] == expected[start:stop]
+        assert [row for batch in table.batches(start, stop) for row in from_batch(batch)] == expected[
+            start:stop
+        ]
 
 
 @pytest.mark.parametrize("start", [None, "0", "17", "170", "9", "99"])
@@ -71,7 +80,9 @@ def test_an_index_of_a_directory_is_that_of_its_rows(tmp_path):
     build_index(IndexConfig(passages=str(tmp_path / "passages"), output=str(tmp_path / "corpus")))
     retriever = CorpusRetriever(tmp_path / "corpus", SearchConfig())
     table = PassageTable(tmp_path / "passages")
-    assert [(passage.id, passage.text) for passage in retriever.passages] == [(row.id, row.text) for row in table]
+    assert [(passage.id, passage.text) for passage in retriever.passages] == [
+        (row.id, row.text) for row in table
+    ]
     assert retriever.manifest.made_from == {"passages": table.version}
     assert (retriever.manifest.sources, retriever.manifest.licenses) == (("s",), ("MIT",))
     assert retriever.find(["t17"], 1)[0][0].passage.id == "17"
@@ -93,10 +104,14 @@ def test_a_directory_of_another_stage_is_named(tmp_path, directory):
     write_table(tmp_path / "passages", _passages(3), Origin())
     build_index(IndexConfig(passages=str(tmp_path / "passages"), output=str(tmp_path / "corpus")))
     if directory == "passages":
-        with pytest.raises(DataError, match=r"passages holds passages, expected corpus; make it with `sd-search data index`"):
+        with pytest.raises(
+            DataError, match=r"passages holds passages, expected corpus; make it with `sd-search data index`"
+        ):
             CorpusRetriever(tmp_path / "passages", SearchConfig())
     else:
-        with pytest.raises(DataError, match=r"corpus holds corpus, expected passages; make it with `sd-search data import`"):
+        with pytest.raises(
+            DataError, match=r"corpus holds corpus, expected passages; make it with `sd-search data import`"
+        ):
             PassageTable(tmp_path / "corpus")
 
 
@@ -106,7 +121,13 @@ TEXT = "Ed Wood (b. 1924) made films.  Was he good? “No!” Said e.g. critics�
 def test_spans_of_words_and_sentences():
     assert word_spans(" a  bc\n") == [(1, 2), (4, 6)]
     sentences = [TEXT[start:stop] for start, stop in sentence_spans(TEXT)]
-    assert sentences == ["Ed Wood (b.", "1924) made films.", "Was he good?", "“No!”", "Said e.g. critics…\nHe died in 1978."]
+    assert sentences == [
+        "Ed Wood (b.",
+        "1924) made films.",
+        "Was he good?",
+        "“No!”",
+        "Said e.g. critics…\nHe died in 1978.",
+    ]
     assert sentence_spans("") == [] == sentence_spans("  ")
 
 
@@ -126,7 +147,10 @@ def test_chunks_cover_every_word_in_order(size, stride):
 
 
 def test_chunked_directories(tmp_path):
-    rows = [SourcedPassage(id=id_, title="t", text=text) for id_, text in [("1", "a b c d e"), ("1 x", "f"), ("10", "g h i")]]
+    rows = [
+        SourcedPassage(id=id_, title="t", text=text)
+        for id_, text in [("1", "a b c d e"), ("1 x", "f"), ("10", "g h i")]
+    ]
     write_table(tmp_path / "p", rows, Origin())
     version = chunk_passages(ChunkConfig(passages=str(tmp_path / "p"), output=str(tmp_path / "c"), size=2))
     table = PassageTable(tmp_path / "c")
@@ -140,10 +164,17 @@ def test_chunked_directories(tmp_path):
     ]
     assert table.version == version
     assert table.manifest.settings == {"chunks": {"unit": "words", "size": 2, "stride": 2}}
-    refused = [({"stride": 3}, "stride: found 3, expected 1 to size 2"), ({"unit": "tokens"}, "tokenizer: found nothing")]
+    refused = [
+        ({"stride": 3}, "stride: found 3, expected 1 to size 2"),
+        ({"unit": "tokens"}, "tokenizer: found nothing"),
+    ]
     for options, message in refused:
         with pytest.raises(ConfigError, match=message):
-            chunk_passages(ChunkConfig(passages=str(tmp_path / "p"), output=str(tmp_path / "x"), **({"size": 2} | options)))
+            chunk_passages(
+                ChunkConfig(
+                    passages=str(tmp_path / "p"), output=str(tmp_path / "x"), **({"size": 2} | options)
+                )
+            )
 
 
 def test_chunks_of_tokens_are_slices_of_the_text(tmp_path):

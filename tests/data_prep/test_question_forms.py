@@ -1,4 +1,5 @@
-"""Questions as public files hold them: ids over sets, labels, golds as text, unanswerable ones, hops of another dump, BEIR."""
+"""Questions as public files hold them: ids over sets, labels, golds as text, unanswerable ones, hops of
+another dump, BEIR."""
 
 import json
 
@@ -12,12 +13,23 @@ from megatron_sd.errors import DataError
 from megatron_sd.records import Passage
 from megatron_sd.search.questions import load_questions
 
-MUSIQUE = {"id": "m", "question": "q?", "question_decomposition": [], "paragraphs": [], "answer": "x", "answerable": True}
+MUSIQUE = {
+    "id": "m",
+    "question": "q?",
+    "question_decomposition": [],
+    "paragraphs": [],
+    "answer": "x",
+    "answerable": True,
+}
 
 
 def _import(tmp_path, rows, **options):
     (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    config = {"kind": "questions", "input": str(tmp_path / "in.jsonl"), "output": str(tmp_path / "out.jsonl")} | options
+    config = {
+        "kind": "questions",
+        "input": str(tmp_path / "in.jsonl"),
+        "output": str(tmp_path / "out.jsonl"),
+    } | options
     report = import_file(ImportConfig(**config))
     return report, [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
 
@@ -27,7 +39,12 @@ def _family(id_, source, **more):
 
 
 def test_ids_that_repeat_over_sets_get_their_sets_name_in_any_order(tmp_path):
-    rows = [_family("train_0", "nq"), _family("train_1", "nq"), _family("train_0", "hotpotqa"), _family("train_0", "nq")]
+    rows = [
+        _family("train_0", "nq"),
+        _family("train_1", "nq"),
+        _family("train_0", "hotpotqa"),
+        _family("train_0", "nq"),
+    ]
     report, found = _import(tmp_path, rows, max_reject_share=0.5)
     assert [row["id"] for row in found] == ["nq/train_0", "nq/train_1", "hotpotqa/train_0"]
     assert (report.num_rejected, list(report.noted.values())) == (1, [3])
@@ -52,17 +69,27 @@ def test_ids_that_do_not_repeat_stay(tmp_path):
 )
 def test_the_label_is_the_rows_then_the_commands_then_the_formats(tmp_path, row, source, label):
     _, (found,) = _import(
-        tmp_path, [{"id": "1", "question": "q", "answer": "x", "split": "dev"} | row], source=source, split="test"
+        tmp_path,
+        [{"id": "1", "question": "q", "answer": "x", "split": "dev"} | row],
+        source=source,
+        split="test",
     )
     assert (found["source"], found["split"]) == (label, "dev")
 
 
 def test_verls_rows_and_rows_of_prompt_and_golds_alone(tmp_path):
     golds = {"style": "rule", "ground_truth": {"target": ["L", "M"]}}
-    prompt = [{"role": "system", "content": "s"}, {"role": "user", "content": "Answer. Question: who made it?\n"}]
+    prompt = [
+        {"role": "system", "content": "s"},
+        {"role": "user", "content": "Answer. Question: who made it?\n"},
+    ]
     row = {"data_source": "searchR1_nq", "prompt": prompt, "reward_model": golds}
-    _, found = _import(tmp_path, [row, row | {"extra_info": {"question": "which?", "split": "train", "index": 0}}])
-    assert [(own["id"], own["text"], own["golden_answers"], own["source"], own["split"]) for own in found] == [
+    _, found = _import(
+        tmp_path, [row, row | {"extra_info": {"question": "which?", "split": "train", "index": 0}}]
+    )
+    assert [
+        (own["id"], own["text"], own["golden_answers"], own["source"], own["split"]) for own in found
+    ] == [
         ("in-1", "who made it?", ["L", "M"], "nq", ""),
         ("in-2", "which?", ["L", "M"], "nq", "train"),
     ]
@@ -129,18 +156,34 @@ def test_a_beir_folder(tmp_path):
     folder = tmp_path / "beir"
     (folder / "qrels").mkdir(parents=True)
     (folder / "corpus.jsonl").write_text('{"_id": "d1", "title": "T", "text": ""}\n')
-    (folder / "queries.jsonl").write_text('{"_id": "q1", "text": "who?"}\n{"_id": "q2", "text": "not judged"}\n')
-    (folder / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq1\td1\t1\nq1\td2\t2\nq1\td3\t0\n")
+    (folder / "queries.jsonl").write_text(
+        '{"_id": "q1", "text": "who?"}\n{"_id": "q2", "text": "not judged"}\n'
+    )
+    (folder / "qrels" / "test.tsv").write_text(
+        "query-id\tcorpus-id\tscore\nq1\td1\t1\nq1\td2\t2\nq1\td3\t0\n"
+    )
     report, (row,) = _import(tmp_path, [], input=str(folder), max_reject_share=0.5)
-    assert (row["id"], row["split"], row["supporting"], report.num_rejected) == ("q1", "test", [["d1"], ["d2"]], 1)
+    assert (row["id"], row["split"], row["supporting"], report.num_rejected) == (
+        "q1",
+        "test",
+        [["d1"], ["d2"]],
+        1,
+    )
     assert load_questions(tmp_path / "out.jsonl", needs_answers=False)[0].supporting == (("d1",), ("d2",))
     with pytest.raises(DataError, match="no golden answers"):
         load_questions(tmp_path / "out.jsonl")
-    assert import_file(ImportConfig(kind="passages", input=str(folder), output=str(tmp_path / "p"))).num_kept == 1
+    assert (
+        import_file(ImportConfig(kind="passages", input=str(folder), output=str(tmp_path / "p"))).num_kept
+        == 1
+    )
 
 
 def test_kilt_fid_and_dpr_questions(tmp_path):
-    kilt = {"id": "k", "input": "who?", "output": [{"answer": "L", "provenance": [{"title": "A"}]}, {"provenance": []}]}
+    kilt = {
+        "id": "k",
+        "input": "who?",
+        "output": [{"answer": "L", "provenance": [{"title": "A"}]}, {"provenance": []}],
+    }
     (tmp_path / "p.jsonl").write_text('{"id": "1", "title": "A", "text": "x"}')
     dpr = {"dataset": "nq_dev", "question": "w?", "answers": ["W"], "positive_ctxs": []}
     _, found = _import(tmp_path, [kilt, dpr], passages=str(tmp_path / "p.jsonl"))

@@ -1,4 +1,5 @@
-"""Import, chunk and index, killed with SIGKILL before every rename and removal, and at random: the next start goes on."""
+"""Import, chunk and index, killed with SIGKILL before every rename and removal, and at random: the next
+start goes on."""
 
 import errno
 import fcntl
@@ -28,14 +29,33 @@ STAGES = ("import", "chunk")
 
 
 def _lines():
-    """100 rows in no order, 5 of them broken: in the first run and in the last, and ids that repeat those of other runs."""
+    """100 rows in no order, 5 of them broken: in the first run and in the last, and ids that repeat those
+    of other runs."""
     good = [
-        json.dumps({"id": f"{n}", "title": f"t{n}", "text": f"kalo é{n} dava sul " * (n % 9 + 1), "source": f"s{n // 40}"})
+        json.dumps(
+            {
+                "id": f"{n}",
+                "title": f"t{n}",
+                "text": f"kalo é{n} dava sul " * (n % 9 + 1),
+                "source": f"s{n // 40}",
+            }
+        )
         for n in range(95)
     ]
     random.Random(0).shuffle(good)
     nul = '{"id": "z", "text": "a\\u0000b"}'
-    return [*good[:3], "{", *good[3:50], "", good[0], *good[50:80], good[60], *good[80:], nul, '{"id": "0", "text": "again"}']
+    return [
+        *good[:3],
+        "{",
+        *good[3:50],
+        "",
+        good[0],
+        *good[50:80],
+        good[60],
+        *good[80:],
+        nul,
+        '{"id": "0", "text": "again"}',
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +63,10 @@ def folder(tmp_path_factory):
     """Input of every stage."""
     folder = tmp_path_factory.mktemp("input")
     (folder / "wiki.jsonl.zst").write_bytes(zstandard.compress("\n".join(_lines()).encode()))
-    rows = [SourcedPassage(id=f"{n:03d}", title=f"t{n}", text=f"kalo é{n} dava " * (1 + n % 9), license="MIT") for n in range(60)]
+    rows = [
+        SourcedPassage(id=f"{n:03d}", title=f"t{n}", text=f"kalo é{n} dava " * (1 + n % 9), license="MIT")
+        for n in range(60)
+    ]
     with small_pieces():
         write_table(folder / "passages", rows, Origin())
     return folder
@@ -51,7 +74,12 @@ def folder(tmp_path_factory):
 
 def _config(stage, folder, output, **changes):
     if stage == "import":
-        options = {"kind": "passages", "input": f"{folder}/wiki.jsonl.zst", "license": "MIT", "max_reject_share": 0.2}
+        options = {
+            "kind": "passages",
+            "input": f"{folder}/wiki.jsonl.zst",
+            "license": "MIT",
+            "max_reject_share": 0.2,
+        }
         return ImportConfig(**(options | {"output": str(output), "rows_per_run": ROWS_PER_RUN} | changes))
     paths = {"passages": f"{folder}/passages", "output": str(output)}
     if stage == "chunk":
@@ -63,12 +91,15 @@ def _start(stage, folder, output, **changes):
     output.parent.mkdir(exist_ok=True)
     kill_before = changes.pop("kill_before", None)
     log = output.parent.with_suffix(".log")
-    return Start(stage=stage, config=_config(stage, folder, output, **changes), log=log, kill_before=kill_before)
+    return Start(
+        stage=stage, config=_config(stage, folder, output, **changes), log=log, kill_before=kill_before
+    )
 
 
 @pytest.fixture(scope="module")
 def undisturbed(folder, tmp_path_factory):
-    """By stage: everything a start leaves that nobody kills, how many rows it reads, how many changes it makes."""
+    """By stage: everything a start leaves that nobody kills, how many rows it reads, how many changes it
+    makes."""
     found = {}
     for stage in (*STAGES, "index"):
         output = tmp_path_factory.mktemp(stage) / "out/made"
@@ -88,7 +119,11 @@ def _num_finished(partial):
 
 def test_what_is_made_without_a_kill(undisturbed):
     files, num_read, _ = undisturbed["import"]
-    assert sorted(files) == ["made.rejects.jsonl", "made/manifest.json", *(f"made/passages-{n:05d}.parquet" for n in range(3))]
+    assert sorted(files) == [
+        "made.rejects.jsonl",
+        "made/manifest.json",
+        *(f"made/passages-{n:05d}.parquet" for n in range(3)),
+    ]
     rejects = [json.loads(line) for line in files["made.rejects.jsonl"].splitlines()]
     assert [reject["line"] for reject in rejects] == [4, 53, 84, 100, 101]
     assert rejects[1]["reason"].endswith("repeats that of wiki.jsonl.zst:1")
@@ -129,17 +164,26 @@ def test_an_index_goes_on_after_its_finished_parts(folder, undisturbed, tmp_path
         output = tmp_path / f"{number}/made"
         assert run(_start("index", folder, output, kill_before=number))[0] == -9
         partial = output.with_name("made.partial")
-        kept = {path: path.stat().st_mtime_ns for name in ("passages.arrow", "bm25") for path in partial.glob(name)}
+        kept = {
+            path: path.stat().st_mtime_ns
+            for name in ("passages.arrow", "bm25")
+            for path in partial.glob(name)
+        }
         if not output.exists():
             is_begun = (partial / PLAN_NAME).exists()
             _call(_config("index", folder, output))
-            assert all((output / path.name).stat().st_mtime_ns == then for path, then in kept.items() if is_begun)
-        assert {name: own for name, own in contents(output.parent).items() if not name.endswith(".lock")} == files
+            assert all(
+                (output / path.name).stat().st_mtime_ns == then for path, then in kept.items() if is_begun
+            )
+        assert {
+            name: own for name, own in contents(output.parent).items() if not name.endswith(".lock")
+        } == files
 
 
 @pytest.mark.ranks
 def test_killed_at_random_again_and_again(folder, undisturbed, tmp_path):
-    """Each start but the last is killed after a random time; none may read again what an earlier one finished."""
+    """Each start but the last is killed after a random time; none may read again what an earlier one
+    finished."""
     files, num_rows, _ = undisturbed["import"]
     rng, output = random.Random(1), tmp_path / "random/made"
     partial = output.with_name("made.partial")
@@ -157,7 +201,9 @@ def test_killed_at_random_again_and_again(folder, undisturbed, tmp_path):
         process.join()
         num_killed += process.exitcode == -9
         if output.exists():
-            assert {name: own for name, own in contents(output.parent).items() if not name.endswith(".lock")} == files
+            assert {
+                name: own for name, own in contents(output.parent).items() if not name.endswith(".lock")
+            } == files
             shutil.rmtree(output.parent)
             output.parent.mkdir()
         else:
@@ -190,12 +236,15 @@ def test_other_arguments_are_not_mixed_in(stage, changes, message, folder, undis
     with pytest.raises(DataError, match=message):
         _call(_config(stage, folder, output, **changes))
     assert contents(output.with_name("made.partial")) == before
-    assert run(_start(stage, folder, output, rows_per_run=40))[0] == 0  # how much is sorted at a time may change
+    # how much is sorted at a time may change
+    assert run(_start(stage, folder, output, rows_per_run=40))[0] == 0
     assert contents(output.parent) == undisturbed[stage][0]
 
 
 def _call(config):
-    function = {ImportConfig: import_file, ChunkConfig: chunk_passages, IndexConfig: build_index}[type(config)]
+    function = {ImportConfig: import_file, ChunkConfig: chunk_passages, IndexConfig: build_index}[
+        type(config)
+    ]
     with small_pieces():
         return function(config)
 
@@ -272,9 +321,13 @@ def test_two_programs_do_not_write_one_directory(folder, tmp_path):
 
 
 def test_a_repeated_id_beside_the_last_one_written_is_found_after_a_kill(tmp_path):
-    """Chunks may meet the id of another passage: at the border of a shard, whose first copy is already written."""
+    """Chunks may meet the id of another passage: at the border of a shard, whose first copy is already
+    written."""
     rows = [SourcedPassage(id=f"{n:03d}", title="t", text="kalo") for n in range(31)]
-    rows += [SourcedPassage(id="031", title="t", text="a b c"), SourcedPassage(id="031#0000", title="t", text="a")]
+    rows += [
+        SourcedPassage(id="031", title="t", text="a b c"),
+        SourcedPassage(id="031#0000", title="t", text="a"),
+    ]
     with small_pieces():
         write_table(tmp_path / "passages", rows, Origin())
     output = tmp_path / "out/made"

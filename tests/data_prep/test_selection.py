@@ -45,7 +45,10 @@ def test_right_well_formed_rollouts_are_kept_fewest_searches_first():
         rollout(5, reward=1.0),
     ]
     assert picked(rollouts) == ([5, 2, 0], {"wrong": 1, "form": 1, "infrastructure": 1})
-    assert picked(rollouts, min_searches=1) == ([2, 0], {"wrong": 1, "form": 1, "infrastructure": 1, "few_searches": 1})
+    assert picked(rollouts, min_searches=1) == (
+        [2, 0],
+        {"wrong": 1, "form": 1, "infrastructure": 1, "few_searches": 1},
+    )
     assert picked(rollouts, min_searches=1, per_question=1)[1]["surplus"] == 1
     assert picked(rollouts, needs_form=False)[0] == [5, 3, 2, 0]
 
@@ -73,7 +76,10 @@ def test_a_pass_rate_leaves_infrastructure_failures_out():
 
 def mixed_groups(count):
     return [
-        group([other_words(rollout(n, [f"{g}/{n}"], reward=float(n % 2), number=g), 50 + n) for n in range(4)], g)
+        group(
+            [other_words(rollout(n, [f"{g}/{n}"], reward=float(n % 2), number=g), 50 + n) for n in range(4)],
+            g,
+        )
         for g in range(count)
     ]
 
@@ -131,7 +137,9 @@ def test_shuffled_and_wrong_blocks_are_those_of_training_and_come_in_their_share
 
 
 def test_labels_that_are_all_alike_cannot_be_shuffled():
-    groups = [group([other_words(rollout(n, ["q"], reward=1.0), 50 + n) for n in range(3)], g) for g in range(20)]
+    groups = [
+        group([other_words(rollout(n, ["q"], reward=1.0), 50 + n) for n in range(3)], g) for g in range(20)
+    ]
     episodes, _ = made(groups, shuffled_share=1.0, wrong_question_share=0.0)
     assert Counter(episode.kind for episode in episodes) == {"plain": 60, "linked": 20}
 

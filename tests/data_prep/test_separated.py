@@ -1,4 +1,5 @@
-"""CSV, TSV and JSON files as they come: unquoted, quoted, both, without header, with a byte order mark, under other names."""
+"""CSV, TSV and JSON files as they come: unquoted, quoted, both, without header, with a byte order mark,
+under other names."""
 
 import bz2
 import json
@@ -20,7 +21,9 @@ def _rows(tmp_path, name, content):
     found = list(read_rows(path))
     for num_done in range(len(found) + 1):
         assert list(map(str, read_rows(path, num_done))) == list(map(str, found[num_done:]))
-    return [(line.number, "reject" if isinstance(row, RowError) else list(row.values())) for line, row in found]
+    return [
+        (line.number, "reject" if isinstance(row, RowError) else list(row.values())) for line, row in found
+    ]
 
 
 @pytest.mark.parametrize(
@@ -46,7 +49,12 @@ def test_a_tsv_row_is_never_swallowed_by_a_quote(tmp_path, body, expected):
 
 def test_a_quote_in_a_column_that_is_not_the_last(tmp_path):
     body = 'id\ttext\ttitle\n1\the said "hi"\tA\n2\t"Halloween\tB\n3\t"one\ntwo"\tC\n4\t"\tD\n'
-    expected = [(2, ["1", 'he said "hi"', "A"]), (3, ["2", '"Halloween', "B"]), (4, ["3", "one\ntwo", "C"]), (6, ["4", '"', "D"])]
+    expected = [
+        (2, ["1", 'he said "hi"', "A"]),
+        (3, ["2", '"Halloween', "B"]),
+        (4, ["3", "one\ntwo", "C"]),
+        (6, ["4", '"', "D"]),
+    ]
     assert _rows(tmp_path, "p.tsv", body) == expected
 
 
@@ -57,7 +65,10 @@ def test_a_csv_row_that_is_broken_is_one_reject_on_its_own_line(tmp_path):
 
 def test_one_field_beyond_the_bound_is_one_reject(tmp_path, monkeypatch):
     monkeypatch.setattr(separated, "MAX_RECORD_BYTES", 100)
-    assert _rows(tmp_path, "p.tsv", "id\ttext\n1\t" + "x " * 80 + "\n2\tok\n") == [(2, "reject"), (3, ["2", "ok"])]
+    assert _rows(tmp_path, "p.tsv", "id\ttext\n1\t" + "x " * 80 + "\n2\tok\n") == [
+        (2, "reject"),
+        (3, ["2", "ok"]),
+    ]
 
 
 def test_a_file_without_header_says_so(tmp_path):
@@ -112,5 +123,10 @@ def test_a_folder_of_shards(tmp_path):
 
 
 def test_an_import_loads_no_framework():
-    code = "import sys, data_prep.sources.questions; print(sorted({'torch', 'transformers'} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+    code = (
+        "import sys, data_prep.sources.questions; print(sorted({'torch', 'transformers'} & set(sys.modules)))"
+    )
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+        == "[]\n"
+    )

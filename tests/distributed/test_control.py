@@ -1,4 +1,5 @@
-"""Asking a run to stop, how often it may start, what a watchdog makes of reports; real runs are in test_trust.py."""
+"""Asking a run to stop, how often it may start, what a watchdog makes of reports; real runs are in
+test_trust.py."""
 
 import json
 import os
@@ -70,7 +71,9 @@ def test_attempts_without_progress_are_refused(tmp_path):
     attempts = Attempts(path, world, limit=3)
     for step in (0, 0, 5, 5, 5):
         attempts.begin(step)
-    with pytest.raises(NoProgressError, match="the last 3 attempts began with step 5 and .* remove .*attempts.jsonl"):
+    with pytest.raises(
+        NoProgressError, match="the last 3 attempts began with step 5 and .* remove .*attempts.jsonl"
+    ):
         attempts.begin(5)
     attempts.begin(6)
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [0, 0, 5, 5, 5, 6]
@@ -95,19 +98,28 @@ def verdict_after(reports, seconds=11.0):
 
 def test_a_rank_that_moves_or_waits_for_one_that_does_is_fine():
     assert verdict_after({0: (report(1, 1), report(2, 2)), 1: (report(1, 1), report(2, 2))}) is None
-    assert verdict_after({0: (report(1, 1, waits=True), report(2, 1, waits=True)), 1: (report(1, 1), report(2, 2))}) is None
+    assert (
+        verdict_after(
+            {0: (report(1, 1, waits=True), report(2, 1, waits=True)), 1: (report(1, 1), report(2, 2))}
+        )
+        is None
+    )
 
 
 def test_the_rank_at_fault_is_named_with_its_phase_and_what_the_others_do():
     waits = (report(1, 1, "update", waits=True), report(2, 1, "update", waits=True))
     found = verdict_after({0: waits, 1: (report(1, 1, "rollout"), report(2, 1, "rollout"))})
-    assert found.startswith("rank 1 is stuck in phase rollout for 11.0 s; rank 0: update, waits for others, moved 11.0 s ago; ")
+    assert found.startswith(
+        "rank 1 is stuck in phase rollout for 11.0 s; rank 0: update, waits for others, moved 11.0 s ago; "
+    )
     assert verdict_after({0: waits, 1: waits}).startswith("rank 0 is stuck"), "all wait for each other"
     silent = verdict_after({0: (report(1, 1), report(9, 9)), 1: (report(1, 1), report(1, 1))})
     assert silent.startswith("rank 1 has not been heard of for 11.0 s")
     judge = Judge(2, 10.0, 0.0)
     assert judge.verdict({0: report(1, 1)}, 9.0) is None
-    assert judge.verdict({0: report(9, 9)}, 10.1).startswith("rank 1 has not been heard of"), "it never reported"
+    assert judge.verdict({0: report(9, 9)}, 10.1).startswith("rank 1 has not been heard of"), (
+        "it never reported"
+    )
 
 
 PROGRAM = """

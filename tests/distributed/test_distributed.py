@@ -48,10 +48,20 @@ def test_an_error_on_one_rank_is_raised_on_every_rank():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    shared = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "CUDA_VISIBLE_DEVICES": ""}
+    shared = os.environ | {
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "CUDA_VISIBLE_DEVICES": "",
+    }
     program = [sys.executable, "-m", "tests.rank_programs.failing_rollouts"]
     ranks = [
-        subprocess.Popen(program, env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            program,
+            env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
         for rank in range(2)
     ]
     expected = "['groups of rank 0', 'groups of rank 1']\nRolloutError: rank 1: 3 of 4 rollouts failed\n"

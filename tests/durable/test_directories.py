@@ -25,7 +25,10 @@ def test_committed_directories_verify_and_are_found_newest_first(tmp_path):
     assert directories.committed(tmp_path) == [written[1], written[2], written[0]]
     assert all(directories.find_damage(directory) is None for directory in written)
     manifest = json.loads((written[0] / "manifest.json").read_text())["files"]
-    assert manifest["model/a.bin"] == {"bytes": 7, "sha256": directories.sha256(written[0] / "model" / "a.bin")}
+    assert manifest["model/a.bin"] == {
+        "bytes": 7,
+        "sha256": directories.sha256(written[0] / "model" / "a.bin"),
+    }
     assert set(manifest) == {"model/a.bin", "state.json"}
     assert directories.committed(tmp_path / "nowhere") == []
 
@@ -38,10 +41,19 @@ def test_committed_directories_verify_and_are_found_newest_first(tmp_path):
         (lambda d: (d / "state.json").unlink(), "state.json is missing"),
         (lambda d: (d / "manifest.json").unlink(), "manifest.json cannot be read"),
         (lambda d: (d / "manifest.json").write_text('{"files": '), "manifest.json cannot be read"),
-        (lambda d: (d / "manifest.json").write_text((d / "manifest.json").read_text() + " "), "does not match its own checksum"),
-        (lambda d: (d / "manifest.json").write_text('{"files": {}, "sha256": ""}'), "manifest.json does not match its own"),
+        (
+            lambda d: (d / "manifest.json").write_text((d / "manifest.json").read_text() + " "),
+            "does not match its own checksum",
+        ),
+        (
+            lambda d: (d / "manifest.json").write_text('{"files": {}, "sha256": ""}'),
+            "manifest.json does not match its own",
+        ),
         (lambda d: (d / "model" / "b.bin").touch(), "model/b.bin is not in manifest.json"),
-        (lambda d: ((d / "state.json").unlink(), (d / "state.json").symlink_to("/etc/hostname")), "state.json is missing"),
+        (
+            lambda d: ((d / "state.json").unlink(), (d / "state.json").symlink_to("/etc/hostname")),
+            "state.json is missing",
+        ),
     ],
 )
 def test_damage_is_named(tmp_path, damage, words):
@@ -75,7 +87,8 @@ def test_prune_clear_and_set_aside(tmp_path):
 
 
 def test_killed_at_any_point_leaves_whole_directories_only(tmp_path):
-    """A process that commits checkpoints in a loop is killed at 12 different moments: whatever has its final name verifies."""
+    """A process that commits checkpoints in a loop is killed at 12 different moments: whatever has its
+    final name verifies."""
     program = (
         "import sys, pathlib, tests.durable.test_directories as t\n"
         "root = pathlib.Path(sys.argv[1]); step = 0\n"
@@ -85,7 +98,9 @@ def test_killed_at_any_point_leaves_whole_directories_only(tmp_path):
     seen = 0
     for attempt in range(12):
         root = tmp_path / str(attempt)
-        process = subprocess.Popen([sys.executable, "-c", program, str(root)], stdout=subprocess.PIPE, env=os.environ)
+        process = subprocess.Popen(
+            [sys.executable, "-c", program, str(root)], stdout=subprocess.PIPE, env=os.environ
+        )
         process.stdout.readline()
         try:
             process.wait(0.01 + 0.006 * attempt)

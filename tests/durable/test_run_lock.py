@@ -39,7 +39,14 @@ def holding(tmp_path):
 
 def elsewhere(**changes) -> Holder:
     """A holder on another machine."""
-    fields = {"token": "theirs", "host": "node7", "machine": "another", "pid": 1, "born": 1, "since": "2026-01-02 03:04:05"}
+    fields = {
+        "token": "theirs",
+        "host": "node7",
+        "machine": "another",
+        "pid": 1,
+        "born": 1,
+        "since": "2026-01-02 03:04:05",
+    }
     return Holder(**fields | changes)
 
 
@@ -77,7 +84,10 @@ def test_a_holder_elsewhere_is_refused_at_its_next_sign_of_life(tmp_path):
     put(tmp_path, elsewhere())
     threading.Timer(0.3, put, (tmp_path, elsewhere(beats=1))).start()
     before = time.monotonic()
-    with pytest.raises(ConfigError, match="in use by process 1 on node7, since 2026-01-02 03:04:05"), hold(tmp_path, stale_s=60):
+    with (
+        pytest.raises(ConfigError, match="in use by process 1 on node7, since 2026-01-02 03:04:05"),
+        hold(tmp_path, stale_s=60),
+    ):
         pass
     assert time.monotonic() - before < 30
 
@@ -118,7 +128,10 @@ def test_a_broken_lock_is_no_lock(tmp_path):
 
 def test_a_file_in_its_place_is_named(tmp_path):
     (tmp_path / "run").write_text("")
-    with pytest.raises(ConfigError, match="found a file at .*run, expected a directory"), hold(tmp_path / "run"):
+    with (
+        pytest.raises(ConfigError, match="found a file at .*run, expected a directory"),
+        hold(tmp_path / "run"),
+    ):
         pass
 
 

@@ -1,7 +1,8 @@
 """The figures of docs/retrieval.md on real questions, where their files are at hand.
 
-SD_SEARCH_DATA names a folder with corpus.jsonl.zst, questions.jsonl.zst and the mini_hotpot500 files; SD_SEARCH_ENCODER one with
-all-MiniLM-L6-v2. Without them the tests say so and are skipped: nothing of the data belongs to the project.
+SD_SEARCH_DATA names a folder with corpus.jsonl.zst, questions.jsonl.zst and the mini_hotpot500 files;
+SD_SEARCH_ENCODER one with all-MiniLM-L6-v2. Without them the tests say so and are skipped: nothing of the
+data belongs to the project.
 """
 
 import os
@@ -21,7 +22,10 @@ pytestmark = pytest.mark.slow
 def _folder(variable):
     path = Path(os.environ.get(variable, "data"))
     if variable not in os.environ and not (path / "corpus.jsonl.zst").is_file():
-        pytest.skip(f"{variable} is not set and data/corpus.jsonl.zst does not exist: the real questions are not at hand")
+        pytest.skip(
+            f"{variable} is not set and data/corpus.jsonl.zst does not exist: the real questions are not at"
+            " hand"
+        )
     return path
 
 
@@ -46,7 +50,8 @@ def test_bm25_on_all_six_sets_in_process_and_served(tmp_path):
         "musique": (0.392, 0.082),
         "nq": (0.644, 0.644),
         "triviaqa": (0.861, 0.861),
-        "popqa": (0.773, 0.773),  # bm25s: .779; one question of 172, whose third and fourth passages tie exactly
+        # bm25s: .779; one question of 172, whose third and fourth passages tie exactly
+        "popqa": (0.773, 0.773),
     }
     found = _figures(questions, "eval", corpus=str(tmp_path / "corpus"))
     assert {name: pytest.approx(values, abs=6e-4) for name, values in expected.items()} == found
@@ -62,10 +67,16 @@ def test_minilm_on_the_small_corpus(tmp_path):
     if encoder is None:
         pytest.skip("SD_SEARCH_ENCODER is not set: all-MiniLM-L6-v2 is not at hand")
     passages = _import("passages", data / "mini_hotpot500_corpus_searchr1.jsonl.zst", tmp_path / "passages")
-    questions = _import("questions", data / "mini_hotpot500_questions.jsonl.zst", tmp_path / "q.jsonl", passages=passages)
+    questions = _import(
+        "questions", data / "mini_hotpot500_questions.jsonl.zst", tmp_path / "q.jsonl", passages=passages
+    )
     vectors, corpus = str(tmp_path / "vectors"), str(tmp_path / "corpus")
     encode_passages(EncodeConfig(passages=passages, encoder=encoder, output=vectors))
-    build_index(IndexConfig(passages=passages, vectors=vectors, output=corpus, vector_index=VectorIndexConfig(kind="flat")))
+    build_index(
+        IndexConfig(
+            passages=passages, vectors=vectors, output=corpus, vector_index=VectorIndexConfig(kind="flat")
+        )
+    )
     with serving(Path(corpus), tmp_path) as (address, _process):
         served = {"endpoints": (address,), "client": quick_client()}
         assert _figures(questions, None, top_k=5, **served)["hotpotqa"][0] == pytest.approx(0.736, abs=0.01)

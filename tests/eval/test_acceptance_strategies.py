@@ -1,7 +1,9 @@
-"""All strategies on real questions, where their files are at hand (SD_SEARCH_DATA, as in test_acceptance_retrieval.py).
+"""All strategies on real questions, where their files are at hand (SD_SEARCH_DATA, as in
+test_acceptance_retrieval.py).
 
-The committed start policy knows nothing of the world, so its answers are worth nothing; what is shown is that every strategy gets
-through real questions and passages, and that what RAG's report says of passages is what the retriever finds.
+The committed start policy knows nothing of the world, so its answers are worth nothing; what is shown is
+that every strategy gets through real questions and passages, and that what RAG's report says of passages is
+what the retriever finds.
 """
 
 import asyncio
@@ -22,11 +24,17 @@ from tests.eval.test_acceptance_retrieval import _folder, _import
 
 pytestmark = pytest.mark.slow
 
-SETS = {name: name for name in ("hotpotqa", "musique", "nq", "popqa", "triviaqa")} | {"2wikimultihopqa": "2wiki"}
+SETS = {name: name for name in ("hotpotqa", "musique", "nq", "popqa", "triviaqa")} | {
+    "2wikimultihopqa": "2wiki"
+}
 EACH = 50
 TOP_K = 3
 LIMITS = RolloutConfig(
-    questions_per_step=100, max_search_turns=3, max_turn_tokens=48, max_observation_tokens=1000, max_rollout_tokens=2048
+    questions_per_step=100,
+    max_search_turns=3,
+    max_turn_tokens=48,
+    max_observation_tokens=1000,
+    max_rollout_tokens=2048,
 )
 
 
@@ -58,9 +66,14 @@ def test_every_strategy_gets_through_real_questions(real, strategy, tmp_path):
         )
     )
     assert report["num_failed"] == 0
-    assert {name: figures["num_questions"] for name, figures in report["sets"].items()} == dict.fromkeys(SETS.values(), EACH)
+    assert {name: figures["num_questions"] for name, figures in report["sets"].items()} == dict.fromkeys(
+        SETS.values(), EACH
+    )
     if strategy == "rag":
-        found = {name: (f["supporting_recall"]["value"], f["answer_in_passages"]["value"]) for name, f in report["sets"].items()}
+        found = {
+            name: (f["supporting_recall"]["value"], f["answer_in_passages"]["value"])
+            for name, f in report["sets"].items()
+        }
         assert found == {name: pytest.approx(values, abs=1e-6) for name, values in retrieved(real).items()}
 
 
@@ -69,7 +82,9 @@ def retrieved(real) -> dict[str, tuple[float, float]]:
     questions = load_questions(str(real / "questions.jsonl"))
     retriever = open_retriever(RetrieverConfig(corpus=str(real / "corpus"), top_k=TOP_K))
     hits = asyncio.run(retriever.search([question.text for question in questions], TOP_K))
-    own = {name: [(q, h) for q, h in zip(questions, hits) if q.source == source] for source, name in SETS.items()}
+    own = {
+        name: [(q, h) for q, h in zip(questions, hits) if q.source == source] for source, name in SETS.items()
+    }
     return {
         name: (
             sum(hop_recall(h, q.supporting) for q, h in pairs) / EACH,

@@ -30,11 +30,14 @@ MODEL = str(Path(__file__).parents[2] / "data_prep/coldstart_model")
 COMPACT = ProtocolConfig(preset="compact")
 EXACT = ModelConfig(path=MODEL, dtype="float32")
 FIRST = (
-    "<think>who</think> <search>Ana guide</search>\n<information>Doc 1(Title: Ana) Ana is guided by Bo.\n"
-    "Doc 2(Title: Cy) Cy sails.\n</information>\n<search>Bo city</search>\n<information>Doc 1(Title: Bo) Bo lives in Riga.\n"
-    "</information>\n<answer>Riga</answer>"
+    "<think>who</think> <search>Ana guide</search>\n<information>Doc 1(Title: Ana) Ana is guided by Bo.\nDoc"
+    " 2(Title: Cy) Cy sails.\n</information>\n<search>Bo city</search>\n<information>Doc 1(Title: Bo) Bo"
+    " lives in Riga.\n</information>\n<answer>Riga</answer>"
 )
-SECOND = "<search>Ana  GUIDE</search>\n<information>Doc 1(Title: Cy) Cy sails.\n</information>\n<answer>Oslo</answer>"
+SECOND = (
+    "<search>Ana  GUIDE</search>\n<information>Doc 1(Title: Cy) Cy"
+    " sails.\n</information>\n<answer>Oslo</answer>"
+)
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +57,9 @@ def transcripts(tmp_path):
 def query(rollout=0, number=0, *, hit, log_ratio=0.0, kind="mixed", correct=False, question_id="a"):
     flags = {"text": "t", "leak": False, "copy": False, "jsd": 0.1}
     place = {"question_id": question_id, "rollout": rollout, "number": number}
-    return QueryCredit(**place, **flags, group_kind=kind, correct=correct, hit=hit, log_ratios=(log_ratio, log_ratio))
+    return QueryCredit(
+        **place, **flags, group_kind=kind, correct=correct, hit=hit, log_ratios=(log_ratio, log_ratio)
+    )
 
 
 def test_area_is_mann_whitneys():
@@ -66,7 +71,8 @@ def test_area_is_mann_whitneys():
 
 
 def test_position_alone_is_told_from_credit():
-    """The teacher prefers early queries, which hit more often: right within rollouts, chance at equal places."""
+    """The teacher prefers early queries, which hit more often: right within rollouts, chance at equal
+    places."""
     queries = [
         query(0, 0, hit=True, log_ratio=1.0), query(0, 1, hit=False, log_ratio=0.0),
         query(1, 0, hit=False, log_ratio=1.0), query(1, 1, hit=False, log_ratio=0.0),
@@ -90,7 +96,8 @@ def test_flags_of_a_rollout():
     assert [fact.leak for fact in facts] == [False, False, True, False]
     assert [fact.copy for fact in facts] == [False, False, False, True]
     nameless = replace(group([one]), question=replace(asked, supporting=()))
-    assert [fact.hit for fact in query_facts(nameless, one)] == [False, False, True, False]  # by the answer in a passage
+    # by the answer in a passage
+    assert [fact.hit for fact in query_facts(nameless, one)] == [False, False, True, False]
 
 
 def test_foreign_text_becomes_turns_and_hits(transcripts, environment):
@@ -101,12 +108,18 @@ def test_foreign_text_becomes_turns_and_hits(transcripts, environment):
     assert first.turns[0].hits[0].passage.text == "Ana is guided by Bo."
     start, stop = first.turns[0].query_span
     assert environment.codec.decode(first.turns[0].completion_ids[start:stop]).strip() == "Ana guide"
-    text = "".join(environment.codec.decode(turn.completion_ids + turn.observation_ids) for turn in first.turns)
+    text = "".join(
+        environment.codec.decode(turn.completion_ids + turn.observation_ids) for turn in first.turns
+    )
     assert text == FIRST
 
 
 def test_log_ratios_are_those_of_two_plain_forwards(transcripts, environment, tmp_path):
-    table = credit(CreditConfig(model=EXACT, transcripts=str(transcripts), output=str(tmp_path / "out"), protocol=COMPACT))
+    table = credit(
+        CreditConfig(
+            model=EXACT, transcripts=str(transcripts), output=str(tmp_path / "out"), protocol=COMPACT
+        )
+    )
     assert (table.num_queries, table.num_rollouts, table.copy_share) == (3, 2, pytest.approx(2 / 3))
     rows = [json.loads(line) for line in (tmp_path / "out/queries.jsonl").read_text().splitlines()]
     assert [(row["hit"], row["correct"], row["group_kind"]) for row in rows] == [
@@ -119,7 +132,10 @@ def test_log_ratios_are_those_of_two_plain_forwards(transcripts, environment, tm
     start, stop = turn.query_span
     model = load_model(MODEL, dtype=torch.float32, device=torch.device("cpu"))
     logprobs = []
-    for prompt in (environment.prompt_ids(found.question.text, block), environment.prompt_ids(found.question.text)):
+    for prompt in (
+        environment.prompt_ids(found.question.text, block),
+        environment.prompt_ids(found.question.text),
+    ):
         ids = torch.tensor([[*prompt, *turn.completion_ids]])
         scored = model(ids).logits[0].log_softmax(-1)
         places = range(len(prompt) + start, len(prompt) + stop)
@@ -134,9 +150,10 @@ def test_batches_change_nothing(environment, transcripts):
     (found,) = read_groups(transcripts, environment)
     (found,) = score([found], RewardConfig())
     model = load_model(MODEL, dtype=torch.float32, device=torch.device("cpu"))
-    blocks = ["Previous attempts at this question:\nAttempt 1 (CORRECT): \"Ana guide\"\n"] * 2
+    blocks = ['Previous attempts at this question:\nAttempt 1 (CORRECT): "Ana guide"\n'] * 2
     alone, together = (
-        score_group(model, environment, found, blocks, options=ScoreOptions(batch_tokens=size)) for size in (1, 8192)
+        score_group(model, environment, found, blocks, options=ScoreOptions(batch_tokens=size))
+        for size in (1, 8192)
     )
     assert [query.text for query in alone] == [query.text for query in together] and len(alone) == 3
     for one, other in zip(alone, together):
@@ -174,9 +191,13 @@ def test_a_killed_scoring_goes_on_and_reports_the_same(tmp_path, monkeypatch):
     assert credit(config).lines() == straight.lines()
     assert scored == ["0", "1", "2", "2", "3", "4"]
     for name in ("credit.json", "queries.jsonl"):
-        one, other = ((tmp_path / run / name).read_text().replace(f"/{run}\"", "\"") for run in ("straight", "out"))
+        one, other = (
+            (tmp_path / run / name).read_text().replace(f'/{run}"', '"') for run in ("straight", "out")
+        )
         assert one == other
-    with pytest.raises(ConfigError, match="holds an evaluation whose credit is .*'paper'.*now it is .*'shuffled'"):
+    with pytest.raises(
+        ConfigError, match="holds an evaluation whose credit is .*'paper'.*now it is .*'shuffled'"
+    ):
         credit(replace(config, block="shuffled"))
 
 
@@ -185,11 +206,20 @@ def test_two_ranks_score_what_one_does(tmp_path):
     path = many_groups(tmp_path / "t.jsonl")
     shared = {"model": EXACT, "transcripts": str(path), "protocol": COMPACT}
     one = credit(CreditConfig(output=str(tmp_path / "one"), **shared))
-    options = [f"--model.path={MODEL}", "--model.dtype=float32", f"--transcripts={path}", "--protocol.preset=compact"]
+    options = [
+        f"--model.path={MODEL}",
+        "--model.dtype=float32",
+        f"--transcripts={path}",
+        "--protocol.preset=compact",
+    ]
     credit_on_ranks(["--num-ranks=2", *options, f"--output={tmp_path / 'two'}"])
-    shares = [len((tmp_path / "two" / f"scored.rank_{rank}.jsonl").read_text().splitlines()) for rank in (0, 1)]
+    shares = [
+        len((tmp_path / "two" / f"scored.rank_{rank}.jsonl").read_text().splitlines()) for rank in (0, 1)
+    ]
     assert shares == [2, 3]
-    assert json.loads((tmp_path / "two/credit.json").read_text())["hit_share"] == pytest.approx(one.hit_share, abs=1e-4)
+    assert json.loads((tmp_path / "two/credit.json").read_text())["hit_share"] == pytest.approx(
+        one.hit_share, abs=1e-4
+    )
     rows = [read_lines(tmp_path / name / "queries.jsonl") for name in ("one", "two")]
     for first, second in zip(*rows, strict=True):
         assert (first["question_id"], first["text"]) == (second["question_id"], second["text"])
@@ -203,20 +233,28 @@ def test_what_does_not_fit_is_named(transcripts, environment, tmp_path):
     with pytest.raises(ConfigError, match="block is 'turn_causal', expected one of dummy, flat_pool"):
         credit(replace(config, block="turn_causal"))
     transcripts.write_text('{"question": "Q?", "golden_answers": "a", "answerr": 1}\n')
-    with pytest.raises(DataError, match=r"foreign.jsonl:1 has fields \['answerr', 'golden_answers', 'question'\], expected the"):
+    with pytest.raises(
+        DataError,
+        match=r"foreign.jsonl:1 has fields \['answerr', 'golden_answers', 'question'\], expected the",
+    ):
         credit(config)
-    transcripts.write_text(json.dumps({"question": "Q?", "golden_answers": "a", "response": "<answer>a</answer>"}) + "\n")
+    transcripts.write_text(
+        json.dumps({"question": "Q?", "golden_answers": "a", "response": "<answer>a</answer>"}) + "\n"
+    )
     with pytest.raises(DataError, match="no query of 1 groups can be judged"):
         credit(config)
     own = {"turns": [{"completion_ids": [5, 6], "completion_text": "other words"}]}
     transcripts.write_text(json.dumps({"question": {}, "rollouts": [own]}) + "\n")
-    with pytest.raises(DataError, match="in the transcript 'other words'; expected the model, or at least the tokenizer"):
+    with pytest.raises(
+        DataError, match="in the transcript 'other words'; expected the model, or at least the tokenizer"
+    ):
         credit(config)
 
 
 RETRY = (
-    "\nMy previous action is invalid. If I want to search, I should put the query between <search> and </search>. If I want to "
-    "give the final answer, I should put the answer between <answer> and </answer>. Let me try again.\n"
+    "\nMy previous action is invalid. If I want to search, I should put the query between <search> and"
+    " </search>. If I want to give the final answer, I should put the answer between <answer> and </answer>."
+    " Let me try again.\n"
 )
 
 
@@ -238,7 +276,10 @@ def test_the_environments_messages_are_not_the_policys_words(environment, tmp_pa
 
 def test_two_questions_with_one_id_are_two_groups(environment, tmp_path):
     """Ids of FlashRAG's files are test_0 in every data set."""
-    one, two = ({"id": "test_0", "question": f"{name}?", "answer": name, "response": SECOND} for name in ("Riga", "Oslo"))
+    one, two = (
+        {"id": "test_0", "question": f"{name}?", "answer": name, "response": SECOND}
+        for name in ("Riga", "Oslo")
+    )
     first, second = groups_of(tmp_path / "t.jsonl", environment, one, two, one)
     assert (len(first.rollouts), len(second.rollouts)) == (2, 1) and first.question.id != second.question.id
     assert second.question.golden_answers == ("Oslo",)
@@ -261,17 +302,26 @@ def test_a_last_line_without_a_line_break_is_a_line(environment, tmp_path):
 )  # fmt: skip
 def test_dumps_of_verl_chats_and_whole_sequences_are_read(environment, tmp_path, row):
     (group,) = groups_of(tmp_path / "t.jsonl", environment, row)
-    assert (group.question.text, group.question.golden_answers, queries_of(group)) == ("q?", ("Riga",), ["Ana  GUIDE"])
+    assert (group.question.text, group.question.golden_answers, queries_of(group)) == (
+        "q?",
+        ("Riga",),
+        ["Ana  GUIDE"],
+    )
 
 
 def test_titles_may_hold_parentheses_and_quotes(environment, tmp_path):
     passages = 'Doc 1(Title: "Lena Hart (artist)") She paints.\nDoc 2(Title: Oslo) A city.'
     shown = f"<search>a</search><information>{passages}</information>"
-    (group,) = groups_of(tmp_path / "t.jsonl", environment, {"question": "q?", "answer": "x", "response": shown})
+    (group,) = groups_of(
+        tmp_path / "t.jsonl", environment, {"question": "q?", "answer": "x", "response": shown}
+    )
     assert [hit.passage.title for hit in group.rollouts[0].turns[0].hits] == ["Lena Hart (artist)", "Oslo"]
 
 
 def test_the_form_of_a_foreign_rollout_is_judged(environment, tmp_path):
-    rows = [{"question": "q?", "answer": "x", "response": text} for text in ("<answer>x</answer", "no tags at all")]
+    rows = [
+        {"question": "q?", "answer": "x", "response": text}
+        for text in ("<answer>x</answer", "no tags at all")
+    ]
     (group,) = groups_of(tmp_path / "t.jsonl", environment, *rows)
     assert [rollout.turns[0].well_formed for rollout in group.rollouts] == [False, False]

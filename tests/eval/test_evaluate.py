@@ -1,4 +1,5 @@
-"""`sd-search eval` and `sd-search compare` with the committed small model: strategies, resuming, kills, and input that is bad."""
+"""`sd-search eval` and `sd-search compare` with the committed small model: strategies, resuming, kills, and
+input that is bad."""
 
 import asyncio
 import dataclasses
@@ -28,7 +29,11 @@ from megatron_sd.search.questions import load_questions
 from tests import builders
 
 LIMITS = RolloutConfig(
-    questions_per_step=3, max_search_turns=4, max_turn_tokens=24, max_observation_tokens=48, max_rollout_tokens=640
+    questions_per_step=3,
+    max_search_turns=4,
+    max_turn_tokens=24,
+    max_observation_tokens=48,
+    max_rollout_tokens=640,
 )
 
 
@@ -74,7 +79,10 @@ def test_the_agent_answers_and_the_report_says_how(agent, world):
     assert figures["format_valid"]["value"] > 0.5
     assert figures["infrastructure_error"]["value"] == 0.0
     assert sum(own["num_questions"] for own in report["sets"].values()) == report["num_questions"] == 6
-    assert report["corpus_version"] == open_retriever(RetrieverConfig(corpus=str(world / "corpus"))).corpus_version
+    assert (
+        report["corpus_version"]
+        == open_retriever(RetrieverConfig(corpus=str(world / "corpus"))).corpus_version
+    )
     assert report["overlap"]["num_shared"] == 6, "it was given its own questions as training questions"
     assert "6 of these questions are training questions too" in (agent / "report.md").read_text()
     assert len(read_lines(agent / "transcripts/evaluation.jsonl")) == 6
@@ -105,9 +113,9 @@ def test_rag_reads_what_the_retriever_finds(world, tmp_path):
         (sample,) = results[question.id].samples
         assert sample.retrieved == (tuple(hit.passage.id for hit in hits),)
         found = {hit.passage.id for hit in hits}
-        assert sample.figures["supporting_recall"] == sum(bool(found & set(hop)) for hop in question.supporting) / len(
-            question.supporting
-        )
+        assert sample.figures["supporting_recall"] == sum(
+            bool(found & set(hop)) for hop in question.supporting
+        ) / len(question.supporting)
 
 
 def test_a_second_run_changes_nothing_and_a_missing_or_torn_line_is_made_again(agent, world, tmp_path):
@@ -139,24 +147,56 @@ def test_too_many_failures_end_the_evaluation_and_keep_what_was_answered(world, 
     class HalfBroken:
         def run(self, questions, *, step, greedy):
             reasons = [StopReason.RETRIEVAL_FAILED, StopReason.ANSWERED]
-            rollouts = [builders.rollout(stop_reason=reasons[n % 2], answer="x") for n in range(len(questions))]
-            return [RolloutGroup(question=question, rollouts=(own,)) for question, own in zip(questions, rollouts)]
+            rollouts = [
+                builders.rollout(stop_reason=reasons[n % 2], answer="x") for n in range(len(questions))
+            ]
+            return [
+                RolloutGroup(question=question, rollouts=(own,)) for question, own in zip(questions, rollouts)
+            ]
 
     monkeypatch.setattr("eval.run.build_strategy", lambda *_, **__: HalfBroken())
-    with pytest.raises(RolloutError, match=r"2 of 3 rollouts failed \({'retrieval_failed': 2}\), expected at most 20%"):
+    with pytest.raises(
+        RolloutError, match=r"2 of 3 rollouts failed \({'retrieval_failed': 2}\), expected at most 20%"
+    ):
         evaluate(config_for(world, tmp_path))
-    assert [result.failed for result in read_results(tmp_path / "samples.jsonl").values()] == [True, False, True]
+    assert [result.failed for result in read_results(tmp_path / "samples.jsonl").values()] == [
+        True,
+        False,
+        True,
+    ]
     assert not (tmp_path / "report.json").exists()
 
 
 @pytest.mark.slow
 def test_killed_at_random_and_resumed_it_reports_the_same(agent, world, tmp_path):
     arguments = [
-        *(f"--model.path={files('data_prep') / 'coldstart_model'}", "--model.dtype=float32", "--retriever.top_k=1"),
-        *(f"--retriever.corpus={world / 'corpus'}", f"--questions={world / 'questions.jsonl'}", "--split=eval", "--limit=6"),
-        *("--num_resamples=100", f"--output={tmp_path}", "--protocol.preset=compact", "--rollout.questions_per_step=3"),
-        *("--rollout.max_search_turns=4", "--rollout.max_turn_tokens=24", "--rollout.max_observation_tokens=48"),
-        *("--rollout.max_rollout_tokens=640", f"--train_questions={world / 'questions.jsonl'}", "--train_split=eval"),
+        *(
+            f"--model.path={files('data_prep') / 'coldstart_model'}",
+            "--model.dtype=float32",
+            "--retriever.top_k=1",
+        ),
+        *(
+            f"--retriever.corpus={world / 'corpus'}",
+            f"--questions={world / 'questions.jsonl'}",
+            "--split=eval",
+            "--limit=6",
+        ),
+        *(
+            "--num_resamples=100",
+            f"--output={tmp_path}",
+            "--protocol.preset=compact",
+            "--rollout.questions_per_step=3",
+        ),
+        *(
+            "--rollout.max_search_turns=4",
+            "--rollout.max_turn_tokens=24",
+            "--rollout.max_observation_tokens=48",
+        ),
+        *(
+            "--rollout.max_rollout_tokens=640",
+            f"--train_questions={world / 'questions.jsonl'}",
+            "--train_split=eval",
+        ),
     ]
     program = [sys.executable, "-m", "launch.cli", "eval", *arguments]
     for num_lines in (0, 3):  # killed while the first slice runs, and as soon as it stands
@@ -233,7 +273,8 @@ def test_a_directory_that_is_no_causal_language_model_is_refused(world, tmp_path
 
 
 def changed(agent: Path, output: Path, wrong: int) -> Path:
-    """A copy of an evaluation in which the first questions are answered right, and the next `wrong` ones wrong."""
+    """A copy of an evaluation in which the first questions are answered right, and the next `wrong` ones
+    wrong."""
     output.mkdir()
     (output / "evaluation.json").write_bytes((agent / "evaluation.json").read_bytes())
     records = read_lines(agent / "samples.jsonl")
@@ -264,7 +305,9 @@ def test_compare_adjusts_over_sets(agent, tmp_path):
     assert smallest.p_holm == pytest.approx(min(1.0, len(sets) * smallest.p_value))
 
 
-@pytest.mark.parametrize(("key", "meaning"), [("questions_version", "questions"), ("corpus_version", "corpus")])
+@pytest.mark.parametrize(
+    ("key", "meaning"), [("questions_version", "questions"), ("corpus_version", "corpus")]
+)
 def test_compare_refuses_runs_over_different_things(key, meaning, agent, tmp_path):
     other = changed(agent, tmp_path / "b", wrong=0)
     identity = json.loads((other / "evaluation.json").read_text()) | {key: "other"}

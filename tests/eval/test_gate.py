@@ -1,4 +1,5 @@
-"""The gate with the real engine, environment and retriever; on an untrained model and on the committed start policy."""
+"""The gate with the real engine, environment and retriever; on an untrained model and on the committed
+start policy."""
 
 import dataclasses
 import json
@@ -22,7 +23,11 @@ from megatron_sd.rollout.rollouter import Rollouter
 
 FITS = ["--rollout.max_rollout_tokens=640", "--rollout.max_turn_tokens=8"]  # the positions of the small model
 LIMITS = RolloutConfig(
-    questions_per_step=40, max_search_turns=4, max_turn_tokens=24, max_observation_tokens=48, max_rollout_tokens=640
+    questions_per_step=40,
+    max_search_turns=4,
+    max_turn_tokens=24,
+    max_observation_tokens=48,
+    max_rollout_tokens=640,
 )
 
 
@@ -64,7 +69,11 @@ def test_an_untrained_model_asks_nothing_and_the_gate_stays_closed(world, tmp_pa
     assert written["gate"]["gate"] == "closed"
     assert written["gate"]["world"]["seed"] == 11
     assert written["gate"]["overall"]["linked"]["mean"] is None
-    arguments = [f"--model.path={tmp_path}", f"--retriever.corpus={world / 'corpus'}", f"--questions={config.questions}"]
+    arguments = [
+        f"--model.path={tmp_path}",
+        f"--retriever.corpus={world / 'corpus'}",
+        f"--questions={config.questions}",
+    ]
     with pytest.raises(MegatronSdError, match="labels are not read"):
         main([*arguments, *FITS, "--model.dtype=float32", "--limit=2", "--protocol.preset=compact"])
     with pytest.raises(ConfigError, match="lift.num_resamples: found 0, expected 1 or more"):
@@ -101,10 +110,13 @@ def test_a_killed_gate_goes_on_and_reports_the_same(world, tmp_path, monkeypatch
 
 @pytest.mark.ranks
 def test_a_gate_on_two_ranks_samples_what_one_does(world, tmp_path):
-    """Each rank a share of the questions; a rollout's noise follows from its question, wherever it is sampled."""
+    """Each rank a share of the questions; a rollout's noise follows from its question, wherever it is
+    sampled."""
     model = Path(str(files("data_prep") / "coldstart_model"))
     rollout = dataclasses.replace(LIMITS, questions_per_step=4, group_size=2)
-    config = dataclasses.replace(config_for(model, world), limit=4, rollout=rollout, output=str(tmp_path / "one"))
+    config = dataclasses.replace(
+        config_for(model, world), limit=4, rollout=rollout, output=str(tmp_path / "one")
+    )
     gate(dataclasses.replace(config, lift=LiftConfig(correct_above=0.5, num_resamples=50)))
     names = ("questions_per_step", "group_size", "max_search_turns", "max_turn_tokens", "max_rollout_tokens")
     limits = {name: getattr(rollout, name) for name in names} | {"max_observation_tokens": 48}
@@ -114,7 +126,8 @@ def test_a_gate_on_two_ranks_samples_what_one_does(world, tmp_path):
         "lift.correct_above": 0.5, "lift.num_resamples": 50, "output": tmp_path / "two",
         **{f"rollout.{name}": value for name, value in limits.items()},
     }  # fmt: skip
-    with pytest.raises(MegatronSdError, match="eval.gate.command ended with exit code"):  # a gate of four questions is closed
+    # a gate of four questions is closed
+    with pytest.raises(MegatronSdError, match="eval.gate.command ended with exit code"):
         gate_on_ranks(["--num-ranks=2", *(f"--{name}={value}" for name, value in options.items())])
     one, two = (read_lines(tmp_path / name / "draws.jsonl") for name in ("one", "two"))
     assert len(one) == len(two) == 7

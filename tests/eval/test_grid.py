@@ -1,4 +1,5 @@
-"""Grids: what is refused before the first run, what is repeated, and that the figures of a table are right."""
+"""Grids: what is refused before the first run, what is repeated, and that the figures of a table are
+right."""
 
 import dataclasses
 import itertools
@@ -27,7 +28,11 @@ RECIPE = "launch/configs/world.yaml"
 @pytest.fixture
 def config(tmp_path):
     starts = {name: str(write_model(tmp_path / name)) for name in ("one", "two")}
-    arms = {"grpo": {"distill.block": "none"}, "sd": {}, "shuffled": {"distill.block": "shuffled", "num_steps": 3}}
+    arms = {
+        "grpo": {"distill.block": "none"},
+        "sd": {},
+        "shuffled": {"distill.block": "shuffled", "num_steps": 3},
+    }
     return GridConfig(
         recipe=RECIPE, output=str(tmp_path / "grid"), arms=arms, starts=starts, seeds=(0, 1, 2), baseline="grpo",
         common={"num_steps": 7, "optimizer.betas": [0.8, 0.9], "distill.top_k": None}, num_resamples=500,
@@ -53,11 +58,20 @@ def fill(config, value_of):
 
 def test_every_run_of_the_plan_with_its_configuration(config):
     runs = plan(config)
-    assert [run.name for run in runs[:4]] == ["grpo-one-000", "sd-one-000", "shuffled-one-000", "grpo-two-000"]
+    assert [run.name for run in runs[:4]] == [
+        "grpo-one-000",
+        "sd-one-000",
+        "shuffled-one-000",
+        "grpo-two-000",
+    ]
     assert len({run.name for run in runs}) == 18
     own = runs[5].config(RECIPE, "somewhere")
     assert (own.distill.block, own.num_steps, own.seed, own.run_dir) == ("shuffled", 3, 0, "somewhere")
-    assert own.optimizer.betas == (0.8, 0.9) and own.distill.top_k is None and own.model.path == config.starts["two"]
+    assert (
+        own.optimizer.betas == (0.8, 0.9)
+        and own.distill.top_k is None
+        and own.model.path == config.starts["two"]
+    )
     assert runs[1].config(RECIPE, "x").num_steps == 7
 
 
@@ -80,8 +94,14 @@ def test_a_digest_is_of_the_arm_and_not_of_seed_start_or_place(config, tmp_path)
         ({"only": ("shufled",)}, "only: unknown 'shufled'; did you mean shuffled?"),
         ({"contrasts": (("sd", "shufled"),)}, "contrasts: unknown 'shufled'; did you mean shuffled?"),
         ({"outcomes": ("evel_em",)}, "outcomes: unknown 'evel_em'; did you mean eval_em?"),
-        ({"arms": {"grpo": {}, "x": {"distill.blok": "none"}}}, "arm 'x': distill.blok: .*; did you mean distill.block?"),
-        ({"arms": {"grpo": {}, "x": {"distill.block": "shufled"}}}, "arm 'x': distill.block: .* did you mean shuffled?"),
+        (
+            {"arms": {"grpo": {}, "x": {"distill.blok": "none"}}},
+            "arm 'x': distill.blok: .*; did you mean distill.block?",
+        ),
+        (
+            {"arms": {"grpo": {}, "x": {"distill.block": "shufled"}}},
+            "arm 'x': distill.block: .* did you mean shuffled?",
+        ),
         ({"arms": {"grpo": {}, "x": {"distill.beta": 2}}}, "arm 'x': distill.beta: found 2"),
         ({"arms": {"grpo": {}, "x/y": {}}}, "found the name 'x/y', expected letters"),
         ({"seeds": (1, 1)}, "seeds: found \\[1, 1\\], expected each once"),
@@ -151,15 +171,25 @@ def test_a_record_appears_whole_or_not_at_all(config, tmp_path, monkeypatch):
 
 def test_failures_are_reported_after_the_table(config, monkeypatch, capsys):
     monkeypatch.setattr(grid_main, "parse", lambda *_: config)
-    monkeypatch.setattr(grid_main, "run_all", lambda orders, on_end, **_: [on_end(o.name, "RolloutError: lost") for o in orders])
-    with pytest.raises(MegatronSdError, match="18 runs failed, the others are kept; the same command runs them again"):
+    monkeypatch.setattr(
+        grid_main,
+        "run_all",
+        lambda orders, on_end, **_: [on_end(o.name, "RolloutError: lost") for o in orders],
+    )
+    with pytest.raises(
+        MegatronSdError, match="18 runs failed, the others are kept; the same command runs them again"
+    ):
         grid_main.main([])
     assert "0 of 18 runs are finished" in capsys.readouterr().out
 
 
 def test_differences_are_paired_by_start_and_seed(config):
     """sd is 0.1 better than grpo in every pair, however much pairs differ; shuffled has no run of seed 2."""
-    base = {(start, seed): 0.2 * seed + (0.3 if start == "two" else 0.0) for start in config.starts for seed in config.seeds}
+    base = {
+        (start, seed): 0.2 * seed + (0.3 if start == "two" else 0.0)
+        for start in config.starts
+        for seed in config.seeds
+    }
     lift = {"grpo": 0.0, "sd": 0.1, "shuffled": -0.05}
     fill(config, lambda run: base[run.start, run.seed] + lift[run.arm])
     records = [cell.record for cell in read_cells(config)]
@@ -193,7 +223,9 @@ def test_the_interval_is_that_of_resampled_starts_and_seeds():
 
 
 def test_an_effect_of_one_start_policy_alone_has_a_wide_interval():
-    table = {(start, seed): (0.3 if start == "a" else 0.0) + 0.001 * seed for start in "abc" for seed in range(10)}
+    table = {
+        (start, seed): (0.3 if start == "a" else 0.0) + 0.001 * seed for start in "abc" for seed in range(10)
+    }
     found = crossed_bootstrap(table, num_resamples=4000)
     assert found.low < 0.01 and found.high > 0.25
 
@@ -226,12 +258,18 @@ def test_a_record_says_what_made_it(config):
 @pytest.mark.slow
 @pytest.mark.ranks
 def test_real_runs_are_paired_recorded_and_not_repeated(tmp_path):
-    """Two arms from the committed start policy: the same first rollouts, other weights after the update; then nothing is left."""
+    """Two arms from the committed start policy: the same first rollouts, other weights after the update;
+    then nothing is left."""
     world = tmp_path / "world"
     make_world(WorldConfig(output=str(world), num_train_questions=40, num_eval_questions=10))
     questions = f"{world}/questions.jsonl"
     places = {"data.train": questions, "data.eval": questions, "retriever.corpus": f"{world}/corpus"}
-    sizes = {"num_steps": 2, "rollout.questions_per_step": 3, "distill.alpha.warmup_steps": 0, "distill.measure_every": 1}
+    sizes = {
+        "num_steps": 2,
+        "rollout.questions_per_step": 3,
+        "distill.alpha.warmup_steps": 0,
+        "distill.measure_every": 1,
+    }
     config = GridConfig(
         recipe=RECIPE, output=str(tmp_path / "grid"), arms={"grpo": {"distill.block": "none"}, "sd": {"distill.gate": "none"}},
         starts={"committed": "data_prep/coldstart_model"}, seeds=(5,), baseline="grpo", common=sizes | places,

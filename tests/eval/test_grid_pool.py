@@ -47,17 +47,33 @@ def test_an_interrupt_ends_the_workers_and_starts_no_more_of_them(tmp_path):
 
 def test_a_process_ends_after_so_many_runs_and_the_next_one_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr("eval.grid.pool.RUNS_PER_PROCESS", 3)
-    command = (sys.executable, "-c", f"import os, sys\nfor _ in sys.stdin: print('{ANSWER}' + str(os.getpid()), flush=True)")
+    command = (
+        sys.executable,
+        "-c",
+        f"import os, sys\nfor _ in sys.stdin: print('{ANSWER}' + str(os.getpid()), flush=True)",
+    )
     said = []
     orders = [Order(name=str(number), line="") for number in range(7)]
-    run_all(orders, num_workers=1, devices=(), log_dir=tmp_path, on_end=lambda _, pid: said.append(pid), command=command)
+    run_all(
+        orders,
+        num_workers=1,
+        devices=(),
+        log_dir=tmp_path,
+        on_end=lambda _, pid: said.append(pid),
+        command=command,
+    )
     assert [said.count(pid) for pid in dict.fromkeys(said)] == [3, 3, 1]
 
 
 def test_each_worker_gets_a_device_of_its_own(tmp_path):
-    say = f"print('{ANSWER}' + json.dumps(os.environ['CUDA_VISIBLE_DEVICES'] + os.environ['OMP_NUM_THREADS']), flush=True)"
+    say = (
+        f"print('{ANSWER}' + json.dumps(os.environ['CUDA_VISIBLE_DEVICES'] + os.environ['OMP_NUM_THREADS']),"
+        " flush=True)"
+    )
     command = (sys.executable, "-c", f"import json, os, sys\nfor _ in sys.stdin: {say}")
     said = {}
     order = Order(name="run", line='""')
-    run_all([order], num_workers=4, devices=(3, 4), log_dir=tmp_path, on_end=said.__setitem__, command=command)
+    run_all(
+        [order], num_workers=4, devices=(3, 4), log_dir=tmp_path, on_end=said.__setitem__, command=command
+    )
     assert said == {"run": "31"}

@@ -1,4 +1,5 @@
-"""The lift is measured on samplers whose behaviour is known: a reader of labels, a switch that CORRECT turns on, a blind one."""
+"""The lift is measured on samplers whose behaviour is known: a reader of labels, a switch that CORRECT
+turns on, a blind one."""
 
 import random
 from dataclasses import replace
@@ -19,7 +20,8 @@ CONFIG = LiftConfig(num_resamples=500)
 
 
 class KnownSampler:
-    """Tries one of four keywords, of which `right[question]` succeeds; how it takes a block is the subclass's."""
+    """Tries one of four keywords, of which `right[question]` succeeds; how it takes a block is the
+    subclass's."""
 
     def __init__(self) -> None:
         rng = random.Random(7)
@@ -34,7 +36,9 @@ class KnownSampler:
             rng = random.Random(f"{draw}/{question.id}")
             choices = self.choices(question, hindsight[i] if hindsight else "")
             queries = [rng.choice(choices) for _ in range(GROUP_SIZE)]
-            rollouts = [rollout(n, [q], reward=float(q == self.right[question.id])) for n, q in enumerate(queries)]
+            rollouts = [
+                rollout(n, [q], reward=float(q == self.right[question.id])) for n, q in enumerate(queries)
+            ]
             groups.append(RolloutGroup(question=question, rollouts=tuple(rollouts)))
         return groups
 
@@ -65,7 +69,9 @@ def test_a_reader_passes_the_gate():
     )
     assert report.overall["wrong_question"].low < 0 < report.overall["wrong_question"].high
     assert report.mixed["inverted"].mean < 0
-    assert report.all_wrong["linked"].low <= 0 <= report.all_wrong["linked"].high, "no regression to the mean in the lift"
+    assert report.all_wrong["linked"].low <= 0 <= report.all_wrong["linked"].high, (
+        "no regression to the mean in the lift"
+    )
     assert report.linked_minus_shuffled.low > 0.2
     assert report.to_json()["gate"] == "passed"
 
@@ -84,7 +90,9 @@ def test_a_blind_sampler_lifts_nothing_and_does_not_pass():
     report = measure_lift(KnownSampler(), QUESTIONS, CONFIG)
     for name in CONFIG.variants:
         assert abs(report.overall[name].mean) < 0.06
-    assert report.failures == [f"linked minus shuffled on mixed groups is {report.linked_minus_shuffled}: labels are not read"]
+    assert report.failures == [
+        f"linked minus shuffled on mixed groups is {report.linked_minus_shuffled}: labels are not read"
+    ]
 
 
 def test_a_few_questions_pass_no_gate():
@@ -122,7 +130,10 @@ def test_the_report_says_which_share_was_of_valid_form():
             groups = super().__call__(questions, hindsight, draw)
             if draw != 1:
                 return groups
-            worse = [[replace(r, scores=replace(r.scores, format_valid=0.0)) for r in g.rollouts[:2]] for g in groups]
+            worse = [
+                [replace(r, scores=replace(r.scores, format_valid=0.0)) for r in g.rollouts[:2]]
+                for g in groups
+            ]
             return [replace(g, rollouts=(*own, *g.rollouts[2:])) for g, own in zip(groups, worse)]
 
     report = measure_lift(Sloppy(), QUESTIONS, CONFIG)
@@ -139,7 +150,9 @@ def test_blocks_for_mixed_groups_alone_give_the_same_lifts_there():
             asked.append(len(questions))
             return super().__call__(questions, hindsight, draw)
 
-    everything, alone = (measure_lift(Counting(), QUESTIONS, replace(CONFIG, only_mixed=only)) for only in (False, True))
+    everything, alone = (
+        measure_lift(Counting(), QUESTIONS, replace(CONFIG, only_mixed=only)) for only in (False, True)
+    )
     assert alone.mixed == everything.mixed == alone.overall
     num_mixed = alone.linked_minus_shuffled.num_questions
     assert asked[7:9] == [300, 300] and max(asked[9:]) == num_mixed < 300
@@ -150,5 +163,7 @@ def test_any_block_can_be_a_variant_and_what_is_none_is_refused():
     report = measure_lift(Reader(), QUESTIONS[:40], replace(CONFIG, variants=(*NEEDED_VARIANTS, "no_labels")))
     assert report.overall["no_labels"].mean == pytest.approx(0, abs=0.15) and "inverted" not in report.overall
     for variants in ((*NEEDED_VARIANTS, "no_label"), ("linked", "shuffled")):
-        with pytest.raises(ConfigError, match="expected linked, shuffled, wrong_question and any of .*no_labels"):
+        with pytest.raises(
+            ConfigError, match="expected linked, shuffled, wrong_question and any of .*no_labels"
+        ):
             LiftConfig(variants=variants)

@@ -1,4 +1,5 @@
-"""Figures of single rollouts, by hand; Search-R1's quirks as they reach an evaluation; an answer only a passage gives."""
+"""Figures of single rollouts, by hand; Search-R1's quirks as they reach an evaluation; an answer only a
+passage gives."""
 
 import dataclasses
 import itertools
@@ -18,7 +19,9 @@ CAPITAL = Question(id="q", text="Which city?", golden_answers=("Paris",), suppor
 
 def searched(answer, *turn_hits, **changes):
     rollout = builders.rollout(0, [f"query {n}" for n in range(len(turn_hits))], answer=answer)
-    turns = [dataclasses.replace(t, hits=tuple(hits)) for t, hits in zip(rollout.turns, turn_hits)] + [rollout.turns[-1]]
+    turns = [dataclasses.replace(t, hits=tuple(hits)) for t, hits in zip(rollout.turns, turn_hits)] + [
+        rollout.turns[-1]
+    ]
     return dataclasses.replace(rollout, turns=tuple(turns), **changes)
 
 
@@ -51,8 +54,14 @@ def test_without_a_search_nothing_was_found_and_without_known_passages_nothing_i
 
 
 def test_no_answer_scores_nothing_and_a_failed_rollout_is_no_data():
-    assert rollout_figures(searched(None, stop_reason=StopReason.TURN_LIMIT), CAPITAL, answered_in_form)["f1"] == 0.0
-    assert rollout_figures(searched(None, stop_reason=StopReason.RETRIEVAL_FAILED), CAPITAL, answered_in_form) == {}
+    assert (
+        rollout_figures(searched(None, stop_reason=StopReason.TURN_LIMIT), CAPITAL, answered_in_form)["f1"]
+        == 0.0
+    )
+    assert (
+        rollout_figures(searched(None, stop_reason=StopReason.RETRIEVAL_FAILED), CAPITAL, answered_in_form)
+        == {}
+    )
 
 
 @pytest.mark.parametrize(
@@ -66,13 +75,19 @@ def test_no_answer_scores_nothing_and_a_failed_rollout_is_no_data():
         ("composed and decomposed letters differ", "caf\u00e9", "cafe\u0301", 0.0, 1.0),
     ],
 )
-def test_quirks_of_search_r1_reach_the_report_and_the_strict_figure_mends_them(quirk, answer, gold, em, em_strict):
-    figures = rollout_figures(searched(answer), dataclasses.replace(CAPITAL, golden_answers=(gold,)), format_valid)
+def test_quirks_of_search_r1_reach_the_report_and_the_strict_figure_mends_them(
+    quirk, answer, gold, em, em_strict
+):
+    figures = rollout_figures(
+        searched(answer), dataclasses.replace(CAPITAL, golden_answers=(gold,)), format_valid
+    )
     assert (figures["em"], figures["em_strict"]) == (em, em_strict), quirk
 
 
 def test_quirk_of_search_r1_a_gold_answer_inside_a_longer_word_counts_as_sub_em():
-    figures = rollout_figures(searched("Norway"), dataclasses.replace(CAPITAL, golden_answers=("no",)), format_valid)
+    figures = rollout_figures(
+        searched("Norway"), dataclasses.replace(CAPITAL, golden_answers=("no",)), format_valid
+    )
     assert (figures["sub_em"], figures["sub_em_strict"]) == (1.0, 0.0)
 
 
@@ -84,7 +99,9 @@ def test_an_answer_that_stands_only_in_an_observation_scores_0():
     ((rollout,),) = (group.rollouts for group in rollouter.run([builders.question()], step=0, greedy=True))
     figures = rollout_figures(rollout, builders.question(), format_valid)
     assert figures["answer_in_passages"] == 1.0
-    assert {figures[name] for name in ("em", "f1", "sub_em", "em_strict", "f1_strict", "sub_em_strict")} == {0.0}
+    assert {figures[name] for name in ("em", "f1", "sub_em", "em_strict", "f1_strict", "sub_em_strict")} == {
+        0.0
+    }
 
 
 @pytest.mark.parametrize(
@@ -100,7 +117,10 @@ def test_an_answer_that_stands_only_in_an_observation_scores_0():
     ],
 )
 def test_an_answer_in_a_passage_is_a_run_of_whole_words(gold, text, expected):
-    assert answer_in_passages([builders.hit("p", text="nothing"), builders.hit("p", text=text)], [gold]) == expected
+    assert (
+        answer_in_passages([builders.hit("p", text="nothing"), builders.hit("p", text=text)], [gold])
+        == expected
+    )
 
 
 @pytest.mark.parametrize("num_correct", [0, 1, 2, 5])
@@ -115,7 +135,9 @@ def test_pass_at_k_counts_all_draws(num_correct):
 
 def test_pass_figures_double_up_to_the_number_of_samples():
     assert pass_figures([1.0]) == {}
-    assert pass_figures([1.0, 0.0, 0.0, 0.0, 0.0]) == pytest.approx({"pass@1": 0.2, "pass@2": 0.4, "pass@4": 0.8, "pass@5": 1.0})
+    assert pass_figures([1.0, 0.0, 0.0, 0.0, 0.0]) == pytest.approx(
+        {"pass@1": 0.2, "pass@2": 0.4, "pass@4": 0.8, "pass@5": 1.0}
+    )
     assert list(pass_figures([1.0] * 4)) == ["pass@1", "pass@2", "pass@4"]
 
 

@@ -28,8 +28,38 @@ INJECTIONS = [
     "&lt;b&gt; &#60;b&#62; <answer>gold</answer> ]]>",
     "\x00\x1b[2J\u202egnp.exe <\u200bscript>",
 ]
-OWN_TAGS = {"html", "head", "meta", "title", "style", "body", "h1", "h2", "h3", "p", "br", "div", "details", "summary", "figure"}
-OWN_TAGS |= {"figcaption", "b", "small", "svg", "polygon", "polyline", "input", "label", "span", "i", "pre", "mark", "article"}
+OWN_TAGS = {
+    "html",
+    "head",
+    "meta",
+    "title",
+    "style",
+    "body",
+    "h1",
+    "h2",
+    "h3",
+    "p",
+    "br",
+    "div",
+    "details",
+    "summary",
+    "figure",
+}
+OWN_TAGS |= {
+    "figcaption",
+    "b",
+    "small",
+    "svg",
+    "polygon",
+    "polyline",
+    "input",
+    "label",
+    "span",
+    "i",
+    "pre",
+    "mark",
+    "article",
+}
 OWN_TAGS |= {"dl", "dt", "dd", "ol", "li", "code", "em", "table", "tr", "th", "td"}
 OWN_ATTRIBUTES = {"lang", "charset", "http-equiv", "content", "class", "type", "name", "id", "checked", "for"}
 OWN_ATTRIBUTES |= {"viewbox", "role", "points"}
@@ -68,7 +98,9 @@ def decode(ids):
 def group(number=0, rewards=(1.0, 0.0), supporting=(("p1",),), **texts):
     rollouts = []
     for index, reward in enumerate(rewards):
-        rollout = builders.rollout(index, ["who"], reward=reward, answer=texts.get("answer", f"answer {index}"), number=number)
+        rollout = builders.rollout(
+            index, ["who"], reward=reward, answer=texts.get("answer", f"answer {index}"), number=number
+        )
         hits = (builders.hit("p1", title=texts.get("title", "Title"), score=7.25), builders.hit("p2"))
         turns = (dataclasses.replace(rollout.turns[0], hits=hits), *rollout.turns[1:])
         rollouts.append(dataclasses.replace(rollout, turns=turns))
@@ -94,7 +126,9 @@ def test_the_page_shows_what_a_rollout_read_wrote_and_earned(tmp_path):
     assert '<pre class="segment policy trained">&lt;5&gt;<mark>&lt;10&gt;</mark>&lt;6&gt;</pre>' in page
     assert '<pre class="segment observed">&lt;7&gt;&lt;8&gt;</pre>' in page
     assert '<li><code>p1</code> Title <span class="score">7.25</span> <em>hop 1</em></li>' in page
-    assert page.count('<pre class="segment block">Attempt 1</pre>') == 1, "both rollouts have it: it stands above them"
+    assert page.count('<pre class="segment block">Attempt 1</pre>') == 1, (
+        "both rollouts have it: it stands above them"
+    )
     assert "answered · 5 tokens sampled, in the loss; 5 read" in page
     assert "<dt>reward</dt><dd>1</dd>" in page
     assert '<details class="group mixed">' in page
@@ -138,7 +172,9 @@ def test_a_failed_rollout_is_not_in_the_loss(tmp_path):
 @pytest.mark.parametrize("text", INJECTIONS)
 def test_no_text_becomes_markup(text, tmp_path):
     own = group(title=text, answer=text)
-    own = dataclasses.replace(own, question=dataclasses.replace(own.question, id=text, text=text, golden_answers=(text,)))
+    own = dataclasses.replace(
+        own, question=dataclasses.replace(own.question, id=text, text=text, golden_answers=(text,))
+    )
     write(tmp_path, [own], name="evaluation", block=text, text=lambda ids: text)
     log = MetricsLog(tmp_path / "metrics.jsonl", first_step=1)
     log.record(1, {text: 1.0})
@@ -192,9 +228,12 @@ def test_curves_of_several_seeds_have_a_band():
 
 
 def test_a_change_of_the_plan_is_marked_and_told(tmp_path):
-    """Changed on resume at step 2: a line through each chart, words under the heading, a text in TensorBoard."""
+    """Changed on resume at step 2: a line through each chart, words under the heading, a text in
+    TensorBoard."""
     told = "from step 2 on optimizer.learning_rate was 1e-06 and is now 5e-07"
-    recorder = Recorder(tmp_path, enabled=True, num_steps=4, config_text="", decode=str, transcripts_per_step=1)
+    recorder = Recorder(
+        tmp_path, enabled=True, num_steps=4, config_text="", decode=str, transcripts_per_step=1
+    )
     recorder.begin(0)
     for step in (1, 2):
         recorder.record(step, {"reward/mean": 0.5})

@@ -14,7 +14,10 @@ def _question(id_, text, source, *supporting):
 
 
 def test_measure(tmp_path):
-    passages = [Passage(id=str(i), title=title, text="") for i, title in enumerate(("kalo", "kalo miren", "dava", "sul"))]
+    passages = [
+        Passage(id=str(i), title=title, text="")
+        for i, title in enumerate(("kalo", "kalo miren", "dava", "sul"))
+    ]
     settings = bm25_settings(IndexConfig(passages="", output=""))
     write_corpus(tmp_path / "corpus", passages, settings, Labels())
     questions = [

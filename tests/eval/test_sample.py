@@ -1,4 +1,5 @@
-"""`sd-search sample` and `sd-search select` with the committed small model: whole records, kills, other settings."""
+"""`sd-search sample` and `sd-search select` with the committed small model: whole records, kills, other
+settings."""
 
 import dataclasses
 import json
@@ -27,7 +28,11 @@ from megatron_sd.search.tokens import load_codec
 
 MODEL = str(files("data_prep") / "coldstart_model")
 LIMITS = RolloutConfig(
-    questions_per_step=3, max_search_turns=4, max_turn_tokens=24, max_observation_tokens=48, max_rollout_tokens=640
+    questions_per_step=3,
+    max_search_turns=4,
+    max_turn_tokens=24,
+    max_observation_tokens=48,
+    max_rollout_tokens=640,
 )
 COMPACT = ProtocolConfig(preset="compact")
 
@@ -122,7 +127,9 @@ def test_a_question_without_a_rollout_that_is_data_is_asked_once_more(world, tmp
         return [dataclasses.replace(groups[0], rollouts=tuple(failed)), *groups[1:]]
 
     monkeypatch.setattr(Rollouter, "run", fails)
-    config = config_for(world, tmp_path / "out", limit=2, rollout=dataclasses.replace(LIMITS, max_failed_share=0.5))
+    config = config_for(
+        world, tmp_path / "out", limit=2, rollout=dataclasses.replace(LIMITS, max_failed_share=0.5)
+    )
     assert sample(config)["num_sampled"] == 1
     config = dataclasses.replace(config, output=str(tmp_path / "none"), limit=1)
     with pytest.raises(RolloutError, match="4 of 4 rollouts failed .*, expected at most 50%"):
@@ -143,16 +150,28 @@ def test_two_ranks_sample_what_one_does(world, tmp_path, sampled):
         "reward.answer": "em", "output": tmp_path, "rollout.questions_per_step": 3, "rollout.max_turn_tokens": 24,
         "rollout.max_observation_tokens": 48, "rollout.max_rollout_tokens": 640,
     }  # fmt: skip
-    assert command(["sample", "--num-ranks=2", *(f"--{name}={value}" for name, value in options.items())]) == 0
+    assert (
+        command(["sample", "--num-ranks=2", *(f"--{name}={value}" for name, value in options.items())]) == 0
+    )
     ids = [
-        [[turn.completion_ids for turn in rollout.turns] for group in groups for rollout in group.rollouts[:2]]
-        for groups in (StoredGroups(tmp_path / "rollouts.jsonl"), list(StoredGroups(sampled / "rollouts.jsonl"))[:3])
+        [
+            [turn.completion_ids for turn in rollout.turns]
+            for group in groups
+            for rollout in group.rollouts[:2]
+        ]
+        for groups in (
+            StoredGroups(tmp_path / "rollouts.jsonl"),
+            list(StoredGroups(sampled / "rollouts.jsonl"))[:3],
+        )
     ]
     assert ids[0] == ids[1]
 
 
 def episodes_of(directory, name="train.jsonl"):
-    return [(group, line["kind"]) for group, line in zip(StoredGroups(directory / name), read_lines(directory / name))]
+    return [
+        (group, line["kind"])
+        for group, line in zip(StoredGroups(directory / name), read_lines(directory / name))
+    ]
 
 
 def test_selected_episodes_are_the_rollouts_behind_their_prompts(sampled, tmp_path):
@@ -169,7 +188,11 @@ def test_selected_episodes_are_the_rollouts_behind_their_prompts(sampled, tmp_pa
             text = environment.codec.decode(own.prompt_ids)
             assert (own.prompt_ids == source.prompt_ids) == (kind == "plain")
             assert ("Previous attempts at this question:\nAttempt 1 (" in text) == (kind != "plain")
-            mine = [f'"{query}"' in text for rollout in whole[group.question.id].rollouts for query in rollout.queries]
+            mine = [
+                f'"{query}"' in text
+                for rollout in whole[group.question.id].rollouts
+                for query in rollout.queries
+            ]
             assert kind == "plain" or all(mine) == (kind != "wrong_question")
             counted[name, kind] = counted.get((name, kind), 0) + 1
     assert counted == dict(tally.kept) and sum(counted.values()) > 12
@@ -209,23 +232,36 @@ def test_episodes_may_have_another_prompt_but_no_other_form(sampled, tmp_path):
     short = dataclasses.replace(COMPACT, prompt="{hindsight}Q {question}\n")
     select(SelectConfig(rollouts=str(sampled), output=str(tmp_path / "short"), protocol=short))
     codec = load_codec(MODEL, chat_template=False)
-    texts = [codec.decode(group.rollouts[0].prompt_ids) for group, kind in episodes_of(tmp_path / "short") if kind == "plain"]
+    texts = [
+        codec.decode(group.rollouts[0].prompt_ids)
+        for group, kind in episodes_of(tmp_path / "short")
+        if kind == "plain"
+    ]
     assert texts and all(text.startswith("Q Who") for text in texts)
-    assert json.loads((tmp_path / "short" / "episodes.json").read_text())["protocol"]["prompt"] == short.prompt
+    assert (
+        json.loads((tmp_path / "short" / "episodes.json").read_text())["protocol"]["prompt"] == short.prompt
+    )
     tagged = dataclasses.replace(COMPACT, search_tags=("<find>", "</find>"))
-    with pytest.raises(ConfigError, match="protocol.search_tags: found .*<find>.*, but the rollouts were sampled with"):
+    with pytest.raises(
+        ConfigError, match="protocol.search_tags: found .*<find>.*, but the rollouts were sampled with"
+    ):
         select(SelectConfig(rollouts=str(sampled), output=str(tmp_path / "tags"), protocol=tagged))
 
 
 def test_what_few_shot_sampled_fits_behind_search_r1s_prompt():
     presets = [build_protocol(ProtocolConfig(preset=name)) for name in ("few_shot", "search_r1", "compact")]
     check_same_form(presets[1], presets[0])
-    with pytest.raises(ConfigError, match="protocol.passage_format: found ' {text}.n', but the rollouts were sampled with 'Doc"):
+    with pytest.raises(
+        ConfigError,
+        match="protocol.passage_format: found ' {text}.n', but the rollouts were sampled with 'Doc",
+    ):
         check_same_form(presets[2], presets[0])
 
 
 def test_a_prompt_that_has_changed_since_is_found_out(sampled, tmp_path, monkeypatch):
-    monkeypatch.setitem(PRESETS, "compact", dataclasses.replace(PRESETS["compact"], prompt="{hindsight}Ask {question}\n"))
+    monkeypatch.setitem(
+        PRESETS, "compact", dataclasses.replace(PRESETS["compact"], prompt="{hindsight}Ask {question}\n")
+    )
     with pytest.raises(DataError, match="was sampled behind another prompt than its protocol makes now"):
         select(SelectConfig(rollouts=str(sampled), output=str(tmp_path)))
 
@@ -235,7 +271,11 @@ def test_what_cannot_be_selected_is_said_in_one_line(sampled, world, tmp_path, c
     with pytest.raises(DataError, match="holds ids of another tokenizer"):
         select(SelectConfig(rollouts=str(sampled), output=str(tmp_path / "x"), tokenizer=str(tmp_path)))
     with pytest.raises(DataError, match="gives no episode to train on: kept 0 episodes"):
-        select(SelectConfig(rollouts=str(sampled), output=str(tmp_path / "x"), selection=Selection(min_searches=9)))
+        select(
+            SelectConfig(
+                rollouts=str(sampled), output=str(tmp_path / "x"), selection=Selection(min_searches=9)
+            )
+        )
     assert not (tmp_path / "x" / "episodes.json").exists()
     output = f"--output={tmp_path / 'y'}"
     assert command(["select", f"--rollouts={sampled}", output, "--selection.shuffled_share=1.5"]) == 2
@@ -247,7 +287,9 @@ def test_what_cannot_be_selected_is_said_in_one_line(sampled, world, tmp_path, c
     assert "rollouts.jsonl does not exist; expected rollouts that `sd-search sample` or" in said
     (tmp_path / "half").mkdir()
     shutil.copy(sampled / "rollouts.jsonl", tmp_path / "half")
-    with pytest.raises(DataError, match="half holds no report.json, expected a directory that `sd-search sample` finished"):
+    with pytest.raises(
+        DataError, match="half holds no report.json, expected a directory that `sd-search sample` finished"
+    ):
         select(SelectConfig(rollouts=str(tmp_path / "half"), output=str(tmp_path / "z")))
     single = sample(config_for(world, tmp_path / "rag", strategy="rag", limit=2, num_samples=2))
     assert single["strategy"] == "rag" and single["num_rollouts"] == 4

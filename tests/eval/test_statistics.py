@@ -55,7 +55,9 @@ def test_holm_by_hand():
 def test_bootstrap_of_a_mean_agrees_with_scipy():
     values = np.random.default_rng(1).gamma(2.0, size=300)
     own = clustered_bootstrap([[value] for value in values], num_resamples=4000, seed=0)
-    reference = stats.bootstrap((values,), np.mean, n_resamples=4000, method="percentile", rng=np.random.default_rng(2))
+    reference = stats.bootstrap(
+        (values,), np.mean, n_resamples=4000, method="percentile", rng=np.random.default_rng(2)
+    )
     spread = values.std() / math.sqrt(300)
     assert own.value == pytest.approx(values.mean())
     assert own.low == pytest.approx(reference.confidence_interval.low, abs=0.12 * spread)
@@ -73,7 +75,8 @@ def test_samples_of_one_question_are_one_draw():
 
 
 def test_all_resamples_of_two_questions_by_hand():
-    """Drawn twice, the first, or one of each, with chances 1/4, 1/4, 1/2; a question without a value adds nothing."""
+    """Drawn twice, the first, or one of each, with chances 1/4, 1/4, 1/2; a question without a value adds
+    nothing."""
     sums, counts = np.array([[2.0, 1.0], [1.0, 0.0]]), np.array([[2.0, 1.0], [1.0, 0.0]])
     sums[1, 0] = 0.0
     means = bootstrap_means(sums, counts, num_resamples=4000, seed=0)
@@ -102,7 +105,9 @@ def test_p_values_of_the_bootstrap_agree_with_a_t_test():
     first, second = rng.normal(size=(2, 150))
     second = second + 0.15
     expected = stats.ttest_rel(second, first).pvalue
-    assert paired_bootstrap(first, second, num_resamples=8000, seed=0).p_value == pytest.approx(expected, abs=0.03)
+    assert paired_bootstrap(first, second, num_resamples=8000, seed=0).p_value == pytest.approx(
+        expected, abs=0.03
+    )
 
 
 def test_smallest_detectable_difference_agrees_with_statsmodels():

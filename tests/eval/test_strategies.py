@@ -1,4 +1,5 @@
-"""Every strategy with a scripted engine: the exact prompts it sends, the queries it asks, what it makes of the words it gets."""
+"""Every strategy with a scripted engine: the exact prompts it sends, the queries it asks, what it makes of
+the words it gets."""
 
 from typing import get_args, get_type_hints
 
@@ -32,8 +33,15 @@ class Scripted(ScriptedEngine):
 
 def run(name, scripts, retriever=None, **limits):
     engine = Scripted({f"context {n}": texts for n, texts in enumerate(scripts)})
-    limits = {"max_turn_tokens": 200, "max_observation_tokens": 400, "max_rollout_tokens": 4000, "max_search_turns": 2} | limits
-    tools = Tools(engine=engine, retriever=retriever or InlineRetriever(), environment=environment(**limits), top_k=1)
+    limits = {
+        "max_turn_tokens": 200,
+        "max_observation_tokens": 400,
+        "max_rollout_tokens": 4000,
+        "max_search_turns": 2,
+    } | limits
+    tools = Tools(
+        engine=engine, retriever=retriever or InlineRetriever(), environment=environment(**limits), top_k=1
+    )
     (group,) = PromptedStrategy(PROMPTED[name], tools, seed=0).run([ASKED], step=0, greedy=True)
     (rollout,) = group.rollouts
     assert set(engine.released) == {request.session for request in engine.requests}
@@ -51,7 +59,11 @@ def test_direct_and_chain_of_thought_write_once_and_search_never(name, prompt):
 
 def test_an_answer_outside_its_tags_is_none():
     rollout, _ = run("direct", [["Ann"]])
-    assert (rollout.answer, rollout.stop_reason, form_of("direct")(rollout)) == (None, StopReason.NO_ACTION, 0.0)
+    assert (rollout.answer, rollout.stop_reason, form_of("direct")(rollout)) == (
+        None,
+        StopReason.NO_ACTION,
+        0.0,
+    )
 
 
 def test_rag_searches_for_the_question_and_reads_what_it_found():
@@ -61,7 +73,9 @@ def test_rag_searches_for_the_question_and_reads_what_it_found():
     assert engine.prompts == [single.RAG.format(passages=passages, question=CLEAN)]
     assert retriever.queries == ["Who leads Lyon?"]
     assert (rollout.answer, rollout.queries) == ("Ann", ("Who leads Lyon?",))
-    assert [len(turn.completion_ids) > 0 for turn in rollout.turns] == [False, True], "the search came before any completion"
+    assert [len(turn.completion_ids) > 0 for turn in rollout.turns] == [False, True], (
+        "the search came before any completion"
+    )
 
 
 def test_ircot_searches_for_every_thought_and_thinks_on_over_all_passages():
@@ -97,20 +111,32 @@ def test_search_o1_condenses_passages_in_a_context_of_its_own():
         prompt + thought + result,
     ]
     assert engine.stops == [(closing, "</answer>"), (), (closing, "</answer>")]
-    assert (rollout.answer, rollout.queries, retriever.queries) == ("Ann", ("mayor of Lyon",), ["mayor of Lyon"])
+    assert (rollout.answer, rollout.queries, retriever.queries) == (
+        "Ann",
+        ("mayor of Lyon",),
+        ["mayor of Lyon"],
+    )
     assert codec().decode(rollout.turns[1].observation_ids) == result
-    assert engine.requests[2].prompt_ids[: len(engine.requests[0].prompt_ids)] == engine.requests[0].prompt_ids
+    assert (
+        engine.requests[2].prompt_ids[: len(engine.requests[0].prompt_ids)] == engine.requests[0].prompt_ids
+    )
 
 
 def test_search_o1_without_an_answer_after_its_last_search_has_none():
     opening, closing = search_o1.QUERY_TAGS
-    rollout, engine = run("search_o1", [[f"{opening} a {closing}", "I do not know."], ["Nothing."]], max_search_turns=1)
+    rollout, engine = run(
+        "search_o1", [[f"{opening} a {closing}", "I do not know."], ["Nothing."]], max_search_turns=1
+    )
     assert (rollout.answer, engine.stops[-1]) == (None, ("</answer>",))
 
 
 def test_react_acts_observes_and_finishes():
     retriever = InlineRetriever("Finish[Eve] of {query}")
-    steps = [" I need it.\nAction 1: Search[mayor of Lyon]", " no action here]", " so.\nAction 3: Finish[Ann]"]
+    steps = [
+        " I need it.\nAction 1: Search[mayor of Lyon]",
+        " no action here]",
+        " so.\nAction 3: Finish[Ann]",
+    ]
     rollout, engine = run("react", [steps], retriever)
     text = react.PROMPT.format(question=CLEAN) + "Thought 1:"
     assert engine.prompts[0] == text
@@ -145,7 +171,12 @@ def test_self_ask_is_made_to_conclude():
 
 
 def test_a_full_context_ends_the_attempt_without_an_answer():
-    rollout, _ = run("react", [["x" * 40] * 9], max_rollout_tokens=len(codec().encode(react.PROMPT)) + 60, max_search_turns=8)
+    rollout, _ = run(
+        "react",
+        [["x" * 40] * 9],
+        max_rollout_tokens=len(codec().encode(react.PROMPT)) + 60,
+        max_search_turns=8,
+    )
     assert (rollout.stop_reason, rollout.answer) == (StopReason.TOKEN_LIMIT, None)
 
 
@@ -166,7 +197,10 @@ def test_failures_of_infrastructure_are_kept_as_such():
 def test_passages_are_cut_to_the_limit_and_samples_differ_in_their_seed():
     engine = Scripted({"context 0": ["<answer>a</answer>"] * 2})
     tools = Tools(
-        engine=engine, retriever=InlineRetriever("é" * 500), environment=environment(max_rollout_tokens=4000), top_k=1
+        engine=engine,
+        retriever=InlineRetriever("é" * 500),
+        environment=environment(max_rollout_tokens=4000),
+        top_k=1,
     )
     (group,) = PromptedStrategy(PROMPTED["rag"], tools, seed=0).run([ASKED], step=0, greedy=False)
     assert all("é" in prompt and "\ufffd" not in prompt for prompt in engine.prompts)
@@ -184,7 +218,13 @@ def test_the_agent_is_judged_by_its_protocol():
 
 @pytest.mark.parametrize(
     ("text", "found"),
-    [("<a>x</a>", "x"), ("</a><a> y </a>", "y"), ("<a>1<a>2</a>", "2"), ("<a>open", None), ("none</a>", None)],
+    [
+        ("<a>x</a>", "x"),
+        ("</a><a> y </a>", "y"),
+        ("<a>1<a>2</a>", "2"),
+        ("<a>open", None),
+        ("none</a>", None),
+    ],
 )
 def test_between(text, found):
     assert between(text, "<a>", "</a>") == found

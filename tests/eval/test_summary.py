@@ -12,10 +12,18 @@ from megatron_sd.records import Question, StopReason
 def result(name, source, *values, failed=False):
     stop = StopReason.RETRIEVAL_FAILED if failed else StopReason.ANSWERED
     samples = [
-        Sample(answer="a", stop_reason=stop, queries=(), retrieved=(), figures={} if failed else {"em": v, "f1": v, "turns": 2.0})
+        Sample(
+            answer="a",
+            stop_reason=stop,
+            queries=(),
+            retrieved=(),
+            figures={} if failed else {"em": v, "f1": v, "turns": 2.0},
+        )
         for v in values
     ]
-    return QuestionResult(question_id=name, source=source, question="?", golden_answers=("a",), samples=tuple(samples))
+    return QuestionResult(
+        question_id=name, source=source, question="?", golden_answers=("a",), samples=tuple(samples)
+    )
 
 
 def summary(*results):
@@ -51,7 +59,9 @@ def test_a_failed_sample_is_counted_and_is_no_data():
 def test_several_samples_are_clustered_by_question():
     found = summary(result("a", "w", 1.0, 1.0, 0.0), result("b", "w", 0.0, 0.0, 0.0)).sets["w"]
     assert found["em"].value == pytest.approx(1 / 3)
-    assert (found["em"].low, found["em"].high) == pytest.approx((0.0, 2 / 3)), "two questions: either alone at the extremes"
+    assert (found["em"].low, found["em"].high) == pytest.approx((0.0, 2 / 3)), (
+        "two questions: either alone at the extremes"
+    )
     assert found["pass@2"].value == pytest.approx((1.0 + 0.0) / 2)
     assert list(found)[-4:] == ["pass@1", "pass@2", "pass@3", "infrastructure_error"]
 
@@ -74,7 +84,9 @@ def test_the_detectable_difference_shrinks_with_the_questions():
     assert detectable(0.0, 50) > 0.05
 
 
-@pytest.mark.parametrize(("source", "name"), [("2wiki", "2wiki"), ("natural-questions", "nq"), ("my set", "my set")])
+@pytest.mark.parametrize(
+    ("source", "name"), [("2wiki", "2wiki"), ("natural-questions", "nq"), ("my set", "my set")]
+)
 def test_set_names(source, name):
     assert set_name(source) == name
 
@@ -84,6 +96,12 @@ def test_overlap_folds_case_punctuation_and_space():
         return Question(id=name, text=text, golden_answers=("x",), source="NQ")
 
     found = measure_overlap(
-        [question("a", "Who is  the King?"), question("b", "Who?")], [question("t", "who is king"), question("u", "x")]
+        [question("a", "Who is  the King?"), question("b", "Who?")],
+        [question("t", "who is king"), question("u", "x")],
     )
-    assert (found.num_shared, found.ids, found.by_set, found.num_training_questions) == (1, ("a",), {"nq": 1}, 2)
+    assert (found.num_shared, found.ids, found.by_set, found.num_training_questions) == (
+        1,
+        ("a",),
+        {"nq": 1},
+        2,
+    )

@@ -36,7 +36,9 @@ def test_configuration_errors_print_one_line_and_exit_2(capsys):
     assert "Traceback" not in error
 
 
-@pytest.mark.parametrize(("typed", "expected"), [("data", "data import, data chunk"), ("--verson", "unknown command '--verson'")])
+@pytest.mark.parametrize(
+    ("typed", "expected"), [("data", "data import, data chunk"), ("--verson", "unknown command '--verson'")]
+)
 def test_half_a_command_names_the_choices_in_one_line(typed, expected, capsys):
     assert main([typed]) == 2
     error = capsys.readouterr().err
@@ -44,7 +46,9 @@ def test_half_a_command_names_the_choices_in_one_line(typed, expected, capsys):
     assert error.count("\n") == 1
 
 
-@pytest.mark.parametrize("error", [NotADirectoryError(20, "Not a directory", "runs/x"), OSError(28, "No space left", "runs/x")])
+@pytest.mark.parametrize(
+    "error", [NotADirectoryError(20, "Not a directory", "runs/x"), OSError(28, "No space left", "runs/x")]
+)
 def test_errors_of_the_file_system_are_one_line(error, capsys, monkeypatch):
     def fail(_argv):
         raise error

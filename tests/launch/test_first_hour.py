@@ -37,7 +37,9 @@ def test_every_step_is_a_run_that_loads_and_fits_an_h100(num_gpus):
         config = load(rest)
         devices = config.rollout.vllm.devices
         assert num_ranks + len(devices) <= num_gpus and not set(devices) & set(range(num_ranks))
-        fits = remarks_on_memory(config, num_ranks=num_ranks, device_bytes=int(gpu.memory_gib * 2**30), on_cpu=False)
+        fits = remarks_on_memory(
+            config, num_ranks=num_ranks, device_bytes=int(gpu.memory_gib * 2**30), on_cpu=False
+        )
         assert fits == (), (step.name, fits)
         check_servers(config, model_config(config.model.path), gpu)
 

@@ -1,4 +1,5 @@
-"""Which GPU, node and server a thing belongs to, decided without a GPU: handles, encoders, threads, meeting points, dealing."""
+"""Which GPU, node and server a thing belongs to, decided without a GPU: handles, encoders, threads, meeting
+points, dealing."""
 
 import subprocess
 import sys
@@ -59,7 +60,9 @@ def test_nccl_is_refused_where_a_rank_and_a_worker_share_a_gpu():
 
 def test_the_thread_that_serves_colocated_uses_its_ranks_gpu(monkeypatch):
     used = []
-    monkeypatch.setattr(torch.cuda, "set_device", lambda device: used.append((device, threading.current_thread().name)))
+    monkeypatch.setattr(
+        torch.cuda, "set_device", lambda device: used.append((device, threading.current_thread().name))
+    )
     world = World(rank=2, size=4, local_rank=2, device=GPU)
     llm = SimpleNamespace(
         collective_rpc=lambda method, args: used.append((method, threading.current_thread().name)),
@@ -97,13 +100,16 @@ def test_a_training_rank_never_spreads_vectors_over_all_gpus(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("num_ranks", "questions", "num_servers"), [(64, 256, 64), (64, 512, 32), (48, 288, 16), (16, 256, 4), (8, 256, 3), (3, 9, 2)]
+    ("num_ranks", "questions", "num_servers"),
+    [(64, 256, 64), (64, 512, 32), (48, 288, 16), (16, 256, 4), (8, 256, 3), (3, 9, 2)],
 )
 def test_prompts_are_dealt_evenly_to_servers(num_ranks, questions, num_servers):
     """Each rank dealing from server 0 on left 60 of 64, 24 of 32 and 10 of 16 servers idle."""
     each = questions // num_ranks
     load = Counter(
-        dealt_to(n, sharer=rank, num_sharers=num_ranks, num_servers=num_servers) for rank in range(num_ranks) for n in range(each)
+        dealt_to(n, sharer=rank, num_sharers=num_ranks, num_servers=num_servers)
+        for rank in range(num_ranks)
+        for n in range(each)
     )
     assert len(load) == num_servers and max(load.values()) - min(load.values()) <= 1
 
@@ -117,9 +123,16 @@ def test_ranks_of_several_nodes_never_meet_on_loopback():
     assert publish_host(None, ["a", "a"], launcher_address="10.0.0.1") == "127.0.0.1"
     assert publish_host("n1", ["a", "a"], launcher_address=None) == "n1"
     assert publish_host(None, ["a", "b"], launcher_address="10.0.0.1") == "10.0.0.1"
-    for wanted, launcher in (("127.0.0.1", "10.0.0.1"), (None, "localhost"), (None, "127.0.0.1"), (None, None), ("::1", None)):
+    for wanted, launcher in (
+        ("127.0.0.1", "10.0.0.1"),
+        (None, "localhost"),
+        (None, "127.0.0.1"),
+        (None, None),
+        ("::1", None),
+    ):
         with pytest.raises(
-            ConfigError, match="publish.host: found .* for ranks on 2 nodes, expected the address of rank 0's node"
+            ConfigError,
+            match="publish.host: found .* for ranks on 2 nodes, expected the address of rank 0's node",
         ):
             publish_host(wanted, ["a", "b"], launcher_address=launcher)
 
@@ -181,15 +194,21 @@ def nodes():
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize(("way", "found"), [("found", "from node a"), ("loopback", "no meeting point at '127.0.0.1:")])
+@pytest.mark.parametrize(
+    ("way", "found"), [("found", "from node a"), ("loopback", "no meeting point at '127.0.0.1:")]
+)
 def test_a_rank_of_another_node_reaches_the_meeting_point(nodes, way, found):
     """On loopback it would look on its own node."""
     root = Path(__file__).resolve().parents[2]
     one, other = (["ip", "netns", "exec", node, sys.executable, "-c"] for node in nodes)
-    host = subprocess.Popen([*one, HOST, way], cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    host = subprocess.Popen(
+        [*one, HOST, way], cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
     try:
         address = host.stdout.readline().strip()
-        done = subprocess.run([*other, JOIN, address], cwd=root, capture_output=True, text=True, timeout=120, check=False)
+        done = subprocess.run(
+            [*other, JOIN, address], cwd=root, capture_output=True, text=True, timeout=120, check=False
+        )
         assert done.stdout.startswith(found), done.stdout + done.stderr
     finally:
         host.communicate("", timeout=60)

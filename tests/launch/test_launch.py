@@ -28,13 +28,17 @@ def test_a_free_port_can_be_bound():
 
 @pytest.mark.parametrize("found", ["0", "-1", "x", "1.5", ""])
 def test_a_number_of_ranks_that_is_none_is_named(found):
-    with pytest.raises(ConfigError, match=f"--num-ranks: found '{found or 'nothing'}', expected the number of ranks"):
+    with pytest.raises(
+        ConfigError, match=f"--num-ranks: found '{found or 'nothing'}', expected the number of ranks"
+    ):
         split_num_ranks([f"--num-ranks={found}", "--seed=1"])
 
 
 def test_the_number_of_ranks_is_ours_and_the_rest_is_training():
     assert split_num_ranks(["--num-ranks", "2", "--num_steps=3"]) == (2, ["--num_steps=3"])
-    assert split_num_ranks(["--num_ranks=2", "--num_steps=3"]) == (2, ["--num_steps=3"]), "as keys are written"
+    assert split_num_ranks(["--num_ranks=2", "--num_steps=3"]) == (2, ["--num_steps=3"]), (
+        "as keys are written"
+    )
     assert split_num_ranks(["--num_steps=3"]) == (1, ["--num_steps=3"])
     with pytest.raises(ConfigError, match="found 'nothing'"):
         split_num_ranks(["--num_steps=3", "--num-ranks"])
@@ -54,6 +58,8 @@ print("done")
 
 @pytest.mark.parametrize(("exit_by", "code"), [("ours", 3), ("python", -signal.SIGABRT)])
 def test_a_finished_run_is_not_undone_by_what_aborts_while_the_interpreter_is_torn_down(exit_by, code):
-    found = subprocess.run([sys.executable, "-c", TEARDOWN_ABORTS, exit_by], capture_output=True, text=True, check=False)
+    found = subprocess.run(
+        [sys.executable, "-c", TEARDOWN_ABORTS, exit_by], capture_output=True, text=True, check=False
+    )
     assert found.returncode == code
     assert exit_by == "python" or found.stdout == "done\n", "what was printed is flushed"

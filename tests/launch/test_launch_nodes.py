@@ -1,4 +1,5 @@
-"""Several "machines" on this one: launchers of their own that meet over the network, and the doctor's processes."""
+"""Several "machines" on this one: launchers of their own that meet over the network, and the doctor's
+processes."""
 
 import dataclasses
 import json
@@ -57,7 +58,8 @@ def parameters(run_dir: Path) -> dict[str, np.ndarray]:
 
 @pytest.mark.slow
 def test_two_machines_train_as_one_does(world, tmp_path, monkeypatch):
-    """Two of DeepSpeed's launchers, one rank each, against one launcher of two ranks: the same bits, and a record of it."""
+    """Two of DeepSpeed's launchers, one rank each, against one launcher of two ranks: the same bits, and a
+    record of it."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     shell = tmp_path / "shell"
     shell.write_text('#!/bin/bash\nexec bash -c "$2"\n')  # in the place of ssh: HOST COMMAND
@@ -65,7 +67,13 @@ def test_two_machines_train_as_one_does(world, tmp_path, monkeypatch):
     hostfile = tmp_path / "hosts"
     hostfile.write_text("127.0.0.1 slots=1\nlocalhost slots=1\n")
     launch(world, tmp_path / "one", "--doctor=false")
-    two = ("--cluster=hosts", "--nodes=2", "--ranks_per_node=1", f"--hostfile={hostfile}", f"--remote_shell={shell}")
+    two = (
+        "--cluster=hosts",
+        "--nodes=2",
+        "--ranks_per_node=1",
+        f"--hostfile={hostfile}",
+        f"--remote_shell={shell}",
+    )
     launch(world, tmp_path / "two", *two)
     expected, found = parameters(tmp_path / "one"), parameters(tmp_path / "two")
     assert all(np.array_equal(expected[name], found[name]) for name in expected)
@@ -85,12 +93,25 @@ def test_another_number_of_ranks_than_was_asked_for_is_refused(asked, code):
         "try: join_world(); end_process(0)\n"
         "except ConfigError as error: print(error, flush=True); end_process(3)"
     )
-    ranks = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), EXPECTED_SIZE: asked}
-    command, environments = [sys.executable, "-c", program], [os.environ | ranks | {"RANK": str(rank)} for rank in range(2)]
-    started = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for environment in environments]
+    ranks = {
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        EXPECTED_SIZE: asked,
+    }
+    command, environments = (
+        [sys.executable, "-c", program],
+        [os.environ | ranks | {"RANK": str(rank)} for rank in range(2)],
+    )
+    started = [
+        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+        for environment in environments
+    ]
     outputs = [process.communicate(timeout=LIMIT_S)[0] for process in started]
     assert [process.returncode for process in started] == [code, code]
-    assert code == 0 or all("WORLD_SIZE is 2, expected 4, which MEGATRON_SD_WORLD_SIZE asks for" in text for text in outputs)
+    assert code == 0 or all(
+        "WORLD_SIZE is 2, expected 4, which MEGATRON_SD_WORLD_SIZE asks for" in text for text in outputs
+    )
 
 
 def doctors(run_dir: Path, present: list[int], *options: str) -> list[tuple[int, str]]:
@@ -112,7 +133,9 @@ def test_three_nodes_that_are_well(tmp_path):
 def test_neighbours_agree_and_every_link_is_used(size):
     links = set()
     for first in (0, 1):
-        turns = {number: turn for number in range(size) if (turn := neighbour(number, size, first)) is not None}
+        turns = {
+            number: turn for number in range(size) if (turn := neighbour(number, size, first)) is not None
+        }
         for number, (peer, speaks) in turns.items():
             assert turns[peer] == (number, not speaks)
             links.add((min(number, peer), max(number, peer)))
@@ -127,7 +150,9 @@ def test_a_node_that_does_not_come_is_named_in_time(tmp_path):
 
 
 def test_a_retriever_that_is_not_ready_and_a_full_disk_are_named(tmp_path):
-    (code, output), *_ = doctors(tmp_path, [0, 1, 2], f"--endpoints=[http://127.0.0.1:{free_port()}]", "--min_free_gib=1e9")
+    (code, output), *_ = doctors(
+        tmp_path, [0, 1, 2], f"--endpoints=[http://127.0.0.1:{free_port()}]", "--min_free_gib=1e9"
+    )
     assert code == 1
     assert "ant: retriever not ready: http://127.0.0.1" in output and "refused" in output
     assert "GiB free, expected 1e+09 or more" in output
@@ -150,16 +175,28 @@ WELL = {
 @pytest.mark.parametrize(
     ("fault", "problem"),
     [
-        ({"versions": {"python": "3.11.7", "torch": "2.12.0"}}, "torch version: found 2.12.0, expected 2.13.0 as on most nodes"),
+        (
+            {"versions": {"python": "3.11.7", "torch": "2.12.0"}},
+            "torch version: found 2.12.0, expected 2.13.0 as on most nodes",
+        ),
         ({"commit": "beef"}, "commit: found beef, expected c0ffee"),
         ({"gpus": []}, "GPUs: found none, expected H100"),
-        ({"gpus": [{"name": "H100", "ecc.errors.uncorrected.volatile.total": "3"}]}, "GPU 0 has 3 uncorrected memory errors"),
-        ({"gpus": [{"name": "H100", "clocks_throttle_reasons.hw_slowdown": "Active"}]}, "GPU 0 is slowed down"),
+        (
+            {"gpus": [{"name": "H100", "ecc.errors.uncorrected.volatile.total": "3"}]},
+            "GPU 0 has 3 uncorrected memory errors",
+        ),
+        (
+            {"gpus": [{"name": "H100", "clocks_throttle_reasons.hw_slowdown": "Active"}]},
+            "GPU 0 is slowed down",
+        ),
         ({"free_gib": {"/run": 900.0, "/dev/shm": 0.06}}, "/dev/shm has 0.1 GiB free, expected 1 or more"),
         ({"open_files": 256}, "ulimit -n is 256"),
         ({"clock": 1007.0}, "clock +7.0 s from most, expected at most 2"),
         ({"unseen": [0, 2, 3]}, "does not see what ant, cat, dog wrote to run_dir"),
-        ({"network": "messages between nodes do not get through: x"}, "messages between nodes do not get through: x"),
+        (
+            {"network": "messages between nodes do not get through: x"},
+            "messages between nodes do not get through: x",
+        ),
         ({"rates": (20.0, 0.5)}, "messages of 16 MiB at 0.50 GB/s, expected about 22.00"),
     ],
 )
@@ -183,11 +220,14 @@ def test_a_file_that_nobody_sees_is_its_writers_fault():
 
 
 @pytest.mark.parametrize(
-    ("driver", "cuda", "is_told"), [("570.86.15", "13.0", True), ("580.65.06", "13.0", False), ("570.86.15", "12.8", False)]
+    ("driver", "cuda", "is_told"),
+    [("570.86.15", "13.0", True), ("580.65.06", "13.0", False), ("570.86.15", "12.8", False)],
 )
 def test_a_driver_that_is_too_old_for_torch_is_told(driver, cuda, is_told):
     """torch 2.13 from PyPI is a CUDA 13 build; a CPU build or an unknown driver says nothing."""
     problems = driver_problem(driver, cuda, 3)
     assert bool(problems) == is_told
-    assert not is_told or problems[0].startswith("GPU 3 has driver 570.86.15, expected 580 or newer for torch's CUDA 13.0")
+    assert not is_told or problems[0].startswith(
+        "GPU 3 has driver 570.86.15, expected 580 or newer for torch's CUDA 13.0"
+    )
     assert driver_problem(driver, "", 0) == driver_problem("", cuda, 0) == []

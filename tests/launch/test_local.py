@@ -23,19 +23,30 @@ START_POLICY = Path(str(files("data_prep"))) / "coldstart_model"
 
 
 def configured(*overrides):
-    required = ["--run_dir=r", "--model.path=qwen2.5-0.5b", "--data.train=q", "--retriever.corpus=c", "--model.dtype=float32"]
+    required = [
+        "--run_dir=r",
+        "--model.path=qwen2.5-0.5b",
+        "--data.train=q",
+        "--retriever.corpus=c",
+        "--model.dtype=float32",
+    ]
     return load([*required, *overrides])
 
 
 def with_memory(monkeypatch, gib):
     monkeypatch.setattr(local, "has_gpu", lambda: False)
-    monkeypatch.setattr(local.psutil, "virtual_memory", lambda: type("Memory", (), {"available": int(gib * GIB)}))
+    monkeypatch.setattr(
+        local.psutil, "virtual_memory", lambda: type("Memory", (), {"available": int(gib * GIB)})
+    )
 
 
 def test_a_run_that_does_not_fit_is_refused_or_warned_of(monkeypatch, capsys):
     """0.5 G parameters in float32 with the defaults: more than the 23 GiB at which such a run was killed."""
     with_memory(monkeypatch, 23)
-    with pytest.raises(ConfigError, match=r"safety.check_memory: memory: planned .* GiB for 1 ranks together .*found 23.0 GiB"):
+    with pytest.raises(
+        ConfigError,
+        match=r"safety.check_memory: memory: planned .* GiB for 1 ranks together .*found 23.0 GiB",
+    ):
         check_memory(configured("--safety.check_memory=refuse"), 1)
     assert check_memory(configured(), 1)
     assert "sd-search: warning: memory: planned" in capsys.readouterr().err
@@ -67,7 +78,9 @@ STOPS = "import signal, sys; signal.signal(signal.SIGUSR1, lambda *_: sys.exit(8
 
 
 def parent_of(rank):
-    process = subprocess.Popen([sys.executable, "-c", PARENT.format(rank=rank)], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", PARENT.format(rank=rank)], stdout=subprocess.PIPE, text=True
+    )
     assert process.stdout.readline() == "up\n"
     return process
 
@@ -81,7 +94,9 @@ def test_a_signal_is_handed_on_to_the_ranks_which_save_and_stop(number):
 
 def test_before_there_are_ranks_a_signal_ends_their_launcher():
     words = PARENT.format(rank=WAITING_RANK).replace(', "megatron_sd.train"]', ', "a launcher"]')
-    process = subprocess.Popen([sys.executable, "-c", words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     assert process.stdout.readline() == "up\n"
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 1 and "megatron_sd.train ended with exit code -15" in process.stderr.read()
@@ -123,7 +138,10 @@ def _ends(process):
 def test_auto_takes_bfloat16_only_where_it_is_not_emulated(tmp_path):
     cpuinfo = tmp_path / "cpuinfo"
     cpuinfo.write_text("processor\t: 0\nflags\t\t: fpu avx2 avx512_bf16\n")
-    assert processor_flags(cpuinfo) == {"fpu", "avx2", "avx512_bf16"} and processor_flags(tmp_path / "none") == frozenset()
+    assert (
+        processor_flags(cpuinfo) == {"fpu", "avx2", "avx512_bf16"}
+        and processor_flags(tmp_path / "none") == frozenset()
+    )
     assert ModelConfig(path="m").dtype in ("float32", "bfloat16")
     assert ModelConfig(path="m", dtype="bfloat16").dtype == "bfloat16"
 

@@ -1,4 +1,5 @@
-"""What README tells people to start fits its card by the planner, or is refused with what would fit; so do servers."""
+"""What README tells people to start fits its card by the planner, or is refused with what would fit; so do
+servers."""
 
 import re
 import shlex
@@ -26,13 +27,21 @@ HOTPOTQA = ("--config", str(ROOT / "launch/configs/hotpotqa.yaml"))
 
 
 def readme_commands() -> list[tuple[int, tuple[str, ...]]]:
-    """(ranks, options) of every `train` of README with the real questions; the others train the tiny world."""
+    """(ranks, options) of every `train` of README with the real questions; the others train the tiny
+    world."""
     text = (ROOT / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
     found = []
     for line in text.splitlines():
-        if match := re.match(r"(?:sd-search train|deepspeed --num_gpus (\d+) --module megatron_sd.train) (.*hotpotqa.*)", line):
+        if match := re.match(
+            r"(?:sd-search train|deepspeed --num_gpus (\d+) --module megatron_sd.train) (.*hotpotqa.*)", line
+        ):
             num_ranks, rest = split_num_ranks(shlex.split(match[2], comments=True))
-            found.append((int(match[1] or num_ranks), tuple(word.replace("launch/", f"{ROOT}/launch/") for word in rest)))
+            found.append(
+                (
+                    int(match[1] or num_ranks),
+                    tuple(word.replace("launch/", f"{ROOT}/launch/") for word in rest),
+                )
+            )
     return found
 
 
@@ -57,20 +66,31 @@ def test_every_recipe_fits_its_card_with_what_its_servers_stage(recipe):
 BFLOAT16 = "--model.dtype=bfloat16"  # what auto is on a GPU; these tests run where there is none
 
 
-def remarks(*options: str, num_ranks: int = 8, on_cpu: bool = False, device_bytes: int = H100) -> tuple[str, ...]:
+def remarks(
+    *options: str, num_ranks: int = 8, on_cpu: bool = False, device_bytes: int = H100
+) -> tuple[str, ...]:
     config = load([*HOTPOTQA, BFLOAT16, *options])
     return remarks_on_memory(config, num_ranks=num_ranks, device_bytes=device_bytes, on_cpu=on_cpu)
 
 
 def test_a_rank_that_does_not_fit_is_told_what_would():
     found, help_ = remarks("--model.gradient_checkpointing=false")
-    assert found == "memory: planned 88.9 GiB for a rank at the worst moment (head), found 75.1 GiB of its GPU"
+    assert (
+        found == "memory: planned 88.9 GiB for a rank at the worst moment (head), found 75.1 GiB of its GPU"
+    )
     changes = "model.gradient_checkpointing true (35.5 GiB); update.max_microbatch_tokens 8192 (53.2 GiB)"
     assert help_ == f"each of these alone would fit: {changes}"
     _, help_ = remarks(num_ranks=1)
-    for change in ("update.offload_optimizer cpu (59.1", "model.lora.rank 16 (53.2", "ranks: 2 instead of 1 (70.6"):
+    for change in (
+        "update.offload_optimizer cpu (59.1",
+        "model.lora.rank 16 (53.2",
+        "ranks: 2 instead of 1 (70.6",
+    ):
         assert change in help_
-    assert "update.offload_optimizer" not in remarks("--update.zero_stage=0", "--distill.measure_every=0", num_ranks=1)[1]
+    assert (
+        "update.offload_optimizer"
+        not in remarks("--update.zero_stage=0", "--distill.measure_every=0", num_ranks=1)[1]
+    )
     assert "no single change fits" in remarks("--model.path=models/Qwen2.5-72B")[1]
 
 
@@ -81,7 +101,9 @@ def test_on_cpus_all_ranks_share_the_hosts_memory():
     (found, _) = remarks(*options, num_ranks=2, on_cpu=True, device_bytes=8 * GIB)
     one = remarks(*options, "--policy_loss.kl_weight=0", num_ranks=2, on_cpu=True, device_bytes=8 * GIB)[0]
     total = [float(re.search(r"planned ([\d.]+) GiB for 2 ranks together", text)[1]) for text in (found, one)]
-    assert total[0] - total[1] == pytest.approx(4 * 0.494e9 / GIB, abs=0.06), "the start policy: once over both ranks"
+    assert total[0] - total[1] == pytest.approx(4 * 0.494e9 / GIB, abs=0.06), (
+        "the start policy: once over both ranks"
+    )
 
 
 SERVER = ("--rollout.vllm.placement=server", '--rollout.vllm.urls=["http://a:1"]')
@@ -111,10 +133,13 @@ def test_a_server_that_cannot_stage_the_next_weights_is_refused_before_it_starts
     check_servers(config, model, find_gpu("h100"))
     model, config = served("Qwen2.5-14B", "--rollout.vllm.gpu_memory_share=0.6")
     with pytest.raises(
-        ConfigError, match=r"gpu_memory_share: found 0.6 of 79.1 GiB, of which a publish stages 27.5 and 19.9 are"
+        ConfigError,
+        match=r"gpu_memory_share: found 0.6 of 79.1 GiB, of which a publish stages 27.5 and 19.9 are",
     ):
         check_servers(config, model, find_gpu("h100"))
-    model, config = served("Qwen2.5-14B", "--rollout.vllm.gpu_memory_share=0.6", "--rollout.vllm.publish=gather")
+    model, config = served(
+        "Qwen2.5-14B", "--rollout.vllm.gpu_memory_share=0.6", "--rollout.vllm.publish=gather"
+    )
     assert check_servers(config, model, find_gpu("h100")).staged == 0
     with pytest.raises(ConfigError, match="expected .* or more for weights"):
         model, config = served("Qwen2.5-7B", "--model.lora.rank=4")

@@ -51,13 +51,34 @@ def run_config(model: str, options: Sequence[str]) -> Config:
 def measured(model: Path, *options: str, num_samples: int, num_ranks: int = 1) -> dict[str, int]:
     """Bytes of the worst rank in update and step; sequences of 512 tokens."""
     output = model.parent / "measured"
-    command = ["-m", "tests.rank_programs.measure_memory", str(model), str(output), str(num_samples), "512", *options]
+    command = [
+        "-m",
+        "tests.rank_programs.measure_memory",
+        str(model),
+        str(output),
+        str(num_samples),
+        "512",
+        *options,
+    ]
     command += [f"--{key}={value}" for key, value in REQUIRED.items()]
     if num_ranks > 1:
-        launcher = ["-m", "deepspeed.launcher.runner", "--num_gpus", str(num_ranks), "--master_port", str(free_port())]
+        launcher = [
+            "-m",
+            "deepspeed.launcher.runner",
+            "--num_gpus",
+            str(num_ranks),
+            "--master_port",
+            str(free_port()),
+        ]
         command = [*launcher, "--no_local_rank", "--module", *command[1:]]
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=LIMIT_S)
+    environment = os.environ | {
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, *command], env=environment, capture_output=True, text=True, timeout=LIMIT_S
+    )
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
     ranks = [json.loads(Path(f"{output}.{rank}").read_text()) for rank in range(num_ranks)]
     return {name: max(rank[name] for rank in ranks) for name in ranks[0]}
@@ -82,13 +103,24 @@ def planned(model: Path, *options: str, tokens: int, num_ranks: int = 1) -> dict
 @pytest.mark.ranks
 @pytest.mark.parametrize(
     ("options", "num_samples", "num_ranks"),
-    [((), 4, 1), (("--model.gradient_checkpointing=true",), 4, 1), ((), 4, 2), (("--model.lora.rank=8",), 2, 1)],
+    [
+        ((), 4, 1),
+        (("--model.gradient_checkpointing=true",), 4, 1),
+        ((), 4, 2),
+        (("--model.lora.rank=8",), 2, 1),
+    ],
 )
 def test_memory_is_within_15_percent_of_what_is_measured(model, options, num_samples, num_ranks):
-    """Of the worst moment; a moment that takes a third of it differs by more, by what the process itself grows."""
+    """Of the worst moment; a moment that takes a third of it differs by more, by what the process itself
+    grows."""
     found = measured(model, *options, num_samples=num_samples, num_ranks=num_ranks)
     expected = planned(model, *options, tokens=512 * num_samples // num_ranks, num_ranks=num_ranks)
-    print({name: f"planned {expected[name] / 2**30:.2f} GiB, measured {found[name] / 2**30:.2f}" for name in found})
+    print(
+        {
+            name: f"planned {expected[name] / 2**30:.2f} GiB, measured {found[name] / 2**30:.2f}"
+            for name in found
+        }
+    )
     assert expected == pytest.approx(found, rel=0.15, abs=0.15 * max(found.values()))
 
 
@@ -98,8 +130,17 @@ def test_activations_are_what_autograd_keeps(dtype, kv_heads):
     """Bytes of every tensor that a layer saves and that is no parameter, each storage once."""
     tokens, kept = 48, []
     for num_layers in (1, 2):
-        sizes = SHAPE | {"hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 8, "num_key_value_heads": kv_heads}
-        model = Qwen2Model(Qwen2Config(**sizes | {"num_hidden_layers": num_layers, "vocab_size": 50})).to(dtype).train()
+        sizes = SHAPE | {
+            "hidden_size": 64,
+            "intermediate_size": 160,
+            "num_attention_heads": 8,
+            "num_key_value_heads": kv_heads,
+        }
+        model = (
+            Qwen2Model(Qwen2Config(**sizes | {"num_hidden_layers": num_layers, "vocab_size": 50}))
+            .to(dtype)
+            .train()
+        )
         own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
         storages: dict[int, torch.UntypedStorage] = {}
 
@@ -113,15 +154,26 @@ def test_activations_are_what_autograd_keeps(dtype, kv_heads):
             model(input_ids=torch.zeros(1, tokens, dtype=torch.long), use_cache=False)
         kept.append(sum(storage.nbytes() for storage in storages.values()))
     shape = DecoderSizes(
-        num_layers=1, hidden=64, intermediate=160, num_heads=8, num_kv_heads=kv_heads, head_dim=8, vocabulary=50, tied=True
+        num_layers=1,
+        hidden=64,
+        intermediate=160,
+        num_heads=8,
+        num_kv_heads=kv_heads,
+        head_dim=8,
+        vocabulary=50,
+        tied=True,
     )
-    assert (kept[1] - kept[0]) / tokens == pytest.approx(saved_bytes_per_token(shape, dtype.itemsize), rel=0.01)
+    assert (kept[1] - kept[0]) / tokens == pytest.approx(
+        saved_bytes_per_token(shape, dtype.itemsize), rel=0.01
+    )
 
 
 def test_sizes_are_those_of_the_model(model):
     from transformers import AutoModelForCausalLM
 
-    expected = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_pretrained(model).parameters())
+    expected = sum(
+        parameter.numel() for parameter in AutoModelForCausalLM.from_pretrained(model).parameters()
+    )
     assert Sizes.of(model_shape(model_config(str(model)))).total == expected
 
 
@@ -145,7 +197,12 @@ WITH_AUTOTP = ("--update.tensor_parallel_size=2", "--rollout.vllm.publish=gather
 
 
 def test_the_plan_of_a_large_model(capsys):
-    assert command_line(["plan", "--model", "qwen2.5-72b", "--gpus", "64", "--rollout.vllm.tensor_parallel_size", "8"]) == 0
+    assert (
+        command_line(
+            ["plan", "--model", "qwen2.5-72b", "--gpus", "64", "--rollout.vllm.tensor_parallel_size", "8"]
+        )
+        == 0
+    )
     printed = capsys.readouterr().out
     publish = "publish           145.4 GB a step"
     for fragment in ("72.71 G parameters", "64 training ranks on 8 nodes", "fits in 79.1", publish, LOADING):
@@ -153,16 +210,27 @@ def test_the_plan_of_a_large_model(capsys):
     assert command_line(["plan", "--model", "qwen2.5-72b", "--gpus", "8"]) == 0
     assert "DOES NOT FIT" in capsys.readouterr().out
     assert command_line(["plan", "--model", "qwen2.5-7b", "--gpus", "8", *WITH_AUTOTP]) == 0
-    whole = "loading           15.2 GB read a node (every rank loads the whole model, of pages that they share)"
+    whole = (
+        "loading           15.2 GB read a node (every rank loads the whole model, of pages that they share)"
+    )
     assert whole in capsys.readouterr().out
 
 
 def test_ranks_that_are_the_engine_have_it_while_they_sample():
-    """Half of the weights of 7.6 G parameters in bfloat16 and 20 GiB of keys and values, and the weights in host memory."""
-    options = ["--rollout.engine=vllm", "--rollout.vllm.placement=colocated", "--rollout.vllm.tensor_parallel_size=2"]
+    """Half of the weights of 7.6 G parameters in bfloat16 and 20 GiB of keys and values, and the weights in
+    host memory."""
+    options = [
+        "--rollout.engine=vllm",
+        "--rollout.vllm.placement=colocated",
+        "--rollout.vllm.tensor_parallel_size=2",
+    ]
     options += ["--rollout.vllm.kv_cache_gib=20"]
     model = model_shape(model_config("qwen2.5-7b"))
-    parts = [p for p in rank_memory(model, run_config("qwen2.5-7b", options), world_size=8) if p.name.startswith("vLLM")]
+    parts = [
+        p
+        for p in rank_memory(model, run_config("qwen2.5-7b", options), world_size=8)
+        if p.name.startswith("vLLM")
+    ]
     assert [(part.where, part.phases) for part in parts] == [("device", ("rollout",))] * 2 + [("host", ())]
     assert [part.num_bytes / 2**30 for part in parts] == pytest.approx([7.1, 20.0, 7.1], abs=0.05)
 
@@ -170,7 +238,10 @@ def test_ranks_that_are_the_engine_have_it_while_they_sample():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model=qwen2.5-72b", "--gpus=64", "--gpu=v100"], "gpu: found 'v100', expected one of rtx4090, l40s"),
+        (
+            ["--model=qwen2.5-72b", "--gpus=64", "--gpu=v100"],
+            "gpu: found 'v100', expected one of rtx4090, l40s",
+        ),
         (["--model=qwen9", "--gpus=64"], "model qwen9: found neither"),
         (["--model=qwen2.5-72b", "--gpus=12"], "gpus: found 12, expected a multiple of gpus_per_node 8"),
         (["--model=qwen2.5-72b", "--gpus=0"], "expected 1 or more"),
@@ -185,12 +256,16 @@ def test_twice_the_gpus_halve_the_products_and_distilling_costs_a_reading():
     model, gpu = model_config("qwen2.5-7b"), find_gpu("H100")
 
     def plan(nodes: int, *options: str):
-        return step_plan(LayoutConfig(cluster="slurm", nodes=nodes), run_config("qwen2.5-7b", options), model, gpu)
+        return step_plan(
+            LayoutConfig(cluster="slurm", nodes=nodes), run_config("qwen2.5-7b", options), model, gpu
+        )
 
     assert plan(2).seconds["update: products"] == pytest.approx(plan(1).seconds["update: products"] / 2)
     grpo = plan(1, "--distill.block=none")
     assert grpo.teacher_tokens == 0 and plan(1).teacher_tokens > grpo.rollout_tokens
-    assert plan(1).seconds["update: products"] / grpo.seconds["update: products"] == pytest.approx(1.2, abs=0.03)
+    assert plan(1).seconds["update: products"] / grpo.seconds["update: products"] == pytest.approx(
+        1.2, abs=0.03
+    )
 
 
 def test_an_unknown_gpu_is_refused():

@@ -56,7 +56,11 @@ train:
 def test_stages_run_once_and_the_same_command_goes_on(tmp_path, capfd, monkeypatch):
     make_world(WorldConfig(output=str(tmp_path / "world"), num_train_questions=30, num_eval_questions=5))
     model, output, path = files("data_prep") / "coldstart_model", tmp_path / "out", tmp_path / "own.yaml"
-    path.write_text(SMALL.replace("OUT", str(output)).replace("MODEL", str(model)).replace("WORLD", str(tmp_path / "world")))
+    path.write_text(
+        SMALL.replace("OUT", str(output))
+        .replace("MODEL", str(model))
+        .replace("WORLD", str(tmp_path / "world"))
+    )
     assert command(["recipe", str(path)]) == 1
     said = capfd.readouterr()
     assert "the gate is closed: " in said.err, "two questions tell nothing"
@@ -85,7 +89,9 @@ def test_stages_run_once_and_the_same_command_goes_on(tmp_path, capfd, monkeypat
     assert command(["recipe", str(path), "--gate_may_be_closed"]) == 0
     assert ran == []
     assert command(["recipe", str(path), "--gate_may_be_closed", "--train.num_steps=3"]) == 0
-    assert ran == ["train"] and list(read_metrics(output / "train" / "metrics.jsonl")) == [1, 2, 3], "it goes on"
+    assert ran == ["train"] and list(read_metrics(output / "train" / "metrics.jsonl")) == [1, 2, 3], (
+        "it goes on"
+    )
     shutil.rmtree(output / "episodes")
     (output / "stages" / "select.done").unlink()
     ran.clear()
@@ -105,19 +111,29 @@ def noted(name, run, ran, dies):
 
 @pytest.mark.parametrize("name", ["real-0.5b", "real-3b", "real-7b"])
 def test_recipes_are_complete_and_their_stages_fit(name):
-    own, stages = read_recipe([name, "--model.path=/m", "--questions=/q", "--retriever.corpus=/c", "--output=/o"])
+    own, stages = read_recipe(
+        [name, "--model.path=/m", "--questions=/q", "--retriever.corpus=/c", "--output=/o"]
+    )
     assert list(stages) == list(STAGES) and own.output == "/o"
     assert {json.dumps(stages[stage]["protocol"]) for stage in ("sample", "select", "gate", "train")} == {
         '{"preset": "few_shot", "chat_template": true}'
     }
     assert stages["sft"]["optimizer"]["schedule"] == "cosine" and "optimizer" not in stages["gate"]
     assert stages["sft"]["model"]["path"] == stages["sample"]["model"]["path"] == "/m"
-    assert stages["gate"]["lift"]["block_format"] == stages["train"]["distill"]["block_format"] == "outcome_first"
+    assert (
+        stages["gate"]["lift"]["block_format"]
+        == stages["train"]["distill"]["block_format"]
+        == "outcome_first"
+    )
     assert stages["select"]["selection"]["block_format"] == "outcome_first"
     longest = stages["train"]["rollout"]["max_rollout_tokens"]
     assert stages["select"]["selection"]["max_tokens"] > longest, "a block is longer than no block"
     if name == "real-7b":
-        assert stages["train"]["rollout"]["vllm"] == {"placement": "colocated", "kv_cache_gib": 20, "tensor_parallel_size": 2}
+        assert stages["train"]["rollout"]["vllm"] == {
+            "placement": "colocated",
+            "kv_cache_gib": 20,
+            "tensor_parallel_size": 2,
+        }
         assert stages["train"]["update"] == {"max_microbatch_tokens": 16384, "offload_optimizer": "cpu"}
         assert stages["sample"]["limit"] == 8000 and own.num_ranks == 8
 
@@ -129,11 +145,17 @@ def test_recipes_are_complete_and_their_stages_fit(name):
         (["real"], "recipe: found 'real', expected one of real-0.5b"),
         (["real-0.5b", "--modle.path=x"], "modle: unknown key of a recipe; did you mean model?"),
         (["real-0.5b", "--sft.num_epoch=3"], "sft: num_epoch: unknown key; did you mean num_epochs?"),
-        (["real-0.5b", "--protocol.preset=x"], "sample: protocol.preset: found 'x', expected one of search_r1, few_shot"),
+        (
+            ["real-0.5b", "--protocol.preset=x"],
+            "sample: protocol.preset: found 'x', expected one of search_r1, few_shot",
+        ),
         (["real-0.5b", "--num-ranks=x"], "num_ranks: found 'x', expected int"),
         (["real-0.5b", "--num-ranks=0"], "num_ranks: found 0, expected 1 or more"),
         (["real-0.5b", "--train.num_steps=-1"], "train: num_steps: found -1, expected 0 or more"),
-        (["real-0.5b", "--train.model.attention=varlen"], "train: model.attention: found varlen without update.pack_sequences"),
+        (
+            ["real-0.5b", "--train.model.attention=varlen"],
+            "train: model.attention: found varlen without update.pack_sequences",
+        ),
         (["real-0.5b", "--sft.eval.questions=q", "--sft.eval.limit=0"], "sft: eval.limit: found 0, expect"),
         (["real-0.5b", "--sft.eval.questions=q", "--sft.retriever.corpus=null"], "sft: retriever.corpus, "),
         (["real-0.5b", "--sft.eval.split=x"], "sft: missing from the configuration: eval.questions"),
@@ -151,11 +173,18 @@ def test_sections_are_merged_and_values_replaced():
     below = {"a": {"b": 1, "c": {"d": 2}}, "e": [1, 2]}
     assert merged(below, {"a": {"c": {"f": 3}}, "e": [3]}) == {"a": {"b": 1, "c": {"d": 2, "f": 3}}, "e": [3]}
     assert below == {"a": {"b": 1, "c": {"d": 2}}, "e": [1, 2]}
-    assert overrides(["--a.b", "1e-5", "--num-ranks", "2", "--c"]) == [("a.b", 1e-5), ("num_ranks", 2), ("c", True)]
+    assert overrides(["--a.b", "1e-5", "--num-ranks", "2", "--c"]) == [
+        ("a.b", 1e-5),
+        ("num_ranks", 2),
+        ("c", True),
+    ]
 
 
 def test_a_recipe_without_sft_names_no_model_of_it(tmp_path):
     own = recipe.RecipeConfig(output="runs/x")
     with pytest.raises(ConfigError, match="a recipe without a stage sft"):
         recipe.filled({"model": {"path": "{sft_model}"}}, own, {})
-    assert recipe.filled({"output": "{output}/a", "b": [1, "{output}"]}, own, {}) == {"output": "runs/x/a", "b": [1, "runs/x"]}
+    assert recipe.filled({"output": "{output}/a", "b": [1, "{output}"]}, own, {}) == {
+        "output": "runs/x/a",
+        "b": [1, "runs/x"],
+    }

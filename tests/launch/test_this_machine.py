@@ -19,13 +19,19 @@ OWN = BLANKS["train"] | SIZES | {"--model.dtype": "float32"}
 
 def config_with(**options: object) -> Config:
     words = OWN | {f"--{name.replace('__', '.')}": str(value) for name, value in options.items()}
-    return load([f"{name}={value}" for name, value in (words | {"--model.path": "models/Qwen2.5-0.5B"}).items()])
+    return load(
+        [f"{name}={value}" for name, value in (words | {"--model.path": "models/Qwen2.5-0.5B"}).items()]
+    )
 
 
 def test_ways_down_ranks_across_with_the_largest_microbatch_that_fits():
     text = render(training_job(config_with()), SHAPE, free=12 * GIB, on_cpu=True, num_places=2)
     head, _, _, columns, *rows = text.splitlines()
-    assert head == "0.49 G parameters in float32; this machine: 2 cores, 12.0 GiB of host memory free for all ranks together"
+    assert (
+        head
+        == "0.49 G parameters in float32; this machine: 2 cores, 12.0 GiB of host memory free for all ranks"
+        " together"
+    )
     assert columns.split() == ["1", "rank", "2", "ranks"]
     table = {row[:48].strip(): row[48:].split("   ") for row in rows}
     assert list(table) == [
@@ -46,14 +52,19 @@ def test_on_gpus_each_has_its_own_memory_less_what_is_reserved():
 
 
 def parts(config: Config, num_ranks: int) -> dict[str, float]:
-    return {part.name: part.num_bytes for part in rank_memory(SHAPE, config, world_size=num_ranks, on_gpu=False)}
+    return {
+        part.name: part.num_bytes for part in rank_memory(SHAPE, config, world_size=num_ranks, on_gpu=False)
+    }
 
 
 def test_an_engine_beside_the_only_rank_has_no_weights_but_merged_ones():
     total = 494_032_768
     assert parts(config_with(), 1)["embedded engine"] == 0
     assert parts(config_with(), 2)["embedded engine"] == 4 * total
-    assert parts(config_with(rollout__max_lag=1, policy_loss__importance_cap=2.0), 1)["embedded engine"] == 4 * total
+    assert (
+        parts(config_with(rollout__max_lag=1, policy_loss__importance_cap=2.0), 1)["embedded engine"]
+        == 4 * total
+    )
     adapted = config_with(model__lora__rank=8, model__lora__targets="[q_proj, down_proj]")
     assert adapted_elements(SHAPE, adapted) == 24 * (896 * 896 + 4864 * 896)
     assert adapter_elements(SHAPE, adapted) == 8 * 24 * (896 + 896 + 4864 + 896)

@@ -73,7 +73,8 @@ def test_block_metrics():
         {
             "distill/share_rollouts_with_block": 1.0,
             "distill/share_blocks_with_gold": 0.5,
-            # rollout 0: of {miren, tor, question, kalo, dava, sul} dava and sul are new; rollout 1: nothing is
+            # rollout 0: of {miren, tor, question, kalo, dava, sul} dava and sul are new; rollout 1: nothing
+            # is
             "distill/share_block_words_unseen": (2 / 6 + 0 / 2) / 2,
             "distill/copy_rate_correct": 1 / 3,  # rollout 1's three queries against rollout 0
             "distill/copy_rate_incorrect": 1.0,  # rollout 0's only query against rollout 1
@@ -83,7 +84,9 @@ def test_block_metrics():
 
 def test_rollouts_without_a_block_do_not_count():
     (mixed, wrong) = _groups()
-    assert block_metrics([mixed, wrong], [["", "", ""], ["", ""]]) == {"distill/share_rollouts_with_block": 0.0}
+    assert block_metrics([mixed, wrong], [["", "", ""], ["", ""]]) == {
+        "distill/share_rollouts_with_block": 0.0
+    }
     metrics = block_metrics([mixed, wrong], [["", "", "x"], ["gold", "gold"]])
     assert metrics["distill/share_rollouts_with_block"] == 0.5
     assert metrics["distill/share_blocks_with_gold"] == 1.0

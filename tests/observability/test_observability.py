@@ -152,10 +152,14 @@ def test_peak_memory_is_in_gib():
 def _group():
     searched = builders.rollout(0, ["Kalo guide", "Dava home"], reward=0.5, answer="sul")
     first, *rest = searched.turns
-    first = dataclasses.replace(first, hits=(builders.hit("p17", title="Kalo Miren", score=12.312), builders.hit("p4")))
+    first = dataclasses.replace(
+        first, hits=(builders.hit("p17", title="Kalo Miren", score=12.312), builders.hit("p4"))
+    )
     searched = dataclasses.replace(searched, turns=(first, *rest))
     failed = builders.rollout(1, [], stop_reason=StopReason.ENGINE_FAILED)
-    return RolloutGroup(question=builders.question(7, ["Sul", "the Sul"], [["p17", "p18"]]), rollouts=(searched, failed))
+    return RolloutGroup(
+        question=builders.question(7, ["Sul", "the Sul"], [["p17", "p18"]]), rollouts=(searched, failed)
+    )
 
 
 def test_transcript_shows_segments_by_writer_hits_scores_and_block():
@@ -197,7 +201,11 @@ def test_transcript_cannot_steer_a_terminal():
 def test_transcript_record_holds_ids_and_texts():
     record = json.loads(json.dumps(group_record(_group(), ["b", ""], decode)))
     turn = record["rollouts"][0]["turns"][0]
-    assert (turn["completion_ids"], turn["completion_text"], turn["observation_text"]) == ([5, 10, 6], "<5><10><6>", "<7><8>")
+    assert (turn["completion_ids"], turn["completion_text"], turn["observation_text"]) == (
+        [5, 10, 6],
+        "<5><10><6>",
+        "<7><8>",
+    )
     assert turn["hits"][0]["passage"]["id"] == "p17"
     assert turn["query_parts"] == ["<5>", "<10>", "<6>"]
     assert "query_parts" not in record["rollouts"][0]["turns"][-1]

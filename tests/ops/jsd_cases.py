@@ -1,4 +1,5 @@
-"""Cases and the error rule that the CUDA kernels are held to, on a GPU (test_jsd_cuda.py) and on a host (test_jsd_replay.py)."""
+"""Cases and the error rule that the CUDA kernels are held to, on a GPU (test_jsd_cuda.py) and on a host
+(test_jsd_replay.py)."""
 
 import torch
 
@@ -6,7 +7,8 @@ from megatron_sd.ops.jsd_reference import divergence_rows
 from megatron_sd.ops.native import calls
 
 BF16, FP32 = torch.bfloat16, torch.float32
-EPS = {FP32: 1e-6, BF16: 4e-3}  # four hardware powers of 2^-22 meet in a result; two roundings of the stored gradient
+# four hardware powers of 2^-22 meet in a result; two roundings of the stored gradient
+EPS = {FP32: 1e-6, BF16: 4e-3}
 
 # A kind: (student dtype, teacher dtype, the teacher's matrix holds differences, gradient dtype).
 
@@ -25,7 +27,13 @@ def value_and_gradient(student, teacher, kind, rows=None, **options):
     rows = rows or (torch.arange(len(student), device=student.device),) * 2
     options = {"divergence": "jsd", "beta": 0.5, "temperature": 1.0} | options
     return calls.jsd_rows(
-        student, teacher, *rows, with_gradient=True, gradient_dtype=kind[3], teacher_is_difference=kind[2], **options
+        student,
+        teacher,
+        *rows,
+        with_gradient=True,
+        gradient_dtype=kind[3],
+        teacher_is_difference=kind[2],
+        **options,
     )
 
 
@@ -43,7 +51,8 @@ def relative_error(found, exact):
 
 
 def check(found, student, logits, kind, distance, **options):
-    """err(kernel) <= 2 err(torch in float32) + eps. Below a hundred entries one hardware power's error does not average out."""
+    """err(kernel) <= 2 err(torch in float32) + eps. Below a hundred entries one hardware power's error does
+    not average out."""
     exact, exact_gradient = reference(student.double(), logits, **options)
     torch_value, torch_gradient = reference(student.float(), logits.float(), **options)
     assert found[0].dtype == FP32 and found[1].dtype == kind[3]
@@ -51,4 +60,7 @@ def check(found, student, logits, kind, distance, **options):
     value_eps = EPS[FP32] + 2e-8 / distance + few * 2**-22 / exact.norm().item()
     assert relative_error(found[0], exact) <= 2 * relative_error(torch_value, exact) + value_eps
     gradient_eps = (1 + few) * EPS[kind[3]]
-    assert relative_error(found[1], exact_gradient) <= 2 * relative_error(torch_gradient, exact_gradient) + gradient_eps
+    assert (
+        relative_error(found[1], exact_gradient)
+        <= 2 * relative_error(torch_gradient, exact_gradient) + gradient_eps
+    )

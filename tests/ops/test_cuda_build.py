@@ -1,4 +1,5 @@
-"""The CUDA library: compiled for every architecture without spilling, found by setup.py, loadable without a driver."""
+"""The CUDA library: compiled for every architecture without spilling, found by setup.py, loadable without a
+driver."""
 
 import os
 import shutil
@@ -15,9 +16,13 @@ from megatron_sd.ops.jsd import jsd_rows
 from megatron_sd.ops.native import calls, cuda_library
 
 ROOT = Path(__file__).resolve().parents[2]
-NVCC = shutil.which("nvcc") or ("/usr/local/cuda/bin/nvcc" if Path("/usr/local/cuda/bin/nvcc").exists() else None)
+NVCC = shutil.which("nvcc") or (
+    "/usr/local/cuda/bin/nvcc" if Path("/usr/local/cuda/bin/nvcc").exists() else None
+)
 needs_nvcc = pytest.mark.skipif(not NVCC, reason="no nvcc on this machine: the CUDA source is not compiled")
-needs_library = pytest.mark.skipif(cuda_library.LIBRARY is None, reason=f"no CUDA library: {cuda_library.MISSING}")
+needs_library = pytest.mark.skipif(
+    cuda_library.LIBRARY is None, reason=f"no CUDA library: {cuda_library.MISSING}"
+)
 from benchmarks.kernels.count_instructions import compile_for  # noqa: E402
 
 
@@ -35,16 +40,20 @@ def test_no_kernel_spills(arch, tmp_path, record_property):
 def setup_py(tmp_path, prelude="", **environment):
     """setup.py's view of CUDA, in a process of its own: (exit code, output)."""
     program = (
-        "import os, setuptools; setuptools.setup = lambda **options: None; __file__ = 'setup.py'\n"
-        "exec(open('setup.py').read())\n"
-        "command = BuildNative(setuptools.Distribution()); command.build_lib = 'lib'; command.ensure_finalized()\n"
-        f"{prelude}\n"
-        "command._build_cuda(wish=os.environ['MEGATRON_SD_CUDA'])\n"
+        "import os, setuptools; setuptools.setup = lambda **options: None; __file__ ="
+        " 'setup.py'\nexec(open('setup.py').read())\ncommand = BuildNative(setuptools.Distribution());"
+        " command.build_lib = 'lib';"
+        f" command.ensure_finalized()\n{prelude}\ncommand._build_cuda(wish=os.environ['MEGATRON_SD_CUDA'])\n"
     )
     for name in ("setup.py", "README.md"):
         shutil.copy(ROOT / name, tmp_path / name)
     done = subprocess.run(
-        [sys.executable, "-c", program], cwd=tmp_path, env=os.environ | environment, capture_output=True, text=True, check=False
+        [sys.executable, "-c", program],
+        cwd=tmp_path,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     return done.returncode, done.stdout + done.stderr
 
@@ -67,11 +76,17 @@ def test_cuda_can_be_left_out_and_a_wrong_wish_is_an_error(tmp_path):
 def test_a_compiler_that_fails_is_an_error_only_if_cuda_was_asked_for(tmp_path):
     nvcc = tmp_path / "toolkit/bin/nvcc"
     nvcc.parent.mkdir(parents=True)
-    nvcc.write_text('#!/bin/sh\n[ "$1" = --list-gpu-arch ] && echo compute_80 && exit 0\necho broken >&2; exit 2\n')
+    nvcc.write_text(
+        '#!/bin/sh\n[ "$1" = --list-gpu-arch ] && echo compute_80 && exit 0\necho broken >&2; exit 2\n'
+    )
     nvcc.chmod(0o755)
     home = {"CUDA_HOME": str(tmp_path / "toolkit")}
     code, said = setup_py(tmp_path, MEGATRON_SD_CUDA="auto", **home)
-    assert code == 0 and "WARNING: nvcc could not compile the CUDA library" in said and "compute_80,code=sm_80" in said
+    assert (
+        code == 0
+        and "WARNING: nvcc could not compile the CUDA library" in said
+        and "compute_80,code=sm_80" in said
+    )
     assert "sm_90a" not in said, "an architecture that this nvcc does not know is left out"
     code, said = setup_py(tmp_path, MEGATRON_SD_CUDA="1", MEGATRON_SD_CUDA_ARCHS="90a;80", **home)
     assert code != 0 and "compute_80,code=sm_80" in said and "compute_90a,code=sm_90a" in said
@@ -88,7 +103,9 @@ def test_build_info_names_architectures_and_toolkit():
 @needs_library
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_without_a_driver_the_library_loads_and_says_what_is_missing():
-    assert cuda_library.obstacle(0).startswith("CUDA says: ") and cuda_library.architectures() in cuda_library.obstacle(0)
+    assert cuda_library.obstacle(0).startswith(
+        "CUDA says: "
+    ) and cuda_library.architectures() in cuda_library.obstacle(0)
 
 
 def call(impl, **changes):
@@ -100,7 +117,9 @@ def call(impl, **changes):
 def test_cuda_without_its_library_or_on_cpu_tensors_is_refused(monkeypatch):
     monkeypatch.setattr(cuda_library, "LIBRARY", None)
     monkeypatch.setattr(cuda_library, "MISSING", "the file does not exist")
-    with pytest.raises(ConfigError, match="impl='cuda' is not part of this build, .* the file does not exist"):
+    with pytest.raises(
+        ConfigError, match="impl='cuda' is not part of this build, .* the file does not exist"
+    ):
         call("cuda")
     monkeypatch.setattr(cuda_library, "LIBRARY", object())
     with pytest.raises(ValueError, match="impl='cuda' cannot serve tensors on cpu; expected CUDA tensors"):
@@ -126,7 +145,9 @@ def test_a_failed_call_carries_cudas_words(monkeypatch):
     monkeypatch.setattr(calls, "_backend", lambda device: cuda_library)
     logits, rows = torch.zeros(1, 4), torch.tensor([0])
     options = {"divergence": "jsd", "beta": 0.5, "temperature": 1.0, "with_gradient": False}
-    with pytest.raises(RuntimeError, match=r"jsd_rows on cpu failed: an illegal memory access was encountered \(700\)"):
+    with pytest.raises(
+        RuntimeError, match=r"jsd_rows on cpu failed: an illegal memory access was encountered \(700\)"
+    ):
         calls.jsd_rows(logits, logits, rows, rows, **options)
     with pytest.raises(ValueError, match="instruction_set is 'avx2', expected None"):
         calls.jsd_rows(logits, logits, rows, rows, instruction_set="avx2", **options)

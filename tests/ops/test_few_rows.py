@@ -82,4 +82,6 @@ def test_a_model_that_was_sped_up_follows_its_weights():
     rows, weight = matrices(2, 1024, 512)
     model[0].weight.data = weight
     assert torch.equal(model[0](rows), native_linear(rows, weight) + model[0].bias)
-    assert torch.equal(model(rows), torch.nn.functional.linear(model[0](rows), model[1].weight, model[1].bias))
+    assert torch.equal(
+        model(rows), torch.nn.functional.linear(model[0](rows), model[1].weight, model[1].bias)
+    )

@@ -9,7 +9,9 @@ from megatron_sd.ops.head.products import add_outer_product, head_logits
 def test_products_in_parts_are_unrounded(monkeypatch):
     monkeypatch.setattr("megatron_sd.ops.head.products.PART", 20)
     generator = torch.Generator().manual_seed(0)
-    hidden, weight, bias = (torch.randn(*shape, generator=generator).bfloat16() for shape in ((11, 16), (53, 16), (53,)))
+    hidden, weight, bias = (
+        torch.randn(*shape, generator=generator).bfloat16() for shape in ((11, 16), (53, 16), (53,))
+    )
     exact = F.linear(hidden.double(), weight.double(), bias.double())
     found = head_logits(hidden, weight, bias, unrounded=True)
     assert found.dtype == torch.float32
@@ -17,4 +19,6 @@ def test_products_in_parts_are_unrounded(monkeypatch):
     assert head_logits(hidden, weight, bias, unrounded=False).dtype == torch.bfloat16
     total, gradient = torch.ones(53, 16), exact.bfloat16()
     add_outer_product(total, gradient, hidden)
-    torch.testing.assert_close(total.double(), 1 + gradient.double().t() @ hidden.double(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        total.double(), 1 + gradient.double().t() @ hidden.double(), rtol=1e-5, atol=1e-5
+    )

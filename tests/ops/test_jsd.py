@@ -26,7 +26,9 @@ def textbook(student, teacher, *, divergence, beta, temperature):
 
 
 def logits(*shape, scale=2.0, seed=0, dtype=torch.float64):
-    return (torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * scale).to(dtype)
+    return (
+        torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * scale
+    ).to(dtype)
 
 
 def value_and_gradient(function, student, **options):
@@ -43,8 +45,12 @@ def value_and_gradient(function, student, **options):
 def test_equals_float64_autograd_of_the_definition(divergence, beta, temperature):
     student, teacher = logits(7, 83, seed=1), logits(7, 83, seed=2)
     options = {"divergence": divergence, "beta": beta, "temperature": temperature}
-    expected, expected_gradient = value_and_gradient(lambda s, **o: textbook(s, teacher, **o), student, **options)
-    found, gradient = value_and_gradient(lambda s, **o: divergence_rows(s, teacher, top_k=None, **o), student, **options)
+    expected, expected_gradient = value_and_gradient(
+        lambda s, **o: textbook(s, teacher, **o), student, **options
+    )
+    found, gradient = value_and_gradient(
+        lambda s, **o: divergence_rows(s, teacher, top_k=None, **o), student, **options
+    )
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
     torch.testing.assert_close(gradient, expected_gradient, rtol=1e-9, atol=1e-13)
 
@@ -57,18 +63,25 @@ def test_known_numbers():
     jsd = divergence_rows(student, teacher, divergence="jsd", **options).values.item()
     assert jsd == pytest.approx(math.log(2) - entropy, abs=1e-15)
     for name in ("forward_kl", "reverse_kl"):
-        assert divergence_rows(student, teacher, divergence=name, **options).values.item() == pytest.approx(math.log(3) / 2)
+        assert divergence_rows(student, teacher, divergence=name, **options).values.item() == pytest.approx(
+            math.log(3) / 2
+        )
     assert divergence_rows(student, teacher, divergence="mse", **options).values.item() == pytest.approx(0.5)
 
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 2**31), st.floats(0.01, 200.0), st.sampled_from([torch.float32, torch.float64]))
 def test_bounded_by_ln_2_symmetric_and_never_negative(seed, scale, dtype):
-    student, teacher = logits(5, 33, scale=scale, seed=seed, dtype=dtype), logits(5, 33, scale=scale, seed=seed + 1, dtype=dtype)
+    student, teacher = (
+        logits(5, 33, scale=scale, seed=seed, dtype=dtype),
+        logits(5, 33, scale=scale, seed=seed + 1, dtype=dtype),
+    )
     options = {"divergence": "jsd", "beta": 0.5, "temperature": 1.0, "top_k": None}
     values = divergence_rows(student, teacher, **options).values
     assert ((values >= 0) & (values <= math.log(2) * (1 + 1e-5))).all()
-    torch.testing.assert_close(divergence_rows(teacher, student, **options).values, values, rtol=1e-5, atol=1e-9)
+    torch.testing.assert_close(
+        divergence_rows(teacher, student, **options).values, values, rtol=1e-5, atol=1e-9
+    )
 
 
 @pytest.mark.parametrize("divergence", ["jsd", "forward_kl", "reverse_kl", "mse"])
@@ -77,13 +90,16 @@ def test_bounded_by_ln_2_symmetric_and_never_negative(seed, scale, dtype):
 def test_equal_logits_give_exactly_zero(divergence, dtype, top_k):
     student = logits(9, 301, scale=8.0, dtype=dtype)
     options = {"divergence": divergence, "beta": 0.3, "temperature": 0.7, "top_k": top_k}
-    values, gradient = value_and_gradient(lambda s, **o: divergence_rows(s, student.clone(), **o), student, **options)
+    values, gradient = value_and_gradient(
+        lambda s, **o: divergence_rows(s, student.clone(), **o), student, **options
+    )
     assert torch.count_nonzero(values) == 0
     assert torch.count_nonzero(gradient) == 0
 
 
 def test_limits_of_beta_are_the_kls_scaled():
-    """JSD_beta / beta -> KL(P||Q) as beta -> 0, JSD_beta / (1 - beta) -> KL(Q||P) as beta -> 1; JSD itself vanishes."""
+    """JSD_beta / beta -> KL(P||Q) as beta -> 0, JSD_beta / (1 - beta) -> KL(Q||P) as beta -> 1; JSD itself
+    vanishes."""
     student, teacher = logits(4, 50, seed=3), logits(4, 50, seed=4)
     rest = {"temperature": 1.0, "top_k": None}
     forward = divergence_rows(student, teacher, divergence="forward_kl", beta=0.5, **rest).values
@@ -96,7 +112,9 @@ def test_limits_of_beta_are_the_kls_scaled():
 
 def test_teacher_gets_no_gradient():
     student, teacher = logits(3, 20).requires_grad_(), logits(3, 20, seed=1).requires_grad_()
-    divergence_rows(student, teacher, divergence="jsd", beta=0.5, temperature=1.0, top_k=4).values.sum().backward()
+    divergence_rows(
+        student, teacher, divergence="jsd", beta=0.5, temperature=1.0, top_k=4
+    ).values.sum().backward()
     assert teacher.grad is None
 
 
@@ -107,14 +125,20 @@ def test_top_k_renormalises_over_the_teachers_support_and_reports_the_mass_outsi
     inner, inner_gradient = value_and_gradient(
         lambda s, **o: textbook(s, teacher.gather(-1, support), **o), student.gather(-1, support), **options
     )
-    found, gradient = value_and_gradient(lambda s, **o: divergence_rows(s, teacher, top_k=7, **o), student, **options)
+    found, gradient = value_and_gradient(
+        lambda s, **o: divergence_rows(s, teacher, top_k=7, **o), student, **options
+    )
     torch.testing.assert_close(found, inner, rtol=1e-12, atol=1e-14)
-    torch.testing.assert_close(gradient, torch.zeros_like(student).scatter(-1, support, inner_gradient), rtol=1e-9, atol=1e-13)
+    torch.testing.assert_close(
+        gradient, torch.zeros_like(student).scatter(-1, support, inner_gradient), rtol=1e-9, atol=1e-13
+    )
     mass = divergence_rows(student, teacher, top_k=7, **options).truncated_mass
     outside = 1 - torch.softmax(student / 1.3, -1).gather(-1, support).sum(-1)
     torch.testing.assert_close(mass, outside, rtol=1e-9, atol=1e-12)
     everything = divergence_rows(student, teacher, top_k=40, **options)
-    torch.testing.assert_close(everything.values, textbook(student, teacher, **options), rtol=1e-11, atol=1e-13)
+    torch.testing.assert_close(
+        everything.values, textbook(student, teacher, **options), rtol=1e-11, atol=1e-13
+    )
     torch.testing.assert_close(everything.truncated_mass, torch.zeros(6).double(), rtol=0, atol=1e-12)
 
 
@@ -123,14 +147,20 @@ def test_minus_infinity(dtype):
     """Masked in both: the same as a smaller vocabulary. Masked in one: finite. All masked: NaN."""
     student, teacher = logits(3, 12, seed=7, dtype=dtype), logits(3, 12, seed=8, dtype=dtype)
     options = {"divergence": "jsd", "beta": 0.5, "temperature": 1.0, "top_k": None}
-    small, small_gradient = value_and_gradient(lambda s, **o: divergence_rows(s, teacher[:, :9], **o), student[:, :9], **options)
+    small, small_gradient = value_and_gradient(
+        lambda s, **o: divergence_rows(s, teacher[:, :9], **o), student[:, :9], **options
+    )
     masked_student, masked_teacher = student.clone(), teacher.clone()
     masked_student[:, 9:], masked_teacher[:, 9:] = -torch.inf, -torch.inf
-    found, gradient = value_and_gradient(lambda s, **o: divergence_rows(s, masked_teacher, **o), masked_student, **options)
+    found, gradient = value_and_gradient(
+        lambda s, **o: divergence_rows(s, masked_teacher, **o), masked_student, **options
+    )
     torch.testing.assert_close(found, small)
     torch.testing.assert_close(gradient[:, :9], small_gradient)
     assert torch.count_nonzero(gradient[:, 9:]) == 0
-    one_sided, gradient = value_and_gradient(lambda s, **o: divergence_rows(s, masked_teacher, **o), student, **options)
+    one_sided, gradient = value_and_gradient(
+        lambda s, **o: divergence_rows(s, masked_teacher, **o), student, **options
+    )
     assert torch.isfinite(one_sided).all() and torch.isfinite(gradient).all()
     masked_student[1] = -torch.inf
     values = divergence_rows(masked_student, teacher, **options).values
@@ -159,7 +189,9 @@ def test_door_selects_rows_and_weighs_them():
     rows = torch.tensor([6, 1, 3]), torch.tensor([0, 4, 4])
     weights = torch.tensor([2.0, 0.0, 0.5]).double()
     result = jsd_rows(student, teacher, *rows, weights, divergence="jsd", beta=0.5, temperature=1.0)
-    expected = textbook(student[rows[0]], teacher[rows[1]], divergence="jsd", beta=0.5, temperature=1.0) * weights
+    expected = (
+        textbook(student[rows[0]], teacher[rows[1]], divergence="jsd", beta=0.5, temperature=1.0) * weights
+    )
     torch.testing.assert_close(result.values, expected, rtol=1e-12, atol=1e-14)
     result.values.sum().backward()
     assert student.grad.abs().sum(-1).ne(0).tolist() == [False, False, False, True, False, False, True, False]
@@ -176,7 +208,9 @@ def test_door_computes_in_float32():
     student, teacher = logits(4, 64, dtype=torch.bfloat16), logits(4, 64, seed=1, dtype=torch.bfloat16)
     rows = torch.arange(4), torch.arange(4)
     assert door(student, teacher, rows).values.dtype == torch.float32
-    torch.testing.assert_close(door(student, teacher, rows).values, door(student.float(), teacher.float(), rows).values)
+    torch.testing.assert_close(
+        door(student, teacher, rows).values, door(student.float(), teacher.float(), rows).values
+    )
 
 
 @pytest.mark.parametrize(

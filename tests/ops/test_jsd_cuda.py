@@ -1,4 +1,5 @@
-"""The divergence on a GPU, against float64 and against torch in float32. Needs a CUDA device, the CUDA library, torch, pytest."""
+"""The divergence on a GPU, against float64 and against torch in float32. Needs a CUDA device, the CUDA
+library, torch, pytest."""
 
 import pytest
 import torch
@@ -8,7 +9,9 @@ from megatron_sd.ops.native import calls, cuda_library, torch_ops
 from tests.ops.jsd_cases import BF16, FP32, check, pair, reference, value_and_gradient
 
 if not torch.cuda.is_available():
-    pytest.skip("torch sees no CUDA device: run `make gpu-check` on a machine with one", allow_module_level=True)
+    pytest.skip(
+        "torch sees no CUDA device: run `make gpu-check` on a machine with one", allow_module_level=True
+    )
 if obstacle := cuda_library.obstacle(0):
     pytest.skip(obstacle, allow_module_level=True)
 
@@ -26,7 +29,9 @@ each_divergence = pytest.mark.parametrize("divergence", ["jsd", "forward_kl", "r
 @each_divergence
 @each_kind
 @pytest.mark.parametrize("distance", [0.01, 0.1, 1.0, 10.0])
-@pytest.mark.parametrize(("vocabulary", "temperature", "beta"), [(151_936, 1.0, 0.5), (32_000, 0.7, 0.1), (4_999, 1.5, 0.9)])
+@pytest.mark.parametrize(
+    ("vocabulary", "temperature", "beta"), [(151_936, 1.0, 0.5), (32_000, 0.7, 0.1), (4_999, 1.5, 0.9)]
+)
 def test_error_is_at_most_twice_torchs(divergence, kind, distance, vocabulary, temperature, beta):
     student, teacher, logits = pair(4, vocabulary, kind, distance=distance, device="cuda")
     options = {"divergence": divergence, "temperature": temperature, "beta": beta}
@@ -102,8 +107,13 @@ def test_layouts_scales_in_place_and_rows_out_of_range(dtype):
 def test_shards_add_up_to_the_whole(divergence, kind):
     student, teacher, logits = pair(3, 30_000, kind, device="cuda")
     rows = (torch.arange(3, device="cuda"),) * 2
-    options, shared = {"divergence": divergence, "beta": 0.3, "temperature": 0.8}, {"teacher_is_difference": kind[2]}
-    parts = [(student[:, s], teacher[:, s]) for s in (slice(0, 7000), slice(7000, 20_011), slice(20_011, 30_000))]
+    options, shared = (
+        {"divergence": divergence, "beta": 0.3, "temperature": 0.8},
+        {"teacher_is_difference": kind[2]},
+    )
+    parts = [
+        (student[:, s], teacher[:, s]) for s in (slice(0, 7000), slice(7000, 20_011), slice(20_011, 30_000))
+    ]
     local = [calls.jsd_normalisers(*part, *rows, temperature=0.8, **shared) for part in parts]
     normalisers = torch.stack(local).logsumexp(0)
     sums = sum(calls.jsd_sums(*part, *rows, normalisers=normalisers, **options, **shared) for part in parts)
@@ -120,7 +130,9 @@ def test_through_the_door(dtype):
     found = {}
     for impl in ("cuda", "auto", "torch"):
         logits = student.clone().requires_grad_()
-        values = jsd_rows(logits, teacher, *rows, weights, divergence="jsd", beta=0.4, temperature=1.1, impl=impl).values
+        values = jsd_rows(
+            logits, teacher, *rows, weights, divergence="jsd", beta=0.4, temperature=1.1, impl=impl
+        ).values
         values.sum().backward()
         found[impl] = values.detach(), logits.grad
     assert torch.equal(found["cuda"][0], found["auto"][0]) and torch.equal(found["cuda"][1], found["auto"][1])
@@ -129,14 +141,25 @@ def test_through_the_door(dtype):
     nothing = torch.zeros(0, dtype=torch.long, device="cuda")
     logits = student.clone().requires_grad_()
     empty = torch.zeros(0, device="cuda")
-    jsd_rows(logits, teacher, nothing, nothing, empty, divergence="jsd", beta=0.5, temperature=1.0).values.sum().backward()
+    jsd_rows(
+        logits, teacher, nothing, nothing, empty, divergence="jsd", beta=0.5, temperature=1.0
+    ).values.sum().backward()
     assert torch.count_nonzero(logits.grad) == 0
 
 
 def test_operators_pass_torchs_own_check_and_compile():
     student, teacher, _ = pair(5, 70, KINDS["fp32"], device="cuda")
     rows = torch.tensor([4, 1, 1], device="cuda"), torch.tensor([0, 2, 3], device="cuda")
-    arguments = (student.requires_grad_(), teacher, *rows, torch.ones(3, device="cuda"), "jsd", 0.5, 1.0, True)
+    arguments = (
+        student.requires_grad_(),
+        teacher,
+        *rows,
+        torch.ones(3, device="cuda"),
+        "jsd",
+        0.5,
+        1.0,
+        True,
+    )
     torch.library.opcheck(torch_ops.jsd_rows, arguments)
     torch.library.opcheck(torch_ops.scatter_rows, (teacher[:3], rows[0], torch.ones(3, device="cuda"), 6))
 
@@ -147,7 +170,9 @@ def test_nothing_waits_for_the_device():
     logits = student.clone().requires_grad_()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        values = jsd_rows(logits, teacher, *rows, weights, divergence="jsd", beta=0.5, temperature=1.0, impl="cuda").values
+        values = jsd_rows(
+            logits, teacher, *rows, weights, divergence="jsd", beta=0.5, temperature=1.0, impl="cuda"
+        ).values
         values.sum().backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")

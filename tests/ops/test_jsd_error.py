@@ -16,25 +16,34 @@ from tests.ops.test_jsd_native import (
     value_and_gradient,
 )
 
-pytestmark = pytest.mark.skipif(cpu_library.LIBRARY is None, reason=f"no native library: {cpu_library.MISSING}")
+pytestmark = pytest.mark.skipif(
+    cpu_library.LIBRARY is None, reason=f"no native library: {cpu_library.MISSING}"
+)
 
 
 @each_divergence
 @each_dtype
 @pytest.mark.parametrize("distance", [0.01, 0.1, 1.0, 10.0])
-@pytest.mark.parametrize(("vocabulary", "temperature", "beta"), [(4999, 1.0, 0.5), (151, 0.7, 0.1), (1024, 1.5, 0.9)])
+@pytest.mark.parametrize(
+    ("vocabulary", "temperature", "beta"), [(4999, 1.0, 0.5), (151, 0.7, 0.1), (1024, 1.5, 0.9)]
+)
 def test_error_is_at_most_twice_the_references(divergence, dtype, distance, vocabulary, temperature, beta):
-    """Over many rows: in a few, where a value is the rest of two normalisers' rounding, either may be the luckier."""
+    """Over many rows: in a few, where a value is the rest of two normalisers' rounding, either may be the
+    luckier."""
     student, teacher = pair(100, vocabulary, distance=distance, dtype=dtype)
     options = {"divergence": divergence, "temperature": temperature, "beta": beta}
     exact, exact_gradient = value_and_gradient(student.double(), teacher.double(), impl="torch", **options)
     torch_value, torch_gradient = value_and_gradient(student, teacher, impl="torch", **options)
     value, gradient = value_and_gradient(student, teacher, impl="cpp", **options)
     assert value.dtype == torch.float32 and gradient.dtype == dtype
-    eps = EPS[torch.float32] + 2e-8 / distance  # terms of the first order in the distance cancel, leaving those of the second
+    # terms of the first order in the distance cancel, leaving those of the second
+    eps = EPS[torch.float32] + 2e-8 / distance
     assert relative_error(value, exact) <= 2 * relative_error(torch_value, exact) + eps
-    # Logits are multiplied by log2(e) / temperature in float32, as if the temperature were that far off, which an exponent of so
+    # Logits are multiplied by log2(e) / temperature in float32, as if the temperature were that far off,
+    # which an exponent of so
     # many nats (four standard deviations) makes an error of that many times as much.
     scale, nats = 1 / (math.log(2) * temperature), 4 * max(distance, 3.0) / temperature
     eps = EPS[dtype] + nats * abs(float(np.float32(scale)) / scale - 1)
-    assert relative_error(gradient, exact_gradient) <= 2 * relative_error(torch_gradient, exact_gradient) + eps
+    assert (
+        relative_error(gradient, exact_gradient) <= 2 * relative_error(torch_gradient, exact_gradient) + eps
+    )

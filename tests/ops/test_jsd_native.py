@@ -1,4 +1,5 @@
-"""The native divergence against float64 and against the reference in the same dtype; every instruction set; autograd; compile."""
+"""The native divergence against float64 and against the reference in the same dtype; every instruction set;
+autograd; compile."""
 
 import logging
 
@@ -13,16 +14,21 @@ from megatron_sd.ops.jsd import jsd_rows
 from megatron_sd.ops.jsd_reference import divergence_rows
 from megatron_sd.ops.native import calls, cpu_library, torch_ops
 
-pytestmark = pytest.mark.skipif(cpu_library.LIBRARY is None, reason=f"no native library: {cpu_library.MISSING}")
+pytestmark = pytest.mark.skipif(
+    cpu_library.LIBRARY is None, reason=f"no native library: {cpu_library.MISSING}"
+)
 
-AVAILABLE = cpu_library.INSTRUCTION_SETS[: cpu_library.INSTRUCTION_SETS.index(cpu_library.INSTRUCTION_SET) + 1]
+AVAILABLE = cpu_library.INSTRUCTION_SETS[
+    : cpu_library.INSTRUCTION_SETS.index(cpu_library.INSTRUCTION_SET) + 1
+]
 each_divergence = pytest.mark.parametrize("divergence", ["jsd", "forward_kl", "reverse_kl"])
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 EPS = {torch.float32: 2e-7, torch.bfloat16: 4e-3}  # one rounding of the gradient as it is stored, twice
 
 
 def pair(num_rows, vocabulary, *, distance, dtype, seed=0):
-    """Student logits of a sharp distribution and a teacher `distance` away (standard deviation of the logits' difference)."""
+    """Student logits of a sharp distribution and a teacher `distance` away (standard deviation of the
+    logits' difference)."""
     generator = torch.Generator().manual_seed(seed)
     student = 3.0 * torch.randn(num_rows, vocabulary, generator=generator)
     teacher = student + distance * torch.randn(num_rows, vocabulary, generator=generator)
@@ -57,7 +63,10 @@ def test_every_instruction_set_meets_the_error_bound(divergence, dtype, instruct
     exact, exact_gradient = value_and_gradient(chosen.double(), other.double(), impl="torch", **options)
     torch_value, torch_gradient = value_and_gradient(chosen, other, impl="torch", **options)
     assert relative_error(values, exact) <= 2 * relative_error(torch_value, exact) + EPS[torch.float32]
-    assert relative_error(gradient, exact_gradient) <= 2 * relative_error(torch_gradient, exact_gradient) + EPS[dtype]
+    assert (
+        relative_error(gradient, exact_gradient)
+        <= 2 * relative_error(torch_gradient, exact_gradient) + EPS[dtype]
+    )
     every = (torch.arange(3),) * 2
     same = calls.jsd_rows(chosen, chosen, *every, **common)
     assert torch.count_nonzero(same[0]) == 0 and torch.count_nonzero(same[1]) == 0
@@ -67,7 +76,9 @@ def test_every_instruction_set_meets_the_error_bound(divergence, dtype, instruct
 def test_scattered_rows_are_scaled_and_summed(instruction_set):
     gradient = torch.arange(12.0).reshape(3, 4)
     scales = torch.tensor([0.5, 2.0, -1.0])
-    out = calls.scatter_rows(gradient, torch.tensor([3, 1, 3]), scales, num_rows=5, instruction_set=instruction_set)
+    out = calls.scatter_rows(
+        gradient, torch.tensor([3, 1, 3]), scales, num_rows=5, instruction_set=instruction_set
+    )
     zero = [0.0] * 4
     assert out.tolist() == [zero, [8.0, 10.0, 12.0, 14.0], zero, [-8.0, -8.5, -9.0, -9.5], zero]
 
@@ -88,7 +99,12 @@ def test_threads_and_neighbours_do_not_change_a_row(dtype):
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(0, 2**31), st.floats(0.001, 300.0), st.integers(1, 1100), st.sampled_from([torch.float32, torch.bfloat16]))
+@given(
+    st.integers(0, 2**31),
+    st.floats(0.001, 300.0),
+    st.integers(1, 1100),
+    st.sampled_from([torch.float32, torch.bfloat16]),
+)
 def test_equal_rows_give_exactly_zero(seed, scale, vocabulary, dtype):
     student = (scale * torch.randn(3, vocabulary, generator=torch.Generator().manual_seed(seed))).to(dtype)
     for divergence in ("jsd", "forward_kl", "reverse_kl"):
@@ -116,7 +132,9 @@ def test_listed_rows_weights_and_repeated_rows(dtype):
     expected = value_and_gradient(student, teacher, impl="torch", rows=rows, weights=weights)
     found = value_and_gradient(student, teacher, impl="cpp", rows=rows, weights=weights)
     torch.testing.assert_close(found[0], expected[0], rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(found[1], expected[1], rtol=1e-5 if dtype == torch.float32 else 2e-2, atol=1e-7)
+    torch.testing.assert_close(
+        found[1], expected[1], rtol=1e-5 if dtype == torch.float32 else 2e-2, atol=1e-7
+    )
     assert found[1].abs().sum(-1).ne(0).tolist() == [False, False, False, True, False, False, True, False]
 
 
@@ -124,7 +142,9 @@ def test_rows_may_be_int32_and_dtypes_may_differ():
     student, teacher = pair(4, 300, distance=0.2, dtype=torch.float32)
     rows = torch.tensor([3, 1], dtype=torch.int32), torch.tensor([0, 2], dtype=torch.int32)
     found = value_and_gradient(student, teacher.bfloat16(), impl="cpp", rows=rows)
-    expected = value_and_gradient(student, teacher.bfloat16().float(), impl="cpp", rows=tuple(r.long() for r in rows))
+    expected = value_and_gradient(
+        student, teacher.bfloat16().float(), impl="cpp", rows=tuple(r.long() for r in rows)
+    )
     assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
 
 
@@ -150,13 +170,16 @@ def test_no_rows_stay_connected():
 @each_divergence
 @each_dtype
 def test_minus_infinity(divergence, dtype):
-    """Masked in both: a smaller vocabulary. In one: as the reference. All masked, a NaN or +inf: NaN, in that row alone."""
+    """Masked in both: a smaller vocabulary. In one: as the reference. All masked, a NaN or +inf: NaN, in
+    that row alone."""
     student, teacher = pair(4, 530, distance=0.5, dtype=dtype)
     small = value_and_gradient(student[:, :400], teacher[:, :400], impl="cpp", divergence=divergence)
     student[:, 400:], teacher[:, 400:] = -torch.inf, -torch.inf
     values, gradient = value_and_gradient(student, teacher, impl="cpp", divergence=divergence)
     torch.testing.assert_close(values, small[0], rtol=1e-6, atol=0)
-    torch.testing.assert_close(gradient[:, :400], small[1], rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-9)
+    torch.testing.assert_close(
+        gradient[:, :400], small[1], rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-9
+    )
     assert torch.count_nonzero(gradient[:, 400:]) == 0
     student[0, :30], teacher[1, 30:60] = -torch.inf, -torch.inf
     found = value_and_gradient(student, teacher, impl="cpp", divergence=divergence)
@@ -196,7 +219,16 @@ def test_operators_pass_torchs_own_check(dtype):
     rows = torch.tensor([4, 1, 1]), torch.tensor([0, 2, 3])
     weights = torch.tensor([1.0, 0.5, 2.0])
     for with_gradient in (True, False):
-        arguments = (student.requires_grad_(with_gradient), teacher, *rows, weights, "jsd", 0.5, 1.0, with_gradient)
+        arguments = (
+            student.requires_grad_(with_gradient),
+            teacher,
+            *rows,
+            weights,
+            "jsd",
+            0.5,
+            1.0,
+            with_gradient,
+        )
         torch.library.opcheck(torch_ops.jsd_rows, arguments)
     torch.library.opcheck(torch_ops.scatter_rows, (teacher[:3], rows[0], torch.tensor([1.0, 2.0, 3.0]), 6))
 
@@ -209,7 +241,9 @@ def test_compiles_into_one_graph(student_rows):
 
     def loss(logits):
         scaled = logits * 1.25
-        values = jsd_rows(scaled, teacher, *rows, weights, divergence="jsd", beta=0.4, temperature=1.1, impl="auto").values
+        values = jsd_rows(
+            scaled, teacher, *rows, weights, divergence="jsd", beta=0.4, temperature=1.1, impl="auto"
+        ).values
         return values.sum()
 
     eager, compiled = (student.clone().requires_grad_() for _ in range(2))
@@ -219,11 +253,14 @@ def test_compiles_into_one_graph(student_rows):
 
 
 def test_the_gradient_itself_is_handed_on_where_nothing_is_left_to_do():
-    """Rows in order and a plain sum: no second [N, V] is made. Another factor, and a second backward, are served as ever."""
+    """Rows in order and a plain sum: no second [N, V] is made. Another factor, and a second backward, are
+    served as ever."""
     student, teacher = pair(4, 90, distance=0.5, dtype=torch.float32)
     rows, weights = torch.arange(4), torch.tensor([1.0, 0.5, 2.0, 0.0])
     leaf = student.clone().requires_grad_()
-    divergences = jsd_rows(leaf, teacher, rows, rows, weights, divergence="jsd", beta=0.4, temperature=1.1, impl="cpp").values
+    divergences = jsd_rows(
+        leaf, teacher, rows, rows, weights, divergence="jsd", beta=0.4, temperature=1.1, impl="cpp"
+    ).values
     for _ in range(2):
         divergences.sum().backward(retain_graph=True)
     kept = divergences.grad_fn.saved_tensors[0].data_ptr()
@@ -264,7 +301,9 @@ def test_auto_says_once_what_runs(caplog):
 
 def test_cpp_refuses_what_it_cannot_do():
     student, teacher = pair(3, 20, distance=1.0, dtype=torch.float32)
-    with pytest.raises(ValueError, match=r"impl='cpp' cannot serve teacher logits of torch.float64; expected CPU tensors"):
+    with pytest.raises(
+        ValueError, match=r"impl='cpp' cannot serve teacher logits of torch.float64; expected CPU tensors"
+    ):
         value_and_gradient(student, teacher.double(), impl="cpp")
     with pytest.raises(ValueError, match="cannot serve top_k=4"):
         value_and_gradient(student, teacher, impl="cpp", top_k=4)

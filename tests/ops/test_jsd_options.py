@@ -1,4 +1,5 @@
-"""The divergence's options through its door: tail bucket, gradient in place, NaN, error bound, compilation."""
+"""The divergence's options through its door: tail bucket, gradient in place, NaN, error bound,
+compilation."""
 
 import logging
 
@@ -13,7 +14,13 @@ from tests.ops.test_jsd import logits, textbook, value_and_gradient
 
 each_divergence = pytest.mark.parametrize("divergence", ["jsd", "forward_kl", "reverse_kl"])
 each_implementation = pytest.mark.parametrize(
-    "impl", ["torch", pytest.param("cpp", marks=pytest.mark.skipif(cpu_library.LIBRARY is None, reason="no native library"))]
+    "impl",
+    [
+        "torch",
+        pytest.param(
+            "cpp", marks=pytest.mark.skipif(cpu_library.LIBRARY is None, reason="no native library")
+        ),
+    ],
 )
 OPTIONS = {"divergence": "jsd", "beta": 0.3, "temperature": 1.3}
 
@@ -43,7 +50,8 @@ def test_a_tail_bucket_is_one_more_event(divergence, beta, temperature, top_k):
     torch.testing.assert_close(gradient, expected_gradient, rtol=1e-8, atol=1e-12)
     outside = torch.ones_like(student).scatter(-1, support, 0.0).bool()
     assert (gradient[outside] != 0).all()  # what the renormalised form leaves without a gradient
-    q = torch.softmax(student / temperature, -1)  # the closed form: a token's gradient is its event's, shared out by probability
+    # the closed form: a token's gradient is its event's, shared out by probability
+    q = torch.softmax(student / temperature, -1)
     share = gradient[outside].reshape(6, -1) / q[outside].reshape(6, -1)
     torch.testing.assert_close(share, share[:, :1].expand_as(share), rtol=1e-7, atol=1e-10)
 
@@ -77,10 +85,16 @@ def test_error_is_at_most_twice_that_of_the_formula_in_the_same_arithmetic(diver
     teacher = (student + distance * logits(8, 3001, scale=1.0, seed=2)).to(dtype)
     student = student.to(dtype)
     options = {"divergence": divergence, "beta": 0.5, "temperature": 1.0}
-    exact, exact_gradient = value_and_gradient(lambda s, **o: textbook(s, teacher.double(), **o), student.double(), **options)
-    plain, plain_gradient = value_and_gradient(lambda s, **o: textbook(s, teacher.float(), **o), student.float(), **options)
+    exact, exact_gradient = value_and_gradient(
+        lambda s, **o: textbook(s, teacher.double(), **o), student.double(), **options
+    )
+    plain, plain_gradient = value_and_gradient(
+        lambda s, **o: textbook(s, teacher.float(), **o), student.float(), **options
+    )
     rows = torch.arange(8), torch.arange(8), torch.ones(8)
-    found, gradient = value_and_gradient(lambda s, **o: jsd_rows(s, teacher, *rows, impl="torch", **o), student, **options)
+    found, gradient = value_and_gradient(
+        lambda s, **o: jsd_rows(s, teacher, *rows, impl="torch", **o), student, **options
+    )
     assert gradient.dtype == dtype
 
     def error(approximate, truth):
@@ -109,7 +123,9 @@ def test_in_place_is_the_same_gradient_in_the_logits_own_memory(impl, dtype, mon
     scaled.retain_grad()
     (found.values * 3).sum().backward()
     assert torch.equal(found.values, expected.values)
-    torch.testing.assert_close(other.grad, leaf.grad, rtol=1e-2 if dtype == torch.bfloat16 else 1e-6, atol=1e-9)
+    torch.testing.assert_close(
+        other.grad, leaf.grad, rtol=1e-2 if dtype == torch.bfloat16 else 1e-6, atol=1e-9
+    )
     assert torch.equal(scaled.detach(), other.grad)  # the memory of the logits holds it
     assert other.grad.abs().sum(-1).ne(0).tolist() == [True, True, False, True, False, False, True]
 
@@ -158,7 +174,9 @@ def test_nan_is_reported_by_row_and_stays_in_its_row(caplog):
     for changes in ({}, {"top_k": 4}, {"top_k": 4, "tail_bucket": True}):
         caplog.clear()
         with caplog.at_level(logging.WARNING):
-            values = call(student, teacher, (torch.tensor([0, 3]), torch.tensor([1, 4])), impl="torch", **changes).values
+            values = call(
+                student, teacher, (torch.tensor([0, 3]), torch.tensor([1, 4])), impl="torch", **changes
+            ).values
         assert values.isnan().tolist() == [False, True]
         assert "1 of 2 divergences are NaN, first that of student row 3 and teacher row 4" in caplog.text
 
@@ -170,7 +188,9 @@ def test_the_reference_compiles_into_one_graph(divergence, changes):
     rows = torch.tensor([5, 1, 2]), torch.tensor([0, 3, 3])
 
     def loss(matrix):
-        return (call(matrix * 1.25, teacher, rows, divergence=divergence, impl="torch", **changes).values * 3.0).sum()
+        return (
+            call(matrix * 1.25, teacher, rows, divergence=divergence, impl="torch", **changes).values * 3.0
+        ).sum()
 
     eager, compiled = (student.clone().requires_grad_() for _ in range(2))
     loss(eager).backward()

@@ -1,7 +1,9 @@
-"""The CUDA kernels' own bodies, run on a host thread by thread (tests/ops/replay), against float64 and against torch.
+"""The CUDA kernels' own bodies, run on a host thread by thread (tests/ops/replay), against float64 and
+against torch.
 
-Blocks, clusters, barriers, shuffles, copies and merges are the kernels'; powers and logarithms carry the largest error that
-the hardware may make. What a host cannot show: the hardware's own memory ordering, and speed.
+Blocks, clusters, barriers, shuffles, copies and merges are the kernels'; powers and logarithms carry the
+largest error that the hardware may make. What a host cannot show: the hardware's own memory ordering, and
+speed.
 """
 
 import ctypes
@@ -56,7 +58,8 @@ def replay(library, monkeypatch):
 @each_divergence
 @each_kind
 @pytest.mark.parametrize(
-    ("distance", "temperature", "beta"), [(0.01, 1.0, 0.5), (0.3, 0.7, 0.1), (1.0, 1.0, 0.5), (10.0, 1.5, 0.9)]
+    ("distance", "temperature", "beta"),
+    [(0.01, 1.0, 0.5), (0.3, 0.7, 0.1), (1.0, 1.0, 0.5), (10.0, 1.5, 0.9)],
 )
 def test_error_is_at_most_twice_torchs(replay, divergence, kind, distance, temperature, beta):
     """A cluster of two blocks, the second's part shorter."""
@@ -71,7 +74,8 @@ def test_error_is_at_most_twice_torchs(replay, divergence, kind, distance, tempe
 @pytest.mark.parametrize("kind", [KINDS[0], KINDS[1], KINDS[5]], ids=["bf16", "fp32", "difference"])
 @pytest.mark.parametrize("vocabulary", [1, 7, 512, 4099, 9001])
 def test_any_vocabulary_and_any_cut_give_the_same_within_rounding(replay, divergence, kind, vocabulary):
-    """One block, a cluster of several, and the split kernels; where rows end within a vector copies are element by element."""
+    """One block, a cluster of several, and the split kernels; where rows end within a vector copies are
+    element by element."""
     student, teacher, logits = pair(2, vocabulary, kind, distance=0.5, seed=vocabulary)
     cuts = [{}, {"part_bytes": 3000 + 2 * vocabulary}, {"clusters": False}]
     for cut in cuts:
@@ -103,7 +107,9 @@ def test_bits_depend_neither_on_the_order_of_threads_nor_on_neighbours(replay, k
 def test_equal_rows_give_exactly_zero(replay, divergence, kind, clusters):
     replay(clusters=clusters, part_bytes=6000)
     student, teacher, _ = pair(2, 1003, kind, distance=0.0)
-    values, gradient = value_and_gradient(student, teacher, kind, divergence=divergence, beta=0.3, temperature=0.7)
+    values, gradient = value_and_gradient(
+        student, teacher, kind, divergence=divergence, beta=0.3, temperature=0.7
+    )
     assert torch.count_nonzero(values) == 0 and torch.count_nonzero(gradient) == 0
 
 
@@ -111,16 +117,22 @@ def test_equal_rows_give_exactly_zero(replay, divergence, kind, clusters):
 @pytest.mark.parametrize("kind", [KINDS[0], KINDS[1]], ids=["bf16", "fp32"])
 @pytest.mark.parametrize("clusters", [True, False])
 def test_minus_infinity(replay, divergence, kind, clusters):
-    """Masked in both: a smaller vocabulary. In one: as torch. All masked, a NaN or +inf: NaN, in that row alone."""
+    """Masked in both: a smaller vocabulary. In one: as torch. All masked, a NaN or +inf: NaN, in that row
+    alone."""
     replay(clusters=clusters, part_bytes=4000)
     student, teacher, _ = pair(5, 1030, kind)
-    smaller = value_and_gradient(student[:, :800].contiguous(), teacher[:, :800].contiguous(), kind, divergence=divergence)
+    smaller = value_and_gradient(
+        student[:, :800].contiguous(), teacher[:, :800].contiguous(), kind, divergence=divergence
+    )
     student[:, 800:], teacher[:, 800:] = -torch.inf, -torch.inf
     values, gradient = value_and_gradient(student, teacher, kind, divergence=divergence)
     torch.testing.assert_close(values, smaller[0], rtol=2e-6, atol=0)
-    torch.testing.assert_close(gradient[:, :800], smaller[1], rtol=2e-2 if kind[3] == BF16 else 1e-5, atol=1e-9)
+    torch.testing.assert_close(
+        gradient[:, :800], smaller[1], rtol=2e-2 if kind[3] == BF16 else 1e-5, atol=1e-9
+    )
     assert torch.count_nonzero(gradient[:, 800:]) == 0
-    student[0, :40], teacher[1, 40:90] = -torch.inf, -torch.inf  # the first vectors of some threads: their sums start again
+    # the first vectors of some threads: their sums start again
+    student[0, :40], teacher[1, 40:90] = -torch.inf, -torch.inf
     found = value_and_gradient(student, teacher, kind, divergence=divergence)
     expected = reference(student.float(), teacher.float(), divergence=divergence)
     torch.testing.assert_close(found[0], expected[0], rtol=1e-4, atol=1e-7)
@@ -136,8 +148,14 @@ def test_minus_infinity(replay, divergence, kind, clusters):
 @each_divergence
 @pytest.mark.parametrize("kind", [KINDS[0], KINDS[1], KINDS[4]], ids=["bf16", "fp32", "difference"])
 def test_huge_logits_are_float64s(replay, divergence, kind):
-    student = torch.tensor([[1e4, -1e4, 0.0], [3e4, 0.0, -3e4], [200.0, 0.0, 0.0], [0.0, 90.0, 0.0]]).repeat(1, 101).to(kind[0])
-    logits = torch.tensor([[-1e4, 1e4, 0.0], [3e4, 0.0, -3e4], [0.0, 200.0, 0.0], [0.0, 0.0, 99.0]]).repeat(1, 101)
+    student = (
+        torch.tensor([[1e4, -1e4, 0.0], [3e4, 0.0, -3e4], [200.0, 0.0, 0.0], [0.0, 90.0, 0.0]])
+        .repeat(1, 101)
+        .to(kind[0])
+    )
+    logits = torch.tensor([[-1e4, 1e4, 0.0], [3e4, 0.0, -3e4], [0.0, 200.0, 0.0], [0.0, 0.0, 99.0]]).repeat(
+        1, 101
+    )
     teacher = (logits - student.float() if kind[2] else logits).to(kind[1])
     logits = teacher.double() + student.double() if kind[2] else teacher.double()
     expected = reference(student.double(), logits, divergence=divergence)
@@ -190,11 +208,15 @@ def test_listed_rows_scales_layouts_and_in_place(replay, divergence, clusters, d
     scales = torch.tensor([2.0, 0.0, -0.5])
     padded = torch.full((6, 1100), torch.nan).to(dtype)
     padded[:, 3:1006] = teacher
-    found = value_and_gradient(student, padded[:, 3:1006], kind, rows=rows, divergence=divergence, scales=scales)
+    found = value_and_gradient(
+        student, padded[:, 3:1006], kind, rows=rows, divergence=divergence, scales=scales
+    )
     assert torch.equal(found[0], expected[0])
     assert torch.equal(found[1], (expected[1].float() * scales[:, None]).to(dtype))
     own = student.clone()
-    values, gradient = value_and_gradient(own, padded[:, 3:1006], kind, rows=rows, divergence=divergence, in_place=True)
+    values, gradient = value_and_gradient(
+        own, padded[:, 3:1006], kind, rows=rows, divergence=divergence, in_place=True
+    )
     assert torch.equal(values, expected[0]) and gradient.data_ptr() == own.data_ptr()
     assert torch.equal(own[rows[0]], expected[1]) and torch.equal(own[[1, 3, 4]], student[[1, 3, 4]])
 
@@ -221,7 +243,9 @@ def test_shards_add_up_to_the_whole(replay, divergence, kind):
     parts = [(student[:, s], teacher[:, s]) for s in shards]
     local = [calls.jsd_normalisers(*part, *rows, temperature=0.8, **shared) for part in parts]
     normalisers = torch.stack(local).logsumexp(0)
-    torch.testing.assert_close(normalisers[:, 0], (student.double() / 0.8).logsumexp(-1), rtol=1e-7, atol=1e-7)
+    torch.testing.assert_close(
+        normalisers[:, 0], (student.double() / 0.8).logsumexp(-1), rtol=1e-7, atol=1e-7
+    )
     torch.testing.assert_close(normalisers[:, 1], (logits / 0.8).logsumexp(-1), rtol=1e-7, atol=1e-7)
     sums = sum(calls.jsd_sums(*part, *rows, normalisers=normalisers, **options, **shared) for part in parts)
     gradient = torch.cat([

@@ -1,4 +1,5 @@
-"""The fused head: the same values and gradients as whole logits, whatever the chunk size, and nothing kept of them."""
+"""The fused head: the same values and gradients as whole logits, whatever the chunk size, and nothing kept
+of them."""
 
 import numpy as np
 import pytest
@@ -63,9 +64,16 @@ def definition(bias=True, dtype=torch.float32, **changes):
     o = options(**changes)
     hidden, teacher, weight, bias, rows = inputs(bias, dtype)
     leaves = [leaf.detach().double().requires_grad_() for leaf in (hidden, weight, bias) if leaf is not None]
-    logits, teacher_logits = F.linear(*leaves), F.linear(teacher.double(), *(leaf.detach() for leaf in leaves[1:]))
-    log_probs, teacher_log_probs = (torch.log_softmax(z / o.sampling_temperature, -1) for z in (logits, teacher_logits))
-    chosen = {name: getattr(o, name) for name in ("divergence", "beta", "temperature", "top_k", "tail_bucket")}
+    logits, teacher_logits = (
+        F.linear(*leaves),
+        F.linear(teacher.double(), *(leaf.detach() for leaf in leaves[1:])),
+    )
+    log_probs, teacher_log_probs = (
+        torch.log_softmax(z / o.sampling_temperature, -1) for z in (logits, teacher_logits)
+    )
+    chosen = {
+        name: getattr(o, name) for name in ("divergence", "beta", "temperature", "top_k", "tail_bucket")
+    }
     result = divergence_rows(logits[rows.query_rows], teacher_logits, **chosen)
     logprobs = log_probs.gather(-1, rows.targets[:, None])[:, 0]
     values = module.RowValues(
@@ -93,7 +101,11 @@ def test_equals_whole_logits_in_float64(changes, bias, teacher_logits):
         torch.testing.assert_close(found.double(), exact.detach().double(), rtol=2e-5, atol=2e-6)
     for found, exact in zip(gradients, expected_gradients, strict=True):
         torch.testing.assert_close(found.double(), exact, rtol=1e-4, atol=1e-5)
-    assert (values.truncated_masses > 0).all() if "top_k" in changes else torch.count_nonzero(values.truncated_masses) == 0
+    assert (
+        (values.truncated_masses > 0).all()
+        if "top_k" in changes
+        else torch.count_nonzero(values.truncated_masses) == 0
+    )
 
 
 @pytest.mark.parametrize("chunk_rows", [1, 3, 4, 10])
@@ -120,7 +132,8 @@ def test_bfloat16_is_within_its_rounding_of_float64(teacher_logits, chunk_rows):
 
 
 class Watch(torch.utils._python_dispatch.TorchDispatchMode):
-    """Notes the largest number of rows of any [rows, vocabulary] matrix that an operation gives, and the products."""
+    """Notes the largest number of rows of any [rows, vocabulary] matrix that an operation gives, and the
+    products."""
 
     def __init__(self):
         super().__init__()
@@ -129,7 +142,12 @@ class Watch(torch.utils._python_dispatch.TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         for tensor in out if isinstance(out, tuple | list) else (out,):
-            if torch.is_tensor(tensor) and tensor.ndim == 2 and tensor.shape[1] == VOCABULARY and len(tensor) != WIDTH:
+            if (
+                torch.is_tensor(tensor)
+                and tensor.ndim == 2
+                and tensor.shape[1] == VOCABULARY
+                and len(tensor) != WIDTH
+            ):
                 self.largest = max(self.largest, len(tensor))
         if func.overloadpacket.__name__ in ("mm", "addmm", "addmm_"):
             self.products.append(tuple(args[-1].shape))
@@ -143,10 +161,13 @@ def test_logits_of_more_rows_than_a_chunk_never_exist():
 
 
 def test_every_product_is_made_once():
-    """4 chunks with query rows: logits, teacher's difference, hidden gradient, weight gradient. The backward has none."""
+    """4 chunks with query rows: logits, teacher's difference, hidden gradient, weight gradient. The
+    backward has none."""
     hidden, teacher, weight, _, rows = inputs(bias=False)
     with Watch() as watch:
-        values = linear_jsd(hidden, teacher, (weight, None), rows, row_loss=curved_loss, options=options(chunk_rows=3))
+        values = linear_jsd(
+            hidden, teacher, (weight, None), rows, row_loss=curved_loss, options=options(chunk_rows=3)
+        )
         assert len(watch.products) == 4 * 4
         values.loss.backward()
         assert len(watch.products) == 4 * 4
@@ -163,14 +184,23 @@ def test_what_needs_no_gradient_gets_none():
         linear_jsd(hidden, teacher, (weight.detach(), None), rows, **call).loss.backward()
     assert len(watch.products) == 3 * 3  # a frozen head: no product for its gradient
     values = linear_jsd(hidden, teacher, (weight, bias), rows, row_loss=None, options=options())
-    assert not values.loss.requires_grad and values.loss == 0 and torch.equal(values.entropies, expected.entropies)
+    assert (
+        not values.loss.requires_grad
+        and values.loss == 0
+        and torch.equal(values.entropies, expected.entropies)
+    )
 
 
 def test_a_head_with_lora_is_its_merged_weight():
     hidden, teacher, weight, bias, rows = inputs()
-    up, down = torch.randn(VOCABULARY, 2).mul(0.1).requires_grad_(), torch.randn(2, WIDTH).mul(0.1).requires_grad_()
+    up, down = (
+        torch.randn(VOCABULARY, 2).mul(0.1).requires_grad_(),
+        torch.randn(2, WIDTH).mul(0.1).requires_grad_(),
+    )
     frozen = weight.detach()
-    merged = linear_jsd(hidden, teacher, (frozen + up @ down, None), rows, row_loss=curved_loss, options=options())
+    merged = linear_jsd(
+        hidden, teacher, (frozen + up @ down, None), rows, row_loss=curved_loss, options=options()
+    )
     merged.loss.backward()
     dense = (frozen + up @ down).detach().requires_grad_()
     linear_jsd(hidden, teacher, (dense, None), rows, row_loss=curved_loss, options=options()).loss.backward()
@@ -224,7 +254,9 @@ def test_the_policys_bits_do_not_depend_on_the_teacher():
         return [values.logprobs, values.entropies, hidden.grad, weight.grad, bias.grad]
 
     _, teacher, _, _, rows = inputs()
-    for found, expected in zip(gradients(rows, teacher), gradients(rows.without_teacher(), teacher[:0]), strict=True):
+    for found, expected in zip(
+        gradients(rows, teacher), gradients(rows.without_teacher(), teacher[:0]), strict=True
+    ):
         assert torch.equal(found, expected)
 
 
@@ -249,7 +281,8 @@ def gradient_error(teacher_logits, distance):
 
 
 def test_near_the_teacher_only_rounded_logits_lose_the_gradient():
-    """Logits 0.03 apart: two rounded products are wrong by half or more; the difference of hidden states keeps 2 %."""
+    """Logits 0.03 apart: two rounded products are wrong by half or more; the difference of hidden states
+    keeps 2 %."""
     assert gradient_error("same_dtype", 0.01) > 0.5
     for choice in ("delta", "float32_delta", "float32"):
         assert gradient_error(choice, 0.01) < 0.03
@@ -258,9 +291,16 @@ def test_near_the_teacher_only_rounded_logits_lose_the_gradient():
 
 def test_no_rows_stay_connected():
     hidden, teacher, weight, bias, _ = inputs()
-    nothing = HeadRows(torch.zeros(0, dtype=torch.long), torch.zeros(0, dtype=torch.long), np.zeros(0, np.int64))
+    nothing = HeadRows(
+        torch.zeros(0, dtype=torch.long), torch.zeros(0, dtype=torch.long), np.zeros(0, np.int64)
+    )
     values = linear_jsd(
-        hidden[:0], teacher[:0], (weight, bias), nothing, row_loss=lambda v, *_: v.logprobs.sum(), options=options()
+        hidden[:0],
+        teacher[:0],
+        (weight, bias),
+        nothing,
+        row_loss=lambda v, *_: v.logprobs.sum(),
+        options=options(),
     )
     assert values.loss == 0 and values.logprobs.shape == (0,)
     values.loss.backward()

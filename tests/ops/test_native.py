@@ -1,4 +1,5 @@
-"""How the native library is built and found: with a compiler, without one, and when its file is missing or broken."""
+"""How the native library is built and found: with a compiler, without one, and when its file is missing or
+broken."""
 
 import os
 import shutil
@@ -24,7 +25,9 @@ def build(out: Path, **environment: str) -> subprocess.CompletedProcess:
         shutil.copy(ROOT / name, out / name)
     command = [sys.executable, "setup.py", "build_ext", "--build-lib", "lib"]
     everything = os.environ | {"MEGATRON_SD_CUDA": "0"} | environment
-    return subprocess.run(command, cwd=out, env=everything, capture_output=True, text=True, check=False, timeout=600)
+    return subprocess.run(
+        command, cwd=out, env=everything, capture_output=True, text=True, check=False, timeout=600
+    )
 
 
 @pytest.mark.skipif(not HAS_COMPILER, reason="no C++ compiler on this machine")
@@ -33,13 +36,17 @@ def test_a_compiler_is_all_it_takes(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     path = tmp_path / "lib/megatron_sd/_C.so"
     library, missing = cpu_library.load(path)
-    assert missing == "" and library.megatron_sd_instruction_set() in range(3) and library.megatron_sd_compiler()
+    assert (
+        missing == "" and library.megatron_sd_instruction_set() in range(3) and library.megatron_sd_compiler()
+    )
     needed = path.read_bytes()
     assert b"libtorch" not in needed and b"libpython" not in needed
 
 
 def test_without_a_compiler_there_is_a_warning_and_no_library(tmp_path):
-    done = build(tmp_path, CC="/no/such/cc", CXX="/no/such/c++", LDSHARED="/no/such/c++", LDCXXSHARED="/no/such/c++")
+    done = build(
+        tmp_path, CC="/no/such/cc", CXX="/no/such/c++", LDSHARED="/no/such/c++", LDCXXSHARED="/no/such/c++"
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert 'building extension "megatron_sd._C" failed' in done.stdout + done.stderr
     assert not (tmp_path / "lib/megatron_sd/_C.so").exists()
@@ -62,7 +69,10 @@ def test_without_a_library_auto_is_the_reference_and_cpp_is_refused(monkeypatch)
     logits, rows = torch.tensor([[1.0, 2.0, 4.0], [0.0, 1.0, 0.5]]), torch.tensor([0])
     options = {"divergence": "jsd", "beta": 0.5, "temperature": 1.0}
     teacher = logits.flip(0)
-    values = [jsd.jsd_rows(logits, teacher, rows, rows, torch.ones(1), impl=i, **options).values for i in ("auto", "torch")]
+    values = [
+        jsd.jsd_rows(logits, teacher, rows, rows, torch.ones(1), impl=i, **options).values
+        for i in ("auto", "torch")
+    ]
     assert torch.equal(*values) and values[0].item() > 0.01
     with pytest.raises(ConfigError, match="impl='cpp' is not part of this build, .* the file does not exist"):
         jsd.jsd_rows(logits, logits, rows, rows, torch.ones(1), impl="cpp", **options)
@@ -73,20 +83,22 @@ def test_a_newer_instruction_set_than_the_processors_is_refused(monkeypatch):
     monkeypatch.setattr(cpu_library, "INSTRUCTION_SET", "baseline")
     logits, rows = torch.zeros(1, 3), torch.tensor([0])
     options = {"divergence": "jsd", "beta": 0.5, "temperature": 1.0, "with_gradient": False}
-    with pytest.raises(ValueError, match="instruction_set is 'avx2', expected at most 'baseline' on this processor"):
+    with pytest.raises(
+        ValueError, match="instruction_set is 'avx2', expected at most 'baseline' on this processor"
+    ):
         calls.jsd_rows(logits, logits, rows, rows, instruction_set="avx2", **options)
 
 
 def test_the_operations_need_torch_alone():
     """A machine for kernels only has nothing else."""
     program = (
-        "import sys\n"
-        "for name in ('deepspeed', 'transformers', 'datasets', 'bm25s', 'numba', 'faiss', 'jsonargparse', 'yaml', 'tqdm'):\n"
-        "    sys.modules[name] = None\n"
-        "import megatron_sd.ops, megatron_sd.ops.jsd\n"
-        "print(megatron_sd.ops.build_info().instruction_set)\n"
+        "import sys\nfor name in ('deepspeed', 'transformers', 'datasets', 'bm25s', 'numba', 'faiss',"
+        " 'jsonargparse', 'yaml', 'tqdm'):\n    sys.modules[name] = None\nimport megatron_sd.ops,"
+        " megatron_sd.ops.jsd\nprint(megatron_sd.ops.build_info().instruction_set)\n"
     )
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False, timeout=300
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.strip() in cpu_library.INSTRUCTION_SETS
 

@@ -1,4 +1,5 @@
-"""The CPU library beyond the door: steps for shards, factors, differences, gradients in place or in another dtype."""
+"""The CPU library beyond the door: steps for shards, factors, differences, gradients in place or in another
+dtype."""
 
 import pytest
 import torch
@@ -6,7 +7,9 @@ import torch
 from megatron_sd.ops.jsd_reference import divergence_rows
 from megatron_sd.ops.native import calls, cpu_library
 
-pytestmark = pytest.mark.skipif(cpu_library.LIBRARY is None, reason=f"no native library: {cpu_library.MISSING}")
+pytestmark = pytest.mark.skipif(
+    cpu_library.LIBRARY is None, reason=f"no native library: {cpu_library.MISSING}"
+)
 
 BF16, FP32 = torch.bfloat16, torch.float32
 each_divergence = pytest.mark.parametrize("divergence", ["jsd", "forward_kl", "reverse_kl"])
@@ -17,12 +20,16 @@ OPTIONS = {"beta": 0.3, "temperature": 0.8}
 def pair(num_rows=4, vocabulary=1300, *, dtype=FP32, distance=0.5):
     generator = torch.Generator().manual_seed(1)
     student = 3.0 * torch.randn(num_rows, vocabulary, generator=generator)
-    return student.to(dtype), (student + distance * torch.randn(num_rows, vocabulary, generator=generator)).to(dtype)
+    return student.to(dtype), (
+        student + distance * torch.randn(num_rows, vocabulary, generator=generator)
+    ).to(dtype)
 
 
 def exact(student, teacher, divergence):
     student = student.double().requires_grad_()
-    values = divergence_rows(student, teacher.double(), divergence=divergence, top_k=None, tail_bucket=False, **OPTIONS).values
+    values = divergence_rows(
+        student, teacher.double(), divergence=divergence, top_k=None, tail_bucket=False, **OPTIONS
+    ).values
     values.sum().backward()
     return values.detach(), student.grad
 
@@ -38,14 +45,18 @@ def test_shards_add_up_to_the_whole(divergence, dtype):
     student, teacher = pair(dtype=dtype)
     rows = torch.tensor([3, 0, 1]), torch.tensor([3, 0, 1])
     parts = [(student[:, s], teacher[:, s]) for s in (slice(0, 513), slice(513, 520), slice(520, 1300))]
-    normalisers = torch.stack([calls.jsd_normalisers(*part, *rows, temperature=0.8) for part in parts]).logsumexp(0)
+    normalisers = torch.stack(
+        [calls.jsd_normalisers(*part, *rows, temperature=0.8) for part in parts]
+    ).logsumexp(0)
     for column, logits in enumerate((student, teacher)):
         expected = (logits[rows[0]].double() / 0.8).logsumexp(-1)
         torch.testing.assert_close(normalisers[:, column], expected, rtol=2e-7, atol=0)
     steps = OPTIONS | {"divergence": divergence, "normalisers": normalisers}
     sums = sum(calls.jsd_sums(*part, *rows, **steps) for part in parts)
     scales = torch.tensor([1.0, -2.0, 0.5])
-    gradient = torch.cat([calls.jsd_gradient(*part, *rows, **steps, sums=sums, scales=scales) for part in parts], -1)
+    gradient = torch.cat(
+        [calls.jsd_gradient(*part, *rows, **steps, sums=sums, scales=scales) for part in parts], -1
+    )
     value, expected = exact(student[rows[0]], teacher[rows[1]], divergence)
     torch.testing.assert_close(sums[:, 0], value, rtol=3e-6, atol=0)
     rtol, atol = (1e-4, 1e-9) if dtype == FP32 else (1e-2, 1e-9)
@@ -80,11 +91,14 @@ def test_in_place_gives_the_same_bits_and_leaves_other_rows(divergence, dtype):
 @each_divergence
 @pytest.mark.parametrize("student_dtype", [FP32, BF16])
 def test_differences_keep_what_two_rounded_logits_lose(divergence, student_dtype):
-    """At a distance of 0.01 the gradient from bfloat16 logits is mostly rounding; from a bfloat16 difference it is right."""
+    """At a distance of 0.01 the gradient from bfloat16 logits is mostly rounding; from a bfloat16
+    difference it is right."""
     student, teacher = pair(dtype=student_dtype, distance=0.0)
     difference = (0.01 * torch.randn(student.shape, generator=torch.Generator().manual_seed(2))).bfloat16()
     value, expected = exact(student, student.double() + difference.double(), divergence)
-    found, gradient = everything(student, difference, divergence=divergence, teacher_is_difference=True, gradient_dtype=FP32)
+    found, gradient = everything(
+        student, difference, divergence=divergence, teacher_is_difference=True, gradient_dtype=FP32
+    )
     torch.testing.assert_close(found.double(), value, rtol=2e-3, atol=0)
     assert (gradient.double() - expected).norm() <= 1e-3 * expected.norm()
     rounded = (student.float() + difference.float()).bfloat16()
@@ -96,5 +110,7 @@ def test_what_does_not_fit_is_refused():
     student, teacher = pair()
     with pytest.raises(ValueError, match="in_place with gradient_dtype=torch.bfloat16, with_gradient=True"):
         everything(student, teacher, divergence="jsd", in_place=True, gradient_dtype=BF16)
-    with pytest.raises(ValueError, match=r"in_place on logits of strides \(1, 4\), expected adjacent columns"):
+    with pytest.raises(
+        ValueError, match=r"in_place on logits of strides \(1, 4\), expected adjacent columns"
+    ):
         everything(student.t().contiguous().t(), teacher, divergence="jsd", in_place=True)

@@ -44,13 +44,20 @@ def test_the_head_pulls_towards_the_target():
         chosen = options(target=name)
         values = linear_jsd(hidden, teacher, (weight, bias), rows, row_loss=curved_loss, options=chosen)
         expected = divergence_rows(
-            student_logits.double(), target(teacher_logits).double(), divergence="jsd", beta=0.5, temperature=1.5, top_k=None
+            student_logits.double(),
+            target(teacher_logits).double(),
+            divergence="jsd",
+            beta=0.5,
+            temperature=1.5,
+            top_k=None,
         ).values
         torch.testing.assert_close(values.divergences.double(), expected, rtol=1e-4, atol=1e-6)
     entropies = linear_jsd(
         hidden, teacher, (weight, bias), rows, row_loss=None, options=options(target="uniform")
     ).teacher_entropies
-    torch.testing.assert_close(entropies, torch.full_like(entropies, torch.tensor(weight.shape[0]).log().item()))
+    torch.testing.assert_close(
+        entropies, torch.full_like(entropies, torch.tensor(weight.shape[0]).log().item())
+    )
 
 
 def test_a_teacher_with_a_head_of_its_own_is_read_through_it():
@@ -59,7 +66,12 @@ def test_a_teacher_with_a_head_of_its_own_is_read_through_it():
     teacher_logits = torch.nn.functional.linear(teacher, *own)
     student_logits = torch.nn.functional.linear(hidden, weight, bias).detach()[rows.query_rows]
     expected = divergence_rows(
-        student_logits.double(), teacher_logits.double(), divergence="jsd", beta=0.5, temperature=1.5, top_k=None
+        student_logits.double(),
+        teacher_logits.double(),
+        divergence="jsd",
+        beta=0.5,
+        temperature=1.5,
+        top_k=None,
     ).values
     for teacher_logits_mode in ("delta", "float32", "same_dtype"):
         chosen = options(teacher_logits=teacher_logits_mode)
@@ -67,5 +79,7 @@ def test_a_teacher_with_a_head_of_its_own_is_read_through_it():
         values = linear_jsd(hidden, teacher, (weight, bias), rows, **call, teacher_head=own)
         torch.testing.assert_close(values.divergences.double(), expected, rtol=1e-4, atol=1e-6)
         shared = linear_jsd(hidden, teacher, (weight, bias), rows, **call)
-        again = linear_jsd(hidden, teacher, (weight, bias), rows, **call, teacher_head=(weight.detach(), bias.detach()))
+        again = linear_jsd(
+            hidden, teacher, (weight, bias), rows, **call, teacher_head=(weight.detach(), bias.detach())
+        )
         torch.testing.assert_close(again.divergences, shared.divergences, rtol=1e-4, atol=1e-6)

@@ -11,7 +11,15 @@ import torch.nn.functional as F  # noqa: N812
 from megatron_sd.ops.head.vocab_parallel import VocabShard, vocab_parallel_divergence, vocab_parallel_logprobs
 from megatron_sd.ops.jsd_reference import divergence_rows
 from tests.ops.test_jsd import logits, textbook, value_and_gradient
-from tests.rank_programs.vocab_parallel import DIVERGENCES, LAYOUTS, NUM_RANKS, PADDING, TEMPERATURE, inputs, one_rank
+from tests.rank_programs.vocab_parallel import (
+    DIVERGENCES,
+    LAYOUTS,
+    NUM_RANKS,
+    PADDING,
+    TEMPERATURE,
+    inputs,
+    one_rank,
+)
 
 ALONE = VocabShard(start=0, num_real=83, gather=lambda value: value[None])
 
@@ -23,7 +31,9 @@ def directory(tmp_path_factory):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     program = [sys.executable, "-m", "tests.rank_programs.vocab_parallel"]
     ranks = [
-        subprocess.Popen([*program, str(rank), str(directory)], env=environment, stderr=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [*program, str(rank), str(directory)], env=environment, stderr=subprocess.PIPE, text=True
+        )
         for rank in range(NUM_RANKS)
     ]
     errors = [rank.communicate(timeout=300)[1] for rank in ranks]
@@ -37,7 +47,12 @@ def whole_vocabulary(divergence, dtype):
     leaf, own = hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_()
     student = F.linear(leaf, own)
     values = divergence_rows(
-        student, F.linear(teacher.to(dtype), own), divergence=divergence, beta=0.3, temperature=TEMPERATURE, top_k=None
+        student,
+        F.linear(teacher.to(dtype), own),
+        divergence=divergence,
+        beta=0.3,
+        temperature=TEMPERATURE,
+        top_k=None,
     ).values
     log_probs = torch.log_softmax(student / TEMPERATURE, -1)
     logprobs = log_probs.gather(-1, targets[:, None])[:, 0]
@@ -70,7 +85,9 @@ def test_formulas_in_float64(divergence, beta, temperature):
     student, teacher = logits(7, 83, seed=1), logits(7, 83, seed=2)
     options = {"divergence": divergence, "beta": beta, "temperature": temperature}
     expected = value_and_gradient(lambda s, **o: textbook(s, teacher, **o), student, **options)
-    found = value_and_gradient(lambda s, **o: vocab_parallel_divergence(s, teacher, ALONE, **o), student, **options)
+    found = value_and_gradient(
+        lambda s, **o: vocab_parallel_divergence(s, teacher, ALONE, **o), student, **options
+    )
     torch.testing.assert_close(found[0], expected[0], rtol=1e-11, atol=1e-14)
     torch.testing.assert_close(found[1], expected[1], rtol=1e-8, atol=1e-13)
 

@@ -1,4 +1,5 @@
-"""Weights that are read where they are wanted: the same values as a whole load, and a whole load where files do not allow it."""
+"""Weights that are read where they are wanted: the same values as a whole load, and a whole load where
+files do not allow it."""
 
 import json
 import shutil
@@ -29,7 +30,13 @@ def directory(tmp_path):
 
 
 def settings_for(directory, **options):
-    own = {"run_dir": "none", "data.train": "none", "retriever.corpus": "none", "model.path": directory, **options}
+    own = {
+        "run_dir": "none",
+        "data.train": "none",
+        "retriever.corpus": "none",
+        "model.path": directory,
+        **options,
+    }
     config = load([f"--{name}={value}" for name, value in own.items()])
     return config, deepspeed_config(config, 1)
 
@@ -53,7 +60,9 @@ def test_shards_read_from_the_file_are_those_of_the_whole_model(directory, dtype
 
 def test_part_of_a_tensor_is_that_part(directory):
     weights = load_file(directory / "model.safetensors")
-    parameter = dict(load_causal_lm(str(directory), dtype=torch.float32, on_demand=True).named_parameters())[LAYER]
+    parameter = dict(load_causal_lm(str(directory), dtype=torch.float32, on_demand=True).named_parameters())[
+        LAYER
+    ]
     target = torch.full((100,), 7.0)
     stored_in(parameter).read(target[10:90], 1003, 1083)
     assert torch.equal(target[10:90], weights[LAYER].float().view(-1)[1003:1083])

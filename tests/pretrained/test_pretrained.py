@@ -1,4 +1,5 @@
-"""A model directory is loaded whole or refused in one line: a tensor that is missing is never a random one."""
+"""A model directory is loaded whole or refused in one line: a tensor that is missing is never a random
+one."""
 
 import json
 import shutil
@@ -36,7 +37,10 @@ def refused(directory, message):
 
 
 def test_a_whole_model_has_the_weights_of_its_file(directory):
-    model, weights = load_causal_lm(str(directory), dtype=torch.float32), load_file(directory / "model.safetensors")
+    model, weights = (
+        load_causal_lm(str(directory), dtype=torch.float32),
+        load_file(directory / "model.safetensors"),
+    )
     assert torch.equal(model.state_dict()[LAYER], weights[LAYER].float())
 
 
@@ -44,18 +48,28 @@ def test_a_missing_tensor_is_named(directory):
     weights = load_file(directory / "model.safetensors")
     del weights[LAYER]
     save(directory, weights)
-    refused(directory, f"its weights lack {LAYER}, which would be random numbers; the model was saved in part")
+    refused(
+        directory, f"its weights lack {LAYER}, which would be random numbers; the model was saved in part"
+    )
 
 
-@pytest.mark.parametrize(("prefix", "cause"), [("module.", "as a wrapper"), ("base_model.model.", "as peft saves it")])
+@pytest.mark.parametrize(
+    ("prefix", "cause"), [("module.", "as a wrapper"), ("base_model.model.", "as peft saves it")]
+)
 def test_a_prefix_of_all_names_is_told(directory, prefix, cause):
-    save(directory, {prefix + name: value for name, value in load_file(directory / "model.safetensors").items()})
+    save(
+        directory,
+        {prefix + name: value for name, value in load_file(directory / "model.safetensors").items()},
+    )
     refused(directory, f"every name begins with '{prefix}', {cause}")
 
 
 def test_layers_that_the_configuration_does_not_have_are_named(directory):
     configure(directory, num_hidden_layers=3, layer_types=["full_attention"] * 3)
-    refused(directory, r"its weights hold model.layers.3.input_layernorm.weight.*config.json describes a smaller model")
+    refused(
+        directory,
+        r"its weights hold model.layers.3.input_layernorm.weight.*config.json describes a smaller model",
+    )
 
 
 def test_an_untied_model_without_a_head_is_named(directory):
@@ -65,7 +79,9 @@ def test_an_untied_model_without_a_head_is_named(directory):
 
 def test_another_vocabulary_says_both_sizes(directory):
     configure(directory, vocab_size=700)
-    refused(directory, r"model.embed_tokens.weight is \(623, 128\) in the weights and \(700, 128\) by config.json")
+    refused(
+        directory, r"model.embed_tokens.weight is \(623, 128\) in the weights and \(700, 128\) by config.json"
+    )
 
 
 @pytest.mark.parametrize("method", ["awq", "gptq", "bitsandbytes", "fp8", "mxfp4", "compressed-tensors"])
@@ -90,7 +106,9 @@ def test_an_index_that_does_not_fit_is_named(directory):
     parts = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
     for part, own in zip(parts, (names[:half], names[half:])):
         save_file({name: weights[name] for name in own}, directory / part, metadata={"format": "pt"})
-    refused(directory, "holds model-00001-of-00002.safetensors and 1 more, but no model.safetensors.index.json")
+    refused(
+        directory, "holds model-00001-of-00002.safetensors and 1 more, but no model.safetensors.index.json"
+    )
     index = directory / "model.safetensors.index.json"
     index.write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(names[:half], parts[0])}))
     refused(directory, "does not name .* of model-00002-of-00002.safetensors")
@@ -98,7 +116,10 @@ def test_an_index_that_does_not_fit_is_named(directory):
     index.write_text(json.dumps({"metadata": {}, "weight_map": places}))
     load_causal_lm(str(directory), dtype=torch.float32)
     index.write_text(json.dumps({"weight_map": places}))
-    refused(directory, 'model.safetensors.index.json has no "metadata", which transformers needs: .* add "metadata": {}')
+    refused(
+        directory,
+        'model.safetensors.index.json has no "metadata", which transformers needs: .* add "metadata": {}',
+    )
     index.write_text(json.dumps({"metadata": {}, "weight_map": places}))
     (directory / parts[1]).unlink()
     refused(directory, "lacks model-00002-of-00002.safetensors")
@@ -116,7 +137,8 @@ def test_what_is_no_model_directory_says_what_it_is(directory, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("kind", "name"), [("t5", "T5ForConditionalGeneration"), ("qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration")]
+    ("kind", "name"),
+    [("t5", "T5ForConditionalGeneration"), ("qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration")],
 )
 def test_other_kinds_of_models_are_named_in_one_line(directory, kind, name):
     (directory / "config.json").write_text(json.dumps({"model_type": kind, "architectures": [name]}))

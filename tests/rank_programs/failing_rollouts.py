@@ -1,4 +1,5 @@
-"""Rank 1's rollouts fail; what each rank then raises: `python -m tests.rank_programs.failing_rollouts` under a launcher."""
+"""Rank 1's rollouts fail; what each rank then raises: `python -m tests.rank_programs.failing_rollouts`
+under a launcher."""
 
 from megatron_sd.distributed.collectives import together
 from megatron_sd.distributed.world import end_process, join_world, leave_world

@@ -1,4 +1,5 @@
-"""What an update really takes of a process's memory: grows of its resident set, from before the policy is loaded.
+"""What an update really takes of a process's memory: grows of its resident set, from before the policy is
+loaded.
 
     python -m tests.rank_programs.measure_memory MODEL OUTPUT NUM_SAMPLES LENGTH [--key=value ...]
 
@@ -66,7 +67,12 @@ def main(argv: list[str]) -> None:
     policy = load_policy(config, world)
     found = {}
     for _ in range(2):  # the first step allocates AdamW's moments
-        batches = pack(samples(int(num), int(length), vocabulary), max_tokens=1 << 20, world_size=world.size, aggregation="token")
+        batches = pack(
+            samples(int(num), int(length), vocabulary),
+            max_tokens=1 << 20,
+            world_size=world.size,
+            aggregation="token",
+        )
         reset_peak()
         for microbatch in batches[world.rank]:
             weights = TermWeights(policy=1.0, distill_spread=1.0, distill_no_spread=1.0)

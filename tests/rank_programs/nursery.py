@@ -1,8 +1,9 @@
-"""Starts ranks by forking: a process that has imported everything starts them in a moment, where a fresh one needs 20 seconds.
+"""Starts ranks by forking: a process that has imported everything starts them in a moment, where a fresh
+one needs 20 seconds.
 
-Reads orders from stdin, a JSON object a line: {"ranks": 2, "port": 1234, "log": PATH, "call": "module:function", "argument": X}.
-Answers with {"pids": [...]}, and for every rank that ends with {"pid": ..., "code": ...}. All its ranks end with
-it. argv: a corpus directory.
+Reads orders from stdin, a JSON object a line: {"ranks": 2, "port": 1234, "log": PATH, "call":
+"module:function", "argument": X}. Answers with {"pids": [...]}, and for every rank that ends with {"pid":
+..., "code": ...}. All its ranks end with it. argv: a corpus directory.
 """
 
 from __future__ import annotations

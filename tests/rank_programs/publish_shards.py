@@ -30,7 +30,8 @@ from tests.training.tensor_parallel_oracle import worker_tensors
 
 @dataclass(frozen=True, kw_only=True)
 class Scene:
-    """publish: fields of PublishConfig. fault: an action of a worker process in the second of three versions, for worker 0."""
+    """publish: fields of PublishConfig. fault: an action of a worker process in the second of three
+    versions, for worker 0."""
 
     model: str
     output: str
@@ -44,10 +45,16 @@ class Scene:
 
 def make_publisher(scene: Scene, world: World) -> tuple[Policy, ShardPublisher]:
     """The policy of the scene and its publisher."""
-    config = make_config(Path(scene.model), model={"dtype": scene.dtype}, update={"zero_stage": scene.zero_stage})
-    config = dataclasses.replace(config, publish=dataclasses.replace(config.publish, **({"attempts": 1} | scene.publish)))
+    config = make_config(
+        Path(scene.model), model={"dtype": scene.dtype}, update={"zero_stage": scene.zero_stage}
+    )
+    config = dataclasses.replace(
+        config, publish=dataclasses.replace(config.publish, **({"attempts": 1} | scene.publish))
+    )
     policy = load_policy(config, world)
-    return policy, ShardPublisher(policy, config, world, tp_size=scene.tp_size, num_replicas=scene.num_replicas)
+    return policy, ShardPublisher(
+        policy, config, world, tp_size=scene.tp_size, num_replicas=scene.num_replicas
+    )
 
 
 def take_step(policy: Policy) -> None:
@@ -55,13 +62,19 @@ def take_step(policy: Policy) -> None:
     batches = pack(make_samples(4), max_tokens=300, world_size=policy.world.size, aggregation="token")
     batch = batches[policy.world.rank]
     for microbatch in batch:
-        policy.accumulate(microbatch, batch.totals, TermWeights(policy=1.0, distill_spread=0.0, distill_no_spread=0.0))
+        policy.accumulate(
+            microbatch, batch.totals, TermWeights(policy=1.0, distill_spread=0.0, distill_no_spread=0.0)
+        )
     policy.step()
 
 
 def expected_tensors(policy: Policy, worker: WorkerId) -> dict[str, torch.Tensor]:
     """A worker's tensors, cut from gathered full parameters. Collective."""
-    full = {name: tensor.clone() for bucket in gathered_buckets(policy.named_parameters(), 1 << 20) for name, tensor in bucket}
+    full = {
+        name: tensor.clone()
+        for bucket in gathered_buckets(policy.named_parameters(), 1 << 20)
+        for name, tensor in bucket
+    }
     dtype = next(iter(full.values())).dtype
     arrays = {name: tensor.float().numpy() for name, tensor in full.items()}
     cut = worker_tensors(arrays, policy.model.config.to_dict(), worker.tp_rank, worker.tp_size)
@@ -74,7 +87,9 @@ def differences(policy: Policy, group: WorkerGroup, plan_workers: list[WorkerId]
     for number, worker in enumerate(plan_workers):
         expected = expected_tensors(policy, worker)
         found = group.workers[number].tensors() if group.workers else expected
-        same = found.keys() == expected.keys() and all(torch.equal(found[name], value) for name, value in expected.items())
+        same = found.keys() == expected.keys() and all(
+            torch.equal(found[name], value) for name, value in expected.items()
+        )
         lines += [] if same else [str(worker)]
     return lines
 
@@ -83,7 +98,9 @@ def play(scene: Scene, world: World, group: WorkerGroup) -> dict[str, Any]:
     """Three versions with a step between them; the outcome on this rank."""
     policy, publisher = make_publisher(scene, world)
     workers = [
-        WorkerId(replica=r, tp_rank=t, tp_size=scene.tp_size) for r in range(scene.num_replicas) for t in range(scene.tp_size)
+        WorkerId(replica=r, tp_rank=t, tp_size=scene.tp_size)
+        for r in range(scene.num_replicas)
+        for t in range(scene.tp_size)
     ]
     group.join(publisher)
     outcome: dict[str, Any] = {"differences": [], "errors": [], "sent": [], "received": [], "versions": []}
@@ -99,9 +116,13 @@ def play(scene: Scene, world: World, group: WorkerGroup) -> dict[str, Any]:
         outcome["sent"].append(publisher.num_bytes)
         outcome["received"].append(group.received)
     outcome["log"], outcome["numel"] = group.log, sum(spec.numel for spec in publisher.plan.source.parameters)
-    outcome["staged"] = [num_staged(layout) * publisher.plan.item_bytes for layout in publisher.plan.workers] * scene.num_replicas
+    outcome["staged"] = [
+        num_staged(layout) * publisher.plan.item_bytes for layout in publisher.plan.workers
+    ] * scene.num_replicas
     outcome["largest_copy"] = (
-        4 * max(spec.numel for spec in publisher.plan.source.parameters) if scene.publish.get("checksums") else 0
+        4 * max(spec.numel for spec in publisher.plan.source.parameters)
+        if scene.publish.get("checksums")
+        else 0
     )
     outcome["shards"] = [layout.numel for layout in publisher.plan.workers] * scene.num_replicas
     publisher.close()
@@ -109,7 +130,8 @@ def play(scene: Scene, world: World, group: WorkerGroup) -> dict[str, Any]:
 
 
 def fail_and_recover(fault: str, policy: Policy, publisher: ShardPublisher, group: WorkerGroup) -> list[str]:
-    """Publish version 1 with a fault in worker 0; the error and what the last worker then holds. Worker 0 is back afterwards."""
+    """Publish version 1 with a fault in worker 0; the error and what the last worker then holds. Worker 0
+    is back afterwards."""
     before = [worker.tensors() for worker in group.workers[1:]]
     if group.workers:
         group.workers[0].call(fault)

@@ -34,15 +34,29 @@ def main(output: str, model: str, tp_size: str, publish: str) -> None:
     config = make_config(Path(model), rollout=rollout, optimizer={"learning_rate": 0.05})
     torch.manual_seed(1)
     before = torch.random.get_rng_state()
-    engine = connect_vllm(config.model, rollout, load_codec(model, chat_template=False), world, log_dir=Path(model))
+    engine = connect_vllm(
+        config.model, rollout, load_codec(model, chat_template=False), world, log_dir=Path(model)
+    )
     policy = load_policy(config, world)
     publisher = choose_publisher(policy, config, world, engine)
-    found = {"rank": world.rank, "sharded": isinstance(publisher, ShardPublisher), "fresh": [], "stale": [], "versions": []}
+    found = {
+        "rank": world.rank,
+        "sharded": isinstance(publisher, ShardPublisher),
+        "fresh": [],
+        "stale": [],
+        "versions": [],
+    }
     found["replicas"] = engine.num_replicas
 
     # Ranks have different numbers of requests, of different lengths: they share engines all the same.
-    requests = [ask(f"r{n}", prompt(n, world.rank), seed=n) for n in (5, BLOCK, 3 * BLOCK + 2)[: 3 - world.rank]]
-    requests = [*requests, ask("greedy", prompt(9), temperature=0.0), ask("stops", prompt(50, 7), stop=("a", "e", "t"))]
+    requests = [
+        ask(f"r{n}", prompt(n, world.rank), seed=n) for n in (5, BLOCK, 3 * BLOCK + 2)[: 3 - world.rank]
+    ]
+    requests = [
+        *requests,
+        ask("greedy", prompt(9), temperature=0.0),
+        ask("stops", prompt(50, 7), stop=("a", "e", "t")),
+    ]
     publisher.publish(policy, engine, 7)
     for version in (8, 9):
         with awake(engine):
@@ -75,7 +89,11 @@ def main(output: str, model: str, tp_size: str, publish: str) -> None:
 def refusals(engine) -> list[str]:
     """What is said to callers who do things at the wrong time."""
     said = []
-    for action in (lambda: serve(engine, ask()), lambda: engine.load_bucket([]), lambda: engine.finish_update(1)):
+    for action in (
+        lambda: serve(engine, ask()),
+        lambda: engine.load_bucket([]),
+        lambda: engine.finish_update(1),
+    ):
         try:
             action()
         except RolloutError as error:
@@ -109,7 +127,8 @@ def aborted(engine) -> str:
 
 
 def left_by_a_cancelled_task(engine) -> int:
-    """Requests that the engine still works at for a rollout whose task was cancelled, as a stop request does."""
+    """Requests that the engine still works at for a rollout whose task was cancelled, as a stop request
+    does."""
 
     async def run() -> int:
         asked = asyncio.ensure_future(engine.generate(ask("stopped", prompt(20), max_new_tokens=300)))

@@ -1,6 +1,8 @@
-"""Trains and publishes to running vLLM servers from the ranks of a launcher; every rank compares what it samples with its policy.
+"""Trains and publishes to running vLLM servers from the ranks of a launcher; every rank compares what it
+samples with its policy.
 
-python -m tests.rank_programs.publish_to_vllm OUTPUT '[{"model": DIR, "url": URL, "tp_size": 1, "publish": "shards"}, ...]'
+python -m tests.rank_programs.publish_to_vllm OUTPUT '[{"model": DIR, "url": URL, "tp_size": 1, "publish":
+"shards"}, ...]'
 """
 
 from __future__ import annotations
@@ -29,7 +31,9 @@ def play(world: World, model: str, url: str, tp_size: int, publish: str) -> dict
     """Two publishes, each after an optimiser step."""
     rollout = limits(tp_size, placement="server", urls=(url,), publish=publish)
     config = dataclasses.replace(make_config(Path(model), optimizer={"learning_rate": 0.05}), rollout=rollout)
-    engine = connect_vllm(config.model, rollout, load_codec(model, chat_template=False), world, log_dir=Path(model))
+    engine = connect_vllm(
+        config.model, rollout, load_codec(model, chat_template=False), world, log_dir=Path(model)
+    )
     policy = load_policy(config, world)
     publisher = choose_publisher(policy, config, world, engine)
     requests = [ask(f"r{n}", prompt(n, world.rank), seed=n) for n in (5, BLOCK, 3 * BLOCK + 2)]

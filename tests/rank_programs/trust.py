@@ -1,6 +1,8 @@
-"""What goes wrong on a rank, on purpose. Functions that the nursery calls in every rank of a start; see tests/trust.
+"""What goes wrong on a rank, on purpose. Functions that the nursery calls in every rank of a start; see
+tests/trust.
 
-`train` is the real training with one fault in it; `steps` and `commits` are updates and saves without rollouts.
+`train` is the real training with one fault in it; `steps` and `commits` are updates and saves without
+rollouts.
 """
 
 from __future__ import annotations
@@ -58,14 +60,21 @@ def dead() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-FAULTS: dict[str, Callable[[], None]] = {"stuck": stuck, "held": hold_the_interpreter, "broken": broken, "dead": dead}
+FAULTS: dict[str, Callable[[], None]] = {
+    "stuck": stuck,
+    "held": hold_the_interpreter,
+    "broken": broken,
+    "dead": dead,
+}
 PLACES = {"rollout": (Rollouter, "run"), "update": (Policy, "accumulate"), "save": (Checkpoints, "save")}
 
 
 def train(order: dict[str, Any]) -> int:
-    """`megatron_sd.train`; order: argv, and of the fault: rank, kind, place, and which call of the place it meets.
+    """`megatron_sd.train`; order: argv, and of the fault: rank, kind, place, and which call of the place it
+    meets.
 
-    The time of the fault goes into order["times"], a file. kind nan: advantages of `count` steps' microbatches."""
+    The time of the fault goes into order["times"], a file. kind nan: advantages of `count` steps'
+    microbatches."""
     if int(os.environ["RANK"]) == order["rank"]:
         if order["kind"] == "nan":
             _poison_advantages(order["call"], order["count"])
@@ -150,9 +159,12 @@ POISONS: dict[str, Callable[[float], Callable[[], None]]] = {
 
 
 def steps(order: dict[str, Any]) -> int:
-    """One healthy step, then one with each poison on rank 1 alone, then a healthy one. Writes the outcome to order["output"]."""
+    """One healthy step, then one with each poison on rank 1 alone, then a healthy one. Writes the outcome
+    to order["output"]."""
     world = join_world()
-    config = make_config(Path(order["model"]), update={"zero_stage": order["stage"]}, distill={"measure_every": 0})
+    config = make_config(
+        Path(order["model"]), update={"zero_stage": order["stage"]}, distill={"measure_every": 0}
+    )
     policy, outcome = load_policy(config, world), {}
     _take(policy)
     for name in (*POISONS, "advantages", "rollout_logprobs"):
@@ -162,7 +174,11 @@ def steps(order: dict[str, Any]) -> int:
             after = full_parameters(policy)
             same = all(torch.equal(before[key], after[key]) for key in before)
             hashes = gather_objects(world, [float(tensor.double().sum()) for tensor in after.values()])
-            outcome[f"{name} {value}"] = {"refused": refused, "unmoved": same, "ranks_agree": all(h == hashes[0] for h in hashes)}
+            outcome[f"{name} {value}"] = {
+                "refused": refused,
+                "unmoved": same,
+                "ranks_agree": all(h == hashes[0] for h in hashes),
+            }
     version = policy.version
     _take(policy)
     outcome["healthy"] = {"moved_on": policy.version == version + 1 == 2}
@@ -195,7 +211,8 @@ def _refused(policy: Policy, name: str, value: float | None) -> bool:
 
 
 class Disk:
-    """Counts what this process does under a directory, and lets one operation fail, or kills the process there."""
+    """Counts what this process does under a directory, and lets one operation fail, or kills the process
+    there."""
 
     EVENTS = ("open", "os.mkdir", "os.rename", "os.rmdir", "os.remove", "shutil.rmtree", "shutil.copyfile")
 
@@ -231,7 +248,8 @@ class Disk:
 
 
 def commits(order: dict[str, Any]) -> int:
-    """Saves with every fault of order["faults"] (names of errnos) at every operation of order["rank"]; every `stride`-th."""
+    """Saves with every fault of order["faults"] (names of errnos) at every operation of order["rank"];
+    every `stride`-th."""
     world, root = join_world(), Path(order["root"])
     config = make_config(Path(order["model"]))
     policy, checkpoints = load_policy(config, world), Checkpoints(root, config, world, corpus_version="c")
@@ -265,7 +283,8 @@ def commits(order: dict[str, Any]) -> int:
 
 
 def _problem(raised: list[bool], root: Path, step: int) -> str | None:
-    """What is wrong after a save of `step` that met a fault: all ranks agree, and the newest checkpoint is whole."""
+    """What is wrong after a save of `step` that met a fault: all ranks agree, and the newest checkpoint is
+    whole."""
     newest = directories.committed(root)[0]
     if len(set(raised)) != 1:
         return f"ranks disagree: {raised}"
@@ -279,7 +298,8 @@ def _problem(raised: list[bool], root: Path, step: int) -> str | None:
 
 
 def killed_commit(order: dict[str, Any]) -> int:
-    """Resume, save a step, and be killed (rank order["rank"]) at operation order["place"] of saving the next one."""
+    """Resume, save a step, and be killed (rank order["rank"]) at operation order["place"] of saving the
+    next one."""
     world, root = join_world(), Path(order["root"])
     config = make_config(Path(order["model"]))
     policy, checkpoints = load_policy(config, world), Checkpoints(root, config, world, corpus_version="c")

@@ -1,4 +1,5 @@
-"""Takes update steps on the samples of tests/training/fakes.py and writes what came of them, for one and for several ranks.
+"""Takes update steps on the samples of tests/training/fakes.py and writes what came of them, for one and
+for several ranks.
 
     python -m tests.rank_programs.update_steps '[{"model": DIR, "output": FILE, ...}, ...]'     (keys: class Order)
 """
@@ -61,7 +62,9 @@ def own_moments(policy: Policy) -> dict[str, tuple[int, torch.Tensor]]:
         return moments_of(path)
 
 
-def batch_of(order: Order, world: World, aggregation: str, *, sharers: int = 1, one_row: bool = False) -> Batch:
+def batch_of(
+    order: Order, world: World, aggregation: str, *, sharers: int = 1, one_row: bool = False
+) -> Batch:
     samples = make_samples(order.num_samples)
     samples = samples[::-1] if order.reverse else samples
     samples = samples if order.only is None else [samples[i] for i in order.only]
@@ -75,8 +78,12 @@ def take_steps(order: Order, world: World) -> dict[str, Any]:
     config = make_config(Path(order.model), **order.config)
     policy, alpha = load_policy(config, world), AlphaController(config.distill)
     embeddings, tokens_read = policy.model.get_input_embeddings(), []
-    embeddings.register_forward_hook(lambda _module, arguments, _output: tokens_read.append(arguments[0].numel()))
-    checkpoints = Checkpoints(Path(order.checkpoint), config, world, corpus_version="c") if order.checkpoint else None
+    embeddings.register_forward_hook(
+        lambda _module, arguments, _output: tokens_read.append(arguments[0].numel())
+    )
+    checkpoints = (
+        Checkpoints(Path(order.checkpoint), config, world, corpus_version="c") if order.checkpoint else None
+    )
     state = (checkpoints.load(policy) if checkpoints else None) or {"step": 0, "alpha": alpha.state()}
     alpha.load_state(state["alpha"])
     sharing = {"sharers": config.update.ranks_per_batch, "one_row": config.update.pack_sequences}

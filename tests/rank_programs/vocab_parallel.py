@@ -1,4 +1,5 @@
-"""One of four gloo ranks: losses over a sharded head, by groups of two, three and four ranks; results go to files.
+"""One of four gloo ranks: losses over a sharded head, by groups of two, three and four ranks; results go to
+files.
 
     python -m tests.rank_programs.vocab_parallel RANK DIRECTORY
 """
@@ -27,7 +28,8 @@ DIVERGENCES = ("jsd", "forward_kl", "reverse_kl")
 
 
 def inputs():
-    """hidden, teacher [N, H]; weight [V, H]; targets and slopes of the two terms [N]. One token is impossible for both."""
+    """hidden, teacher [N, H]; weight [V, H]; targets and slopes of the two terms [N]. One token is
+    impossible for both."""
     generator = torch.Generator().manual_seed(0)
     hidden, teacher = (torch.randn(NUM_ROWS, WIDTH, generator=generator) for _ in range(2))
     weight = torch.randn(VOCABULARY, WIDTH, generator=generator)
@@ -57,11 +59,16 @@ def one_rank(rank: int, sizes: tuple[int, ...], gather) -> dict[str, list[torch.
 def main() -> None:
     """Every rank takes part in the groups that have a place for it."""
     rank, directory = int(sys.argv[1]), Path(sys.argv[2])
-    dist.init_process_group("gloo", init_method=f"file://{directory}/rendezvous", rank=rank, world_size=NUM_RANKS)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{directory}/rendezvous", rank=rank, world_size=NUM_RANKS
+    )
     for name, sizes in LAYOUTS.items():
         group = dist.new_group(list(range(len(sizes))))
         if rank < len(sizes):
-            torch.save(one_rank(rank, sizes, functools.partial(gather_tensors, group=group)), directory / f"{name}_{rank}.pt")
+            torch.save(
+                one_rank(rank, sizes, functools.partial(gather_tensors, group=group)),
+                directory / f"{name}_{rank}.pt",
+            )
     dist.barrier()
     leave_world()
     end_process(0)

@@ -1,4 +1,5 @@
-"""Tensor-parallel workers in processes of their own: plain tensors and a real ShardReceiver, in place of an engine's workers."""
+"""Tensor-parallel workers in processes of their own: plain tensors and a real ShardReceiver, in place of an
+engine's workers."""
 
 from __future__ import annotations
 
@@ -47,7 +48,8 @@ class WorkerProcess:
         return value
 
     def open(self, layout: WorkerLayout, address: str, **changes: Tensor | None) -> None:
-        """Build the tensors of the layout and a receiver over them. changes: tensors of another form, or None for none."""
+        """Build the tensors of the layout and a receiver over them. changes: tensors of another form, or
+        None for none."""
         specs = {t.spec.name: (t.spec.shape, t.spec.dtype) for t in layout.tensors}
         for name, tensor in changes.items():
             specs.pop(name, None)
@@ -57,7 +59,10 @@ class WorkerProcess:
 
     def tensors(self) -> dict[str, Tensor]:
         """The live tensors as they are now."""
-        return {name: torch.frombuffer(raw, dtype=dtype).view(shape) for name, (raw, dtype, shape) in self.call("read").items()}
+        return {
+            name: torch.frombuffer(raw, dtype=dtype).view(shape)
+            for name, (raw, dtype, shape) in self.call("read").items()
+        }
 
     def stop(self) -> None:
         """End the process."""
@@ -135,8 +140,11 @@ class WorkerGroup:
 
 
 def peak_bytes(action: Callable[[], Any]) -> int:
-    """The most bytes of tensors that the action had allocated in this thread at one time, as torch's allocator counts."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    """The most bytes of tensors that the action had allocated in this thread at one time, as torch's
+    allocator counts."""
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
         action()
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     held = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
@@ -160,8 +168,13 @@ def _serve(pipe) -> None:
 
 class _Worker:
     def open(self, specs, worker: WorkerId, address: str) -> None:
-        self.live = {name: torch.full(shape, float("nan"), dtype=getattr(torch, dtype)) for name, (shape, dtype) in specs.items()}
-        self.receiver = receiver_module.ShardReceiver(self.live, worker=worker, address=address, timeout_s=WAIT_S)
+        self.live = {
+            name: torch.full(shape, float("nan"), dtype=getattr(torch, dtype))
+            for name, (shape, dtype) in specs.items()
+        }
+        self.receiver = receiver_module.ShardReceiver(
+            self.live, worker=worker, address=address, timeout_s=WAIT_S
+        )
 
     def receive(self, policy_version: int) -> int:
         num_bytes = self.receiver.receive(policy_version)

@@ -56,7 +56,9 @@ def divides(config: dict, tp_size: int) -> bool:
     return heads % tp_size == 0 and max(kv_heads, tp_size) % min(kv_heads, tp_size) == 0
 
 
-def plan_for(config: dict, *, world_size: int, tp_size: int, num_replicas: int = 1, dtype: str = "float32") -> ReshardPlan:
+def plan_for(
+    config: dict, *, world_size: int, tp_size: int, num_replicas: int = 1, dtype: str = "float32"
+) -> ReshardPlan:
     source = ShardLayout(parameters=whole_parameters(config, dtype=dtype), world_size=world_size)
     return make_plan(source, worker_layouts(config, tp_size=tp_size, dtype=dtype), num_replicas=num_replicas)
 
@@ -71,15 +73,20 @@ def numbered(plan: ReshardPlan) -> dict[str, np.ndarray]:
 
 
 def shards_of(plan: ReshardPlan, full: dict[str, np.ndarray], rank: int) -> dict[str, np.ndarray]:
-    return {name: value.reshape(-1)[slice(*plan.source.owned(value.size, rank))] for name, value in full.items()}
+    return {
+        name: value.reshape(-1)[slice(*plan.source.owned(value.size, rank))] for name, value in full.items()
+    }
 
 
 def places(offset: int, stride: int, part) -> np.ndarray:
     return (offset + stride * np.arange(part.num_runs)[:, None] + np.arange(part.run_length)).reshape(-1)
 
 
-def simulate(plan: ReshardPlan, full: dict[str, np.ndarray], worker: int, bucket_numel: int) -> dict[str, np.ndarray]:
-    """The worker's tensors after the plan; fails when an element is written twice or padding at all, or never."""
+def simulate(
+    plan: ReshardPlan, full: dict[str, np.ndarray], worker: int, bucket_numel: int
+) -> dict[str, np.ndarray]:
+    """The worker's tensors after the plan; fails when an element is written twice or padding at all, or
+    never."""
     layout = plan.layout_of(worker)
     tensors = {t.spec.name: np.zeros(t.spec.numel, dtype=np.int64) for t in layout.tensors}
     shards = [shards_of(plan, full, rank) for rank in range(plan.source.world_size)]
@@ -101,7 +108,9 @@ def simulate(plan: ReshardPlan, full: dict[str, np.ndarray], worker: int, bucket
     num_replicas=st.integers(1, 3),
     bucket_numel=st.integers(1, 200),
 )
-def test_every_element_of_every_worker_arrives_once_and_is_the_right_one(config, world_size, tp_size, num_replicas, bucket_numel):
+def test_every_element_of_every_worker_arrives_once_and_is_the_right_one(
+    config, world_size, tp_size, num_replicas, bucket_numel
+):
     if not divides(config, tp_size):
         with pytest.raises(ConfigError, match=f"tensor-parallel size: found {tp_size}"):
             worker_layouts(config, tp_size=tp_size, dtype="float32")
@@ -115,7 +124,11 @@ def test_every_element_of_every_worker_arrives_once_and_is_the_right_one(config,
         for name, value in expected.items():
             np.testing.assert_array_equal(found[name], value, err_msg=name)
         sent = sum(plan.num_bytes(rank, worker) for rank in range(world_size))
-        assert sent == plan.layout_of(worker).numel * 4 == sum((value != 0).sum() for value in expected.values()) * 4
+        assert (
+            sent
+            == plan.layout_of(worker).numel * 4
+            == sum((value != 0).sum() for value in expected.values()) * 4
+        )
 
 
 @given(world_size=st.integers(1, 12), tp_size=st.sampled_from([1, 2, 4]), num_replicas=st.integers(1, 4))
@@ -154,7 +167,8 @@ QWEN_72B = {
 
 
 def test_a_plan_of_72_billion_parameters_is_small_and_even():
-    """The 8192 rows of a down_proj shard are at most three slices from each rank; long links fall into the same rounds."""
+    """The 8192 rows of a down_proj shard are at most three slices from each rank; long links fall into the
+    same rounds."""
     plan = plan_for(QWEN_72B, world_size=64, tp_size=8, num_replicas=4, dtype="bfloat16")
     counted = balance(plan)
     assert counted.moved == 4 * 2 * sum(layout.numel for layout in plan.workers)
@@ -169,11 +183,16 @@ def test_a_plan_of_72_billion_parameters_is_small_and_even():
 
 def test_the_command_prints_what_a_publish_would_move(tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps(QWEN_72B))
-    assert main(["reshard-plan", f"--model={tmp_path}", "--num_ranks=64", "--tp_size=8", "--num_replicas=4"]) == 0
+    assert (
+        main(["reshard-plan", f"--model={tmp_path}", "--num_ranks=64", "--tp_size=8", "--num_replicas=4"])
+        == 0
+    )
     printed = capsys.readouterr().out
     assert "moved                 581.72 GB" in printed and "13814.18 GB, 23.7 times as much" in printed
     assert main(["reshard-plan", f"--model={tmp_path}", "--num_ranks=64", "--tp_size=6"]) == 2
-    assert "found 6, expected one that divides the model evenly; 64 attention heads" in capsys.readouterr().err
+    assert (
+        "found 6, expected one that divides the model evenly; 64 attention heads" in capsys.readouterr().err
+    )
     assert main(["reshard-plan", f"--model={tmp_path / 'none'}", "--num_ranks=1", "--tp_size=1"]) == 1
     assert "no model configuration at" in capsys.readouterr().err
 
@@ -185,10 +204,15 @@ CONFIG = {
 
 
 def test_an_unknown_family_is_named():
-    with pytest.raises(UnknownArchitectureError, match="GemmaForCausalLM has no shard layout, expected one of Qwen2ForCausalLM"):
+    with pytest.raises(
+        UnknownArchitectureError,
+        match="GemmaForCausalLM has no shard layout, expected one of Qwen2ForCausalLM",
+    ):
         worker_layouts(CONFIG | {"architectures": ["GemmaForCausalLM"]}, tp_size=1, dtype="float32")
     with pytest.raises(ConfigError, match="Qwen3ForCausalLM lacks 'vocab_size'"):
-        worker_layouts({key: CONFIG[key] for key in CONFIG if key != "vocab_size"}, tp_size=1, dtype="float32")
+        worker_layouts(
+            {key: CONFIG[key] for key in CONFIG if key != "vocab_size"}, tp_size=1, dtype="float32"
+        )
 
 
 @pytest.mark.parametrize(
@@ -216,7 +240,10 @@ def test_differences_between_trainer_and_engine_are_named():
             whole_parameters(CONFIG | {"vocab_size": 71}, dtype="float32"),
             r"1 parameters: .*found float32\[70, 16\], expected .*71",
         ),
-        (whole_parameters(CONFIG | {"num_hidden_layers": 0}, dtype="float32"), r"layers.0.* found, expected no such tensor"),
+        (
+            whole_parameters(CONFIG | {"num_hidden_layers": 0}, dtype="float32"),
+            r"layers.0.* found, expected no such tensor",
+        ),
     ):
         with pytest.raises(ReshardError, match=message):
             check_parameters(source, other)
@@ -228,7 +255,9 @@ def test_a_worker_that_is_not_what_its_layout_says_is_named():
     worker = WorkerId(replica=1, tp_rank=1, tp_size=2)
     check_worker(worker, layout, found)
     head = TensorSpec(name="lm_head.weight", shape=(64, 16), dtype="float32")
-    with pytest.raises(ReshardError, match=r"worker 3 \(replica 1, tensor-parallel rank 1 of 2\).*lm_head.weight: found"):
+    with pytest.raises(
+        ReshardError, match=r"worker 3 \(replica 1, tensor-parallel rank 1 of 2\).*lm_head.weight: found"
+    ):
         check_worker(worker, layout, found | {"lm_head.weight": head})
 
 
@@ -241,7 +270,9 @@ def test_what_no_worker_takes_and_what_the_trainer_lacks_is_named():
     with pytest.raises(ReshardError, match=r"norm.weight: a worker needs it, the trainer does not have it"):
         make_plan(ShardLayout(parameters=parameters[:-1], world_size=1), workers, num_replicas=1)
     short = dataclasses.replace(parameters[0], shape=(69, 16))
-    with pytest.raises(ReshardError, match=r"embed_tokens.weight: found shape \[69, 16\], a worker needs rows \(0, 70\)"):
+    with pytest.raises(
+        ReshardError, match=r"embed_tokens.weight: found shape \[69, 16\], a worker needs rows \(0, 70\)"
+    ):
         make_plan(ShardLayout(parameters=(short, *parameters[1:]), world_size=1), workers, num_replicas=1)
     with pytest.raises(ReshardError, match="types bfloat16, float32, expected one of"):
         make_plan(
@@ -254,7 +285,11 @@ def test_what_no_worker_takes_and_what_the_trainer_lacks_is_named():
 def test_a_layout_with_a_gap_or_an_overlap_is_refused():
     spec = TensorSpec(name="w", shape=(4, 2), dtype="float32")
     upper = Rectangle(parameter="w", rows=(0, 2), columns=(0, 2))
-    for pieces in ([upper], [upper, dataclasses.replace(upper, at_row=1)], [upper, dataclasses.replace(upper, at_row=3)]):
+    for pieces in (
+        [upper],
+        [upper, dataclasses.replace(upper, at_row=1)],
+        [upper, dataclasses.replace(upper, at_row=3)],
+    ):
         tensor = WorkerTensor(spec=spec, pieces=tuple(pieces))
         with pytest.raises(ReshardError, match="expected a tiling of 4 x 2"):
             check_tiling(WorkerLayout(tp_rank=0, tp_size=1, tensors=(tensor,)))

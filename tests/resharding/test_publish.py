@@ -1,4 +1,5 @@
-"""Publishing shards from one rank, in this process, to real worker processes; several ranks: test_ranks.py."""
+"""Publishing shards from one rank, in this process, to real worker processes; several ranks:
+test_ranks.py."""
 
 import logging
 
@@ -38,7 +39,9 @@ def group(workers):
 def begin(path, group, *, tp_size: int = 2, **publish):
     own = {key: publish.pop(key) for key in ("dtype", "zero_stage") if key in publish}
     num_replicas = len(group.workers) // tp_size
-    scene = Scene(model=str(path), output="", tp_size=tp_size, num_replicas=num_replicas, publish=publish, **own)
+    scene = Scene(
+        model=str(path), output="", tp_size=tp_size, num_replicas=num_replicas, publish=publish, **own
+    )
     policy, publisher = make_publisher(scene, join_world())
     group.join(publisher)
     return policy, publisher
@@ -93,7 +96,10 @@ def test_a_worker_that_dies_leaves_the_others_as_they_were(tmp_path, group, wire
     take_step(policy)
     before = group.workers[0].tensors()
     group.workers[1].call("die_when_staged" if wire == "shared_memory" else "die_while_receiving")
-    with pytest.raises(ReshardError, match=r"worker 1 \(replica 0, tensor-parallel rank 1 of 2\) has (died|stopped answering)"):
+    with pytest.raises(
+        ReshardError,
+        match=r"worker 1 \(replica 0, tensor-parallel rank 1 of 2\) has (died|stopped answering)",
+    ):
         publisher.publish(policy, group, 1)
     assert group.log[-1] == "cancel" and group.workers[0].call("version") == 0
     assert all(torch.equal(value, before[name]) for name, value in group.workers[0].tensors().items())
@@ -102,9 +108,13 @@ def test_a_worker_that_dies_leaves_the_others_as_they_were(tmp_path, group, wire
     assert_published(policy, publisher, group)
 
 
-def test_a_version_that_a_dying_worker_failed_is_handed_over_once_it_is_back(tmp_path, group, monkeypatch, caplog):
+def test_a_version_that_a_dying_worker_failed_is_handed_over_once_it_is_back(
+    tmp_path, group, monkeypatch, caplog
+):
     """As an engine does that starts its servers again when an update begins."""
-    policy, publisher = begin(write_model(tmp_path / "model", tied=False), group, wire="shared_memory", attempts=2)
+    policy, publisher = begin(
+        write_model(tmp_path / "model", tied=False), group, wire="shared_memory", attempts=2
+    )
     publisher.publish(policy, group, 0)
     take_step(policy)
     begin_update, was_killed = group.begin_update, []
@@ -140,7 +150,8 @@ def test_an_element_that_changed_on_the_way_is_named(tmp_path, group):
     take_step(policy)
     group.workers[1].call("damage", name="model.layers.1.mlp.down_proj.weight", index=7)
     with pytest.raises(
-        ReshardError, match=r"layers.1.mlp.down_proj.weight, between trainer rank 0 and worker 1 \(replica 0, tens"
+        ReshardError,
+        match=r"layers.1.mlp.down_proj.weight, between trainer rank 0 and worker 1 \(replica 0, tens",
     ):
         publisher.publish(policy, group, 1)
     for worker, tensors in zip(group.workers, before):
@@ -155,8 +166,14 @@ def test_an_element_that_changed_on_the_way_is_named(tmp_path, group):
     [
         ({"lm_head.weight": torch.zeros(64, 32)}, "lm_head.weight: found, expected no such tensor"),
         ({"model.norm.weight": None}, "model.norm.weight: missing, expected float32[32]"),
-        ({"model.norm.weight": torch.zeros(33)}, "model.norm.weight: found float32[33], expected float32[32]"),
-        ({"model.norm.weight": torch.zeros(32).half()}, "model.norm.weight: found float16[32], expected float32[32]"),
+        (
+            {"model.norm.weight": torch.zeros(33)},
+            "model.norm.weight: found float32[33], expected float32[32]",
+        ),
+        (
+            {"model.norm.weight": torch.zeros(32).half()},
+            "model.norm.weight: found float16[32], expected float32[32]",
+        ),
     ],
 )
 def test_a_worker_of_another_form_is_named_before_anything_is_sent(tmp_path, group, changes, message):
@@ -170,7 +187,8 @@ def test_a_worker_of_another_form_is_named_before_anything_is_sent(tmp_path, gro
 
 
 class Colocated(WorkerGroup):
-    """Workers that live in the trainer's own process, each receiving in a thread. told: the version they are told to take."""
+    """Workers that live in the trainer's own process, each receiving in a thread. told: the version they
+    are told to take."""
 
     def __init__(self, publisher, told: int | None = None):
         self.told, self.received = told, []
@@ -181,8 +199,12 @@ class Colocated(WorkerGroup):
         def __init__(self, group, publisher, number):
             self.group, self.worker = group, worker_id(publisher.plan, number)
             layout = publisher.plan.layout_of(number)
-            self.live = {tensor.spec.name: torch.full(tensor.spec.shape, float("nan")) for tensor in layout.tensors}
-            self.receiver = ShardReceiver(self.live, worker=self.worker, address=publisher.address, timeout_s=60.0)
+            self.live = {
+                tensor.spec.name: torch.full(tensor.spec.shape, float("nan")) for tensor in layout.tensors
+            }
+            self.receiver = ShardReceiver(
+                self.live, worker=self.worker, address=publisher.address, timeout_s=60.0
+            )
 
         def call(self, action: str, policy_version: int) -> int:
             return self.receiver.receive(policy_version if self.group.told is None else self.group.told)
@@ -193,7 +215,13 @@ class Colocated(WorkerGroup):
 
 @pytest.mark.parametrize("wire", ["shared_memory", "gloo"])
 def test_workers_may_live_in_the_trainers_process(tmp_path, wire):
-    scene = Scene(model=str(write_model(tmp_path / "model")), output="", tp_size=2, num_replicas=1, publish={"wire": wire})
+    scene = Scene(
+        model=str(write_model(tmp_path / "model")),
+        output="",
+        tp_size=2,
+        num_replicas=1,
+        publish={"wire": wire},
+    )
     policy, publisher = make_publisher(scene, join_world())
     group = Colocated(publisher)
     for version in range(2):
@@ -206,7 +234,9 @@ def test_a_worker_that_expects_another_version_takes_none(tmp_path):
     scene = Scene(model=str(write_model(tmp_path / "model")), output="", tp_size=2, num_replicas=1)
     policy, publisher = make_publisher(scene, join_world())
     group = Colocated(publisher, told=4)
-    with pytest.raises(ReshardError, match=r"worker \d .* was told to take version 4, the trainer sends version 5"):
+    with pytest.raises(
+        ReshardError, match=r"worker \d .* was told to take version 4, the trainer sends version 5"
+    ):
         publisher.publish(policy, group, 5)
     assert all(torch.isnan(tensor).all() for worker in group.workers for tensor in worker.live.values())
 
@@ -230,11 +260,18 @@ def test_a_tied_name_is_the_same_tensor_and_a_transposed_one_is_refused(tmp_path
 def test_the_wire_fits_everybody():
     here, there = {"host": "a", "device": "cpu"}, {"host": "b", "device": "cpu"}
     gpu, far_gpu = {"host": "a", "device": "cuda"}, {"host": "b", "device": "cuda"}
-    cases = {"shared_memory": [here, here], "gloo": [here, there], "cuda_ipc": [gpu, gpu], "nccl": [gpu, far_gpu]}
+    cases = {
+        "shared_memory": [here, here],
+        "gloo": [here, there],
+        "cuda_ipc": [gpu, gpu],
+        "nccl": [gpu, far_gpu],
+    }
     for wire, parties in cases.items():
         assert choose_wire("auto", parties) == wire == choose_wire(wire, parties)
     assert choose_wire("auto", [here, gpu]) == "shared_memory" and choose_wire("gloo", [gpu, gpu]) == "gloo"
-    with pytest.raises(ReshardError, match="publish.wire is shared_memory, but ranks and workers run on several nodes"):
+    with pytest.raises(
+        ReshardError, match="publish.wire is shared_memory, but ranks and workers run on several nodes"
+    ):
         choose_wire("shared_memory", [here, there])
     with pytest.raises(ReshardError, match="publish.wire is nccl, but not every rank and worker has CUDA"):
         choose_wire("nccl", [gpu, there])
@@ -242,7 +279,9 @@ def test_the_wire_fits_everybody():
 
 def test_too_little_memory_is_said_before_it_is_taken(monkeypatch):
     monkeypatch.setattr(staging, "available_bytes", lambda: 1 << 30)
-    with pytest.raises(ReshardError, match="needs 2.00 GiB beside the current one, found 1.00 GiB of free memory"):
+    with pytest.raises(
+        ReshardError, match="needs 2.00 GiB beside the current one, found 1.00 GiB of free memory"
+    ):
         SharedMemory(1 << 29, torch.float32)
 
 

@@ -1,4 +1,5 @@
-"""Two and three real ranks under ZeRO-3, started by DeepSpeed's launcher, publish to worker processes; one launch a world."""
+"""Two and three real ranks under ZeRO-3, started by DeepSpeed's launcher, publish to worker processes; one
+launch a world."""
 
 import json
 import os
@@ -42,7 +43,11 @@ def outcomes(tmp_path_factory):
     found = {}
     for world_size, scenes in SCENES.items():
         work = [
-            {**scene, "model": str(directory / scene["model"]), "output": str(directory / f"{world_size} {name}")}
+            {
+                **scene,
+                "model": str(directory / scene["model"]),
+                "output": str(directory / f"{world_size} {name}"),
+            }
             for name, scene in scenes.items()
         ]
         launcher = [
@@ -53,7 +58,9 @@ def outcomes(tmp_path_factory):
         done = subprocess.run(launcher, env=environment, capture_output=True, text=True, timeout=LIMIT_S)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
         for name in scenes:
-            found[world_size, name] = [torch.load(directory / f"{world_size} {name}.{rank}") for rank in range(world_size)]
+            found[world_size, name] = [
+                torch.load(directory / f"{world_size} {name}.{rank}") for rank in range(world_size)
+            ]
     return found
 
 
@@ -74,13 +81,17 @@ def test_bytes_moved_are_the_sum_of_the_workers_shards(outcomes, world_size, nam
         assert sum(outcome["sent"][version] for outcome in ranks) == item_bytes * sum(shards)
         assert ranks[0]["received"][version] == [item_bytes * shard for shard in shards]
     gathered = item_bytes * numel * (world_size - 1 + len(shards))
-    print(f"{world_size} ranks to {name}: {item_bytes * sum(shards)} bytes moved, {gathered} by gather and broadcast")
+    print(
+        f"{world_size} ranks to {name}: {item_bytes * sum(shards)} bytes moved, {gathered} by gather and"
+        " broadcast"
+    )
     assert item_bytes * sum(shards) < gathered / 1.4
 
 
 @pytest.mark.parametrize(("world_size", "name"), [key for key in ALL if "publish" in SCENES[key[0]][key[1]]])
 def test_no_rank_holds_more_than_its_shard_and_two_buckets(outcomes, world_size, name):
-    """As torch's allocator counts, over the whole first publish. A worker's staged shard is the one it then takes."""
+    """As torch's allocator counts, over the whole first publish. A worker's staged shard is the one it then
+    takes."""
     first, *others = outcomes[world_size, name]
     buckets = 2 * int(BUCKET_MIB * 2**20)
     for outcome in (first, *others):
@@ -89,7 +100,9 @@ def test_no_rank_holds_more_than_its_shard_and_two_buckets(outcomes, world_size,
         assert staged < peak <= staged + buckets + first["largest_copy"]
 
 
-@pytest.mark.parametrize(("name", "reason"), [("lost", "has died"), ("cut off", "has (died|stopped answering)")])
+@pytest.mark.parametrize(
+    ("name", "reason"), [("lost", "has died"), ("cut off", "has (died|stopped answering)")]
+)
 def test_a_lost_worker_is_named_on_every_rank_and_changes_nothing(outcomes, name, reason):
     first, second = outcomes[2, name]
     (error, kept), (other,) = first["errors"], second["errors"]

@@ -37,12 +37,14 @@ def test_what_two_transfers_ago_was_said_is_forgotten():
 
 
 def test_whoever_hangs_up_leaves_nobody_waiting():
-    """Although its own transfer is still under way: a worker must not sit out the timeout for a rank that has given up."""
+    """Although its own transfer is still under way: a worker must not sit out the timeout for a rank that
+    has given up."""
     session = Session(MeetingPoint.host("127.0.0.1", timeout_s=20), 1, timeout_s=600)
     names, errors, connected = ["trainer rank 0", "worker 0"], [], threading.Event()
 
     def wait_for_rank_0():
-        own = MeetingPoint.join(session.meeting.address, timeout_s=20)  # a client of the store serves one party at a time
+        # a client of the store serves one party at a time
+        own = MeetingPoint.join(session.meeting.address, timeout_s=20)
         wire = GroupWire(Session(own, 1, timeout_s=600), "gloo", 1, names)
         connected.set()
         try:
@@ -76,7 +78,12 @@ def test_a_rank_may_leave_after_rank_0_has_gone():
 def test_an_address_without_a_trainer_is_said():
     for address in ("127.0.0.1:1", "nowhere"):
         with pytest.raises(ReshardError, match=f"no meeting point at '{address}' within 1 s"):
-            ShardReceiver({"w": torch.zeros(1)}, worker=WorkerId(replica=0, tp_rank=0, tp_size=1), address=address, timeout_s=1.0)
+            ShardReceiver(
+                {"w": torch.zeros(1)},
+                worker=WorkerId(replica=0, tp_rank=0, tp_size=1),
+                address=address,
+                timeout_s=1.0,
+            )
 
 
 class FakeWork:

@@ -1,7 +1,9 @@
-"""A fake of an OpenSearch server: the documented requests that the project makes, over real HTTP, in the documented form.
+"""A fake of an OpenSearch server: the documented requests that the project makes, over real HTTP, in the
+documented form.
 
-It is no search engine: words are runs of letters and digits, vectors are looked at one by one. Errors have OpenSearch's types,
-texts and statuses as its documentation gives them; no real server was at hand to compare with.
+It is no search engine: words are runs of letters and digits, vectors are looked at one by one. Errors have
+OpenSearch's types, texts and statuses as its documentation gives them; no real server was at hand to
+compare with.
 """
 
 from __future__ import annotations
@@ -70,7 +72,9 @@ class FakeOpenSearch:
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Exchange)
         self._server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self._server.server_port}"
-        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        threading.Thread(
+            target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True
+        ).start()
 
     def __enter__(self) -> FakeOpenSearch:
         return self
@@ -85,7 +89,10 @@ class FakeOpenSearch:
                 return self._bulk(body)
             case ["POST" | "GET", "_msearch"]:
                 lines = [json.loads(line) for line in body.splitlines()]
-                return 200, {"took": 1, "responses": [self._search(*pair) for pair in zip(lines[::2], lines[1::2], strict=True)]}
+                return 200, {
+                    "took": 1,
+                    "responses": [self._search(*pair) for pair in zip(lines[::2], lines[1::2], strict=True)],
+                }
             case ["PUT", name]:
                 return self._create(name, json.loads(body))
             case [_, name, *_] if name not in self.indices:
@@ -97,20 +104,31 @@ class FakeOpenSearch:
                 return 200, {"_shards": SHARDS}
             case ["POST" | "GET", name, "_count"]:
                 return 200, {"count": len(self.indices[name].visible), "_shards": SHARDS}
-        return refused(400, "illegal_argument_exception", f"no handler found for uri [{path}] and method [{method}]")
+        return refused(
+            400, "illegal_argument_exception", f"no handler found for uri [{path}] and method [{method}]"
+        )
 
     def _create(self, name: str, body: dict[str, Any]) -> Reply:
         if name in self.indices:
             return refused(400, "resource_already_exists_exception", f"index [{name}/aa] already exists")
         if name != name.lower():
-            return refused(400, "invalid_index_name_exception", f"Invalid index name [{name}], must be lowercase")
+            return refused(
+                400, "invalid_index_name_exception", f"Invalid index name [{name}], must be lowercase"
+            )
         self.indices[name] = FakeIndex(body)
         return 200, {"acknowledged": True, "shards_acknowledged": True, "index": name}
 
     def _bulk(self, body: bytes) -> Reply:
         lines = [json.loads(line) for line in body.splitlines()]
-        items = [self._write(action["index"], source) for action, source in zip(lines[::2], lines[1::2], strict=True)]
-        return 200, {"took": 1, "errors": any("error" in item for item in items), "items": [{"index": item} for item in items]}
+        items = [
+            self._write(action["index"], source)
+            for action, source in zip(lines[::2], lines[1::2], strict=True)
+        ]
+        return 200, {
+            "took": 1,
+            "errors": any("error" in item for item in items),
+            "items": [{"index": item} for item in items],
+        }
 
     def _write(self, action: dict[str, Any], source: dict[str, Any]) -> dict[str, Any]:
         place = {"_index": action["_index"], "_id": action["_id"]}
@@ -138,7 +156,9 @@ class FakeOpenSearch:
                 return error
             scores = self._nearest(self.indices[name], field_name, knn)
         documents = self.indices[name].visible
-        found = sorted(scores, key=lambda id_: (-scores[id_], documents[id_].get("passage_id", "")))[: order["size"]]
+        found = sorted(scores, key=lambda id_: (-scores[id_], documents[id_].get("passage_id", "")))[
+            : order["size"]
+        ]
         hits = [
             {
                 "_index": name,
@@ -149,13 +169,22 @@ class FakeOpenSearch:
             for id_ in found
         ]
         best = max((hit["_score"] for hit in hits), default=None)
-        return {"took": 1, "timed_out": False, "_shards": SHARDS, "hits": {"max_score": best, "hits": hits}, "status": 200}
+        return {
+            "took": 1,
+            "timed_out": False,
+            "_shards": SHARDS,
+            "hits": {"max_score": best, "hits": hits},
+            "status": 200,
+        }
 
     def _bm25(self, index: FakeIndex, query: str) -> dict[str, float]:
         """Lucene's BM25 of the fields that are copied together."""
         similarity = index.body["settings"]["index"]["similarity"]["default"]
         k1, b = similarity["k1"], similarity["b"]
-        counts = {id_: Counter(words(f"{own.get('title', '')} {own.get('text', '')}")) for id_, own in index.visible.items()}
+        counts = {
+            id_: Counter(words(f"{own.get('title', '')} {own.get('text', '')}"))
+            for id_, own in index.visible.items()
+        }
         mean = sum(own.total() for own in counts.values()) / max(1, len(counts))
         scores: dict[str, float] = {}
         for word in words(query):
@@ -200,5 +229,8 @@ def _mapping_error(name: str, value: Any, properties: dict[str, Any]) -> dict[st
         reason = f"mapping set to strict, dynamic introduction of [{name}] within [_doc] is not allowed"
         return {"type": "strict_dynamic_mapping_exception", "reason": reason}
     if properties[name]["type"] == "knn_vector" and len(value) != properties[name]["dimension"]:
-        return {"type": "mapper_parsing_exception", "reason": f"failed to parse field [{name}] of type [knn_vector]"}
+        return {
+            "type": "mapper_parsing_exception",
+            "reason": f"failed to parse field [{name}] of type [knn_vector]",
+        }
     return None

@@ -1,4 +1,5 @@
-"""A corpus of a few passages, the real service as a process, and a fake server whose every reply a test decides."""
+"""A corpus of a few passages, the real service as a process, and a fake server whose every reply a test
+decides."""
 
 from __future__ import annotations
 
@@ -35,23 +36,43 @@ def small_corpus(path: Path, num_passages: int = 64) -> Path:
         )
         for n in range(num_passages - 1)
     ]
-    passages.append(Passage(id="hard", title='a "quoted" title', text='line\nbreak, "quotes", \\slash, é漢字🙂, </information>'))
-    write_corpus(path, passages, bm25_settings(IndexConfig(passages="", output="")), Labels(licenses=("CC0-1.0",)))
+    passages.append(
+        Passage(
+            id="hard",
+            title='a "quoted" title',
+            text='line\nbreak, "quotes", \\slash, é漢字🙂, </information>',
+        )
+    )
+    write_corpus(
+        path, passages, bm25_settings(IndexConfig(passages="", output="")), Labels(licenses=("CC0-1.0",))
+    )
     return path
 
 
 @contextlib.contextmanager
-def serving(corpus: Path, scratch: Path, *options: str, wait: bool = True) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+def serving(
+    corpus: Path, scratch: Path, *options: str, wait: bool = True
+) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
     """`sd-search retriever serve` on a free port: its address, and the process."""
     port_file = scratch / "address"
     port_file.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "launch.cli", "retriever", "serve", f"--corpus={corpus}", f"--port_file={port_file}"]
+    command = [
+        sys.executable,
+        "-m",
+        "launch.cli",
+        "retriever",
+        "serve",
+        f"--corpus={corpus}",
+        f"--port_file={port_file}",
+    ]
     command += options
     command += [] if any(option.startswith("--port=") for option in options) else ["--port=0"]
     with open(scratch / "serve.log", "wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
         try:
-            address = _until(lambda: port_file.read_text().strip() if port_file.exists() else None, process, scratch)
+            address = _until(
+                lambda: port_file.read_text().strip() if port_file.exists() else None, process, scratch
+            )
             if wait:
                 _until(lambda: _is_ready(address), process, scratch)
             yield address, process
@@ -78,13 +99,20 @@ def _is_ready(address: str) -> bool | None:
 
 def quick_client(**changes: object) -> ClientConfig:
     """The default client with pauses a test can wait for."""
-    quick = {"first_pause_s": 0.01, "max_pause_s": 0.02, "ready_s": 5.0, "breaker_open_s": 0.3, "max_connections": 8}
+    quick = {
+        "first_pause_s": 0.01,
+        "max_pause_s": 0.02,
+        "ready_s": 5.0,
+        "breaker_open_s": 0.3,
+        "max_connections": 8,
+    }
     return ClientConfig(**(quick | changes))
 
 
 @dataclass(frozen=True, kw_only=True)
 class FakeReply:
-    """What the fake server sends. cut: close the connection after so many bytes. headers: on top of the honest ones."""
+    """What the fake server sends. cut: close the connection after so many bytes. headers: on top of the
+    honest ones."""
 
     status: int = 200
     body: bytes = b"{}"
@@ -95,16 +123,21 @@ class FakeReply:
 
 def honest(queries: list[str], top_k: int) -> FakeReply:
     """One passage a query, which repeats it."""
-    hits = [[{"document": {"id": f"d {query}", "contents": f'"t"\n{query}'}, "score": 1.5}] for query in queries]
+    hits = [
+        [{"document": {"id": f"d {query}", "contents": f'"t"\n{query}'}, "score": 1.5}] for query in queries
+    ]
     return FakeReply(body=json.dumps({"result": hits}).encode())
 
 
 class FakeServer:
-    """Answers POST /retrieve with `behave(queries, top_k, number of the request)`, and GET /info, unless `version` is empty:
-    then it knows no more than Search-R1's server."""
+    """Answers POST /retrieve with `behave(queries, top_k, number of the request)`, and GET /info, unless
+    `version` is empty: then it knows no more than Search-R1's server."""
 
     def __init__(
-        self, behave: Callable[[list[str], int, int], FakeReply], version: str = "v1", limits: dict[str, int] | None = None
+        self,
+        behave: Callable[[list[str], int, int], FakeReply],
+        version: str = "v1",
+        limits: dict[str, int] | None = None,
     ) -> None:
         self.behave = behave
         self.version = version
@@ -132,7 +165,9 @@ class FakeServer:
                 time.sleep(reply.delay_s)
                 with contextlib.suppress(ConnectionError):
                     self.send_response(reply.status)
-                    for name, value in ((headers or {}) | reply.headers | {"content-length": str(len(reply.body))}).items():
+                    for name, value in (
+                        (headers or {}) | reply.headers | {"content-length": str(len(reply.body))}
+                    ).items():
                         self.send_header(name, value)
                     self.end_headers()
                     self.wfile.write(reply.body[: reply.cut])
@@ -140,7 +175,9 @@ class FakeServer:
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Exchange)
         self.url = f"http://127.0.0.1:{self._server.server_port}"
-        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        threading.Thread(
+            target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True
+        ).start()
 
     def __enter__(self) -> FakeServer:
         return self

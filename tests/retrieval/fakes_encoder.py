@@ -1,4 +1,5 @@
-"""A tiny encoder: a real BERT with random weights and a WordPiece vocabulary of a few words. No fake, only small."""
+"""A tiny encoder: a real BERT with random weights and a WordPiece vocabulary of a few words. No fake, only
+small."""
 
 from __future__ import annotations
 
@@ -17,14 +18,23 @@ LETTERS = tuple("abcdefghijklmnopqrstuvwxyz0123456789")
 def tiny_encoder(directory: Path, dim: int = 32, seed: int = 0) -> Path:
     """Write a BERT of one layer and `dim` dimensions, with its tokenizer."""
     vocabulary = [*SPECIALS, *WORDS, *LETTERS, *(f"##{letter}" for letter in LETTERS)]
-    tokenizer = Tokenizer(models.WordPiece({token: n for n, token in enumerate(vocabulary)}, unk_token="[UNK]"))
+    tokenizer = Tokenizer(
+        models.WordPiece({token: n for n, token in enumerate(vocabulary)}, unk_token="[UNK]")
+    )
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
     names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(directory)
     torch.manual_seed(seed)
-    shape = {"hidden_size": dim, "intermediate_size": 2 * dim, "num_hidden_layers": 1, "num_attention_heads": 2}
+    shape = {
+        "hidden_size": dim,
+        "intermediate_size": 2 * dim,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
     model = BertModel(BertConfig(vocab_size=len(vocabulary), max_position_embeddings=64, **shape))
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -2,9 +2,9 @@
 
     python -m tests.retrieval.faults [--only R10,R11,R16] [--corpus DIR --queries FILE.jsonl.zst]
 
-R10 a server killed in the middle of a burst and started again, 20 times. R11 20 steps of 10,240 queries over 64 connections,
-every reply compared with an offline search. R16 import, chunk, encode and index, each killed 50 times at random moments.
-Without --corpus R11 serves 2,000 small passages.
+R10 a server killed in the middle of a burst and started again, 20 times. R11 20 steps of 10,240 queries
+over 64 connections, every reply compared with an offline search. R16 import, chunk, encode and index, each
+killed 50 times at random moments. Without --corpus R11 serves 2,000 small passages.
 """
 
 from __future__ import annotations
@@ -62,7 +62,10 @@ def killed_servers(folder: Path) -> str:
             with serving(corpus, folder, f"--port={port}", wait=False) as (_, process):
                 found = [hits for task in asked for hits in await task]
                 waits.append(time.monotonic() - killed)
-                wrong += sum(own != right for own, right in zip(found, offline.find(queries(number - 1), TOP_K), strict=True))
+                wrong += sum(
+                    own != right
+                    for own, right in zip(found, offline.find(queries(number - 1), TOP_K), strict=True)
+                )
                 if number < NUM_BURSTS:
                     asked = await burst(retriever, process, number)
         retriever.close()
@@ -77,8 +80,14 @@ def killed_servers(folder: Path) -> str:
         return asked
 
     asyncio.run(story())
-    last = f"the last answer came {statistics.median(waits):.1f} s (median), at most {max(waits):.1f} s, after the kill"
-    return f"R10: {NUM_BURSTS} kills, {NUM_BURSTS * BURST} searches, {wrong} without their own answer; {last}, start included"
+    last = (
+        f"the last answer came {statistics.median(waits):.1f} s (median), at most {max(waits):.1f} s, after"
+        " the kill"
+    )
+    return (
+        f"R10: {NUM_BURSTS} kills, {NUM_BURSTS * BURST} searches, {wrong} without their own answer; {last},"
+        " start included"
+    )
 
 
 def soak(folder: Path, corpus: Path | None, questions: Path | None) -> str:
@@ -86,7 +95,9 @@ def soak(folder: Path, corpus: Path | None, questions: Path | None) -> str:
     rng = random.Random(0)
     if corpus is None or questions is None:
         corpus = small_corpus(folder / "soaked", 2000)
-        texts = [f"{rng.choice(WORDS)} {rng.choice(WORDS)} {rng.randrange(2000)}" for _ in range(STEP_QUERIES)]
+        texts = [
+            f"{rng.choice(WORDS)} {rng.choice(WORDS)} {rng.randrange(2000)}" for _ in range(STEP_QUERIES)
+        ]
     else:
         rows = [json.loads(line) for _, line in read_lines(questions)]
         texts = [row.get("question") or row["text"] for row in rows]
@@ -100,12 +111,16 @@ def soak(folder: Path, corpus: Path | None, questions: Path | None) -> str:
         async def ask(http: httpx.AsyncClient, order: list[str]) -> bytes:
             async with room:
                 began = time.perf_counter()
-                reply = await http.post("/retrieve", json={"queries": order, "topk": TOP_K, "return_scores": True})
+                reply = await http.post(
+                    "/retrieve", json={"queries": order, "topk": TOP_K, "return_scores": True}
+                )
                 own.append(time.perf_counter() - began)
             return reply.content if reply.status_code == 200 else b""
 
         limits = httpx.Limits(max_connections=NUM_CONNECTIONS, max_keepalive_connections=NUM_CONNECTIONS)
-        async with httpx.AsyncClient(base_url=address, limits=limits, timeout=START_S, trust_env=False) as http:
+        async with httpx.AsyncClient(
+            base_url=address, limits=limits, timeout=START_S, trust_env=False
+        ) as http:
             replies = await asyncio.gather(*(ask(http, order) for order in orders))
         seconds.append(own)
         return replies
@@ -113,7 +128,10 @@ def soak(folder: Path, corpus: Path | None, questions: Path | None) -> str:
     with serving(corpus, folder) as (address, process):
         for _ in range(NUM_STEPS):
             drawn = rng.choices(texts, k=STEP_QUERIES)
-            orders = [drawn[start : start + QUERIES_A_REQUEST] for start in range(0, STEP_QUERIES, QUERIES_A_REQUEST)]
+            orders = [
+                drawn[start : start + QUERIES_A_REQUEST]
+                for start in range(0, STEP_QUERIES, QUERIES_A_REQUEST)
+            ]
             replies = asyncio.run(step(address, orders))
             memory.append(_resident_mib(process.pid))
             expected = (render_reply(offline.find(order, TOP_K), return_scores=True) for order in orders)
@@ -124,10 +142,11 @@ def soak(folder: Path, corpus: Path | None, questions: Path | None) -> str:
     growth = 100 * (memory[-1] / memory[0] - 1)
     resident = ", ".join(f"{own:.0f}" for own in memory)
     return (
-        f"R11: {NUM_STEPS} steps of {STEP_QUERIES} queries, {QUERIES_A_REQUEST} a request, {NUM_CONNECTIONS} connections, "
-        f"{len(offline.passages)} passages: {wrong} of {len(every)} replies other than offline; p50 {1000 * p50:.0f} ms, "
-        f"p99 {1000 * p99:.0f} ms ({p99 / p50:.1f} x; by step {by_step[0]:.1f} to {by_step[-1]:.1f}); resident MiB after "
-        f"each step {resident} ({growth:+.1f} % from the first to the last)"
+        f"R11: {NUM_STEPS} steps of {STEP_QUERIES} queries, {QUERIES_A_REQUEST} a request, {NUM_CONNECTIONS}"
+        f" connections, {len(offline.passages)} passages: {wrong} of {len(every)} replies other than offline;"
+        f" p50 {1000 * p50:.0f} ms, p99 {1000 * p99:.0f} ms ({p99 / p50:.1f} x; by step {by_step[0]:.1f} to"
+        f" {by_step[-1]:.1f}); resident MiB after each step {resident} ({growth:+.1f} % from the first to the"
+        " last)"
     )
 
 
@@ -140,7 +159,9 @@ def killed_stages(folder: Path) -> Iterator[str]:
     from data_prep.passages.chunk import ChunkConfig
     from data_prep.sources.questions import ImportConfig
 
-    rows = [{"id": f"{n}", "title": f"t{n}", "text": f"kalo é{n} dava sul " * (n % 9 + 1)} for n in range(600)]
+    rows = [
+        {"id": f"{n}", "title": f"t{n}", "text": f"kalo é{n} dava sul " * (n % 9 + 1)} for n in range(600)
+    ]
     random.Random(0).shuffle(rows)
     (folder / "wiki.jsonl").write_text("{\n" + "".join(json.dumps(row) + "\n" for row in rows))
     passages = [SourcedPassage(**row) for row in rows]
@@ -150,7 +171,9 @@ def killed_stages(folder: Path) -> Iterator[str]:
     paths = {"passages": f"{folder}/passages"}
     encoding = {"encoder": f"{folder}/encoder", "rows_per_shard": 25, "batch_size": 8, "devices": ("cpu",)}
     configs: dict[str, Any] = {
-        "import": lambda output: ImportConfig(kind="passages", input=f"{folder}/wiki.jsonl", output=output, rows_per_run=64),
+        "import": lambda output: ImportConfig(
+            kind="passages", input=f"{folder}/wiki.jsonl", output=output, rows_per_run=64
+        ),
         "chunk": lambda output: ChunkConfig(**paths, output=output, size=10, rows_per_run=64),
         "encode": lambda output: EncodeConfig(**paths, output=output, **encoding),
         "index": lambda output: IndexConfig(**paths, output=output),
@@ -185,9 +208,18 @@ def _killed_stage(folder: Path, stage: str, make: Any) -> str:
             done = []
             if kills < NUM_KILLS:
                 shutil.rmtree(output)
-    unit = {"import": "rows read", "chunk": "passages cut", "encode": "shards written", "index": "rows read"}[stage]
-    again = "" if stage == "index" else f"; {rework} {unit} again, {rework / kills:.1f} a kill, of {whole[1]} in a whole run"
-    return f"R16 {stage}: {kills} kills, {same} of {finished} finished outputs with the bytes of the undisturbed one{again}"
+    unit = {"import": "rows read", "chunk": "passages cut", "encode": "shards written", "index": "rows read"}[
+        stage
+    ]
+    again = (
+        ""
+        if stage == "index"
+        else f"; {rework} {unit} again, {rework / kills:.1f} a kill, of {whole[1]} in a whole run"
+    )
+    return (
+        f"R16 {stage}: {kills} kills, {same} of {finished} finished outputs with the bytes of the undisturbed"
+        f" one{again}"
+    )
 
 
 def main() -> None:

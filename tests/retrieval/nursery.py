@@ -19,12 +19,19 @@ START_LIMIT_S = 300
 
 
 class Nursery:
-    """Forks ranks and knows how they ended. Use as a context. corpus: a directory to search in, of any run."""
+    """Forks ranks and knows how they ended. Use as a context. corpus: a directory to search in, of any
+    run."""
 
     def __init__(self, corpus: Path) -> None:
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "TOKENIZERS_PARALLELISM": "false"}
+        environment = os.environ | {
+            "OMP_NUM_THREADS": "1",
+            "DS_ACCELERATOR": "cpu",
+            "TOKENIZERS_PARALLELISM": "false",
+        }
         command = [sys.executable, "-u", "-m", "tests.rank_programs.nursery", str(corpus)]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
+        )
         self._codes: dict[int, int] = {}
         self._pending = b""
         assert self._next({}, START_LIMIT_S) == {"ready": True}
@@ -37,7 +44,8 @@ class Nursery:
         self._process.wait(30)
 
     def start(self, call: str, argument: Any, *, ranks: int, log: Path) -> Ranks:
-        """call: "module:function", which gets the argument and returns an exit code. log: each rank's output goes to log.RANK."""
+        """call: "module:function", which gets the argument and returns an exit code. log: each rank's
+        output goes to log.RANK."""
         order = {"call": call, "argument": argument, "ranks": ranks, "log": str(log), "port": free_port()}
         self._process.stdin.write(json.dumps(order).encode() + b"\n")
         self._process.stdin.flush()
@@ -89,7 +97,8 @@ class Ranks:
         return self._nursery.code(self.pids[rank], limit_s)
 
     def wait(self, limit_s: float = 240.0) -> list[int]:
-        """Exit codes, negative for a signal. Ranks that have not ended by then are killed, and the test fails."""
+        """Exit codes, negative for a signal. Ranks that have not ended by then are killed, and the test
+        fails."""
         deadline = time.monotonic() + limit_s
         codes = [self._nursery.code(pid, deadline - time.monotonic()) for pid in self.pids]
         if None in codes:

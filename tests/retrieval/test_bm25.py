@@ -22,7 +22,9 @@ from megatron_sd.retrieval.corpus.bm25 import Analyzer
 from megatron_sd.retrieval.corpus.directory import CorpusRetriever
 from megatron_sd.retrieval.corpus.passages import PassageStore, write_batches
 
-PLAIN = bm25_settings(IndexConfig(passages="", output="", stop_words="none", stemmer="none", token_pattern=r"\w+", k1=1.2))
+PLAIN = bm25_settings(
+    IndexConfig(passages="", output="", stop_words="none", stemmer="none", token_pattern=r"\w+", k1=1.2)
+)
 ENGLISH = bm25_settings(IndexConfig(passages="", output=""))
 TEXTS = {
     "p03": "kalo miren guides dava",
@@ -49,7 +51,8 @@ def _search(retriever, *queries, top_k=3):
 
 
 def _lucene(query, texts, k1, b):
-    """Lucene's BM25 in float64: sum over query terms of ln(1 + (N - n + .5) / (n + .5)) * f / (f + k1 (1 - b + b l / avg l))."""
+    """Lucene's BM25 in float64: sum over query terms of ln(1 + (N - n + .5) / (n + .5)) * f / (f + k1 (1 -
+    b + b l / avg l))."""
     words = {id_: text.split() for id_, text in texts.items()}
     average = sum(map(len, words.values())) / len(words)
     totals = {}
@@ -112,7 +115,9 @@ def test_search_equals_brute_force(tmp_path_factory, texts, query):
         (hits,) = _search(_open(path), query, top_k=top_k)
         expected = _lucene(query, named, PLAIN.k1, PLAIN.b)
         assert len(hits) == min(top_k, len(expected))
-        assert [score for _, score in hits] == pytest.approx(sorted(expected.values(), reverse=True)[:top_k], rel=1e-5)
+        assert [score for _, score in hits] == pytest.approx(
+            sorted(expected.values(), reverse=True)[:top_k], rel=1e-5
+        )
         assert hits == sorted(hits, key=lambda hit: (-hit[1], hit[0]))
     shutil.rmtree(path.parent)
 
@@ -153,7 +158,9 @@ FILES = ["passages.arrow", "bm25/scores.npy", "bm25/rows.npy", "bm25/starts.npy"
 
 
 @pytest.mark.parametrize("name", FILES)
-@pytest.mark.parametrize("damage", [_damage_flip, _damage_truncate, _damage_empty, lambda path: path.unlink()])
+@pytest.mark.parametrize(
+    "damage", [_damage_flip, _damage_truncate, _damage_empty, lambda path: path.unlink()]
+)
 def test_a_damaged_file_is_named(tmp_path, name, damage):
     path = _corpus(tmp_path / "corpus")
     damage(path / name)

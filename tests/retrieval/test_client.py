@@ -1,4 +1,5 @@
-"""The client against every way a server can fail, and against the real one killed in the middle of a burst."""
+"""The client against every way a server can fail, and against the real one killed in the middle of a
+burst."""
 
 import asyncio
 import contextlib
@@ -35,7 +36,9 @@ def search(retriever, *queries, top_k=2):
 
 def first_then_honest(*replies):
     """The first requests get these replies, later ones honest ones."""
-    return lambda queries, top_k, number: replies[number - 1] if number <= len(replies) else honest(queries, top_k)
+    return lambda queries, top_k, number: (
+        replies[number - 1] if number <= len(replies) else honest(queries, top_k)
+    )
 
 
 BROKEN = {
@@ -48,7 +51,9 @@ BROKEN = {
     "hung up": FakeReply(cut=0),
     "slow": FakeReply(delay_s=1.5),
     "id -1": FakeReply(body=b'{"result": [[{"document": {"id": -1, "contents": "x"}, "score": 1}]]}'),
-    "twice": FakeReply(body=b'{"result": [[%b, %b]]}' % ((b'{"document": {"id": "1", "contents": "x"}, "score": 1}',) * 2)),
+    "twice": FakeReply(
+        body=b'{"result": [[%b, %b]]}' % ((b'{"document": {"id": "1", "contents": "x"}, "score": 1}',) * 2)
+    ),
     "too few lists": FakeReply(body=b'{"result": []}'),
     "another corpus": FakeReply(body=honest(["a"], 1).body, headers={"x-corpus-version": "v2"}),
     "other queries": FakeReply(body=honest(["b"], 1).body, headers={"x-queries-xxh3": "0" * 16}),
@@ -66,13 +71,19 @@ def test_a_broken_reply_is_asked_for_again(name):
 
 def test_a_search_that_never_succeeds_says_why():
     with FakeServer(lambda *_: FakeReply(status=500, body=b"out of memory")) as server:
-        with client_of(server, deadline_s=2.0) as retriever, pytest.raises(RetrievalError, match=r"within 2 s.*out of memory"):
+        with (
+            client_of(server, deadline_s=2.0) as retriever,
+            pytest.raises(RetrievalError, match=r"within 2 s.*out of memory"),
+        ):
             search(retriever, "a")
         assert len(server.requests) >= 2
 
 
 def test_a_request_the_server_will_never_serve_is_not_repeated():
-    with FakeServer(lambda *_: FakeReply(status=422, body=b"topk: found 99")) as server, client_of(server) as retriever:
+    with (
+        FakeServer(lambda *_: FakeReply(status=422, body=b"topk: found 99")) as server,
+        client_of(server) as retriever,
+    ):
         with pytest.raises(RetrievalError, match="refused the request with status 422: topk: found 99"):
             search(retriever, "a")
         assert len(server.requests) == 1
@@ -101,7 +112,10 @@ def test_fewer_hits_than_asked_are_an_answer():
 
 def test_queries_travel_together_once_and_are_remembered():
     options = {"gather_s": 0.5, "max_request_queries": 3, "cache_size": 4}
-    with FakeServer(lambda queries, top_k, _: honest(queries, top_k)) as server, client_of(server, **options) as retriever:
+    with (
+        FakeServer(lambda queries, top_k, _: honest(queries, top_k)) as server,
+        client_of(server, **options) as retriever,
+    ):
 
         async def ask_all():
             asked = [["a"], ["b", "a"], ["c"], ["d"], ["a"]]
@@ -132,7 +146,11 @@ def test_the_load_is_shared_and_a_dead_server_is_left_alone():
     def fair(queries, top_k, _number):
         return honest(queries, top_k)
 
-    with FakeServer(fair) as one, FakeServer(fair) as two, client_of(one, two, breaker_open_s=60.0) as retriever:
+    with (
+        FakeServer(fair) as one,
+        FakeServer(fair) as two,
+        client_of(one, two, breaker_open_s=60.0) as retriever,
+    ):
         for n in range(10):
             search(retriever, f"q{n}")
         assert (len(one.requests), len(two.requests)) == (5, 5)
@@ -143,7 +161,10 @@ def test_the_load_is_shared_and_a_dead_server_is_left_alone():
 
 
 def test_a_server_that_comes_back_is_asked_again():
-    with FakeServer(first_then_honest(*[FakeReply(status=500)] * 6)) as server, client_of(server) as retriever:
+    with (
+        FakeServer(first_then_honest(*[FakeReply(status=500)] * 6)) as server,
+        client_of(server) as retriever,
+    ):
         assert search(retriever, "a") == [["a"]]
         assert len(server.requests) == 7  # five open the breaker, one probe fails, the next succeeds
         assert search(retriever, "b") == [["b"]]
@@ -169,7 +190,9 @@ def test_the_breaker_lets_one_probe_through():
 
 
 def test_the_least_busy_endpoint_is_chosen():
-    busy, free, other = (Endpoint(url, BreakerSettings(max_failures=1, open_s=1.0), lambda: 0.0) for url in "bfo")
+    busy, free, other = (
+        Endpoint(url, BreakerSettings(max_failures=1, open_s=1.0), lambda: 0.0) for url in "bfo"
+    )
     busy.begin()
     assert [choose([busy, free, other], turn).url for turn in range(3)] == ["f", "f", "o"]
     for endpoint in (busy, free, other):
@@ -182,11 +205,15 @@ def test_the_corpus_of_the_endpoints_is_checked():
     with FakeServer(lambda *_: FakeReply(), "v1") as one, FakeServer(lambda *_: FakeReply(), "v2") as two:
         with pytest.raises(ConfigError, match=r"different corpora .*v1.*v2.*retriever\.sharded"):
             HttpRetriever([one.url, two.url], quick_client())
-        sharded = open_retriever(RetrieverConfig(endpoints=(one.url, two.url), sharded=True, client=quick_client()))
+        sharded = open_retriever(
+            RetrieverConfig(endpoints=(one.url, two.url), sharded=True, client=quick_client())
+        )
         assert sharded.corpus_version == "v1+v2"
     with socket.create_server(("127.0.0.1", 0)) as closed:
         port = closed.getsockname()[1]
-    with pytest.raises(RetrievalError, match=f"127.0.0.1:{port}/info gave no corpus version within 0.1 s .*ConnectError"):
+    with pytest.raises(
+        RetrievalError, match=f"127.0.0.1:{port}/info gave no corpus version within 0.1 s .*ConnectError"
+    ):
         HttpRetriever([f"http://127.0.0.1:{port}"], quick_client(ready_s=0.1))
     with pytest.raises(DataError, match="token_file: cannot read nowhere"):
         HttpRetriever([f"http://127.0.0.1:{port}"], quick_client(token_file="nowhere"))
@@ -194,7 +221,9 @@ def test_the_corpus_of_the_endpoints_is_checked():
 
 def test_a_server_that_knows_search_r1s_exchange_only():
     with FakeServer(lambda queries, top_k, _: honest(queries, top_k), version="") as server:
-        with pytest.raises(RetrievalError, match=r"status 404.*name its corpus in retriever\.client\.corpus_version"):
+        with pytest.raises(
+            RetrievalError, match=r"status 404.*name its corpus in retriever\.client\.corpus_version"
+        ):
             HttpRetriever([server.url], quick_client())
         with client_of(server, corpus_version="wiki-18") as retriever:
             assert retriever.corpus_version == "wiki-18"
@@ -214,39 +243,59 @@ def test_what_a_server_takes_is_what_it_is_asked():
         asked.append((queries, top_k))
         return honest(queries, top_k)
 
-    with FakeServer(note, limits={"max_query_bytes": 5, "max_top_k": 2}) as server, client_of(server) as retriever:
+    with (
+        FakeServer(note, limits={"max_query_bytes": 5, "max_top_k": 2}) as server,
+        client_of(server) as retriever,
+    ):
         search(retriever, "glass maker", top_k=9)
     assert asked == [(["glass"], 2)]
 
 
 def test_shards_are_merged_by_score_then_id():
     def shard(*documents):
-        hits = [{"document": {"id": id_, "contents": f'"t"\n{id_}'}, "score": score} for id_, score in documents]
-        return FakeServer(lambda queries, k, _: FakeReply(body=json.dumps({"result": [hits[:k]] * len(queries)}).encode()))
+        hits = [
+            {"document": {"id": id_, "contents": f'"t"\n{id_}'}, "score": score} for id_, score in documents
+        ]
+        return FakeServer(
+            lambda queries, k, _: FakeReply(body=json.dumps({"result": [hits[:k]] * len(queries)}).encode())
+        )
 
     with shard(("b", 3.0), ("c", 2.0), ("d", 1.0)) as one, shard(("a", 2.0), ("e", 2.0), ("f", 0.5)) as two:
-        sharded = open_retriever(RetrieverConfig(endpoints=(one.url, two.url), sharded=True, client=quick_client()))
+        sharded = open_retriever(
+            RetrieverConfig(endpoints=(one.url, two.url), sharded=True, client=quick_client())
+        )
         assert search(sharded, "x", "y", top_k=3) == [["b", "a", "c"]] * 2
 
 
 def test_a_rollout_whose_search_fails_is_no_data_and_too_many_stop_the_run():
     script = "<think>x</think><search>Lyon</search>"
     answer = "<think>x</think><answer>gold</answer>"
-    with FakeServer(lambda *_: FakeReply(status=500)) as server, client_of(server, deadline_s=0.5) as retriever:
+    with (
+        FakeServer(lambda *_: FakeReply(status=500)) as server,
+        client_of(server, deadline_s=0.5) as retriever,
+    ):
         for max_failed_share, fails in ((0.5, False), (0.4, True)):
             engine = ScriptedEngine({"rollout 0": [script, answer], "rollout 1": [answer]})
-            rollouter = Rollouter(engine, retriever, environment(max_failed_share=max_failed_share), top_k=1, seed=0)
+            rollouter = Rollouter(
+                engine, retriever, environment(max_failed_share=max_failed_share), top_k=1, seed=0
+            )
             if fails:
-                with pytest.raises(RolloutError, match=r"1 of 2 rollouts failed.*retrieval_failed.*no answer to 1 queries"):
+                with pytest.raises(
+                    RolloutError, match=r"1 of 2 rollouts failed.*retrieval_failed.*no answer to 1 queries"
+                ):
                     rollouter.run([question()], step=0)
                 continue
             (group,) = rollouter.run([question()], step=0)
-            assert [rollout.stop_reason for rollout in group.rollouts] == [StopReason.RETRIEVAL_FAILED, StopReason.ANSWERED]
+            assert [rollout.stop_reason for rollout in group.rollouts] == [
+                StopReason.RETRIEVAL_FAILED,
+                StopReason.ANSWERED,
+            ]
             assert group.rollouts[0].stop_reason.is_infrastructure
 
 
 def test_a_server_killed_in_the_middle_of_a_burst(tmp_path):
-    """Killed twice while 400 searches are under way, started again on its port: every search gets its own answer."""
+    """Killed twice while 400 searches are under way, started again on its port: every search gets its own
+    answer."""
     corpus = small_corpus(tmp_path / "corpus")
     offline = CorpusRetriever(corpus, SearchConfig())
     queries = [f"kalo {n % 64} in {1900 + n}" for n in range(400)]
@@ -261,7 +310,9 @@ def test_a_server_killed_in_the_middle_of_a_burst(tmp_path):
 
     async def whole_story():
         with serving(corpus, tmp_path, f"--port={port}") as (address, process):
-            retriever = HttpRetriever([address], quick_client(deadline_s=120.0, max_request_queries=2, max_connections=2))
+            retriever = HttpRetriever(
+                [address], quick_client(deadline_s=120.0, max_request_queries=2, max_connections=2)
+            )
             asked = await burst(retriever, process)
         with serving(corpus, tmp_path, f"--port={port}", wait=False):
             found = [hits for task in asked for hits in await task]

@@ -1,4 +1,5 @@
-"""Vector search with the real FAISS and a small real encoder, against brute force in numpy; hybrid ranking; recall."""
+"""Vector search with the real FAISS and a small real encoder, against brute force in numpy; hybrid ranking;
+recall."""
 
 import asyncio
 import json
@@ -52,7 +53,9 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("dense")
     texts = [f"{WORDS[n // 8 % 8]} {n} {WORDS[n * 5 % 7]}" for n in range(299)]
     rows = [SourcedPassage(id=f"{n:03d}", title=WORDS[n % 8], text=text) for n, text in enumerate(texts)]
-    write_table(folder / "passages", [*rows, SourcedPassage(id="same", title=rows[7].title, text=texts[7])], Origin())
+    write_table(
+        folder / "passages", [*rows, SourcedPassage(id="same", title=rows[7].title, text=texts[7])], Origin()
+    )
     tiny_encoder(folder / "encoder")
     paths = {"passages": f"{folder}/passages", "encoder": f"{folder}/encoder", "output": f"{folder}/vectors"}
     encode_passages(EncodeConfig(**paths, max_tokens=24, rows_per_shard=64, devices=("cpu",)))
@@ -84,7 +87,8 @@ def test_exact_indexes_find_what_brute_force_finds(folder):
         for hits, own in zip(retriever.find(QUERIES, 5), scores, strict=True):
             best = sorted(range(300), key=lambda row: (-own[row], row))[:5]
             assert [hit.score for hit in hits] == pytest.approx(own[best].tolist(), abs=2e-3)
-            assert len({hit.passage.id for hit in hits} & {retriever.passages[row].id for row in best}) >= 4  # near ties may swap
+            # near ties may swap
+            assert len({hit.passage.id for hit in hits} & {retriever.passages[row].id for row in best}) >= 4
             assert hits == tuple(sorted(hits, key=lambda hit: (-hit.score, hit.passage.id)))
 
 
@@ -102,15 +106,22 @@ def test_every_kind_comes_close_to_exact_search(folder, kind):
     queries = retriever._indexes[0].encoder.encode_queries(QUERIES)
     exact = exact_search(VectorShards(folder / "vectors"), queries, 10)
     found = [list(ranking.rows) for ranking in retriever._indexes[0].rank(QUERIES, 10)]
-    assert recall(found, exact) >= {"flat": 1.0, "fp16": 0.95, "sq8": 0.8, "hnsw": 0.95, "hnsw_sq8": 0.8, "ivf_pq": 0.6}[kind]
+    assert (
+        recall(found, exact)
+        >= {"flat": 1.0, "fp16": 0.95, "sq8": 0.8, "hnsw": 0.95, "hnsw_sq8": 0.8, "ivf_pq": 0.6}[kind]
+    )
 
 
 def test_recall_is_reported_on_request(folder, tmp_path, caplog):
-    rows = [json.dumps({"id": str(n), "text": query, "golden_answers": ["x"]}) for n, query in enumerate(QUERIES)]
+    rows = [
+        json.dumps({"id": str(n), "text": query, "golden_answers": ["x"]}) for n, query in enumerate(QUERIES)
+    ]
     (tmp_path / "q.jsonl").write_text("\n".join(rows))
     paths = {"passages": f"{folder}/passages", "vectors": f"{folder}/vectors", "output": f"{tmp_path}/corpus"}
     with caplog.at_level("INFO"):
-        build_index(IndexConfig(**paths, vector_index=VectorIndexConfig(kind="flat"), recall=f"{tmp_path}/q.jsonl"))
+        build_index(
+            IndexConfig(**paths, vector_index=VectorIndexConfig(kind="flat"), recall=f"{tmp_path}/q.jsonl")
+        )
     assert "recall@10 of the vector index against exact search: 1.0000" in caplog.text
 
 
@@ -151,7 +162,10 @@ def test_merged_shards_are_the_unsharded_result(folder):
     """Exact: every split of the corpus, merged, is the search over all of it."""
     (whole,) = _open(folder / "flat").find(["kalo dava"], 300)
     for num_shards in (1, 2, 5):
-        shards = [tuple(hit for hit in whole if sum(map(ord, hit.passage.id)) % num_shards == n)[:7] for n in range(num_shards)]
+        shards = [
+            tuple(hit for hit in whole if sum(map(ord, hit.passage.id)) % num_shards == n)[:7]
+            for n in range(num_shards)
+        ]
         assert merge_shards(shards, 7) == whole[:7]
     tied = [Hit(passage=Passage(id=id_, title="", text=""), score=1.0) for id_ in "bac"]
     assert [hit.passage.id for hit in merge_shards([tied[:2], tied[2:]], 2)] == ["a", "b"]
@@ -202,14 +216,22 @@ def test_names_and_sizes_of_indexes():
 def test_too_few_vectors_for_lists_are_said_before_anything_is_built(tmp_path):
     rows = [SourcedPassage(id=f"{n}", title="", text=WORDS[n % 8]) for n in range(10)]
     write_table(tmp_path / "p", rows, Origin())
-    paths = {"passages": f"{tmp_path}/p", "output": f"{tmp_path}/v", "encoder": str(tiny_encoder(tmp_path / "e"))}
+    paths = {
+        "passages": f"{tmp_path}/p",
+        "output": f"{tmp_path}/v",
+        "encoder": str(tiny_encoder(tmp_path / "e")),
+    }
     encode_passages(EncodeConfig(**paths, max_tokens=16))
     paths = {"passages": f"{tmp_path}/p", "vectors": f"{tmp_path}/v", "output": f"{tmp_path}/c"}
-    with pytest.raises(DataError, match=r"ivf_pq: found 10 vectors, expected at least 16 to train 1 lists.*choose kind flat"):
+    with pytest.raises(
+        DataError, match=r"ivf_pq: found 10 vectors, expected at least 16 to train 1 lists.*choose kind flat"
+    ):
         build_index(IndexConfig(**paths, vector_index=VectorIndexConfig(kind="ivf_pq")))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["e", "p", "v"]
     few = VectorIndexConfig(kind="ivf_pq", num_lists=100, training_rows=50)
-    with pytest.raises(DataError, match="found training_rows 50 of 300 vectors, expected at least 100 to train 100 lists"):
+    with pytest.raises(
+        DataError, match="found training_rows 50 of 300 vectors, expected at least 100 to train 100 lists"
+    ):
         check_trainable(300, few)
     check_trainable(16, VectorIndexConfig(kind="ivf_pq"))
     check_trainable(1, VectorIndexConfig(kind="hnsw"))

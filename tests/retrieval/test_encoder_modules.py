@@ -1,4 +1,5 @@
-"""Encoders whose vectors are no mean of hidden states alone: Dense layers behind the pooling, and DPR's two halves."""
+"""Encoders whose vectors are no mean of hidden states alone: Dense layers behind the pooling, and DPR's two
+halves."""
 
 import json
 import math
@@ -27,7 +28,9 @@ TEXTS = ["kalo dava", "miren", "sul sul tovi rask lunet"]
 
 
 def settings(path, **given):
-    return encoder_settings(EncodeConfig(passages="", encoder=str(path), output="", **({"max_tokens": 16} | given)))
+    return encoder_settings(
+        EncodeConfig(passages="", encoder=str(path), output="", **({"max_tokens": 16} | given))
+    )
 
 
 def write_json(path, value):
@@ -36,18 +39,28 @@ def write_json(path, value):
 
 
 def dense_encoder(path, *layers, normalize=True, pickled=False):
-    """An encoder with layers (in, out, bias, activation) behind its mean, laid out as sentence-transformers does."""
+    """An encoder with layers (in, out, bias, activation) behind its mean, laid out as sentence-transformers
+    does."""
     tiny_encoder(path)
-    kinds = [("Transformer", ""), ("Pooling", "1_Pooling"), *(("Dense", f"{n}_Dense") for n in range(2, 2 + len(layers)))]
+    kinds = [
+        ("Transformer", ""),
+        ("Pooling", "1_Pooling"),
+        *(("Dense", f"{n}_Dense") for n in range(2, 2 + len(layers))),
+    ]
     kinds += [("Normalize", f"{2 + len(layers)}_Normalize")] if normalize else []
-    write_json(path / "modules.json", [{"type": f"sentence_transformers.models.{kind}", "path": name} for kind, name in kinds])
+    write_json(
+        path / "modules.json",
+        [{"type": f"sentence_transformers.models.{kind}", "path": name} for kind, name in kinds],
+    )
     write_json(path / "1_Pooling/config.json", {"pooling_mode_mean_tokens": True})
     torch.manual_seed(1)
     for number, (num_in, num_out, bias, activation) in enumerate(layers, start=2):
         config = {"in_features": num_in, "out_features": num_out, "bias": bias}
         config["activation_function"] = f"torch.nn.modules.activation.{activation}"
         write_json(path / f"{number}_Dense/config.json", config)
-        weights = {"linear.weight": torch.randn(num_out, num_in)} | ({"linear.bias": torch.randn(num_out)} if bias else {})
+        weights = {"linear.weight": torch.randn(num_out, num_in)} | (
+            {"linear.bias": torch.randn(num_out)} if bias else {}
+        )
         if pickled:
             torch.save(weights, path / f"{number}_Dense/pytorch_model.bin")
         else:
@@ -63,7 +76,11 @@ def mean_of(path, text):
 
 
 def weights_of(path, pickled):
-    return torch.load(path / "pytorch_model.bin", weights_only=True) if pickled else load_file(path / "model.safetensors")
+    return (
+        torch.load(path / "pytorch_model.bin", weights_only=True)
+        if pickled
+        else load_file(path / "model.safetensors")
+    )
 
 
 @pytest.mark.parametrize("pickled", [False, True])
@@ -79,9 +96,12 @@ def test_a_dense_layer_is_a_map_a_function_and_then_the_length(tmp_path, pickled
 
 
 def test_two_layers_follow_each_other_without_a_length(tmp_path):
-    """EmbeddingGemma's form: out to more numbers and back, no function; GELU here in the second to tell them apart."""
+    """EmbeddingGemma's form: out to more numbers and back, no function; GELU here in the second to tell
+    them apart."""
     path = dense_encoder(tmp_path / "e", (32, 64, False, "Identity"), (64, 5, False, "GELU"), normalize=False)
-    first, second = (load_file(path / f"{n}_Dense/model.safetensors")["linear.weight"].double().numpy() for n in (2, 3))
+    first, second = (
+        load_file(path / f"{n}_Dense/model.safetensors")["linear.weight"].double().numpy() for n in (2, 3)
+    )
     for own, text in zip(Encoder(path, settings(path), CPU).encode(TEXTS), TEXTS, strict=True):
         raw = second @ (first @ mean_of(path, text))
         gelu = [value * 0.5 * (1 + math.erf(value / math.sqrt(2))) for value in raw]
@@ -110,11 +130,23 @@ def _run_code(path):
 @pytest.mark.parametrize(
     ("breaks", "message"),
     [
-        (_break_activation, "config.json: found the activation_function 'Snake', expected one of Identity, Tanh, "),
-        (_break_shape, r"model.safetensors holds \{'linear.weight': \(6, 31\)\}, expected \{'linear.weight': \(6, 32\)"),
+        (
+            _break_activation,
+            "config.json: found the activation_function 'Snake', expected one of Identity, Tanh, ",
+        ),
+        (
+            _break_shape,
+            r"model.safetensors holds \{'linear.weight': \(6, 31\)\}, expected \{'linear.weight': \(6, 32\)",
+        ),
         (_break_chain, "2_Dense reads 31 numbers, expected 32, as come before it"),
-        (lambda path: (path / "2_Dense/model.safetensors").unlink(), "2_Dense holds no model.safetensors and no pytorch_model"),
-        (lambda path: (path / "2_Dense/model.safetensors").write_bytes(b"half"), "model.safetensors cannot be read"),
+        (
+            lambda path: (path / "2_Dense/model.safetensors").unlink(),
+            "2_Dense holds no model.safetensors and no pytorch_model",
+        ),
+        (
+            lambda path: (path / "2_Dense/model.safetensors").write_bytes(b"half"),
+            "model.safetensors cannot be read",
+        ),
         (lambda path: (path / "2_Dense/config.json").unlink(), "2_Dense/config.json cannot be read"),
         (_run_code, "pytorch_model.bin cannot be read .*expected tensors alone"),
     ],
@@ -127,7 +159,9 @@ def test_a_layer_that_does_not_fit_is_named(tmp_path, breaks, message):
 
 
 def passages_in(path):
-    write_table(path, [SourcedPassage(id=f"{n}", title="", text=text) for n, text in enumerate(TEXTS)], Origin())
+    write_table(
+        path, [SourcedPassage(id=f"{n}", title="", text=text) for n, text in enumerate(TEXTS)], Origin()
+    )
     return str(path)
 
 
@@ -156,7 +190,9 @@ def dpr(path, kind, projection=0, seed=0):
     size = len(AutoTokenizer.from_pretrained(path))
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
     torch.manual_seed(seed)
-    model = kind(DPRConfig(vocab_size=size, max_position_embeddings=64, projection_dim=projection, **shape)).eval()
+    model = kind(
+        DPRConfig(vocab_size=size, max_position_embeddings=64, projection_dim=projection, **shape)
+    ).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "embeddings.word" in name:
@@ -213,15 +249,33 @@ def test_a_half_of_dpr_in_the_others_place_is_refused(tmp_path):
     _, narrow = dpr(tmp_path / "narrow", DPRQuestionEncoder, projection=5)
     passages = passages_in(tmp_path / "p")
     cases = [
-        ({"encoder": context}, ConfigError, "query_encoder: found nothing, expected the DPRQuestionEncoder that was trai"),
-        ({"encoder": context, "query_encoder": context}, ConfigError, "query_encoder: found a DPRContextEncoder at"),
-        ({"encoder": question}, ConfigError, "encoder: found a DPRQuestionEncoder at .*, expected one of passages"),
-        ({"encoder": context, "query_encoder": narrow}, DataError, "makes vectors of 5 numbers, expected 32, as"),
+        (
+            {"encoder": context},
+            ConfigError,
+            "query_encoder: found nothing, expected the DPRQuestionEncoder that was trai",
+        ),
+        (
+            {"encoder": context, "query_encoder": context},
+            ConfigError,
+            "query_encoder: found a DPRContextEncoder at",
+        ),
+        (
+            {"encoder": question},
+            ConfigError,
+            "encoder: found a DPRQuestionEncoder at .*, expected one of passages",
+        ),
+        (
+            {"encoder": context, "query_encoder": narrow},
+            DataError,
+            "makes vectors of 5 numbers, expected 32, as",
+        ),
     ]
     for options, kind, message in cases:
         with pytest.raises(kind, match=message):
             encode_passages(EncodeConfig(passages=passages, output=str(tmp_path / "v"), **options))
     config = json.loads((tmp_path / "ctx/config.json").read_text())
     write_json(tmp_path / "ctx/config.json", config | {"architectures": ["DPRReader"]})
-    with pytest.raises(DataError, match="holds a DPRReader, expected DPRQuestionEncoder or DPRContextEncoder"):
+    with pytest.raises(
+        DataError, match="holds a DPRReader, expected DPRQuestionEncoder or DPRContextEncoder"
+    ):
         settings(context)

@@ -1,4 +1,5 @@
-"""The OpenSearch backend: the official client over real HTTP against a server that is a fake (fake_opensearch.py)."""
+"""The OpenSearch backend: the official client over real HTTP against a server that is a fake
+(fake_opensearch.py)."""
 
 import asyncio
 import dataclasses
@@ -30,7 +31,10 @@ NUM_ROWS = 40
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("opensearch")
-    rows = [SourcedPassage(id=f"{n:02d}", title=WORDS[n % 8], text=f"{WORDS[n * 3 % 8]} {n}") for n in range(NUM_ROWS)]
+    rows = [
+        SourcedPassage(id=f"{n:02d}", title=WORDS[n % 8], text=f"{WORDS[n * 3 % 8]} {n}")
+        for n in range(NUM_ROWS)
+    ]
     write_table(folder / "passages", rows, Origin())
     tiny_encoder(folder / "encoder")
     paths = {"passages": f"{folder}/passages", "encoder": f"{folder}/encoder", "output": f"{folder}/vectors"}
@@ -65,12 +69,14 @@ def test_bm25_finds_what_lucenes_formula_ranks_first(folder, filled):
     passages = {passage.id: passage for passage in PassageTable(folder / "passages")}
     assert retriever.corpus_version == PassageTable(folder / "passages").version
     seven, *_ = asyncio.run(retriever.search(QUERIES, 4))
-    # "7" stands in passage 07 alone, "kalo" twice in 5 passages; every passage has 3 words, so length does not count
+    # "7" stands in passage 07 alone, "kalo" twice in 5 passages; every passage has 3 words, so length does
+    # not count
     idf = {"7": math.log(1 + 39.5 / 1.5), "kalo": math.log(1 + 35.5 / 5.5)}
     assert [hit.passage.id for hit in seven] == ["07", "00", "08", "16"]  # ties by id
     assert seven[0].score == pytest.approx(idf["7"] / 2.5)
     assert seven[0].passage.text == passages["07"].text
-    assert [hit.score for hit in seven[1:]] == pytest.approx([2 * idf["kalo"] / 3.5] * 3)  # as title and as text
+    # as title and as text
+    assert [hit.score for hit in seven[1:]] == pytest.approx([2 * idf["kalo"] / 3.5] * 3)
     assert retriever.find(["nowhere"], 3) == [()]
     assert retriever.find([], 3) == []
 
@@ -84,17 +90,23 @@ def test_vectors_are_found_as_exact_search_finds_them(folder, filled):
     passages = list(PassageTable(folder / "passages"))
     vectors = np.concatenate(list(shards.blocks(100)))
     lowest = []
-    for hits, rows, query in zip(retriever.find(QUERIES, NUM_ROWS), exact_search(shards, queries, NUM_ROWS), queries):
+    for hits, rows, query in zip(
+        retriever.find(QUERIES, NUM_ROWS), exact_search(shards, queries, NUM_ROWS), queries
+    ):
         assert {hit.passage.id for hit in hits[:5]} == {passages[row].id for row in rows[:5]}
         products = (vectors[rows] @ query).tolist()
         assert [hit.score for hit in hits] == pytest.approx(products, abs=1e-4)
         lowest.append(min(products))
-    assert min(lowest) < 0 < max(lowest)  # OpenSearch scores products above 0 in one way and others in another
+    # OpenSearch scores products above 0 in one way and others in another
+    assert min(lowest) < 0 < max(lowest)
 
 
 def test_what_is_created(folder, filled):
     body = filled.indices["wiki"].body
-    assert body["settings"]["index"] == {"similarity": {"default": {"type": "BM25", "k1": 1.5, "b": 0.75}}, "knn": True}
+    assert body["settings"]["index"] == {
+        "similarity": {"default": {"type": "BM25", "k1": 1.5, "b": 0.75}},
+        "knn": True,
+    }
     assert body["mappings"]["dynamic"] == "strict"
     assert body["mappings"]["properties"]["title"] == {"type": "text", "index": False, "copy_to": "contents"}
     assert body["mappings"]["properties"]["vector"]["dimension"] == 32
@@ -107,7 +119,9 @@ def test_an_upload_may_be_repeated_but_not_mixed(folder, filled, tmp_path):
     with pytest.raises(DataError, match=r"holds vectors_version \w{64}, expected None: choose another index"):
         upload(_upload_config(folder, filled))
     write_table(tmp_path / "passages", [SourcedPassage(id="1", title="", text="x")], Origin())
-    with pytest.raises(DataError, match=r"holds passages_version \w{64}, expected \w{64}, .*num_passages 40, expected 1"):
+    with pytest.raises(
+        DataError, match=r"holds passages_version \w{64}, expected \w{64}, .*num_passages 40, expected 1"
+    ):
         upload(_upload_config(tmp_path, filled))
     with pytest.raises(DataError, match="holds vectors of other passages"):
         upload(_upload_config(tmp_path, filled, vectors=f"{folder}/vectors"))
@@ -116,7 +130,11 @@ def test_an_upload_may_be_repeated_but_not_mixed(folder, filled, tmp_path):
 def test_an_unfinished_upload_is_not_searched(folder, server):
     def third_fails(method, path):
         is_third = path == "/_bulk" and server.requests.count((method, path)) == 3
-        return refused(403, "cluster_block_exception", "index [wiki] blocked by: [FORBIDDEN/12/disk usage]") if is_third else None
+        return (
+            refused(403, "cluster_block_exception", "index [wiki] blocked by: [FORBIDDEN/12/disk usage]")
+            if is_third
+            else None
+        )
 
     server.disturb = third_fails
     with pytest.raises(DataError, match="refused the upload: .*disk usage"):
@@ -131,9 +149,15 @@ def test_an_unfinished_upload_is_not_searched(folder, server):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda own: own.pop("text"), r"without the text field 'text' \(it has passage_id, passages_version, title\); fill it"),
+        (
+            lambda own: own.pop("text"),
+            r"without the text field 'text' \(it has passage_id, passages_version, title\); fill it",
+        ),
         (lambda own: own.update(title=5), "without the text field 'title'"),
-        (lambda own: own.update(passages_version="other"), "holds a document of the passages other, expected"),
+        (
+            lambda own: own.update(passages_version="other"),
+            "holds a document of the passages other, expected",
+        ),
     ],
 )
 def test_a_document_of_another_schema_or_version_is_named(change, message, folder, filled):
@@ -154,11 +178,17 @@ FORBIDDEN = refused(403, "security_exception", "no permissions for [indices:data
     ("reply", "message"),
     [
         ((200, {"responses": [CLAUSES]}), "refused a query: too_many_clauses: max"),
-        ((200, {"responses": [WHOLE | {"_shards": SHARDS | {"failed": 1}}]}), "for a part of its shards only"),
+        (
+            (200, {"responses": [WHOLE | {"_shards": SHARDS | {"failed": 1}}]}),
+            "for a part of its shards only",
+        ),
         ((200, {"responses": [WHOLE | {"timed_out": True}]}), "for a part of its shards only"),
         ((200, {"responses": [{"took": 1}]}), r"another schema \(no 'timed_out'\): \{'took': 1\}"),
         ((200, {"responses": [WHOLE | {"hits": {"hits": [HIT]}}]}), r"another schema \(no '_score'\)"),
-        ((200, {"responses": [WHOLE | {"hits": {"hits": [HIT | {"_score": None}]}}]}), "gave a hit the score None"),
+        (
+            (200, {"responses": [WHOLE | {"hits": {"hits": [HIT | {"_score": None}]}}]}),
+            "gave a hit the score None",
+        ),
         ((200, {"responses": [WHOLE | {"hits": None}]}), "another schema"),
         ((200, {"responses": []}), "expected 1 responses"),
         ((200, {"result": []}), r"answered \{'result': \[\]\}, expected 1 responses"),
@@ -180,10 +210,14 @@ def test_a_reply_that_is_not_what_was_asked_for_is_named(reply, message, folder,
 def test_a_busy_server_is_asked_again(folder, filled):
     retriever = _opened(folder, filled)
     busy = refused(429, "rejected_execution_exception", "rejected execution of search")
-    filled.disturb = lambda method, path: busy if filled.requests.count(("POST", "/_msearch")) in (1, 2) else None
+    filled.disturb = lambda method, path: (
+        busy if filled.requests.count(("POST", "/_msearch")) in (1, 2) else None
+    )
     assert len(retriever.find(["kalo"], 3)[0]) == 3
     filled.disturb = lambda method, path: busy
-    with pytest.raises(RetrievalError, match="status 429: rejected_execution_exception: rejected execution of search"):
+    with pytest.raises(
+        RetrievalError, match="status 429: rejected_execution_exception: rejected execution of search"
+    ):
         retriever.find(["kalo"], 3)
 
 
@@ -198,9 +232,15 @@ def test_no_index_another_index_other_vectors_and_no_server(folder, filled, tmp_
             _opened(folder, filled, **changes)
     with pytest.raises(ConfigError, match="opensearch.vectors: found nothing"):
         _opened(folder, filled, method="knn")
-    paths = {"passages": f"{folder}/passages", "encoder": f"{folder}/encoder", "output": f"{tmp_path}/vectors"}
+    paths = {
+        "passages": f"{folder}/passages",
+        "encoder": f"{folder}/encoder",
+        "output": f"{tmp_path}/vectors",
+    }
     encode_passages(EncodeConfig(**paths, query_prefix="q: ", devices=("cpu",)))
-    with pytest.raises(RetrievalError, match=r"holds the vectors \w{16}, expected \w{16}, those of .*vectors"):
+    with pytest.raises(
+        RetrievalError, match=r"holds the vectors \w{16}, expected \w{16}, those of .*vectors"
+    ):
         _opened(folder, filled, method="knn", vectors=f"{tmp_path}/vectors")
 
 
@@ -234,5 +274,9 @@ class FakeAddress:
 
 def test_a_client_that_is_not_installed_is_named_with_the_way_to_get_it(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda module: None)
-    with pytest.raises(ConfigError, match=r"opensearch: its client opensearchpy is not installed.*megatron-sd\[opensearch\]"):
-        open_retriever(RetrieverConfig(opensearch=OpenSearchConfig(url="http://127.0.0.1:9", index="passages")))
+    with pytest.raises(
+        ConfigError, match=r"opensearch: its client opensearchpy is not installed.*megatron-sd\[opensearch\]"
+    ):
+        open_retriever(
+            RetrieverConfig(opensearch=OpenSearchConfig(url="http://127.0.0.1:9", index="passages"))
+        )

@@ -29,12 +29,16 @@ QUERIES = ["kalo 7", "dava sul", "pergo"]
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     folder = tmp_path_factory.mktemp("qdrant")
-    rows = [SourcedPassage(id=f"{n:02d}", title=WORDS[n % 8], text=f"{WORDS[n * 3 % 8]} {n}") for n in range(40)]
+    rows = [
+        SourcedPassage(id=f"{n:02d}", title=WORDS[n % 8], text=f"{WORDS[n * 3 % 8]} {n}") for n in range(40)
+    ]
     write_table(folder / "passages", rows, Origin())
     tiny_encoder(folder / "encoder")
     paths = {"passages": f"{folder}/passages", "encoder": f"{folder}/encoder", "output": f"{folder}/vectors"}
     encode_passages(EncodeConfig(**paths, rows_per_shard=16, devices=("cpu",)))
-    qdrant = QdrantConfig(url="http://127.0.0.1:6333", collection="wiki", vectors=f"{folder}/vectors", device="cpu")
+    qdrant = QdrantConfig(
+        url="http://127.0.0.1:6333", collection="wiki", vectors=f"{folder}/vectors", device="cpu"
+    )
     return UploadConfig(passages=f"{folder}/passages", qdrant=qdrant, batch_size=7)
 
 
@@ -53,7 +57,9 @@ def test_what_is_uploaded_is_found_as_exact_search_finds_it(config, client):
     queries = Encoder(shards.directory / "encoder", settings, choose_device("cpu")).encode_queries(QUERIES)
     passages = list(PassageTable(shards.directory.parent / "passages"))
     vectors = np.concatenate(list(shards.blocks(100)))
-    for hits, rows, query in zip(asyncio.run(retriever.search(QUERIES, 4)), exact_search(shards, queries, 4), queries):
+    for hits, rows, query in zip(
+        asyncio.run(retriever.search(QUERIES, 4)), exact_search(shards, queries, 4), queries
+    ):
         assert {hit.passage.id for hit in hits} == {passages[row].id for row in rows}
         assert [hit.score for hit in hits] == pytest.approx((vectors[rows] @ query).tolist(), abs=1e-3)
         by_id = {passage.id: passage for passage in passages}
@@ -67,7 +73,9 @@ def test_another_schema_another_version_and_no_collection_are_clear(config, clie
     with pytest.raises(RetrievalError, match="holds vectors other, expected"):
         retriever.find(QUERIES, 1)
     client.delete_payload("wiki", ["text"], points=list(range(40)))
-    with pytest.raises(RetrievalError, match=r"without the text field 'text' \(it has passage_id, title, vectors_version\)"):
+    with pytest.raises(
+        RetrievalError, match=r"without the text field 'text' \(it has passage_id, title, vectors_version\)"
+    ):
         retriever.find(QUERIES, 1)
     client.delete_collection("wiki")
     with pytest.raises(RetrievalError, match="'wiki' at http://127.0.0.1:6333 gave no answer"):
@@ -80,7 +88,11 @@ def test_another_schema_another_version_and_no_collection_are_clear(config, clie
 def test_vectors_of_other_passages_are_not_uploaded(config, tmp_path):
     write_table(tmp_path / "passages", [SourcedPassage(id="1", title="", text="x")], Origin())
     with pytest.raises(DataError, match="holds vectors of other passages"):
-        upload_passages(dataclasses.replace(config, passages=str(tmp_path / "passages")), config.qdrant, QdrantClient(":memory:"))
+        upload_passages(
+            dataclasses.replace(config, passages=str(tmp_path / "passages")),
+            config.qdrant,
+            QdrantClient(":memory:"),
+        )
 
 
 def test_passages_come_from_one_place(config):
@@ -90,5 +102,7 @@ def test_passages_come_from_one_place(config):
 
     check_ranges(Holder(RetrieverConfig(qdrant=config.qdrant)))
     for options, found in [({}, "none"), ({"corpus": "c", "qdrant": config.qdrant}, "corpus and qdrant")]:
-        with pytest.raises(ConfigError, match=f"retriever.corpus, .endpoints, .qdrant, .opensearch: found {found}"):
+        with pytest.raises(
+            ConfigError, match=f"retriever.corpus, .endpoints, .qdrant, .opensearch: found {found}"
+        ):
             check_ranges(Holder(RetrieverConfig(**options)))

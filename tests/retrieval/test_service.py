@@ -19,7 +19,13 @@ from megatron_sd.retrieval.service.state import RetrievalService
 from megatron_sd.retrieval.service.wire import render_reply
 from tests.retrieval.fakes import START_S, WORDS, serving, small_corpus
 
-LIMITS = ("--max_queries=300", "--max_query_bytes=100", "--max_body_mib=1", "--max_top_k=20", "--max_queued_queries=300")
+LIMITS = (
+    "--max_queries=300",
+    "--max_query_bytes=100",
+    "--max_body_mib=1",
+    "--max_top_k=20",
+    "--max_queued_queries=300",
+)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +51,9 @@ def http(address):
 
 
 @pytest.mark.parametrize("return_scores", [True, False])
-@pytest.mark.parametrize("queries", [["kalo guides"], ["kalo guides", "sul 17"], ["kalo", "nothing of this", "dava quoted"] * 9])
+@pytest.mark.parametrize(
+    "queries", [["kalo guides"], ["kalo guides", "sul 17"], ["kalo", "nothing of this", "dava quoted"] * 9]
+)
 def test_replies_are_byte_for_byte_those_of_an_offline_search(http, offline, queries, return_scores):
     reply = http.post("/retrieve", json={"queries": queries, "topk": 4, "return_scores": return_scores})
     assert reply.status_code == 200
@@ -65,7 +73,11 @@ def test_state_of_the_service(http, offline):
     assert http.get("/healthz").json() == {"alive": True}
     assert http.get("/readyz").json() == {"ready": True, "stage": "ready: 64 passages by bm25"}
     info = http.get("/info").json()
-    assert (info["corpus_version"], info["num_passages"], info["method"]) == (offline.corpus_version, 64, "bm25")
+    assert (info["corpus_version"], info["num_passages"], info["method"]) == (
+        offline.corpus_version,
+        64,
+        "bm25",
+    )
     assert (info["max_queries"], info["max_top_k"], info["licenses"]) == (300, 20, ["CC0-1.0"])
     before = _counts(http)
     http.post("/retrieve", json={"queries": ["a", "b"]})
@@ -79,7 +91,10 @@ def test_state_of_the_service(http, offline):
 
 
 def _counts(http):
-    lines = [line.removeprefix("sd_search_retriever_").rsplit(" ", 1) for line in http.get("/metrics").text.splitlines()]
+    lines = [
+        line.removeprefix("sd_search_retriever_").rsplit(" ", 1)
+        for line in http.get("/metrics").text.splitlines()
+    ]
     return {name: float(value) for name, value in lines if not name.startswith("#")}
 
 
@@ -88,7 +103,11 @@ def _counts(http):
     [
         ({"queries": ["a"] * 301}, 413, "queries: found 301, expected at most 300"),
         ({"queries": [5]}, 422, "queries[0]: found 5"),
-        ({"queries": ["a"], "topk": -1}, 422, "topk: found -1, expected a whole number; 0 stands for 3, more than 20 for 20"),
+        (
+            {"queries": ["a"], "topk": -1},
+            422,
+            "topk: found -1, expected a whole number; 0 stands for 3, more than 20 for 20",
+        ),
         (b'{"queries": ["' + b"a" * (1 << 20) + b'"]}', 413, "longer than 1048576 bytes"),
         (b'{"queries": ["\xff\xfe"]}', 400, "no JSON"),
         (b'{"queries":' + b"[" * 10_000, 400, "no JSON"),
@@ -137,7 +156,9 @@ def test_idle_sockets_do_not_stop_it(http, address):
 def test_many_connections_get_their_own_answers(address, offline):
     """A shortened soak: 64 connections, 3,200 queries, every answer that of an offline search."""
     rng = random.Random(0)
-    orders = [[f"{rng.choice(WORDS)} {rng.choice(WORDS)} {rng.randrange(64)}" for _ in range(5)] for _ in range(640)]
+    orders = [
+        [f"{rng.choice(WORDS)} {rng.choice(WORDS)} {rng.randrange(64)}" for _ in range(5)] for _ in range(640)
+    ]
     room = asyncio.Semaphore(40)  # times 5 queries: below the bound of the queue, whatever the timing
 
     async def ask(http, queries):
@@ -147,7 +168,9 @@ def test_many_connections_get_their_own_answers(address, offline):
 
     async def ask_all():
         limits = httpx.Limits(max_connections=64)
-        async with httpx.AsyncClient(base_url=address, limits=limits, timeout=START_S, trust_env=False) as http:
+        async with httpx.AsyncClient(
+            base_url=address, limits=limits, timeout=START_S, trust_env=False
+        ) as http:
             return await asyncio.gather(*(ask(http, queries) for queries in orders))
 
     for queries, (status, content) in zip(orders, asyncio.run(ask_all()), strict=True):
@@ -157,16 +180,28 @@ def test_many_connections_get_their_own_answers(address, offline):
 
 def test_a_token_is_needed_beyond_loopback(corpus, tmp_path):
     (tmp_path / "token").write_text("s3cret\n")
-    with serving(corpus, tmp_path, "--host=0.0.0.0", f"--token_file={tmp_path / 'token'}") as (address, process):
+    with serving(corpus, tmp_path, "--host=0.0.0.0", f"--token_file={tmp_path / 'token'}") as (
+        address,
+        process,
+    ):
         url = address.replace("0.0.0.0", "127.0.0.1")
-        for headers, status in [({}, 401), ({"authorization": "Bearer wrong"}, 401), ({"authorization": "Bearer s3cret"}, 200)]:
+        for headers, status in [
+            ({}, 401),
+            ({"authorization": "Bearer wrong"}, 401),
+            ({"authorization": "Bearer s3cret"}, 200),
+        ]:
             for path in ("/info", "/metrics"):
                 assert httpx.get(url + path, headers=headers, trust_env=False).status_code == status
-            reply = httpx.post(url + "/retrieve", headers=headers, json={"queries": ["kalo"]}, trust_env=False)
+            reply = httpx.post(
+                url + "/retrieve", headers=headers, json={"queries": ["kalo"]}, trust_env=False
+            )
             assert reply.status_code == status
         for token, status in [("wrong", 401), ("s3cret", 200)]:  # clients that know nothing but an address
             address_with_token = f"{url}/retrieve?token={token}"
-            assert httpx.post(address_with_token, json={"queries": ["kalo"]}, trust_env=False).status_code == status
+            assert (
+                httpx.post(address_with_token, json={"queries": ["kalo"]}, trust_env=False).status_code
+                == status
+            )
         process.terminate()
         assert process.wait(START_S) in (0, -15)
 
@@ -201,7 +236,9 @@ def test_a_corpus_that_cannot_be_opened_ends_the_service(tmp_path, capsys):
 def _service(open_corpus, **changes):
     from launch.retriever import ServeConfig, service_settings
 
-    return RetrievalService(open_corpus, service_settings(ServeConfig(corpus="", **changes)), lambda line: None)
+    return RetrievalService(
+        open_corpus, service_settings(ServeConfig(corpus="", **changes)), lambda line: None
+    )
 
 
 def test_while_it_loads_it_says_what_it_does(offline):
@@ -271,7 +308,10 @@ def test_the_queue_batches_bounds_and_survives_a_failed_search():
         first = asyncio.create_task(queue.submit(["a"], 2))
         while not search.batches:
             await asyncio.sleep(0.001)
-        waiting = [asyncio.create_task(queue.submit(queries, k)) for queries, k in [(["b", "c"], 2), (["b"], 2), (["d"], 5)]]
+        waiting = [
+            asyncio.create_task(queue.submit(queries, k))
+            for queries, k in [(["b", "c"], 2), (["b"], 2), (["d"], 5)]
+        ]
         gone = asyncio.create_task(queue.submit(["x", "y"], 2))
         await asyncio.sleep(0)
         assert queue.num_queued == 7

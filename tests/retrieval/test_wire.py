@@ -33,9 +33,9 @@ EXCHANGES = [  # request, its queries, the hits, reply
         ["who made Ed Wood"],
         [[Hit(passage=WOOD, score=12.5), Hit(passage=ORAN, score=0.25)]],
         (
-            '{"result":[[{"document":{"id":"7","contents":"\\"Ed Wood (film)\\"\\nEd Wood is a 1994 film by “Tim”."},'
-            '"score":12.5},'
-            '{"document":{"id":"12","contents":"\\"The \\"Oran\\"\\"\\nA city.\\nIn Algeria."},"score":0.25}]]}'
+            '{"result":[[{"document":{"id":"7","contents":"\\"Ed Wood (film)\\"\\nEd Wood is a 1994 film by'
+            ' “Tim”."},"score":12.5},{"document":{"id":"12","contents":"\\"The \\"Oran\\"\\"\\nA city.\\nIn'
+            ' Algeria."},"score":0.25}]]}'
         ),
     ),
     (
@@ -45,7 +45,12 @@ EXCHANGES = [  # request, its queries, the hits, reply
         '{"result":[[{"id":"12","contents":"\\"The \\"Oran\\"\\"\\nA city.\\nIn Algeria."}],[]]}',
     ),
     (b'{"query": "a", "topk": 1}', ["a"], [[Hit(passage=ORAN, score=3.0)]], None),
-    (b'{"queries": ["a", "b", "c"], "topk": null, "return_scores": true}', list("abc"), [[], [], []], '{"result":[[],[],[]]}'),
+    (
+        b'{"queries": ["a", "b", "c"], "topk": null, "return_scores": true}',
+        list("abc"),
+        [[], [], []],
+        '{"result":[[],[],[]]}',
+    ),
 ]
 
 
@@ -129,7 +134,12 @@ def test_requests_of_other_clients_are_understood(fields, queries, top_k, return
 
 @pytest.mark.parametrize(
     ("query", "fitted"),
-    [("glass", "glass"), ("glass maker of Oslo", "glass maker of O"), ("a" * 15 + "é", "a" * 15), ("\ud800b", "\ufffdb")],
+    [
+        ("glass", "glass"),
+        ("glass maker of Oslo", "glass maker of O"),
+        ("a" * 15 + "é", "a" * 15),
+        ("\ud800b", "\ufffdb"),
+    ],
 )
 def test_a_query_is_cut_between_characters(query, fitted):
     assert fit_query(query, 16) == fitted
@@ -165,16 +175,23 @@ def test_a_reply_that_is_no_answer_is_refused(reply, message):
 @pytest.mark.parametrize(
     ("entry", "id_", "score"),
     [
-        ({"document": {"title": "t", "text": "x", "contents": '"t"\nx'}, "score": 11.2}, "contents:", 11.2),  # its BM25 server
+        # its BM25 server
+        ({"document": {"title": "t", "text": "x", "contents": '"t"\nx'}, "score": 11.2}, "contents:", 11.2),
         ({"document": {"contents": '"t"\nx'}}, "contents:", 1.0),  # its web servers
         ({"id": 7, "contents": '"t"\nx'}, "7", 1.0),  # one that does not know return_scores
     ],
 )
 def test_replies_of_search_r1s_other_servers_are_read(entry, id_, score):
     body = json.dumps({"result": [[entry], []]}).encode()
-    ((hit,), nothing) = parse_reply(body, num_queries=2, top_k=3)
-    assert hit.passage.id.startswith(id_) and (hit.passage.title, hit.passage.text, hit.score) == ("t", "x", score)
-    assert nothing == () and parse_reply(body, num_queries=2, top_k=3)[0] == (hit,), "the same contents have the same id"
+    (hit,), nothing = parse_reply(body, num_queries=2, top_k=3)
+    assert hit.passage.id.startswith(id_) and (hit.passage.title, hit.passage.text, hit.score) == (
+        "t",
+        "x",
+        score,
+    )
+    assert nothing == () and parse_reply(body, num_queries=2, top_k=3)[0] == (hit,), (
+        "the same contents have the same id"
+    )
 
 
 def test_without_scores_the_order_is_the_score():

@@ -53,13 +53,19 @@ def test_the_default_pattern_finds_none_of_them_and_says_so(tmp_path, caplog):
     default = IndexConfig(passages="", output="").token_pattern
     (record,) = caplog.records
     scripts = "mainly in a script without spaces (Chinese, Japanese, Thai, ...)"
-    assert record.getMessage().startswith(f"4 of 5 passages are {scripts}, and token_pattern {default!r} makes whole clauses")
+    assert record.getMessage().startswith(
+        f"4 of 5 passages are {scripts}, and token_pattern {default!r} makes whole clauses"
+    )
     assert retriever.find(["北京是哪个国家的首都", "日本で一番高い山は何ですか"], 1) == [(), ()]
-    assert [own.getMessage().split(" mainly")[0] for own in caplog.records[1:]] == ["the query '北京是哪个国家的首都' is"]
+    assert [own.getMessage().split(" mainly")[0] for own in caplog.records[1:]] == [
+        "the query '北京是哪个国家的首都' is"
+    ]
 
 
 def test_a_few_of_them_among_english_ones_are_no_reason_to_warn(tmp_path, caplog):
-    _corpus(tmp_path / "c", texts={"cn": TEXTS["cn"], **{f"{n}": ("", "Kalo guides Dava.") for n in range(3)}})
+    _corpus(
+        tmp_path / "c", texts={"cn": TEXTS["cn"], **{f"{n}": ("", "Kalo guides Dava.") for n in range(3)}}
+    )
     assert caplog.text == ""
 
 
@@ -89,10 +95,14 @@ def test_what_is_uncut(text, words, expected):
 )
 def test_a_bad_pattern_is_said_before_anything_is_read(tmp_path, pattern, message):
     with pytest.raises(ConfigError, match=message):
-        build_index(IndexConfig(passages=str(tmp_path / "absent"), output=str(tmp_path / "c"), token_pattern=pattern))
+        build_index(
+            IndexConfig(passages=str(tmp_path / "absent"), output=str(tmp_path / "c"), token_pattern=pattern)
+        )
     assert list(tmp_path.iterdir()) == []
 
 
 def test_groups_that_do_not_capture_are_none():
-    settings = bm25_settings(IndexConfig(passages="", output="", token_pattern=r"(?:[a-z]|\d)+", stemmer="none"))
+    settings = bm25_settings(
+        IndexConfig(passages="", output="", token_pattern=r"(?:[a-z]|\d)+", stemmer="none")
+    )
     assert Analyzer(settings).terms("Kalo2 dava") == ["kalo2", "dava"]

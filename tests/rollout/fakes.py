@@ -1,4 +1,5 @@
-"""A tiny tokenizer and tiny models (real ones, trained or initialised on the spot), a scripted engine and retrievers."""
+"""A tiny tokenizer and tiny models (real ones, trained or initialised on the spot), a scripted engine and
+retrievers."""
 
 from __future__ import annotations
 
@@ -42,7 +43,9 @@ TEXTS = [
 ]
 
 
-def byte_level_tokenizer(texts: Sequence[str] = TEXTS, vocab_size: int = 420, use_regex: bool = True) -> PreTrainedTokenizerFast:
+def byte_level_tokenizer(
+    texts: Sequence[str] = TEXTS, vocab_size: int = 420, use_regex: bool = True
+) -> PreTrainedTokenizerFast:
     """Byte-level BPE as Qwen's, with two special tokens and one added token that is not special."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
@@ -62,12 +65,20 @@ def byte_fallback_tokenizer() -> PreTrainedTokenizerFast:
     """SentencePiece-style BPE with byte fallback, as Llama 2's."""
     specials = ["<unk>", "<s>", "</s>"]
     letters = sorted(set("".join(TEXTS)) - set("é漢字🙂 ")) + ["▁"]
-    vocabulary = {t: n for n, t in enumerate([*specials, *(f"<0x{b:02X}>" for b in range(256)), *letters, "▁a", "se"])}
-    tokenizer = Tokenizer(models.BPE(vocabulary, [("▁", "a"), ("s", "e")], unk_token="<unk>", byte_fallback=True))
+    vocabulary = {
+        t: n for n, t in enumerate([*specials, *(f"<0x{b:02X}>" for b in range(256)), *letters, "▁a", "se"])
+    }
+    tokenizer = Tokenizer(
+        models.BPE(vocabulary, [("▁", "a"), ("s", "e")], unk_token="<unk>", byte_fallback=True)
+    )
     tokenizer.normalizer = normalizers.Replace(" ", "▁")
-    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
     tokenizer.add_special_tokens(specials)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", bos_token="<s>", unk_token="<unk>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="</s>", bos_token="<s>", unk_token="<unk>"
+    )
 
 
 @cache
@@ -76,8 +87,16 @@ def codec() -> TextCodec:
 
 
 def environment(protocol: ProtocolConfig | None = None, **limits: object) -> Environment:
-    limits = {"group_size": 2, "max_search_turns": 2, "max_turn_tokens": 60, "max_observation_tokens": 80, **limits}
-    return Environment(codec(), build_protocol(protocol or ProtocolConfig(preset="compact")), RolloutConfig(**limits))
+    limits = {
+        "group_size": 2,
+        "max_search_turns": 2,
+        "max_turn_tokens": 60,
+        "max_observation_tokens": 80,
+        **limits,
+    }
+    return Environment(
+        codec(), build_protocol(protocol or ProtocolConfig(preset="compact")), RolloutConfig(**limits)
+    )
 
 
 SHAPE = {
@@ -95,18 +114,40 @@ def _but(options: dict, *names: str) -> dict:
 
 
 KINDS: dict[str, Callable[[], PreTrainedModel]] = {
-    "qwen2-tied": lambda: Qwen2ForCausalLM(Qwen2Config(**SHAPE, num_key_value_heads=2, tie_word_embeddings=True)),
-    "qwen2-untied": lambda: Qwen2ForCausalLM(Qwen2Config(**SHAPE, num_key_value_heads=4, tie_word_embeddings=False)),
-    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SHAPE, num_key_value_heads=2, head_dim=16, tie_word_embeddings=True)),
+    "qwen2-tied": lambda: Qwen2ForCausalLM(
+        Qwen2Config(**SHAPE, num_key_value_heads=2, tie_word_embeddings=True)
+    ),
+    "qwen2-untied": lambda: Qwen2ForCausalLM(
+        Qwen2Config(**SHAPE, num_key_value_heads=4, tie_word_embeddings=False)
+    ),
+    "qwen3": lambda: Qwen3ForCausalLM(
+        Qwen3Config(**SHAPE, num_key_value_heads=2, head_dim=16, tie_word_embeddings=True)
+    ),
     # one key-value head for all, and no attention interface; keys and values of different widths
     "falcon": lambda: FalconForCausalLM(
-        FalconConfig(**_but(SHAPE, "intermediate_size", "max_position_embeddings"), multi_query=True, alibi=False, bos_token_id=0)
+        FalconConfig(
+            **_but(SHAPE, "intermediate_size", "max_position_embeddings"),
+            multi_query=True,
+            alibi=False,
+            bos_token_id=0,
+        )
     ),
     "deepseek-v3": lambda: DeepseekV3ForCausalLM(
         DeepseekV3Config(
-            **SHAPE, num_key_value_heads=4, q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=16, qk_rope_head_dim=8,
-            v_head_dim=12, n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1, moe_intermediate_size=32,
-            n_shared_experts=1, first_k_dense_replace=1,
+            **SHAPE,
+            num_key_value_heads=4,
+            q_lora_rank=16,
+            kv_lora_rank=16,
+            qk_nope_head_dim=16,
+            qk_rope_head_dim=8,
+            v_head_dim=12,
+            n_routed_experts=4,
+            num_experts_per_tok=2,
+            n_group=1,
+            topk_group=1,
+            moe_intermediate_size=32,
+            n_shared_experts=1,
+            first_k_dense_replace=1,
         )
     ),
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE, num_key_value_heads=1, tie_word_embeddings=False)),
@@ -130,7 +171,9 @@ def engine(kind: str = "qwen2-tied", max_rows: int = 32, **options) -> TorchEngi
 
 
 def request(name: str = "a", prompt: Sequence[int] = (5, 6, 7), **changes) -> GenerationRequest:
-    own = GenerationRequest(session=name, prompt_ids=tuple(prompt), max_new_tokens=12, temperature=1.0, seed=3, stop=())
+    own = GenerationRequest(
+        session=name, prompt_ids=tuple(prompt), max_new_tokens=12, temperature=1.0, seed=3, stop=()
+    )
     return replace(own, **changes)
 
 
@@ -146,8 +189,11 @@ def serve(own: TorchEngine, *requests: GenerationRequest) -> list[Completion]:
     return asyncio.run(run())
 
 
-def full_forward_logprobs(kind: str, prompt: Sequence[int], ids: Sequence[int], temperature: float = 1.0) -> np.ndarray:
-    """Log-probabilities of `ids` after `prompt` from one plain transformers forward pass without any cache."""
+def full_forward_logprobs(
+    kind: str, prompt: Sequence[int], ids: Sequence[int], temperature: float = 1.0
+) -> np.ndarray:
+    """Log-probabilities of `ids` after `prompt` from one plain transformers forward pass without any
+    cache."""
     with torch.no_grad():
         logits = model(kind)(torch.tensor([[*prompt, *ids]])).logits[0, len(prompt) - 1 : -1] / temperature
     return torch.log_softmax(logits.float(), -1).gather(1, torch.tensor(ids)[:, None])[:, 0].numpy()
@@ -167,7 +213,8 @@ def record_feeds(own: TorchEngine) -> list[np.ndarray]:
 
 
 class ScriptedEngine:
-    """Answers each request with the next text of its session's script (the part of the name after the last comma)."""
+    """Answers each request with the next text of its session's script (the part of the name after the last
+    comma)."""
 
     def __init__(self, scripts: dict[str, Sequence[str]]):
         self.policy_version = 7
@@ -182,7 +229,9 @@ class ScriptedEngine:
         text = next(self._scripts[request.session.rpartition(", ")[2]])
         ids = codec().encode(text)[: request.max_new_tokens]
         whole = any(codec().decode(ids).endswith(stop) for stop in request.stop)
-        return Completion(ids=ids, logprobs=(-0.5,) * len(ids), finish="stop" if whole else "length", policy_version=7)
+        return Completion(
+            ids=ids, logprobs=(-0.5,) * len(ids), finish="stop" if whole else "length", policy_version=7
+        )
 
     def wake(self) -> None:
         self.moods.append("wakes")
@@ -208,4 +257,7 @@ class InlineRetriever:
         self.queries.extend(queries)
         if self._fails_on is not None and any(self._fails_on in query for query in queries):
             raise RetrievalError("the fake retriever is down")
-        return [tuple(hit(f"p{n}", text=self._text.replace("{query}", query)) for n in range(top_k)) for query in queries]
+        return [
+            tuple(hit(f"p{n}", text=self._text.replace("{query}", query)) for n in range(top_k))
+            for query in queries
+        ]

@@ -22,7 +22,11 @@ def found(directory, step=3, version=3, **options):
     return [own for number in range(2) for index in range(3) if (own := banked.find(f"q{number}", index))]
 
 
-ROLLOUTS = [rollout(0, ["a", "b"]), rollout(1, ["c"], stop_reason=StopReason.TURN_LIMIT), rollout(0, answer="é", number=1)]
+ROLLOUTS = [
+    rollout(0, ["a", "b"]),
+    rollout(1, ["c"], stop_reason=StopReason.TURN_LIMIT),
+    rollout(0, answer="é", number=1),
+]
 
 
 def test_what_was_kept_is_found_equal_on_any_rank(tmp_path):
@@ -63,7 +67,9 @@ def test_banked_rollouts_are_not_sampled_again(tmp_path):
     assert {request.session for request in engine.requests} == {"step 3, question 0 (q0), rollout 2"}
     banked.close()
     rollouter, engine, _ = scripted(*scripts)
-    assert run(rollouter, bank=bank(tmp_path).open(3, 3)) == expected and engine.requests == [], "the third was kept, too"
+    assert run(rollouter, bank=bank(tmp_path).open(3, 3)) == expected and engine.requests == [], (
+        "the third was kept, too"
+    )
 
 
 def test_only_whole_takes_all_or_nothing(tmp_path):
@@ -75,7 +81,9 @@ def test_only_whole_takes_all_or_nothing(tmp_path):
     assert run(rollouter, bank=banked) == expected and len(engine.requests) == 2
     banked.close()
     rollouter, engine, _ = scripted(*scripts)
-    assert run(rollouter, bank=bank(tmp_path, only_whole=True).open(3, 3)) == expected and engine.requests == []
+    assert (
+        run(rollouter, bank=bank(tmp_path, only_whole=True).open(3, 3)) == expected and engine.requests == []
+    )
 
 
 def test_failed_rollouts_are_not_kept(tmp_path):

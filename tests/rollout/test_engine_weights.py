@@ -84,6 +84,8 @@ def test_model_of_a_directory(tmp_path):
     byte_level_tokenizer().save_pretrained(tmp_path)
     loaded = load_model(str(tmp_path), dtype=torch.float32, device=torch.device("cpu"))
     assert isinstance(loaded, Qwen2ForCausalLM)
-    assert serve(TorchEngine(loaded, codec(), max_rows=2), request())[0].ids == serve(engine(), request())[0].ids
+    assert (
+        serve(TorchEngine(loaded, codec(), max_rows=2), request())[0].ids == serve(engine(), request())[0].ids
+    )
     with pytest.raises(DataError, match="absent"):
         load_model(str(tmp_path / "absent"), dtype=torch.float32, device=torch.device("cpu"))

@@ -16,7 +16,9 @@ OTHER_RULES = (9, *RULES)
 
 def asked(*tails: tuple[int, ...], rules=RULES, copies: int = 1):
     """Requests of `copies` rollouts for each question; a question is what follows the rules."""
-    return [request(f"{rules[0]}/{tail}/{n}", (*rules, *tail), seed=n) for tail in tails for n in range(copies)]
+    return [
+        request(f"{rules[0]}/{tail}/{n}", (*rules, *tail), seed=n) for tail in tails for n in range(copies)
+    ]
 
 
 def computed(fed) -> list[list[int]]:
@@ -53,8 +55,11 @@ def test_later_prompts_begin_with_the_opening_that_is_held_and_turns_go_on():
         return first, second, await own.generate(request(f"{RULES[0]}/(40, 8)/0", turn, seed=1)), turn
 
     *_, third, turn = asyncio.run(run())
-    assert computed(fed) == [[len(RULES) + 2], [2], [3]]  # a lone prompt: all but its last token, then that token, a step of one
-    np.testing.assert_allclose(third.logprobs, full_forward_logprobs("qwen2-tied", turn, third.ids), atol=1e-4)
+    # a lone prompt: all but its last token, then that token, a step of one
+    assert computed(fed) == [[len(RULES) + 2], [2], [3]]
+    np.testing.assert_allclose(
+        third.logprobs, full_forward_logprobs("qwen2-tied", turn, third.ids), atol=1e-4
+    )
 
 
 def test_a_lone_prompt_of_other_rules_takes_over_and_short_openings_are_not_held():

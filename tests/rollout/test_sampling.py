@@ -17,7 +17,10 @@ def test_noise_is_uniform_and_a_function_of_seed_and_position():
     seeds, positions = np.meshgrid(np.arange(200), np.arange(200))
     noise = uniform_noise(seeds.reshape(-1), positions.reshape(-1))
     assert noise.dtype == np.float32 and noise.min() >= 0 and noise.max() < 1
-    assert abs(noise.mean() - 0.5) < 0.01 and abs(np.histogram(noise, 10, (0, 1))[0] / len(noise) - 0.1).max() < 0.01
+    assert (
+        abs(noise.mean() - 0.5) < 0.01
+        and abs(np.histogram(noise, 10, (0, 1))[0] / len(noise) - 0.1).max() < 0.01
+    )
     assert uniform_noise(np.array([3]), np.array([199]))[0] == noise.reshape(200, 200)[199, 3]
     assert len(np.unique(noise)) > 0.99 * len(noise)
 
@@ -43,7 +46,10 @@ def test_seeds_are_pure_and_distinct():
         return rollout_seed(run, step=step, question_id=question, index=index)
 
     assert seed() == seed() and 0 <= seed() < 2**63
-    assert len({seed(), seed(run=1), seed(step=1), seed(question="r"), seed(index=1), seed(step=1, index=1)}) == 6
+    assert (
+        len({seed(), seed(run=1), seed(step=1), seed(question="r"), seed(index=1), seed(step=1, index=1)})
+        == 6
+    )
 
 
 def test_tokens_that_can_complete_a_stop_string():
@@ -64,4 +70,6 @@ def test_stop_strings_that_straddle_tokens():
     assert not table.completed(number, [*ids, vocabulary[b">"]])  # completed by an earlier token
     assert table.lookup[number, vocabulary[b">"]] and not table.lookup[number, vocabulary[b"h"]]
     for token, raw in enumerate(codec().token_bytes):
-        assert table.lookup[number, token] == (can_complete(raw, b"</search>") or can_complete(raw, b"</answer>"))
+        assert table.lookup[number, token] == (
+            can_complete(raw, b"</search>") or can_complete(raw, b"</answer>")
+        )

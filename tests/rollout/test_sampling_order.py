@@ -90,7 +90,9 @@ def test_lag_metrics():
 def test_the_thread_that_samples_ahead_uses_its_ranks_gpu(monkeypatch):
     """A new thread's current device is GPU 0."""
     used = []
-    monkeypatch.setattr(torch.cuda, "set_device", lambda device: used.append((device, threading.current_thread())))
+    monkeypatch.setattr(
+        torch.cuda, "set_device", lambda device: used.append((device, threading.current_thread()))
+    )
     gpu = torch.device("cuda", 3)
     threads = OneAhead(lambda step: [threading.current_thread()], num_steps=1, device=gpu).take(0)
     assert used == [(gpu, threads[0])] and threads[0] is not threading.main_thread()

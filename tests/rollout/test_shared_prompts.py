@@ -24,7 +24,10 @@ def groups(**changes):
     """Three groups of different sizes and prompts, and a conversation on its own."""
     prompts = [PROMPT, PROMPT[:11], tuple(range(50, 70)), (9, 9)]
     members = [0, 1, 0, 2, 0, 1, 3, 2, 0]  # not in group order
-    return [request(str(n), prompts[g], seed=n, max_new_tokens=4 + 3 * n % 11, **changes) for n, g in enumerate(members)]
+    return [
+        request(str(n), prompts[g], seed=n, max_new_tokens=4 + 3 * n % 11, **changes)
+        for n, g in enumerate(members)
+    ]
 
 
 def test_equal_prompts_are_computed_once():
@@ -69,7 +72,9 @@ def test_a_row_of_shared_prompts_serves_the_next_group_when_its_own_is_gone():
         return staying + last
 
     expected = [
-        serve(engine(), request("x", p, seed=n))[0].ids for p, count in ((PROMPT[5:], 3), (PROMPT[:7], 2)) for n in range(count)
+        serve(engine(), request("x", p, seed=n))[0].ids
+        for p, count in ((PROMPT[5:], 3), (PROMPT[:7], 2))
+        for n in range(count)
     ]
     assert [c.ids for c in asyncio.run(run())] == expected
 
@@ -98,7 +103,10 @@ def test_a_broken_shared_prompt_fails_its_group_and_leaves_no_trace():
 
     *errors, first, second = asyncio.run(run())
     assert all(isinstance(error, RolloutError) for error in errors) and [first.ids, second.ids] == expected
-    assert all(torch.isfinite(t).all() for t in (*own._decoder._cache.rows.tensors, *own._decoder._cache.prompts.tensors))
+    assert all(
+        torch.isfinite(t).all()
+        for t in (*own._decoder._cache.rows.tensors, *own._decoder._cache.prompts.tensors)
+    )
 
 
 def test_the_model_still_runs_without_the_cache():

@@ -14,7 +14,10 @@ from tests.builders import group, hit, rollout
 
 def a_group(number=0):
     first = rollout(0, ["é", "b"], reward=1.0, answer="gold", number=number)
-    turns = (dataclasses.replace(first.turns[0], hits=(hit("p1", text="line\nbreak"),), policy_version=3), *first.turns[1:])
+    turns = (
+        dataclasses.replace(first.turns[0], hits=(hit("p1", text="line\nbreak"),), policy_version=3),
+        *first.turns[1:],
+    )
     failed = rollout(1, stop_reason=StopReason.ENGINE_FAILED, number=number)
     return group([dataclasses.replace(first, turns=turns), failed], number)
 
@@ -39,7 +42,9 @@ def test_groups_are_read_by_place_and_half_a_line_is_left_out(tmp_path):
     assert [stored[place] for place in (2, 0, 3, -1)] == [groups[2], groups[0], groups[3], groups[3]]
 
 
-@pytest.mark.parametrize("line", [b"[]\n", b"{}\n", b"no json\n", b'{"question": {"id": 1}, "rollouts": []}\n'])
+@pytest.mark.parametrize(
+    "line", [b"[]\n", b"{}\n", b"no json\n", b'{"question": {"id": 1}, "rollouts": []}\n']
+)
 def test_a_line_that_is_no_group_is_named(tmp_path, line):
     path = tmp_path / "rollouts.jsonl"
     append_lines(path, [fields_of(a_group())])
@@ -53,7 +58,9 @@ def test_a_line_that_is_no_group_is_named(tmp_path, line):
 
 
 def test_a_directory_that_nobody_finished_and_ids_of_another_tokenizer_are_refused(tmp_path):
-    with pytest.raises(DataError, match="holds no episodes.json, expected a directory that `sd-search select` finished"):
+    with pytest.raises(
+        DataError, match="holds no episodes.json, expected a directory that `sd-search select` finished"
+    ):
         read_record(tmp_path / "episodes.json", "sd-search select")
     (tmp_path / "episodes.json").write_text("[1")
     with pytest.raises(DataError, match="episodes.json is no JSON object"):

@@ -33,13 +33,16 @@ def prompts(count: int, seed: int = 0) -> list[tuple[int, ...]]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_logprobs_equal_one_full_forward(kind):
-    """Ragged prompts in one batch, decoded through the cache, against a plain forward pass over the finished sequence."""
+    """Ragged prompts in one batch, decoded through the cache, against a plain forward pass over the
+    finished sequence."""
     many = prompts(6)
     completions = serve(engine(kind), *(request(str(n), p, seed=n) for n, p in enumerate(many)))
     for prompt, completion in zip(many, completions):
         assert completion.finish == ("eos" if completion.ids[-1] == 0 else "length")
         assert len(completion.ids) == 12 or completion.finish == "eos"
-        np.testing.assert_allclose(completion.logprobs, full_forward_logprobs(kind, prompt, completion.ids), atol=1e-4)
+        np.testing.assert_allclose(
+            completion.logprobs, full_forward_logprobs(kind, prompt, completion.ids), atol=1e-4
+        )
 
 
 def test_logprobs_are_under_the_sampling_distribution():
@@ -53,7 +56,9 @@ def test_greedy_takes_the_most_likely_token():
     with torch.no_grad():
         logits = model()(torch.tensor([[5, 6, 7, *completion.ids]])).logits[0, 2:-1]
     assert list(completion.ids) == logits.argmax(-1).tolist()
-    np.testing.assert_allclose(completion.logprobs, full_forward_logprobs("qwen2-tied", (5, 6, 7), completion.ids), atol=1e-4)
+    np.testing.assert_allclose(
+        completion.logprobs, full_forward_logprobs("qwen2-tied", (5, 6, 7), completion.ids), atol=1e-4
+    )
 
 
 def test_tokens_do_not_depend_on_the_batch():
@@ -81,7 +86,8 @@ def test_a_run_repeated_is_bit_identical():
 
 
 async def converse(own: TorchEngine, name: str, pauses: Sequence[int], seed: int = 3) -> list[Completion]:
-    """A conversation of several turns; between two of them an observation of 1 to 20 tokens, and some idle loop passes."""
+    """A conversation of several turns; between two of them an observation of 1 to 20 tokens, and some idle
+    loop passes."""
     ids, turns = (9, 8, 7, *range(20, 20 + seed)), []
     for turn, pause in enumerate(pauses):
         turns.append(await own.generate(request(name, ids, seed=seed, max_new_tokens=5 + (seed + turn) % 9)))
@@ -94,7 +100,8 @@ async def converse(own: TorchEngine, name: str, pauses: Sequence[int], seed: int
 
 @pytest.mark.parametrize(("max_rows", "longest_pause"), [(32, 12), (5, 12), (3, 60)])
 def test_cache_reuse_equals_prefilling_again(max_rows, longest_pause):
-    """Conversations with different pauses: rows park, return, move and are evicted. Against a full prefill every turn."""
+    """Conversations with different pauses: rows park, return, move and are evicted. Against a full prefill
+    every turn."""
 
     async def run(own):
         pauses = np.random.default_rng(0).integers(0, longest_pause, size=(14, 4)).tolist()
@@ -114,8 +121,10 @@ def test_only_the_new_tokens_of_a_turn_are_fed():
     async def run():
         first = await own.generate(request(prompt=range(3, 40)))
         await own.generate(request(prompt=(*range(3, 40), *first.ids, 50, 51, 52)))
-        last = await own.generate(request(prompt=(*range(3, 39), 200), max_new_tokens=1))  # no extension: all of it again
-        again = await own.generate(request(prompt=(*range(3, 39), 200), max_new_tokens=1))  # all cached: the last token again
+        # no extension: all of it again
+        last = await own.generate(request(prompt=(*range(3, 39), 200), max_new_tokens=1))
+        # all cached: the last token again
+        again = await own.generate(request(prompt=(*range(3, 39), 200), max_new_tokens=1))
         assert again.ids == last.ids
 
     asyncio.run(run())
@@ -142,7 +151,9 @@ def test_idle_rows_are_compacted():
     own = engine()
 
     async def run():
-        await asyncio.gather(*(own.generate(request(str(n), max_new_tokens=2 + 20 * (n > 7), seed=n)) for n in range(10)))
+        await asyncio.gather(
+            *(own.generate(request(str(n), max_new_tokens=2 + 20 * (n > 7), seed=n)) for n in range(10))
+        )
         assert sorted(own._sessions[name].row for name in ("8", "9")) == [0, 1]
 
     asyncio.run(run())
@@ -181,7 +192,10 @@ def test_a_stop_string_ends_the_completion_with_its_token_whole():
     own._stops.lookup = np.ones((1, 448), dtype=bool)
     (stopped,) = serve(own, request(max_new_tokens=40, stop=(stop,)))
     first = text.find(text[offsets[9] : middle]) + middle - offsets[9]
-    assert stopped.finish == "stop" and stopped.ids == free.ids[: next(n for n in range(41) if offsets[n] >= first)]
+    assert (
+        stopped.finish == "stop"
+        and stopped.ids == free.ids[: next(n for n in range(41) if offsets[n] >= first)]
+    )
 
 
 def test_end_of_sequence():
@@ -223,7 +237,12 @@ def test_a_longrope_model_is_held_to_the_length_within_which_keys_stay_as_they_a
     factors = {"short_factor": [1.0] * 8, "long_factor": [2.0 + n for n in range(8)]}
     rope = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 40, **factors}
     small = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4}
-    known = {"vocab_size": 448, "max_position_embeddings": 256, "pad_token_id": 0, "original_max_position_embeddings": 40}
+    known = {
+        "vocab_size": 448,
+        "max_position_embeddings": 256,
+        "pad_token_id": 0,
+        "original_max_position_embeddings": 40,
+    }
     torch.manual_seed(0)
     made = Phi3ForCausalLM(Phi3Config(**small, **known, rope_parameters=rope)).eval()
     prompt = tuple(range(5, 25))
@@ -245,7 +264,9 @@ def test_non_finite_logits_fail_their_session_and_leave_no_trace():
         weight[400] = float("nan")
 
     async def run():
-        return await asyncio.gather(own.generate(request("bad", (400, 5))), own.generate(request("good")), return_exceptions=True)
+        return await asyncio.gather(
+            own.generate(request("bad", (400, 5))), own.generate(request("good")), return_exceptions=True
+        )
 
     error, good = asyncio.run(run())
     assert isinstance(error, RolloutError) and "'bad'" in str(error) and "not finite" in str(error)

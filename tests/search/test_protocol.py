@@ -25,8 +25,14 @@ def ids_of(*pieces: str) -> list[int]:
 
 @cache
 def straddling() -> TextCodec:
-    """A tokenizer without word boundaries: tags melt into their neighbours, as `h>m`, `</s` or `r </search>`."""
-    texts = ["<search>mayor of Lyon</search>", "x<search> mayor </search>y", "<answer>so</answer>", "é漢 </search>"]
+    """A tokenizer without word boundaries: tags melt into their neighbours, as `h>m`, `</s` or `r
+    </search>`."""
+    texts = [
+        "<search>mayor of Lyon</search>",
+        "x<search> mayor </search>y",
+        "<answer>so</answer>",
+        "é漢 </search>",
+    ]
     return TextCodec(byte_level_tokenizer(texts, vocab_size=400, use_regex=False), chat_template=False)
 
 
@@ -51,7 +57,9 @@ def test_first_complete_action_counts():
 
 
 def test_query_span_is_the_tokens_strictly_between_the_tags():
-    completion = ids_of("<", "s", "e", "a", "r", "c", "h", ">", "m", "a", "y", "<", "/", "s", "e", "a", "r", "c", "h", ">")
+    completion = ids_of(
+        "<", "s", "e", "a", "r", "c", "h", ">", "m", "a", "y", "<", "/", "s", "e", "a", "r", "c", "h", ">"
+    )
     assert parse_action(completion, PROTOCOL, straddling()).query_span == (8, 11)
 
 
@@ -61,7 +69,8 @@ def test_a_token_that_straddles_a_tag_boundary_is_outside():
     action = parse_action(whole, PROTOCOL, own)
     start, stop = action.query_span
     inside = own.bytes_of(whole[start:stop])
-    assert action.query == " mayor " and inside in b" mayor " and inside != b" mayor "  # one token or more was cut off
+    # one token or more was cut off
+    assert action.query == " mayor " and inside in b" mayor " and inside != b" mayor "
 
 
 def test_a_single_token_over_both_boundaries_leaves_an_empty_span():
@@ -86,20 +95,39 @@ def test_a_character_may_straddle_tokens():
 
 
 PIECES = st.sampled_from(
-    ["<search>", "</search>", "<answer>", "</answer>", "<think>", " mayor of Lyon ", "so", "x", "é漢", "<", "/", ">", " "]
+    [
+        "<search>",
+        "</search>",
+        "<answer>",
+        "</answer>",
+        "<think>",
+        " mayor of Lyon ",
+        "so",
+        "x",
+        "é漢",
+        "<",
+        "/",
+        ">",
+        " ",
+    ]
 )
 
 
 @given(st.lists(PIECES, max_size=12), st.randoms(use_true_random=False))
 @settings(max_examples=300, deadline=None)
 def test_spans_over_random_texts_and_random_cuts(pieces, random):
-    """Whatever the text and however it is cut into tokens, the span holds exactly the tokens whose bytes are query bytes."""
+    """Whatever the text and however it is cut into tokens, the span holds exactly the tokens whose bytes
+    are query bytes."""
     own = straddling()
     text = "".join(pieces).encode()
     vocabulary = {raw: n for n, raw in enumerate(own.token_bytes)}
     ids, place = [], 0
     while place < len(text):  # a random segmentation, not the one BPE would choose
-        choices = [size for size in range(1, 12) if text[place : place + size] in vocabulary and place + size <= len(text)]
+        choices = [
+            size
+            for size in range(1, 12)
+            if text[place : place + size] in vocabulary and place + size <= len(text)
+        ]
         size = random.choice(choices)
         ids.append(vocabulary[text[place : place + size]])
         place += size
@@ -118,7 +146,9 @@ def test_spans_over_random_texts_and_random_cuts(pieces, random):
 def test_prompt_is_filled_in_one_pass():
     assert fill("{a}-{b}-{c}", {"a": "{b}", "b": "2"}) == "{b}-2-{c}"
     prompt = PROTOCOL.render_prompt("Who?", 'Attempt 1: "{question}"\n')
-    assert prompt.startswith('Attempt 1: "{question}"\nAnswer the given') and prompt.endswith(". Question: Who?\n")
+    assert prompt.startswith('Attempt 1: "{question}"\nAnswer the given') and prompt.endswith(
+        ". Question: Who?\n"
+    )
 
 
 def test_presets_and_own_tags():
@@ -149,7 +179,10 @@ def test_few_shot_shows_actions_and_results_as_the_environment_reads_and_shows_t
     assert queries == [" painter of The Harbour Wall birthplace ", " river through Dunmere ", None]
     assert parse_action(codec().encode(texts[2]), own, codec()).answer == " Asel "
     environment = Environment(codec(), own, RolloutConfig())
-    town = Hit(passage=Passage(id="d", title="Dunmere", text="Dunmere is a market town on the river Asel."), score=1.0)
+    town = Hit(
+        passage=Passage(id="d", title="Dunmere", text="Dunmere is a market town on the river Asel."),
+        score=1.0,
+    )
     assert codec().decode(environment.observation_ids([town])) in example
     assert own.render_prompt("Who?", "BLOCK\n").endswith("BLOCK\nQuestion: Who?\n")
 
@@ -157,8 +190,13 @@ def test_few_shot_shows_actions_and_results_as_the_environment_reads_and_shows_t
 @pytest.mark.parametrize("wrong", ["< search >", "</Search>", "<sea\u200brch>", "＜answer＞"])
 def test_a_prompt_that_shows_a_tag_nobody_reads_is_refused(wrong):
     prompt = f"Example:\n{wrong} x\n{{hindsight}}{{question}}"
-    with pytest.raises(ConfigError, match="written otherwise than the environment reads it; expected exactly <search> </search>"):
+    with pytest.raises(
+        ConfigError,
+        match="written otherwise than the environment reads it; expected exactly <search> </search>",
+    ):
         build_protocol(ProtocolConfig(prompt=prompt))
-    build_protocol(ProtocolConfig(prompt="a\u200db <search> x </search> {search_open}\n{hindsight}{question} <think>"))
+    build_protocol(
+        ProtocolConfig(prompt="a\u200db <search> x </search> {search_open}\n{hindsight}{question} <think>")
+    )
     own = build_protocol(ProtocolConfig(prompt="<search> {hindsight}{question}", search_tags=("[s]", "[/s]")))
     assert own.prompt.startswith("<search>"), "which is plain text, then"

@@ -16,7 +16,9 @@ def write(tmp_path, lines):
 
 
 def record(number, split="train"):
-    return json.dumps({"id": f"q{number}", "text": f"Question {number}?", "golden_answers": ["ab"], "split": split})
+    return json.dumps(
+        {"id": f"q{number}", "text": f"Question {number}?", "golden_answers": ["ab"], "split": split}
+    )
 
 
 def test_reads_fields_split_and_limit(tmp_path):
@@ -30,7 +32,14 @@ def test_reads_fields_split_and_limit(tmp_path):
     }
     path = write(tmp_path, [record(0), json.dumps(full), record(2), record(3)])
     assert load_questions(path, split="eval") == (
-        Question(id="1", text="Who?", golden_answers=("x", "y"), source="s", split="eval", supporting=(("p1", "p2"), ("p3",))),
+        Question(
+            id="1",
+            text="Who?",
+            golden_answers=("x", "y"),
+            source="s",
+            split="eval",
+            supporting=(("p1", "p2"), ("p3",)),
+        ),
     )
     assert [q.id for q in load_questions(path, split="train", limit=2)] == ["q0", "q2"]
 

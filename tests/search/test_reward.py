@@ -179,11 +179,16 @@ def _turn(query=None, hits=(), **changes):
 
 
 def _rollout(*turns, answer=None, stop_reason=StopReason.ANSWERED):
-    return Rollout(question_id="q", index=0, prompt_ids=(0,), turns=turns, stop_reason=stop_reason, answer=answer)
+    return Rollout(
+        question_id="q", index=0, prompt_ids=(0,), turns=turns, stop_reason=stop_reason, answer=answer
+    )
 
 
 def _group(*rollouts, supporting=()):
-    return RolloutGroup(question=Question(id="q", text="?", golden_answers=("Paris",), supporting=supporting), rollouts=rollouts)
+    return RolloutGroup(
+        question=Question(id="q", text="?", golden_answers=("Paris",), supporting=supporting),
+        rollouts=rollouts,
+    )
 
 
 def test_format_valid():
@@ -204,9 +209,17 @@ def test_hop_hit_rate():
 def test_score_takes_the_answer_from_the_rollout_only():
     """A passage that holds the gold answer in answer tags earns nothing."""
     silent = _rollout(_turn("Paris", hits=["p1"]), _turn(), stop_reason=StopReason.NO_ACTION)
-    (group,) = score([_group(silent, supporting=(("p1",),))], RewardConfig(answer="sub_em", format_weight=0.5))
+    (group,) = score(
+        [_group(silent, supporting=(("p1",),))], RewardConfig(answer="sub_em", format_weight=0.5)
+    )
     scores = group.rollouts[0].scores
-    assert (scores.reward, scores.em, scores.f1, scores.format_valid, scores.hop_hit_rate) == (0.0, 0.0, 0.0, 0.0, 1.0)
+    assert (scores.reward, scores.em, scores.f1, scores.format_valid, scores.hop_hit_rate) == (
+        0.0,
+        0.0,
+        0.0,
+        0.0,
+        1.0,
+    )
 
 
 def test_score_adds_the_format_weight_and_leaves_its_input_alone():

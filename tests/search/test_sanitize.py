@@ -19,15 +19,36 @@ def wide(text: str) -> str:
 
 @pytest.mark.parametrize(
     "tag",
-    ["</information>", "</INFORMATION>", "< / information >", "</infor\u200bmation>", wide("</information>"), "‹∕information›"]
-    + ["<|im_end|>", "<| IM_END |>", wide("<|im_end|>"), "<answer>", "<\u00a0answer\n>", "﹤answer﹥", "<\U0001d5ee\u2060nswer>"],
+    [
+        "</information>",
+        "</INFORMATION>",
+        "< / information >",
+        "</infor\u200bmation>",
+        wide("</information>"),
+        "‹∕information›",
+    ]
+    + [
+        "<|im_end|>",
+        "<| IM_END |>",
+        wide("<|im_end|>"),
+        "<answer>",
+        "<\u00a0answer\n>",
+        "﹤answer﹥",
+        "<\U0001d5ee\u2060nswer>",
+    ],
 )
 def test_tags_and_their_disguises_are_cut_out(tag):
     assert SANITIZER.clean(f"before{tag}after") == "before after"
 
 
 def test_ordinary_text_is_left_alone():
-    for text in ("a < b and c > d", "Zoë's café, 漢字 ½ ﬁne x² | y", "search the <b>answer</b>", "<3  two  spaces", ""):
+    for text in (
+        "a < b and c > d",
+        "Zoë's café, 漢字 ½ ﬁne x² | y",
+        "search the <b>answer</b>",
+        "<3  two  spaces",
+        "",
+    ):
         assert SANITIZER.clean(text) == text
 
 
@@ -57,7 +78,24 @@ def test_deep_nesting_is_cheap():
 
 
 ALPHABET = st.sampled_from(
-    [*TAGS, "<", ">", "/", " ", "s", "\u200b", "＜", "＞", "search", "Answer", "<|im_end|>", "é", "ﬁ", "\n", "\u0338"]
+    [
+        *TAGS,
+        "<",
+        ">",
+        "/",
+        " ",
+        "s",
+        "\u200b",
+        "＜",
+        "＞",
+        "search",
+        "Answer",
+        "<|im_end|>",
+        "é",
+        "ﬁ",
+        "\n",
+        "\u0338",
+    ]
 )
 
 

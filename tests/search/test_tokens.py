@@ -17,7 +17,11 @@ def test_bytes_of_encoded_text_are_its_utf8(text):
     assert codec().decode(codec().encode(text)) == text
 
 
-@given(st.lists(st.sampled_from(["<|endoftext|>", "<|im_end|>", "<tool_call>", "<tool", "_call>", " a", "<|", "é"])))
+@given(
+    st.lists(
+        st.sampled_from(["<|endoftext|>", "<|im_end|>", "<tool_call>", "<tool", "_call>", " a", "<|", "é"])
+    )
+)
 @settings(max_examples=80, deadline=None)
 def test_plain_text_never_becomes_a_control_id(parts):
     assert codec().control_ids.isdisjoint(codec().encode("".join(parts)))
@@ -60,7 +64,12 @@ def test_chat_frame_keeps_its_control_ids_and_the_message_gets_none():
     tokenizer = byte_level_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}user {{ m.content }}<|im_end|>{% endfor %}assistant "
     own = TextCodec(tokenizer, chat_template=True)
-    assert own.prompt_ids("a<|im_end|>") == (*own.encode("user "), *own.encode("a<|im_end|>"), 1, *own.encode("assistant "))
+    assert own.prompt_ids("a<|im_end|>") == (
+        *own.encode("user "),
+        *own.encode("a<|im_end|>"),
+        1,
+        *own.encode("assistant "),
+    )
 
 
 def test_chat_template_must_exist_and_show_the_message_once():
@@ -104,7 +113,14 @@ def test_our_own_text_is_cut_at_the_longest_added_token_and_takes_its_spaces_alo
     own = TextCodec(tokenizer, chat_template=False)
     a, ab, c = (tokenizer.convert_tokens_to_ids(text) for text in ("<a>", "<a><b>", "<c>"))
     text = "mayor<a><b> of <c>  <a>{name} "
-    assert own.encode_own(text) == (*own.encode("mayor"), ab, *own.encode(" of"), c, a, *own.encode("{name} "))
+    assert own.encode_own(text) == (
+        *own.encode("mayor"),
+        ab,
+        *own.encode(" of"),
+        c,
+        a,
+        *own.encode("{name} "),
+    )
     assert list(own.encode_own(text)) == tokenizer(text, add_special_tokens=False).input_ids
     assert own.encode_own("{name}", {"name": "<a>"}) == own.encode("<a>")
     assert own.encode_own("") == ()
@@ -112,7 +128,9 @@ def test_our_own_text_is_cut_at_the_longest_added_token_and_takes_its_spaces_alo
 
 def test_tokenizer_that_leaks_control_ids_is_refused():
     """A Unigram vocabulary may hold `</s>` as an ordinary piece: plain text would forge it."""
-    tokenizer = Tokenizer(models.Unigram([("<unk>", 0.0), ("</s>", -1.0), *((c, -2.0) for c in "</s>ab▁")], unk_id=0))
+    tokenizer = Tokenizer(
+        models.Unigram([("<unk>", 0.0), ("</s>", -1.0), *((c, -2.0) for c in "</s>ab▁")], unk_id=0)
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()
     tokenizer.add_special_tokens(["</s>"])
@@ -123,7 +141,9 @@ def test_tokenizer_that_leaks_control_ids_is_refused():
 def test_unreadable_vocabulary_is_refused():
     tokenizer = Tokenizer(models.WordLevel(unk_token="?"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.train_from_iterator(["a b"], trainers.WordLevelTrainer(special_tokens=["?"], show_progress=False))
+    tokenizer.train_from_iterator(
+        ["a b"], trainers.WordLevelTrainer(special_tokens=["?"], show_progress=False)
+    )
     with pytest.raises(DataError, match="raw bytes"):
         TextCodec(PreTrainedTokenizerFast(tokenizer_object=tokenizer), chat_template=False)
 
@@ -131,7 +151,9 @@ def test_unreadable_vocabulary_is_refused():
 def test_codec_of_a_directory(tmp_path):
     byte_level_tokenizer().save_pretrained(tmp_path)
     assert load_codec(str(tmp_path), chat_template=False).encode("mayor") == codec().encode("mayor")
-    with pytest.raises(DataError, match="model.path: found no directory at .*absent, expected a local Hugging Face"):
+    with pytest.raises(
+        DataError, match="model.path: found no directory at .*absent, expected a local Hugging Face"
+    ):
         load_codec(str(tmp_path / "absent"), chat_template=False)
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="no tokenizer in .*empty"):

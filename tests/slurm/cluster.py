@@ -1,4 +1,5 @@
-"""A real SLURM on this machine: munged, slurmctld, and one slurmd for each virtual node, all under one directory."""
+"""A real SLURM on this machine: munged, slurmctld, and one slurmd for each virtual node, all under one
+directory."""
 
 from __future__ import annotations
 
@@ -62,13 +63,16 @@ def why_not() -> str:
         done = subprocess.run(["bash", str(INSTALL)], capture_output=True, text=True, check=False)
         if done.returncode:
             return f"SLURM could not be installed: {done.stderr.strip().splitlines()[-1:]}"
-    lacking = [name for name in ("slurmctld", "slurmd", "munged", "sbatch", "scontrol") if shutil.which(name) is None]
+    lacking = [
+        name for name in ("slurmctld", "slurmd", "munged", "sbatch", "scontrol") if shutil.which(name) is None
+    ]
     return f"{', '.join(lacking)} not found" if lacking else ""
 
 
 @contextmanager
 def slurm(directory: Path, *, num_nodes: int) -> Iterator[dict[str, str]]:
-    """The environment in which SLURM's commands speak to a fresh cluster of `num_nodes` nodes; down again at the end."""
+    """The environment in which SLURM's commands speak to a fresh cluster of `num_nodes` nodes; down again
+    at the end."""
     for name in ("state", *(f"spool-node{n}" for n in range(1, num_nodes + 1))):
         (directory / name).mkdir(parents=True)
     key = directory / "munge.key"
@@ -78,8 +82,8 @@ def slurm(directory: Path, *, num_nodes: int) -> Iterator[dict[str, str]]:
     host = socket.gethostname().split(".")[0]
     memory_mb = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 20
     nodes = "\n".join(
-        f"NodeName=node{n} NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[n]} CPUs=2 RealMemory={memory_mb // num_nodes} "
-        "State=UNKNOWN"
+        f"NodeName=node{n} NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[n]} CPUs=2"
+        f" RealMemory={memory_mb // num_nodes} State=UNKNOWN"
         for n in range(1, num_nodes + 1)
     )
     places = {"directory": directory, "host": host, "control_port": ports[0]}
@@ -87,8 +91,15 @@ def slurm(directory: Path, *, num_nodes: int) -> Iterator[dict[str, str]]:
     (directory / "slurm.conf").write_text(text)
     environment = os.environ | {"SLURM_CONF": str(directory / "slurm.conf")}
     try:
-        munge = {name: str(directory / f"munge{suffix}") for name, suffix in (("socket", ".socket"), ("pid-file", "d.pid"))}
-        munge |= {"key-file": str(key), "log-file": str(directory / "munged.log"), "seed-file": str(directory / "munge.seed")}
+        munge = {
+            name: str(directory / f"munge{suffix}")
+            for name, suffix in (("socket", ".socket"), ("pid-file", "d.pid"))
+        }
+        munge |= {
+            "key-file": str(key),
+            "log-file": str(directory / "munged.log"),
+            "seed-file": str(directory / "munge.seed"),
+        }
         start(["munged", "--force", *(f"--{name}={value}" for name, value in munge.items())], environment)
         start(["slurmctld", "-c"], environment)
         for n in range(1, num_nodes + 1):
@@ -100,14 +111,18 @@ def slurm(directory: Path, *, num_nodes: int) -> Iterator[dict[str, str]]:
 
 
 def start(command: list[str], environment: dict[str, str]) -> None:
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=START_S)
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, check=False, timeout=START_S
+    )
     assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
 
 
 def wait_until_idle(environment: dict[str, str]) -> None:
     deadline = time.monotonic() + START_S
     while True:
-        found = subprocess.run(["sinfo", "-h", "-o", "%T"], env=environment, capture_output=True, text=True, check=False)
+        found = subprocess.run(
+            ["sinfo", "-h", "-o", "%T"], env=environment, capture_output=True, text=True, check=False
+        )
         if set(found.stdout.split()) == {"idle"}:
             return
         assert time.monotonic() < deadline, f"SLURM did not come up: {found.stdout}{found.stderr}"
@@ -116,11 +131,14 @@ def wait_until_idle(environment: dict[str, str]) -> None:
 
 def stop(directory: Path, environment: dict[str, str]) -> None:
     """End its jobs, then its daemons, by the pids that they wrote."""
-    subprocess.run(["scancel", "--user=root"], env=environment, capture_output=True, check=False, timeout=START_S)
+    subprocess.run(
+        ["scancel", "--user=root"], env=environment, capture_output=True, check=False, timeout=START_S
+    )
     time.sleep(1)
     paths = (*directory.glob("slurmd-*.pid"), directory / "slurmctld.pid", directory / "munged.pid")
     pids = [int(path.read_text()) for path in paths if path.exists()]
-    for number in (signal.SIGTERM, signal.SIGKILL):  # a slurmd in the middle of a launch does not hear the first
+    # a slurmd in the middle of a launch does not hear the first
+    for number in (signal.SIGTERM, signal.SIGKILL):
         for pid in pids:
             with suppress(ProcessLookupError):
                 os.kill(pid, number)

@@ -19,14 +19,32 @@ ATTEMPT_S = 240  # for the longest wait of one attempt
 
 
 class Job:
-    """A run on two nodes without GPUs. arguments: its configuration. module: what is trained. layout: what differs from one rank
-    on each of two nodes."""
+    """A run on two nodes without GPUs. arguments: its configuration. module: what is trained. layout: what
+    differs from one rank on each of two nodes."""
 
-    def __init__(self, run_dir: Path, environment: dict[str, str], arguments: Sequence[str], *, module: str, **layout: object):
+    def __init__(
+        self,
+        run_dir: Path,
+        environment: dict[str, str],
+        arguments: Sequence[str],
+        *,
+        module: str,
+        **layout: object,
+    ):
         self._pending_since: float | None = None
-        self.run_dir, self._environment = run_dir, environment | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+        self.run_dir, self._environment = (
+            run_dir,
+            environment | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
+        )
         config = load([*arguments, f"--run_dir={run_dir}"])
-        own = {"nodes": 2, "gpus_per_node": 0, "ranks_per_node": 1, "time": "30", "grace_s": 60, "doctor": False} | layout
+        own = {
+            "nodes": 2,
+            "gpus_per_node": 0,
+            "ranks_per_node": 1,
+            "time": "30",
+            "grace_s": 60,
+            "doctor": False,
+        } | layout
         ports = dict(zip(("master_port", "retriever_port", "vllm_port"), free_ports(3)))
         places = LayoutConfig(cluster="slurm", **ports, **own)
         launch_dir = run_dir / "launch"
@@ -34,7 +52,9 @@ class Job:
         self.id = re.search(r"\d+", self.run("sbatch", str(launch_dir / "job.sbatch")))[0]
 
     def run(self, *command: str) -> str:
-        done = subprocess.run(command, env=self._environment, capture_output=True, text=True, check=False, timeout=60)
+        done = subprocess.run(
+            command, env=self._environment, capture_output=True, text=True, check=False, timeout=60
+        )
         assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
         return done.stdout
 
@@ -59,13 +79,18 @@ class Job:
             time.sleep(0.5)
 
     def hasten(self) -> None:
-        """SLURM lets a requeued job wait for two minutes; a second after the old credential has expired is enough."""
+        """SLURM lets a requeued job wait for two minutes; a second after the old credential has expired is
+        enough."""
         if self.state() != "PENDING":
             self._pending_since = None
         elif self._pending_since is None:
             self._pending_since = time.monotonic()
         elif time.monotonic() - self._pending_since > CREDENTIAL_S + 3:
-            subprocess.run(["scontrol", "update", f"JobId={self.id}", "StartTime=now"], env=self._environment, check=False)
+            subprocess.run(
+                ["scontrol", "update", f"JobId={self.id}", "StartTime=now"],
+                env=self._environment,
+                check=False,
+            )
 
     def attempts(self) -> list[Path]:
         return sorted((self.run_dir / "attempts").glob("*"))

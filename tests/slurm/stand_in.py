@@ -1,5 +1,6 @@
-"""A stand-in for training, for the tests of the job scripts: real ranks under DeepSpeed's launcher, a real process group,
-checkpoints committed as training commits them; its steps do nothing. Told to stop by SIGUSR1, it saves and ends with 85.
+"""A stand-in for training, for the tests of the job scripts: real ranks under DeepSpeed's launcher, a real
+process group, checkpoints committed as training commits them; its steps do nothing. Told to stop by
+SIGUSR1, it saves and ends with 85.
 
     python -m tests.slurm.stand_in --config=FILE
 """

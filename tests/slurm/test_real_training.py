@@ -1,4 +1,5 @@
-"""The real trainer under a real SLURM: told to stop and requeued, and with a node that searches for the one that trains."""
+"""The real trainer under a real SLURM: told to stop and requeued, and with a node that searches for the one
+that trains."""
 
 import json
 import os
@@ -35,7 +36,10 @@ def arguments(tmp_path_factory):
         "distill.alpha.warmup_steps": 1,
         "log.eval_every": 0,
     }
-    return [f"--config={files('launch') / 'configs' / 'world.yaml'}", *(f"--{key}={value}" for key, value in values.items())]
+    return [
+        f"--config={files('launch') / 'configs' / 'world.yaml'}",
+        *(f"--{key}={value}" for key, value in values.items()),
+    ]
 
 
 def figures(run_dir: Path) -> list[list[float]]:
@@ -72,8 +76,14 @@ def test_one_node_searches_for_the_one_that_trains(cluster, arguments, tmp_path)
     job.wait_for(lambda: job.state() == "COMPLETED", "end of the run")
     steps = read_metrics(job.run_dir / METRICS_NAME)
     assert list(steps) == list(range(1, NUM_STEPS + 1))
-    assert all(metrics["rollout/searches"] > 1 and metrics["rollout/stop_retrieval_failed"] == 0 for metrics in steps.values())
+    assert all(
+        metrics["rollout/searches"] > 1 and metrics["rollout/stop_retrieval_failed"] == 0
+        for metrics in steps.values()
+    )
     (attempt,) = job.attempts()
     topology = json.loads((attempt / "topology.json").read_text())
-    assert [[host["name"] for host in topology[role]] for role in ("trainers", "retrievers")] == [["node2"], ["node1"]]
+    assert [[host["name"] for host in topology[role]] for role in ("trainers", "retrievers")] == [
+        ["node2"],
+        ["node1"],
+    ]
     assert "--retriever.endpoints=" in (attempt / "arguments").read_text()

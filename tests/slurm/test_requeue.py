@@ -1,4 +1,5 @@
-"""The job script under a real SLURM (slurmctld and slurmd on this machine): told to stop, it saves, requeues, and goes on.
+"""The job script under a real SLURM (slurmctld and slurmd on this machine): told to stop, it saves,
+requeues, and goes on.
 
 SLURM_CYCLES=30 python -m pytest tests/slurm for the long run.
 """
@@ -17,7 +18,12 @@ NUM_CYCLES = int(os.environ.get("SLURM_CYCLES", "2"))
 
 
 def stand_in(run_dir: Path, environment: dict[str, str], *, num_steps: int, **layout: object) -> Job:
-    required = {"model.path": "none", "data.train": "none", "retriever.corpus": "none", "num_steps": num_steps}
+    required = {
+        "model.path": "none",
+        "data.train": "none",
+        "retriever.corpus": "none",
+        "num_steps": num_steps,
+    }
     arguments = [f"--{key}={value}" for key, value in required.items()]
     return Job(run_dir, environment, arguments, module="tests.slurm.stand_in", **layout)
 
@@ -46,7 +52,10 @@ def test_told_to_stop_it_saves_and_goes_on_until_it_is_done(cluster, tmp_path):
     reached = [end["last_step"] for end in ends]
     assert sorted(set(reached) - {0}) == steps and reached == sorted(reached)
     topology = json.loads((job.attempts()[0] / "topology.json").read_text())
-    assert topology["world_size"] == 2 and [host["name"] for host in topology["trainers"]] == ["node1", "node2"]
+    assert topology["world_size"] == 2 and [host["name"] for host in topology["trainers"]] == [
+        "node1",
+        "node2",
+    ]
 
 
 def test_a_run_that_gets_nowhere_is_given_up(cluster, tmp_path):
@@ -55,13 +64,19 @@ def test_a_run_that_gets_nowhere_is_given_up(cluster, tmp_path):
     (tmp_path / "run" / "stuck").touch()
     job = stand_in(tmp_path / "run", cluster, num_steps=10)
     job.wait_for(lambda: job.state() == "FAILED", "end of the run")
-    assert [json.loads((path / "end.json").read_text())["decision"] for path in job.attempts()] == ["requeue", "requeue", "stop"]
+    assert [json.loads((path / "end.json").read_text())["decision"] for path in job.attempts()] == [
+        "requeue",
+        "requeue",
+        "stop",
+    ]
     assert "3 attempts in a row without a new checkpoint" in job.output
 
 
 def test_the_end_of_the_walltime_is_such_a_stop(cluster, tmp_path):
     job = stand_in(tmp_path / "run", cluster, num_steps=10_000, time="1", grace_s=35)
-    job.wait_for(lambda: job.attempts() and (job.attempts()[0] / "end.json").exists(), "end of the first attempt")
+    job.wait_for(
+        lambda: job.attempts() and (job.attempts()[0] / "end.json").exists(), "end of the first attempt"
+    )
     end = json.loads((job.attempts()[0] / "end.json").read_text())
     assert (end["exit_code"], end["decision"]) == (85, "requeue") and end["last_step"] > 0
     job.run("scancel", job.id)

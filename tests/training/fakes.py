@@ -71,16 +71,20 @@ def make_config(model_path: Path, *, kl_weight: float = 0.0, aggregation: str = 
         data=DataConfig(train="none.jsonl"),
         retriever=RetrieverConfig(corpus="none"),
         policy_loss=PolicyLossConfig(kl_weight=kl_weight, aggregation=aggregation),
-        distill=DistillConfig(**({"alpha": AlphaConfig(value=0.5, warmup_steps=0)} | parts.pop("distill", {}))),
+        distill=DistillConfig(
+            **({"alpha": AlphaConfig(value=0.5, warmup_steps=0)} | parts.pop("distill", {}))
+        ),
         optimizer=OptimizerConfig(**({"learning_rate": 1e-3} | parts.pop("optimizer", {}))),
         update=UpdateConfig(**parts.pop("update", {})),
         **parts,
     )
 
 
-def make_samples(num: int, *, seed: int = 0, groups: int = 3, longest_turn: int = 6, vocabulary: int = VOCABULARY):
-    """Random multi-turn samples: prompts, completions and observations; the last group has no spread; some have no query, some
-    no teacher, some share a teacher prompt."""
+def make_samples(
+    num: int, *, seed: int = 0, groups: int = 3, longest_turn: int = 6, vocabulary: int = VOCABULARY
+):
+    """Random multi-turn samples: prompts, completions and observations; the last group has no spread; some
+    have no query, some no teacher, some share a teacher prompt."""
     rng = np.random.default_rng(seed)
 
     def draw(size: int) -> np.ndarray:

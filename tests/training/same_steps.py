@@ -1,14 +1,16 @@
 """Did two runs take the same AdamW steps, up to the rounding of their gradients?
 
-A bound on each parameter cannot say: AdamW divides a gradient by its own size, so where a gradient is nearly 0 its rounding
-decides which way a parameter goes, by as much as the learning rate. Compared is what rounding can be measured against:
+A bound on each parameter cannot say: AdamW divides a gradient by its own size, so where a gradient is
+nearly 0 its rounding decides which way a parameter goes, by as much as the learning rate. Compared is what
+rounding can be measured against:
 
 - the first moment, which is linear in the gradients, tensor by tensor, relative to its norm;
 - how far a tensor moved, relative to its whole movement.
 
-Measured between one rank and two (own microbatches, shared sequences, shared layers) after four steps, with ATEN_CPU_CAPABILITY
-default and avx2, on 1 and 2 threads: moments differ by at most 7e-5 of their norm, movements by 4e-3 (a key's bias).
-tests/training/test_policy.py shows that one rollout of sixteen left out does not pass either.
+Measured between one rank and two (own microbatches, shared sequences, shared layers) after four steps, with
+ATEN_CPU_CAPABILITY default and avx2, on 1 and 2 threads: moments differ by at most 7e-5 of their norm,
+movements by 4e-3 (a key's bias). tests/training/test_policy.py shows that one rollout of sixteen left out
+does not pass either.
 """
 
 from __future__ import annotations
@@ -33,7 +35,9 @@ Part = tuple[int, Tensor]  # where a rank's elements of a flat tensor begin, and
 def assert_same_steps(found: Sequence[Mapping[str, Any]], expected: Sequence[Mapping[str, Any]]) -> None:
     """found, expected: the outcomes of rank_programs.update_steps on all ranks that hold parts."""
     assert_same_movement(found[0]["parameters"], expected[0]["parameters"], expected[0]["start"])
-    assert_same_moments(*(joined([outcome["moments"] for outcome in outcomes]) for outcomes in (found, expected)))
+    assert_same_moments(
+        *(joined([outcome["moments"] for outcome in outcomes]) for outcomes in (found, expected))
+    )
 
 
 def assert_same_movement(found: Tensors, expected: Tensors, start: Tensors) -> None:
@@ -42,7 +46,9 @@ def assert_same_movement(found: Tensors, expected: Tensors, start: Tensors) -> N
     for name, parameter in expected.items():
         movement = (parameter - start[name]).double().norm().item()
         apart = (found[name] - parameter).double().norm().item()
-        assert apart <= MOVEMENT_SHARE * movement, f"{name}: {apart:.3g} apart after a movement of {movement:.3g}"
+        assert apart <= MOVEMENT_SHARE * movement, (
+            f"{name}: {apart:.3g} apart after a movement of {movement:.3g}"
+        )
 
 
 def assert_same_moments(found: Tensors, expected: Tensors) -> None:
@@ -52,13 +58,17 @@ def assert_same_moments(found: Tensors, expected: Tensors) -> None:
     for name, moment in expected.items():
         apart = (found[name].flatten() - moment.flatten()).double().norm().item()
         norm = moment.double().norm().item()
-        assert apart <= MOMENT_SHARE * norm + noise, f"{name}: moments of norm {norm:.3g} are {apart:.3g} apart"
+        assert apart <= MOMENT_SHARE * norm + noise, (
+            f"{name}: moments of norm {norm:.3g} are {apart:.3g} apart"
+        )
 
 
 def joined(parts: Sequence[Mapping[str, Part]]) -> dict[str, Tensor]:
     """Flat tensors, of the parts that some ranks hold; each element once."""
     names = {name: None for own in parts for name in own}
-    pieces = {name: sorted((own[name] for own in parts if name in own), key=lambda part: part[0]) for name in names}
+    pieces = {
+        name: sorted((own[name] for own in parts if name in own), key=lambda part: part[0]) for name in names
+    }
     for name, own in pieces.items():
         ends = [start + len(elements) for start, elements in own]
         assert [start for start, _ in own] == [0, *ends[:-1]], name

@@ -46,13 +46,17 @@ def policy(world, model_path):
     policy = load_policy(make_config(model_path), world)
     batch = batch_of(Order(model=""), world, "token")
     for microbatch in batch:
-        policy.accumulate(microbatch, batch.totals, TermWeights(policy=1.0, distill_spread=0.0, distill_no_spread=0.0))
+        policy.accumulate(
+            microbatch, batch.totals, TermWeights(policy=1.0, distill_spread=0.0, distill_no_spread=0.0)
+        )
     policy.step()
     return policy
 
 
 def keeper(root, model_path, world, **changes):
-    return Checkpoints(root, dataclasses.replace(make_config(model_path), **changes), world, corpus_version="c")
+    return Checkpoints(
+        root, dataclasses.replace(make_config(model_path), **changes), world, corpus_version="c"
+    )
 
 
 def names(directory):
@@ -69,7 +73,8 @@ def names(directory):
     ],
 )
 def test_resumed_is_bit_identical(world, model_path, tmp_path, config):
-    """4 steps straight against 2, stop, 2 more: parameters and metrics, with alpha's state, the optimiser's and warm-up."""
+    """4 steps straight against 2, stop, 2 more: parameters and metrics, with alpha's state, the optimiser's
+    and warm-up."""
     config = {"optimizer": {"learning_rate": 1e-3, "warmup_steps": 3}} | config
     straight = Order(model=str(model_path), steps=4, config=config)
     parts = [dataclasses.replace(straight, steps=steps, checkpoint=str(tmp_path / "ck")) for steps in (2, 4)]
@@ -82,7 +87,9 @@ def test_resumed_is_bit_identical(world, model_path, tmp_path, config):
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("file_bytes", [256 << 20, 10_000])
-def test_the_model_in_a_checkpoint_is_a_hugging_face_directory(world, tmp_path, monkeypatch, tied, file_bytes):
+def test_the_model_in_a_checkpoint_is_a_hugging_face_directory(
+    world, tmp_path, monkeypatch, tied, file_bytes
+):
     monkeypatch.setattr(checkpoint, "LEAST_FILE_BYTES", file_bytes)
     monkeypatch.setattr(checkpoint, "MODEL_FILE_BYTES", file_bytes)
     path = write_model(tmp_path / "model", tied=tied)
@@ -114,7 +121,9 @@ def test_no_checkpoint_is_a_fresh_start(world, model_path, policy, tmp_path):
     assert keeper(tmp_path / "none", model_path, world).load(policy) is None
 
 
-def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_taken(world, model_path, policy, tmp_path, caplog):
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_taken(
+    world, model_path, policy, tmp_path, caplog
+):
     checkpoints = keeper(tmp_path, model_path, world)
     for step in (1, 2):
         checkpoints.save(policy, step=step, state={"alpha": {"unit_ratio": float(step)}})
@@ -131,11 +140,14 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_taken(world, mo
 
 def test_another_run_is_refused(world, model_path, policy, tmp_path):
     keeper(tmp_path, model_path, world).save(policy, step=1, state=STATE)
-    assert keeper(tmp_path, model_path, world, num_steps=999).load(policy)["step"] == 1  # longer is the same run
+    # longer is the same run
+    assert keeper(tmp_path, model_path, world, num_steps=999).load(policy)["step"] == 1
     with pytest.raises(CheckpointError, match="belongs to another run: seed was 0 and is now 5; restore"):
         keeper(tmp_path, model_path, world, seed=5).load(policy)
     changed = dataclasses.replace(make_config(model_path).rollout, group_size=9)
-    with pytest.raises(CheckpointError, match="run: seed was 0 and is now 5; rollout.group_size was 5 and is now 9; restore"):
+    with pytest.raises(
+        CheckpointError, match="run: seed was 0 and is now 5; rollout.group_size was 5 and is now 9; restore"
+    ):
         keeper(tmp_path, model_path, world, seed=5, rollout=changed).load(policy)
     with pytest.raises(CheckpointError, match="corpus_version was 'c' and is now 'd'"):
         Checkpoints(tmp_path, make_config(model_path), world, corpus_version="d").load(policy)
@@ -149,16 +161,22 @@ def test_another_model_is_refused_with_the_parameters_that_differ(world, policy,
     other = load_policy(make_config(path), world)
     before = full_parameters(other)
     policy.trained_state().write(tmp_path / "rank_00000.safetensors")
-    with pytest.raises(CheckpointError, match="another model's .7 parameters differ.: lm_head.weight: no elements in") as error:
+    with pytest.raises(
+        CheckpointError, match="another model's .7 parameters differ.: lm_head.weight: no elements in"
+    ) as error:
         other.trained_state().read([tmp_path / "rank_00000.safetensors"])
-    assert "model.layers.0.mlp.down_proj.weight: 1536 elements in the checkpoint, 1280 in the model" in str(error.value)
+    assert "model.layers.0.mlp.down_proj.weight: 1536 elements in the checkpoint, 1280 in the model" in str(
+        error.value
+    )
     assert all(torch.equal(before[name], tensor) for name, tensor in full_parameters(other).items())
 
 
 def test_a_missing_ranks_file_is_missed(policy, tmp_path):
     policy.trained_state().write(tmp_path / "rank_00000.safetensors")
     path = tmp_path / "rank_00000.safetensors"
-    with pytest.raises(CheckpointError, match="files hold .* of the elements .0, .*: a rank's file is missing or there twice"):
+    with pytest.raises(
+        CheckpointError, match="files hold .* of the elements .0, .*: a rank's file is missing or there twice"
+    ):
         policy.trained_state().read([path, path])
     with pytest.raises(CheckpointError, match="parameters differ"):
         policy.trained_state().read([])
@@ -168,7 +186,9 @@ def test_a_missing_ranks_file_is_missed(policy, tmp_path):
     assert len(expected) > 30 and all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
-def test_latest_names_the_newest_and_a_failed_tidying_up_does_no_harm(world, model_path, policy, tmp_path, monkeypatch, caplog):
+def test_latest_names_the_newest_and_a_failed_tidying_up_does_no_harm(
+    world, model_path, policy, tmp_path, monkeypatch, caplog
+):
     checkpoints = keeper(tmp_path, model_path, world)
     for step in (1, 2, 3):
         checkpoints.save(policy, step=step, state=STATE)
@@ -207,12 +227,18 @@ def limit_file_size():
     signal.signal(signal.SIGXFSZ, handler)
 
 
-@pytest.mark.parametrize(("num_bytes", "file"), [(100_000, "rank_00000.safetensors"), (1_000, "rank_00000.safetensors")])
-def test_a_write_that_fails_leaves_the_last_checkpoint(world, model_path, policy, tmp_path, limit_file_size, num_bytes, file):
+@pytest.mark.parametrize(
+    ("num_bytes", "file"), [(100_000, "rank_00000.safetensors"), (1_000, "rank_00000.safetensors")]
+)
+def test_a_write_that_fails_leaves_the_last_checkpoint(
+    world, model_path, policy, tmp_path, limit_file_size, num_bytes, file
+):
     checkpoints = keeper(tmp_path, model_path, world)
     checkpoints.save(policy, step=1, state=STATE)
     limit_file_size(num_bytes)
-    with pytest.raises(CheckpointError, match=f"could not write .*step_00000002.tmp .*{file}.* MiB are free on its disk"):
+    with pytest.raises(
+        CheckpointError, match=f"could not write .*step_00000002.tmp .*{file}.* MiB are free on its disk"
+    ):
         checkpoints.save(policy, step=2, state=STATE)
     limit_file_size(resource.RLIM_INFINITY)
     assert names(tmp_path) == ["latest", "step_00000001"]
@@ -232,7 +258,12 @@ def test_disk_full_at_any_write(world, model_path, policy, tmp_path, monkeypatch
     def full(*_args, **_kwargs):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "some/file")
 
-    owners = {"write_tensors": optimizer_state, "copyfile": checkpoint.shutil, "fsync": directories.os, "rename": directories.os}
+    owners = {
+        "write_tensors": optimizer_state,
+        "copyfile": checkpoint.shutil,
+        "fsync": directories.os,
+        "rename": directories.os,
+    }
     monkeypatch.setattr(owners.get(where, checkpoints), where, full)
     with pytest.raises(CheckpointError, match="No space left on device.*some/file.*make room and resume"):
         checkpoints.save(policy, step=2, state=STATE)
@@ -243,7 +274,9 @@ def test_disk_full_at_any_write(world, model_path, policy, tmp_path, monkeypatch
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
 def test_a_disk_that_is_really_full(world, model_path, policy, tmp_path):
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(tmp_path)], capture_output=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(tmp_path)], capture_output=True
+    )
     if mounted.returncode:
         pytest.skip(f"mount: {mounted.stderr.decode()}")
     try:

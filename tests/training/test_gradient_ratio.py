@@ -21,7 +21,9 @@ def ratio(overall, alpha=1.0):
 
 
 def schedule(measure_every=10, **fields):
-    return AlphaSchedule(config=AlphaConfig(**({"value": 0.5, "warmup_steps": 3} | fields)), measure_every=measure_every)
+    return AlphaSchedule(
+        config=AlphaConfig(**({"value": 0.5, "warmup_steps": 3} | fields)), measure_every=measure_every
+    )
 
 
 def test_fixed_alpha_warms_up_and_ignores_measurements():
@@ -59,7 +61,9 @@ def test_a_ratio_of_nothing_is_no_ratio():
 
 
 def test_no_distillation_makes_one_plain_pass_and_no_metrics():
-    controller = AlphaController(DistillConfig(block="none", measure_every=1, alpha=AlphaConfig(warmup_steps=0)))
+    controller = AlphaController(
+        DistillConfig(block="none", measure_every=1, alpha=AlphaConfig(warmup_steps=0))
+    )
     assert list(controller.passes(0)) == [TermWeights(policy=1.0, distill_spread=0.0, distill_no_spread=0.0)]
     assert controller.metrics() == {}
 
@@ -79,7 +83,9 @@ def test_measurement_is_exact_and_costs_no_correctness(tmp_path):
     def gradient(**weights):
         module.zero_grad()
         for microbatch in batch:
-            weights_ = TermWeights(**({"policy": 0.0, "distill_spread": 0.0, "distill_no_spread": 0.0} | weights))
+            weights_ = TermWeights(
+                **({"policy": 0.0, "distill_spread": 0.0, "distill_no_spread": 0.0} | weights)
+            )
             module(DeviceMicrobatch.of(microbatch, world.device), batch.totals, weights_, None)[0].backward()
         return torch.cat([p.grad.flatten().double() for p in module.parameters()])
 
@@ -89,13 +95,18 @@ def test_measurement_is_exact_and_costs_no_correctness(tmp_path):
     measured = take_steps(order, world)
     found = measured["history"][0]
     assert found["distill/grad_ratio"] == pytest.approx((distill.norm() / policy.norm()).item(), rel=1e-5)
-    assert found["distill/grad_ratio_no_spread"] == pytest.approx((no_spread.norm() / policy.norm()).item(), rel=1e-5)
+    assert found["distill/grad_ratio_no_spread"] == pytest.approx(
+        (no_spread.norm() / policy.norm()).item(), rel=1e-5
+    )
     cosine = torch.nn.functional.cosine_similarity(distill, policy, dim=0).item()
     assert found["distill/grad_cosine"] == pytest.approx(cosine, abs=1e-5)
     assert 0 < found["distill/grad_ratio_no_spread"] < found["distill/grad_ratio"]
 
     plain = take_steps(dataclasses.replace(order, config={"distill": {"measure_every": 0}}), world)
-    common = [{name: one[name] for name in other} for one, other in zip(measured["history"], plain["history"], strict=True)]
+    common = [
+        {name: one[name] for name in other}
+        for one, other in zip(measured["history"], plain["history"], strict=True)
+    ]
     assert_same_figures({"history": common}, plain)
     assert_same_steps([measured], [plain])
 
@@ -105,7 +116,9 @@ def test_adaptive_alpha_reaches_its_target(tmp_path):
     alpha = AlphaConfig(mode="grad_ratio", target_ratio=0.2, warmup_steps=1)
     distill = {"measure_every": 1, "alpha": alpha}
     order = Order(
-        model=str(write_model(tmp_path / "model")), steps=4, config={"distill": distill, "optimizer": {"learning_rate": 1e-6}}
+        model=str(write_model(tmp_path / "model")),
+        steps=4,
+        config={"distill": distill, "optimizer": {"learning_rate": 1e-6}},
     )
     history = take_steps(order, world)["history"]
     assert history[0]["distill/alpha"] == 0.0 and history[1]["distill/alpha"] == 1e-3

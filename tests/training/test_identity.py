@@ -31,18 +31,28 @@ START_POLICY = Path(str(files("data_prep"))) / "coldstart_model"
 def paths(tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "model/config.json").write_text("{}")
-    (tmp_path / "model/model.safetensors").write_bytes(bytes(range(256)) * (1 << 17))  # 32 MiB, of which samples are read
+    # 32 MiB, of which samples are read
+    (tmp_path / "model/model.safetensors").write_bytes(bytes(range(256)) * (1 << 17))
     (tmp_path / "questions.jsonl").write_text('{"id": "1"}\n')
     return tmp_path
 
 
 def configured(paths, *overrides):
-    required = [f"--run_dir={paths}/run", f"--model.path={paths}/model", f"--data.train={paths}/questions.jsonl"]
+    required = [
+        f"--run_dir={paths}/run",
+        f"--model.path={paths}/model",
+        f"--data.train={paths}/questions.jsonl",
+    ]
     return load([*required, "--retriever.corpus=c", *overrides])
 
 
 def saved(config, **changes):
-    state = {"step": 7, "config": dataclasses.asdict(config), "corpus_version": "v", "contents": contents_of(config)}
+    state = {
+        "step": 7,
+        "config": dataclasses.asdict(config),
+        "corpus_version": "v",
+        "contents": contents_of(config),
+    }
     return json.loads(json.dumps(state)) | changes
 
 
@@ -98,14 +108,19 @@ def test_rollouts_banked_under_other_rates_are_of_another_plan(paths):
     assert found[0] == found[1] != found[2] != found[3] != found[1]
 
 
-@pytest.mark.parametrize("override", ["--seed=5", "--reward.answer=em", "--protocol.preset=compact", "--data.train_split=x"])
+@pytest.mark.parametrize(
+    "override", ["--seed=5", "--reward.answer=em", "--protocol.preset=compact", "--data.train_split=x"]
+)
 def test_identity_is_refused_whatever_is_allowed(paths, override):
     change = found(saved(configured(paths)), configured(paths, override))
     assert "belongs to another run" in why_refused(change, allow_changes=True)
 
 
 def test_another_corpus_is_another_run(paths):
-    assert "corpus_version was 'v' and is now 'w'" in found(saved(configured(paths)), configured(paths), "w").identity[0]
+    assert (
+        "corpus_version was 'v' and is now 'w'"
+        in found(saved(configured(paths)), configured(paths), "w").identity[0]
+    )
 
 
 def test_everything_may_move_and_be_spelled_otherwise(paths, monkeypatch):
@@ -113,7 +128,12 @@ def test_everything_may_move_and_be_spelled_otherwise(paths, monkeypatch):
     moved = paths.parent / "moved"
     paths.rename(moved)
     monkeypatch.chdir(moved)
-    spelled = ["--run_dir=run", "--model.path=./model", "--data.train=questions.jsonl", "--retriever.corpus=elsewhere"]
+    spelled = [
+        "--run_dir=run",
+        "--model.path=./model",
+        "--data.train=questions.jsonl",
+        "--retriever.corpus=elsewhere",
+    ]
     assert not found(state, load(spelled))
 
 
@@ -139,7 +159,11 @@ def test_one_changed_line_in_a_large_questions_file_is_another_run(paths):
 
 def test_a_key_that_did_not_exist_when_the_run_began_counts_as_its_default(paths):
     state = saved(configured(paths))
-    del state["contents"], state["config"]["rollout"]["max_query_bytes"], state["config"]["update"]["tensor_parallel_size"]
+    del (
+        state["contents"],
+        state["config"]["rollout"]["max_query_bytes"],
+        state["config"]["update"]["tensor_parallel_size"],
+    )
     del state["config"]["optimizer"]["schedule"], state["config"]["optimizer"]["final_ratio"]
     assert not found(state, configured(paths))
     (change,) = found(state, configured(paths, "--rollout.max_query_bytes=5")).plan
@@ -168,5 +192,7 @@ def test_nodes_with_other_weights_under_one_path_are_refused(tmp_path, monkeypat
     world = lone_world()
     check_same_model(str(model), world)
     monkeypatch.setattr(identity, "gather_objects", lambda _world, own: [own, *digests[1:]])
-    with pytest.raises(DataError, match=r"model.path: .*model holds other files on rank 2 than on rank 0 \(1 of"):
+    with pytest.raises(
+        DataError, match=r"model.path: .*model holds other files on rank 2 than on rank 0 \(1 of"
+    ):
         check_same_model(str(model), world)

@@ -55,7 +55,10 @@ def test_a_step_is_adamw_on_the_clipped_gradient(world, tmp_path, family, gradie
     """The same two steps by plain torch, from the policy module's own gradient."""
     model_path = write_model(tmp_path / "model", family=family)
     expected = outcome(
-        world, model_path, max_tokens=ONE_MICROBATCH, config={"model": {"gradient_checkpointing": gradient_checkpointing}}
+        world,
+        model_path,
+        max_tokens=ONE_MICROBATCH,
+        config={"model": {"gradient_checkpointing": gradient_checkpointing}},
     )
     config = make_config(model_path)
     module = PolicyModule(load_for_training(config.model), head_options(config), config.policy_loss)
@@ -64,14 +67,18 @@ def test_a_step_is_adamw_on_the_clipped_gradient(world, tmp_path, family, gradie
     for step in range(2):
         module.zero_grad()
         weights = TermWeights(policy=1.0, distill_spread=0.5, distill_no_spread=0.5)
-        loss, _ = module(DeviceMicrobatch.of(batch.microbatches[0], world.device), batch.totals, weights, None)
+        loss, _ = module(
+            DeviceMicrobatch.of(batch.microbatches[0], world.device), batch.totals, weights, None
+        )
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
         assert expected["history"][step]["grad_norm"] == pytest.approx(norm.item(), rel=2e-6)
         optimizer.step()
     found = {name: parameter.detach() for name, parameter in module.model.named_parameters()}
     assert_same_movement(found, expected["parameters"], expected["start"])
-    moments = {name: optimizer.state[parameter]["exp_avg"] for name, parameter in module.model.named_parameters()}
+    moments = {
+        name: optimizer.state[parameter]["exp_avg"] for name, parameter in module.model.named_parameters()
+    }
     assert_same_moments(moments, joined([expected["moments"]]))
 
 
@@ -94,7 +101,9 @@ def test_accumulation_and_order_change_nothing(world, model_path, expected):
 def test_every_zero_stage_takes_the_same_steps(world, model_path, stage):
     distill = {"measure_every": 0}
     sharded = outcome(world, model_path, config={"distill": distill})
-    assert_same(outcome(world, model_path, config={"distill": distill, "update": {"zero_stage": stage}}), sharded)
+    assert_same(
+        outcome(world, model_path, config={"distill": distill, "update": {"zero_stage": stage}}), sharded
+    )
 
 
 def test_untied_head(world, tmp_path):
@@ -115,7 +124,9 @@ def test_kl_to_the_start_policy(world, model_path):
 
 
 def test_block_none_is_grpo_bit_for_bit(world, model_path, monkeypatch):
-    """No teacher prompts, or no distillation at all: the same parameters, to the bit, at measuring steps too."""
+    """No teacher prompts, or no distillation at all: the same parameters, to the bit, at measuring
+    steps too."""
+
     def without_teachers(num):
         return [dataclasses.replace(s, teacher_prompt_ids=None) for s in make_samples(num)]
 
@@ -124,7 +135,9 @@ def test_block_none_is_grpo_bit_for_bit(world, model_path, monkeypatch):
     empty_blocks = outcome(world, model_path, steps=3, config={"distill": {"measure_every": 0}})
     plain = outcome(world, model_path, steps=3, config={"distill": {"block": "none"}})
     for other in (plain, empty_blocks):
-        assert all(torch.equal(other["parameters"][name], plain["parameters"][name]) for name in plain["parameters"])
+        assert all(
+            torch.equal(other["parameters"][name], plain["parameters"][name]) for name in plain["parameters"]
+        )
     assert_same_steps([grpo], [plain])  # packed for a teacher that never runs: equal up to rounding
 
 
@@ -141,7 +154,11 @@ def test_the_learning_rate_of_each_step_and_the_version(world, model_path, field
     batch = batch_of(Order(model="", max_tokens=ONE_MICROBATCH), world, "token")
     rates = []
     for _ in range(6):
-        policy.accumulate(batch.microbatches[0], batch.totals, TermWeights(policy=1.0, distill_spread=0.0, distill_no_spread=0.0))
+        policy.accumulate(
+            batch.microbatches[0],
+            batch.totals,
+            TermWeights(policy=1.0, distill_spread=0.0, distill_no_spread=0.0),
+        )
         rates.append(policy.step().learning_rate)
         assert {group["lr"] for group in policy.engine.optimizer.param_groups} == {rates[-1]}
     assert rates == pytest.approx(expected)
@@ -155,10 +172,16 @@ def test_non_finite_is_refused_and_forgotten(world, model_path, stage):
     found = outcome(world, model_path, steps=3, config=config, poison={"1": 0})
     assert found["version"] == 2
     assert len(found["errors"]) == 1
-    assert "NonFiniteError: the loss of rank 0 is not finite at step 1: no rank took the optimiser step" in found["errors"][0]
+    assert (
+        "NonFiniteError: the loss of rank 0 is not finite at step 1: no rank took the optimiser step"
+        in found["errors"][0]
+    )
     expected = outcome(world, model_path, steps=2, config=config)
     assert_same(found, expected)
-    assert all(torch.equal(found["parameters"][name], parameter) for name, parameter in expected["parameters"].items())
+    assert all(
+        torch.equal(found["parameters"][name], parameter)
+        for name, parameter in expected["parameters"].items()
+    )
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
@@ -174,7 +197,9 @@ def test_non_finite_gradient_under_a_finite_loss(world, model_path, stage):
     handle = policy.model.base_model.norm.register_forward_hook(spoil_gradient)
     policy.accumulate(batch.microbatches[0], batch.totals, grpo)
     handle.remove()
-    with pytest.raises(Exception, match="the gradient of (rank 0|the average over ranks) is not finite at step 0"):
+    with pytest.raises(
+        Exception, match="the gradient of (rank 0|the average over ranks) is not finite at step 0"
+    ):
         policy.step()
     assert policy.version == 0
     assert all(torch.equal(tensor, before[name]) for name, tensor in full_parameters(policy).items())
@@ -191,7 +216,12 @@ def test_nothing_to_train_on_moves_nothing(world, model_path):
 
 def test_bfloat16_keeps_float32_masters(world, model_path):
     """Steps too small for bfloat16 add up."""
-    found = outcome(world, model_path, steps=2, config={"model": {"dtype": "bfloat16"}, "optimizer": {"learning_rate": 1e-5}})
+    found = outcome(
+        world,
+        model_path,
+        steps=2,
+        config={"model": {"dtype": "bfloat16"}, "optimizer": {"learning_rate": 1e-5}},
+    )
     exact = outcome(world, model_path, steps=2, config={"optimizer": {"learning_rate": 1e-5}})
     assert {p.dtype for p in found["parameters"].values()} == {torch.bfloat16}
     assert found["history"][0]["loss/policy"] == pytest.approx(exact["history"][0]["loss/policy"], rel=0.02)
@@ -223,14 +253,20 @@ def test_settings_that_do_not_fit(world, model_path):
     with pytest.raises(ConfigError, match="zero_stage 0 keeps no float32 master"):
         load_policy(make_config(model_path, model={"dtype": "bfloat16"}, update={"zero_stage": 0}), world)
     policy = load_policy(make_config(model_path, update={"zero_stage": 1}), world)
-    with pytest.raises(ConfigError, match="update.zero_stage is 1, and the gradient ratio can be measured at stage 3 only"):
+    with pytest.raises(
+        ConfigError, match="update.zero_stage is 1, and the gradient ratio can be measured at stage 3 only"
+    ):
         policy.local_gradients()
 
 
 def test_deepspeed_config_is_ours_alone(model_path):
     found = deepspeed_config(make_config(model_path), 2)
     assert found["managed_gradient_accumulation"] is False
-    assert (found["gradient_clipping"], found["zero_optimization"]["stage"], found["train_batch_size"]) == (1.0, 3, 2)
+    assert (found["gradient_clipping"], found["zero_optimization"]["stage"], found["train_batch_size"]) == (
+        1.0,
+        3,
+        2,
+    )
     assert found["data_types"] == {"grad_accum_dtype": "fp32"}
 
 
@@ -266,6 +302,10 @@ def test_zero3s_linear_serves_the_update_alone(world, model_path, stage, monkeyp
 
     monkeypatch.setattr(PolicyModule, "forward", watched)
     batch = batch_of(Order(model="", max_tokens=ONE_MICROBATCH), world, "token")
-    policy.accumulate(batch.microbatches[0], batch.totals, TermWeights(policy=1.0, distill_spread=0.0, distill_no_spread=0.0))
+    policy.accumulate(
+        batch.microbatches[0],
+        batch.totals,
+        TermWeights(policy=1.0, distill_spread=0.0, distill_no_spread=0.0),
+    )
     assert seen == [zero3_linear_wrap if stage == 3 else plain]
     assert torch.nn.functional.linear is plain

@@ -15,16 +15,24 @@ LORA = {"lora": {"rank": 2}}
 
 
 def a_policy(path, world, stage, model):
-    config = make_config(path, update={"zero_stage": stage}, model=model, distill={"block": "none", "measure_every": 0})
+    config = make_config(
+        path, update={"zero_stage": stage}, model=model, distill={"block": "none", "measure_every": 0}
+    )
     return load_policy(config, world)
 
 
-@pytest.mark.parametrize(("stage", "model"), [(3, {}), (3, LORA), (2, {}), (0, {}), (3, {"gradient_checkpointing": True})])
+@pytest.mark.parametrize(
+    ("stage", "model"), [(3, {}), (3, LORA), (2, {}), (0, {}), (3, {"gradient_checkpointing": True})]
+)
 def test_a_measurement_is_the_loss_of_a_step_and_changes_nothing(tmp_path, monkeypatch, stage, model):
     """No parameter stays gathered between steps here, or from a layer's forward to its backward, and few are
     gathered ahead, as in a model of real size."""
     zero = deepspeed_config._zero
-    far = {"stage3_max_reuse_distance": 0, "stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 2000}
+    far = {
+        "stage3_max_reuse_distance": 0,
+        "stage3_param_persistence_threshold": 0,
+        "stage3_prefetch_bucket_size": 2000,
+    }
     monkeypatch.setattr(deepspeed_config, "_zero", lambda stage: zero(stage) | (far if stage == 3 else {}))
     world, path = join_world(), write_model(tmp_path / "model")
     (batch,) = pack(make_samples(12), max_tokens=60, world_size=1, aggregation="token")
@@ -40,7 +48,10 @@ def test_a_measurement_is_the_loss_of_a_step_and_changes_nothing(tmp_path, monke
         if measures:
             policy.loss_of(batch)
         outcomes.append(full_parameters(policy))
-    steps, parameters = [o for o in outcomes if isinstance(o, tuple)], [o for o in outcomes if not isinstance(o, tuple)]
+    steps, parameters = (
+        [o for o in outcomes if isinstance(o, tuple)],
+        [o for o in outcomes if not isinstance(o, tuple)],
+    )
     for (plain, _), (taken, (measured,)) in zip(steps[:3], steps[3:], strict=True):
         assert taken == plain
         assert measured == pytest.approx(taken, rel=1e-5)

@@ -76,7 +76,10 @@ def test_loss_equals_the_definition(model_path):
             for p in s.query_positions:
                 target, student = teacher[p + shift - 1], log_probs[p - 1].exp()
                 mixture = (target + student) / 2
-                values.append(0.5 * (target * (target / mixture).log()).sum() + 0.5 * (student * (student / mixture).log()).sum())
+                values.append(
+                    0.5 * (target * (target / mixture).log()).sum()
+                    + 0.5 * (student * (student / mixture).log()).sum()
+                )
             distill_terms.append(sum(values) / len(values))
     policy_loss = sum(t.item() for t in policy_terms) / len(policy_terms)
     distill_loss = sum(t.item() for t in distill_terms) / len(distill_terms)
@@ -88,7 +91,8 @@ def test_loss_equals_the_definition(model_path):
 
 
 def test_a_block_for_each_turn_distils_each_part_under_its_own_prompt(model_path):
-    """The loss and its gradient are those of the parts, each as a sample of its own, weighed by their query tokens."""
+    """The loss and its gradient are those of the parts, each as a sample of its own, weighed by their query
+    tokens."""
     module = build(model_path, kl_weight=0.0)
     sample = next(s for s in make_samples(30) if s.is_distilled and len(s.query_positions) > 3)
     other, share = (90, 91, 92), 2 / len(sample.query_positions)
@@ -96,9 +100,15 @@ def test_a_block_for_each_turn_distils_each_part_under_its_own_prompt(model_path
     second = dataclasses.replace(sample, query_positions=sample.query_positions[2:], teacher_prompt_ids=other)
     whole, _, gradients = run(module, [dataclasses.replace(sample, later_prompts=((2, other),))], DISTILL)
     (loss_1, _, early), (loss_2, _, late) = (run(module, [part], DISTILL) for part in (first, second))
-    assert whole == pytest.approx(share * loss_1 + (1 - share) * loss_2, rel=1e-5) != pytest.approx(loss_1, rel=1e-2)
+    assert (
+        whole
+        == pytest.approx(share * loss_1 + (1 - share) * loss_2, rel=1e-5)
+        != pytest.approx(loss_1, rel=1e-2)
+    )
     for name, found in gradients.items():
-        torch.testing.assert_close(found, share * early[name] + (1 - share) * late[name], rtol=1e-4, atol=1e-7)
+        torch.testing.assert_close(
+            found, share * early[name] + (1 - share) * late[name], rtol=1e-4, atol=1e-7
+        )
 
 
 def test_without_teacher_prompts_the_step_is_grpo_bit_for_bit(model_path):
@@ -111,7 +121,8 @@ def test_without_teacher_prompts_the_step_is_grpo_bit_for_bit(model_path):
 
 
 def test_a_teacher_with_the_students_own_prompt_gives_exactly_zero(model_path):
-    """Teacher rows are aligned with student rows: same prompt, same states, L_SD = 0 in value and gradient."""
+    """Teacher rows are aligned with student rows: same prompt, same states, L_SD = 0 in value and
+    gradient."""
     module = build(model_path)
     longest = max(len(s.ids) for s in make_samples(12))
     samples = []
@@ -138,8 +149,12 @@ def test_same_ids_same_shape_give_equal_rows(model_path):
     ids = torch.randint(0, 97, (3, 9))
     rows = torch.tensor([2, 10, 25])
     assert torch.equal(hidden_rows(module.model, ids, rows), hidden_rows(module.model, ids, rows))
-    one, two = hidden_rows(module.model, ids[:, :5], torch.tensor([1])), hidden_rows(module.model, ids, torch.tensor([1]))
-    torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-5)  # what follows, padding included, changes nothing
+    one, two = (
+        hidden_rows(module.model, ids[:, :5], torch.tensor([1])),
+        hidden_rows(module.model, ids, torch.tensor([1])),
+    )
+    # what follows, padding included, changes nothing
+    torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-5)
 
 
 def test_the_teacher_has_no_gradient(model_path):
@@ -155,7 +170,9 @@ def test_the_teacher_has_no_gradient(model_path):
     head = module.model.get_output_embeddings()
 
     def row_loss(values, rows, queries):
-        return (microbatch.query_weights[queries] * values.divergences).sum() / batch.totals.distilled_rollouts
+        return (
+            microbatch.query_weights[queries] * values.divergences
+        ).sum() / batch.totals.distilled_rollouts
 
     hidden = hidden_rows(module.model, microbatch.input_ids, microbatch.row_index)
     head(hidden, TeacherRows(constants), microbatch.head_rows, row_loss).loss.backward()
@@ -197,7 +214,9 @@ def test_observations_are_context_and_never_trained_on(model_path, weights):
     loss.backward()
     (student,) = states
     moved = set(torch.nonzero(student.grad.flatten(0, 1).abs().sum(-1)).flatten().tolist())
-    allowed = set(plain.row_index.tolist()) if weights is GRPO else set(plain.row_index[plain.query_rows].tolist())
+    allowed = (
+        set(plain.row_index.tolist()) if weights is GRPO else set(plain.row_index[plain.query_rows].tolist())
+    )
     assert moved and moved <= allowed
     if weights is DISTILL:
         assert moved == allowed
@@ -208,7 +227,9 @@ def test_the_students_bits_do_not_depend_on_the_teacher(model_path):
     (batch,) = pack(samples, max_tokens=10_000, world_size=1, aggregation="token")
     microbatch = DeviceMicrobatch.of(batch.microbatches[0], CPU)
     seen = []
-    module.model.get_output_embeddings().register_forward_hook(lambda _, __, out: seen.append(out.logprobs.detach().clone()))
+    module.model.get_output_embeddings().register_forward_hook(
+        lambda _, __, out: seen.append(out.logprobs.detach().clone())
+    )
     for weights in (GRPO, BOTH):
         module(microbatch, batch.totals, weights, None)
     assert torch.equal(*seen)
@@ -219,8 +240,14 @@ def test_the_students_bits_do_not_depend_on_the_teacher(model_path):
 def test_packing_and_chunking_change_nothing(tmp_path, tied, family):
     module, samples = build(write_model(tmp_path / "model", tied=tied, family=family)), make_samples(14)
     loss, sums, gradients = run(module, samples, BOTH)
-    for order, max_tokens, chunk_rows in ((samples, 40, 1024), (samples[::-1], 120, 7), (samples[5:] + samples[:5], 1, 2)):
-        found, found_sums, found_gradients = run(module, order, BOTH, max_tokens=max_tokens, chunk_rows=chunk_rows)
+    for order, max_tokens, chunk_rows in (
+        (samples, 40, 1024),
+        (samples[::-1], 120, 7),
+        (samples[5:] + samples[:5], 1, 2),
+    ):
+        found, found_sums, found_gradients = run(
+            module, order, BOTH, max_tokens=max_tokens, chunk_rows=chunk_rows
+        )
         assert found == pytest.approx(loss, rel=2e-6)
         assert list(found_sums.values()) == pytest.approx(list(sums.values()), rel=1e-4, abs=1e-6)
         for name in gradients:
@@ -247,7 +274,8 @@ def test_terms_add_up(model_path):
 
 
 def test_kl_to_a_reference(model_path):
-    """At the reference itself the KL and its gradient vanish; away from it the loss grows by kl_weight times the k3 mean."""
+    """At the reference itself the KL and its gradient vanish; away from it the loss grows by kl_weight
+    times the k3 mean."""
     module, samples = build(model_path, kl_weight=0.5), make_samples(10)
     (batch,) = pack(samples, max_tokens=10_000, world_size=1, aggregation="token")
     microbatch = DeviceMicrobatch.of(batch.microbatches[0], CPU)
@@ -296,5 +324,7 @@ def test_models_that_cannot_be_used(tmp_path, model_path):
 
 @pytest.mark.skipif(importlib.util.find_spec("flash_attn") is not None, reason="flash-attn is installed here")
 def test_an_attention_that_is_not_installed_is_named(model_path):
-    with pytest.raises(ConfigError, match="model.attention: found 'flash_attention_2', which this machine lacks"):
+    with pytest.raises(
+        ConfigError, match="model.attention: found 'flash_attention_2', which this machine lacks"
+    ):
         load_for_training(make_config(model_path, model={"attention": "flash_attention_2"}).model)

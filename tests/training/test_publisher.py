@@ -56,19 +56,28 @@ def test_every_weight_arrives_once_under_its_hugging_face_name(tmp_path, monkeyp
 
 def test_a_parameter_larger_than_a_bucket_travels_alone():
     parameters = [(str(n), torch.nn.Parameter(torch.zeros(n))) for n in (3, 100, 2, 2)]
-    assert [[name for name, _ in bucket] for bucket in split_buckets(parameters, 40)] == [["3"], ["100"], ["2", "2"]]
+    assert [[name for name, _ in bucket] for bucket in split_buckets(parameters, 40)] == [
+        ["3"],
+        ["100"],
+        ["2", "2"],
+    ]
     assert full_numel(parameters[1][1]) == 100
 
 
 def take_step(policy) -> None:
     (batch,) = pack(make_samples(4), max_tokens=10_000, world_size=1, aggregation="token")
-    policy.accumulate(batch.microbatches[0], batch.totals, TermWeights(policy=1.0, distill_spread=0.0, distill_no_spread=0.0))
+    policy.accumulate(
+        batch.microbatches[0],
+        batch.totals,
+        TermWeights(policy=1.0, distill_spread=0.0, distill_no_spread=0.0),
+    )
     policy.step()
 
 
 @pytest.mark.parametrize("rank", [0, 2])
 def test_an_engine_beside_the_only_rank_reads_the_policys_own_weights(tmp_path, rank):
-    """After every step, too; what has an adapter is a merged copy. The engine has then what a gathering publish would bring."""
+    """After every step, too; what has an adapter is a merged copy. The engine has then what a gathering
+    publish would bring."""
     path = write_model(tmp_path / "model")
     lora = LoraConfig(rank=rank, targets=("q_proj", "up_proj"))
     config = make_config(path, model={"lora": lora}, optimizer={"learning_rate": 1e-2})
@@ -89,7 +98,7 @@ def test_an_engine_beside_the_only_rank_reads_the_policys_own_weights(tmp_path, 
             assert torch.equal(own, receiver.weights[name]), name
             is_adapted = rank > 0 and name.endswith(("q_proj.weight", "up_proj.weight"))
             assert (own.data_ptr() == parameter.ds_tensor.data_ptr()) == (not is_adapted), name
-        completion, = serve(engine, request(prompt=(5, 6, VOCABULARY - 1), max_new_tokens=5))
+        (completion,) = serve(engine, request(prompt=(5, 6, VOCABULARY - 1), max_new_tokens=5))
         assert completion.policy_version == version
         assert completion.logprobs != before
         before = completion.logprobs
@@ -97,7 +106,12 @@ def test_an_engine_beside_the_only_rank_reads_the_policys_own_weights(tmp_path, 
 
 
 @pytest.mark.parametrize(
-    "parts", [{"update": {"zero_stage": 1}}, {"rollout": RolloutConfig(max_lag=1)}, {"update": {"offload_parameters": "cpu"}}]
+    "parts",
+    [
+        {"update": {"zero_stage": 1}},
+        {"rollout": RolloutConfig(max_lag=1)},
+        {"update": {"offload_parameters": "cpu"}},
+    ],
 )
 def test_weights_that_move_or_change_while_rollouts_are_sampled_are_copied(tmp_path, parts):
     assert not engine_reads_policy(make_config(write_model(tmp_path / "model"), **parts), 1)

@@ -1,4 +1,5 @@
-"""Two real processes, started by DeepSpeed's launcher, against one: the same step. One launch serves every test here."""
+"""Two real processes, started by DeepSpeed's launcher, against one: the same step. One launch serves every
+test here."""
 
 import json
 import os
@@ -40,7 +41,12 @@ def orders(directory: Path) -> dict[str, dict]:
         "poisoned": {"model": model, "steps": 1, "poison": {"0": 1}},
         "straight": {"model": model, "steps": 4},
         "first_half": {"model": model, "steps": 2, "checkpoint": str(directory / "ck")},
-        "second_half": {"model": model, "steps": 4, "checkpoint": str(directory / "ck"), "file_bytes": 10_000},
+        "second_half": {
+            "model": model,
+            "steps": 4,
+            "checkpoint": str(directory / "ck"),
+            "file_bytes": 10_000,
+        },
         "full_disk": {"model": model, "steps": 5, "checkpoint": str(directory / "ck"), "full_disk_rank": 1},
     }
 
@@ -68,14 +74,16 @@ def outcomes(tmp_path_factory):
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
     world = join_world()
     alone = {name: take_steps(Order(**wanted[name]), world) for name in ALONE_TOO}
-    return {name: (alone.get(name), *(torch.load(directory / f"{name}.{rank}") for rank in range(2))) for name in wanted} | {
-        "directory": directory
-    }
+    return {
+        name: (alone.get(name), *(torch.load(directory / f"{name}.{rank}") for rank in range(2)))
+        for name in wanted
+    } | {"directory": directory}
 
 
 @pytest.mark.parametrize("name", ALONE_TOO)
 def test_two_ranks_take_the_step_of_one(outcomes, name):
-    """Losses, gradient norms, KL to the reference and the gradient ratio to 2e-6; AdamW's steps within its rounding."""
+    """Losses, gradient norms, KL to the reference and the gradient ratio to 2e-6; AdamW's steps within its
+    rounding."""
     alone, first, second = outcomes[name]
     assert first["history"] == second["history"]
     for one, two in zip(alone["history"], first["history"], strict=True):
@@ -91,11 +99,15 @@ def test_both_ranks_have_work_and_as_many_microbatches(outcomes):
 
 
 def test_a_rank_without_rows_or_without_queries_does_not_hang(outcomes):
-    """One sample on two ranks: the other rank runs an empty microbatch. Two samples, of which one never searched."""
+    """One sample on two ranks: the other rank runs an empty microbatch. Two samples, of which one never
+    searched."""
     _, first, second = outcomes["one_sample"]
     assert sorted([first["rows"], second["rows"]])[0] == [0]
     _, first, second = outcomes["no_query_on_one_rank"]
-    assert sorted([first["query_rows"], second["query_rows"]])[0] == [0] and min(first["rows"] + second["rows"]) > 0
+    assert (
+        sorted([first["query_rows"], second["query_rows"]])[0] == [0]
+        and min(first["rows"] + second["rows"]) > 0
+    )
 
 
 @pytest.mark.parametrize("name", ["stage_1", "stage_2"])
@@ -114,14 +126,18 @@ def test_a_nan_on_one_rank_stops_both(outcomes):
         (error,) = outcome["errors"]
         assert "the loss of rank 1 is not finite at step 0: no rank took the optimiser step" in error
         assert outcome["version"] == 0
-        assert all(torch.equal(tensor, start["parameters"][name]) for name, tensor in outcome["parameters"].items())
+        assert all(
+            torch.equal(tensor, start["parameters"][name]) for name, tensor in outcome["parameters"].items()
+        )
 
 
 def test_resumed_on_two_ranks_is_bit_identical(outcomes):
     for rank in (1, 2):
         straight, first, second = (outcomes[name][rank] for name in ("straight", "first_half", "second_half"))
         assert first["history"] + second["history"] == straight["history"]
-        assert all(torch.equal(second["parameters"][name], tensor) for name, tensor in straight["parameters"].items())
+        assert all(
+            torch.equal(second["parameters"][name], tensor) for name, tensor in straight["parameters"].items()
+        )
 
 
 def test_ranks_write_the_models_files_in_turn(outcomes):
@@ -147,7 +163,9 @@ def test_what_two_ranks_saved_one_takes_up_bit_for_bit(outcomes, tmp_path):
 def test_a_disk_that_is_full_on_one_rank_fails_the_save_on_both(outcomes):
     """And neither waits in a barrier; the checkpoints before it stay."""
     for outcome in outcomes["full_disk"][1:]:
-        assert re.search(r"could not write .*step_00000005.tmp \(rank 1: .*rank_00001.safetensors", outcome["errors"][0])
+        assert re.search(
+            r"could not write .*step_00000005.tmp \(rank 1: .*rank_00001.safetensors", outcome["errors"][0]
+        )
     names = [path.name for path in directories.committed(outcomes["directory"] / "ck")]
     assert names == ["step_00000004", "step_00000002"]
     assert all(directories.find_damage(outcomes["directory"] / "ck" / name) is None for name in names)

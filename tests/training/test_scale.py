@@ -1,4 +1,5 @@
-"""What lets a model be larger, on two real ranks: offloading, checkpointing activations, bfloat16, adapters. One launch."""
+"""What lets a model be larger, on two real ranks: offloading, checkpointing activations, bfloat16,
+adapters. One launch."""
 
 import os
 import threading
@@ -38,7 +39,12 @@ FEATURES = {
 
 
 def order_of(model: Path, config: dict) -> dict:
-    return {"model": str(model), "steps": 2, "num_samples": 6, "config": {"distill": {"measure_every": 0}} | config}
+    return {
+        "model": str(model),
+        "steps": 2,
+        "num_samples": 6,
+        "config": {"distill": {"measure_every": 0}} | config,
+    }
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +104,9 @@ def test_adapters_resume_bit_for_bit(outcomes):
     straight, first, second = (outcomes[name][0] for name in ("adapters", "first_half", "second_half"))
     assert first["errors"] == second["errors"] == []
     assert first["history"] + second["history"] == straight["history"]
-    assert all(torch.equal(second["parameters"][name], tensor) for name, tensor in straight["parameters"].items())
+    assert all(
+        torch.equal(second["parameters"][name], tensor) for name, tensor in straight["parameters"].items()
+    )
 
 
 @pytest.mark.ranks
@@ -109,7 +117,8 @@ def test_two_ranks_of_adapters_take_the_step_of_one(outcomes, model):
 
 @pytest.mark.ranks
 def test_what_is_handed_out_is_the_model_with_its_adapters(outcomes, model):
-    """Hugging Face's names; the weights that have adapters moved, by a matrix of low rank, and nothing else did."""
+    """Hugging Face's names; the weights that have adapters moved, by a matrix of low rank, and nothing else
+    did."""
     start = take_steps(Order(model=str(model), steps=0), join_world())["parameters"]
     found = outcomes["adapters"][0]["parameters"]
     assert found.keys() == start.keys()
@@ -160,17 +169,27 @@ def test_a_shard_is_published_with_its_share_of_the_adapter(model):
 def test_the_base_model_alone_is_what_a_model_without_targets_would_be(model):
     from transformers import AutoModelForCausalLM
 
-    with pytest.raises(ConfigError, match=r"model.lora.targets: found \['qproj'\], expected names of the model's linear layers"):
-        with_adapters(AutoModelForCausalLM.from_pretrained(model), LoraConfig(rank=2, targets=("qproj",)), seed=0)
+    with pytest.raises(
+        ConfigError,
+        match=r"model.lora.targets: found \['qproj'\], expected names of the model's linear layers",
+    ):
+        with_adapters(
+            AutoModelForCausalLM.from_pretrained(model), LoraConfig(rank=2, targets=("qproj",)), seed=0
+        )
 
 
 @pytest.mark.ranks
 @pytest.mark.slow
 def test_an_optimizer_on_a_disk_takes_the_same_steps(tmp_path):
-    """DeepSpeed compiles its disk operation at the first start: five CPU minutes, for which a test run has no time."""
+    """DeepSpeed compiles its disk operation at the first start: five CPU minutes, for which a test run has
+    no time."""
     if "SD_SEARCH_DISK_OFFLOAD" not in os.environ:
-        pytest.skip("SD_SEARCH_DISK_OFFLOAD is not set: DeepSpeed would compile for it (libaio-dev, five CPU minutes)")
-    large = write_model(tmp_path / "model", hidden_size=256, intermediate_size=1024, num_hidden_layers=4, vocab_size=4000)
+        pytest.skip(
+            "SD_SEARCH_DISK_OFFLOAD is not set: DeepSpeed would compile for it (libaio-dev, five CPU minutes)"
+        )
+    large = write_model(
+        tmp_path / "model", hidden_size=256, intermediate_size=1024, num_hidden_layers=4, vocab_size=4000
+    )
     disk, seen, is_over = tmp_path / "disk", set(), threading.Event()
     disk.mkdir()
 
@@ -193,19 +212,33 @@ def test_offloading_to_a_disk_without_the_disk_operation_is_refused(model, tmp_p
     """As where libaio is missing: DeepSpeed's own test program does not link."""
     monkeypatch.setattr(AsyncIOBuilder, "has_function", lambda *_, **__: False)
     config = make_config(model, update={"offload_optimizer": "nvme", "nvme_path": str(tmp_path)})
-    with pytest.raises(ConfigError, match="update.offload_optimizer: found nvme, and no libaio on this machine"):
+    with pytest.raises(
+        ConfigError, match="update.offload_optimizer: found nvme, and no libaio on this machine"
+    ):
         load_policy(config, join_world())
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--update.offload_optimizer=cpu", "--update.zero_stage=0"], "update.offload_optimizer: found cpu at zero_stage 0"),
-        (["--update.offload_parameters=cpu", "--update.zero_stage=2"], "update.offload_parameters: found cpu at zero_stage 2"),
+        (
+            ["--update.offload_optimizer=cpu", "--update.zero_stage=0"],
+            "update.offload_optimizer: found cpu at zero_stage 0",
+        ),
+        (
+            ["--update.offload_parameters=cpu", "--update.zero_stage=2"],
+            "update.offload_parameters: found cpu at zero_stage 2",
+        ),
         (["--update.offload_optimizer=nvme"], "update.nvme_path: found None with offload_optimizer nvme"),
         (["--update.nvme_path=/disk"], "update.nvme_path: found '/disk' with offload_optimizer none"),
-        (["--model.lora.rank=2", "--publish.source=master"], "publish.source: found master with model.lora.rank above 0"),
-        (["--model.lora.rank=2", "--distill.teacher=ema"], "distill.teacher: found ema with model.lora.rank above 0"),
+        (
+            ["--model.lora.rank=2", "--publish.source=master"],
+            "publish.source: found master with model.lora.rank above 0",
+        ),
+        (
+            ["--model.lora.rank=2", "--distill.teacher=ema"],
+            "distill.teacher: found ema with model.lora.rank above 0",
+        ),
         (["--model.lora.rank=-1"], "model.lora.rank: found -1, expected 0 or more"),
     ],
 )

@@ -1,4 +1,5 @@
-"""Sequences that ranks share: four real ranks in groups of two and of four take the steps of one. One launch."""
+"""Sequences that ranks share: four real ranks in groups of two and of four take the steps of one. One
+launch."""
 
 import numpy as np
 import pytest
@@ -16,7 +17,8 @@ from tests.training.fakes import make_config, make_samples, write_model
 from tests.training.same_steps import assert_same_steps
 
 NUM_RANKS = 4
-# Name -> configuration of the steps, ranks that share a sequence, and what else is ordered. The models have two key-value heads.
+# Name -> configuration of the steps, ranks that share a sequence, and what else is ordered. The models have
+# two key-value heads.
 CASES = {
     "pairs": ({"kl_weight": 0.05}, 2, {}),
     "all": ({"kl_weight": 0.05, "distill": {"measure_every": 0}}, 4, {}),
@@ -34,7 +36,10 @@ def order_of(directory, name: str, *, sharers: int | None = None) -> dict:
     config, size, rest = CASES[name]
     update = config.get("update", {}) | {"sequence_parallel_size": sharers or size}
     fields = {"steps": 2, "num_samples": 8} | rest
-    return fields | {"model": str(directory / rest.get("model", "qwen2")), "config": config | {"update": update}}
+    return fields | {
+        "model": str(directory / rest.get("model", "qwen2")),
+        "config": config | {"update": update},
+    }
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +57,8 @@ def outcomes(tmp_path_factory):
 @pytest.mark.ranks
 @pytest.mark.parametrize("name", sorted(COMPARED))
 def test_ranks_that_share_sequences_take_the_step_of_one(outcomes, name):
-    """Losses, gradient norms, the KL term and the gradient ratio; teachers, checkpointing and adapters alike."""
+    """Losses, gradient norms, the KL term and the gradient ratio; teachers, checkpointing and adapters
+    alike."""
     first, *others = outcomes[name]
     alone = take_steps(Order(**order_of(outcomes["directory"], name, sharers=1)), join_world())
     assert first["errors"] == [] and first["version"] == 2
@@ -74,7 +80,9 @@ def test_checkpointed_activations_change_no_bit(outcomes):
 @pytest.mark.ranks
 def test_a_rank_reads_its_slice_only(outcomes):
     """Four ranks that share all sequences read a quarter each, and padding to a multiple of four."""
-    alone = take_steps(Order(**order_of(outcomes["directory"], "all", sharers=1)), join_world())["tokens_read"]
+    alone = take_steps(Order(**order_of(outcomes["directory"], "all", sharers=1)), join_world())[
+        "tokens_read"
+    ]
     for outcome in outcomes["all"]:
         assert alone / NUM_RANKS <= outcome["tokens_read"] < 1.15 * alone / NUM_RANKS
 
@@ -83,14 +91,18 @@ def test_a_rank_reads_its_slice_only(outcomes):
 def test_ranks_that_share_sequences_resume_bit_for_bit(outcomes):
     for straight, first, second in zip(outcomes["pairs"], outcomes["first_half"], outcomes["second_half"]):
         assert first["history"] + second["history"] == straight["history"]
-        assert all(torch.equal(second["parameters"][name], tensor) for name, tensor in straight["parameters"].items())
+        assert all(
+            torch.equal(second["parameters"][name], tensor) for name, tensor in straight["parameters"].items()
+        )
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 def test_the_mask_shows_each_query_what_came_before_it(size):
     """Against positions: three cached prompts of 5, 3 and 0 tokens in 5 columns, then 6 new tokens."""
     lengths, width, num_new = [5, 3, 0], 5, 6
-    is_token = torch.tensor([[column < length for column in range(width)] + [True] * num_new for length in lengths])
+    is_token = torch.tensor(
+        [[column < length for column in range(width)] + [True] * num_new for length in lengths]
+    )
     found = mask_in_group_order(is_token, num_new, size)
     cached_width, new_width = -(-width // size), -(-num_new // size)
     keys = [  # (is new, column), as ranks hold them
@@ -113,17 +125,34 @@ def test_shares_of_rows_are_the_rows():
     for name in ("row_index", "targets", "advantages", "row_weights", "rollout_logprobs"):
         merged = np.concatenate([getattr(share, name) for share in shares])
         assert sorted(merged) == sorted(getattr(whole, name))
-    pairs = [pair for share in shares for pair in zip(share.row_index[share.query_rows], share.teacher_rows, share.query_weights)]
-    assert sorted(pairs) == sorted(zip(whole.row_index[whole.query_rows], whole.teacher_rows, whole.query_weights))
+    pairs = [
+        pair
+        for share in shares
+        for pair in zip(share.row_index[share.query_rows], share.teacher_rows, share.query_weights)
+    ]
+    assert sorted(pairs) == sorted(
+        zip(whole.row_index[whole.query_rows], whole.teacher_rows, whole.query_weights)
+    )
     assert all((np.diff(share.query_rows) > 0).all() and len(share.query_rows) > 0 for share in shares)
     alone = row_share(whole, 0, 1)
     assert all(np.array_equal(getattr(alone, name), getattr(whole, name)) for name in vars(whole))
 
 
 def test_what_sequence_parallelism_cannot_do_is_refused(tmp_path):
-    required = ["--run_dir=r", "--model.path=m", "--data.train=q", "--retriever.corpus=c", "--update.sequence_parallel_size=2"]
-    with pytest.raises(ConfigError, match="model.attention: found flash_attention_2 with update.sequence_parallel_size above 1"):
+    required = [
+        "--run_dir=r",
+        "--model.path=m",
+        "--data.train=q",
+        "--retriever.corpus=c",
+        "--update.sequence_parallel_size=2",
+    ]
+    with pytest.raises(
+        ConfigError,
+        match="model.attention: found flash_attention_2 with update.sequence_parallel_size above 1",
+    ):
         load([*required, "--model.attention=flash_attention_2"])
     config = make_config(write_model(tmp_path / "model"), update={"sequence_parallel_size": 2})
-    with pytest.raises(ConfigError, match="update.sequence_parallel_size: found 2 for 1 ranks, expected a divisor of their"):
+    with pytest.raises(
+        ConfigError, match="update.sequence_parallel_size: found 2 for 1 ranks, expected a divisor of their"
+    ):
         load_policy(config, join_world())

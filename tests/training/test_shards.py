@@ -1,4 +1,5 @@
-"""What a rank gives out of each parameter; parameters that look like ZeRO-3's stand in for a world of several ranks."""
+"""What a rank gives out of each parameter; parameters that look like ZeRO-3's stand in for a world of
+several ranks."""
 
 import pytest
 import torch
@@ -38,13 +39,17 @@ def test_whole_parameters_are_given_out_as_if_they_were_sharded():
     whole = torch.nn.Parameter(torch.randn(3, 5))
     layout = shard_layout([("w", whole)], world_size=2, dtype="float32")
     parts = [LocalShards([("w", whole)], layout, rank=rank)["w"] for rank in range(2)]
-    assert [len(part) for part in parts] == [8, 7] and torch.equal(torch.cat(parts), whole.detach().reshape(-1))
+    assert [len(part) for part in parts] == [8, 7] and torch.equal(
+        torch.cat(parts), whole.detach().reshape(-1)
+    )
 
 
 def test_a_shard_is_read_where_it_is_now():
     """Offloading gives ds_tensor other memory."""
     parameter = zero3_parameter(torch.arange(6.0), 0, 2)
-    shards = LocalShards([("w", parameter)], shard_layout([("w", parameter)], world_size=2, dtype="float32"), rank=0)
+    shards = LocalShards(
+        [("w", parameter)], shard_layout([("w", parameter)], world_size=2, dtype="float32"), rank=0
+    )
     assert shards["w"].tolist() == [0, 1, 2]
     parameter.ds_tensor.data = parameter.ds_tensor + 10
     assert shards["w"].tolist() == [10, 11, 12] and full_numel(parameter) == 6
@@ -53,6 +58,8 @@ def test_a_shard_is_read_where_it_is_now():
 def test_a_shard_that_is_not_in_memory_is_named():
     parameter = zero3_parameter(torch.arange(6.0), 0, 2)
     parameter.ds_tensor = torch.empty(1)
-    shards = LocalShards([("w", parameter)], shard_layout([("w", parameter)], world_size=2, dtype="float32"), rank=0)
+    shards = LocalShards(
+        [("w", parameter)], shard_layout([("w", parameter)], world_size=2, dtype="float32"), rank=0
+    )
     with pytest.raises(ReshardError, match="w: found 1 elements on rank 0, expected 3: parameters on NVMe"):
         shards["w"]

@@ -32,11 +32,16 @@ def test_a_new_sound_step_ends_the_count():
 
 def test_barren_steps_are_passed_over_and_several_in_a_row_end_the_run():
     """The weights are not to blame: no going back, and advice that fits."""
-    stability, barren = Stability(SafetyConfig()), BarrenStepError("none of the step's 8 rollouts has a sampled token")
+    stability, barren = (
+        Stability(SafetyConfig()),
+        BarrenStepError("none of the step's 8 rollouts has a sampled token"),
+    )
     assert [stability.refused(step, barren) for step in (3, 4, 5, 6)] == [False] * 4
     stability.taken(7, 1.0)
     assert [stability.refused(step, barren) for step in (8, 9, 10, 11)] == [False] * 4
-    with pytest.raises(BarrenStepError, match="5 steps were refused .*look at what prompts .*rollout.max_rollout_tokens"):
+    with pytest.raises(
+        BarrenStepError, match="5 steps were refused .*look at what prompts .*rollout.max_rollout_tokens"
+    ):
         stability.refused(12, barren)
 
 
@@ -46,7 +51,9 @@ def test_a_run_none_of_whose_steps_was_taken_does_not_end_well():
     stability = Stability(SafetyConfig())
     stability.refuse_to_end()  # nothing was left to do
     stability.refused(0, barren)
-    with pytest.raises(BarrenStepError, match="sampled token. No step of this run was taken: look at what prompts"):
+    with pytest.raises(
+        BarrenStepError, match="sampled token. No step of this run was taken: look at what prompts"
+    ):
         stability.refuse_to_end()
     stability.taken(1, 1.0)
     stability.refuse_to_end()
@@ -69,7 +76,9 @@ def test_a_spike_is_judged_by_the_log_norms_before_it():
     for _ in range(40):
         guard.accept(2.0)
     assert len(guard.state()) == 32
-    assert guard.limit() == pytest.approx(2.0 * math.exp(5 * 0.05)), "equal norms do not make a difference of 1 % a spike"
+    assert guard.limit() == pytest.approx(2.0 * math.exp(5 * 0.05)), (
+        "equal norms do not make a difference of 1 % a spike"
+    )
     other = SpikeGuard(sigmas=5.0, window=32)
     other.load_state(guard.state())
     assert other.limit() == guard.limit()
@@ -77,6 +86,8 @@ def test_a_spike_is_judged_by_the_log_norms_before_it():
 
 
 def test_a_measurement_that_is_not_finite_does_not_change_alpha():
-    schedule = AlphaSchedule(config=AlphaConfig(mode="grad_ratio", warmup_steps=0), measure_every=1, unit_ratio=2.0)
+    schedule = AlphaSchedule(
+        config=AlphaConfig(mode="grad_ratio", warmup_steps=0), measure_every=1, unit_ratio=2.0
+    )
     for products in ((math.nan, 1.0, 0.0, 0.0), (1.0, math.inf, 0.0, 0.0)):
         assert schedule.after(GradientRatio.of(0.1, products)) == schedule

@@ -1,4 +1,5 @@
-"""Teachers with weights of their own: the start policy's stay, an average follows, and both read what the live teacher reads."""
+"""Teachers with weights of their own: the start policy's stay, an average follows, and both read what the
+live teacher reads."""
 
 from typing import get_args, get_type_hints
 
@@ -44,11 +45,15 @@ def test_every_teacher_of_the_configuration_exists():
 @pytest.mark.slow
 def test_the_limits_of_the_average_are_the_live_and_the_frozen_teacher(world, model_path, stage):
     live, frozen = (outcome(world, model_path, stage=stage, teacher=name) for name in ("live", "frozen"))
-    follows, stays = (outcome(world, model_path, stage=stage, teacher="ema", ema_decay=decay) for decay in (0.0, 1.0))
+    follows, stays = (
+        outcome(world, model_path, stage=stage, teacher="ema", ema_decay=decay) for decay in (0.0, 1.0)
+    )
     between = outcome(world, model_path, stage=stage, teacher="ema", ema_decay=0.5)
     assert distances(follows) == pytest.approx(distances(live), rel=1e-4)
     assert distances(stays) == distances(frozen)
-    assert distances(frozen)[0] == pytest.approx(distances(live)[0], rel=1e-5), "all begin as the start policy"
+    assert distances(frozen)[0] == pytest.approx(distances(live)[0], rel=1e-5), (
+        "all begin as the start policy"
+    )
     assert distances(frozen)[2] != pytest.approx(distances(live)[2], rel=1e-3)
     assert distances(between)[2] != pytest.approx(distances(live)[2], rel=1e-4)
     assert distances(between)[2] != pytest.approx(distances(frozen)[2], rel=1e-4)
@@ -62,7 +67,9 @@ def test_stages_agree_and_an_untied_head_is_gathered(world, tmp_path):
 
 def test_a_frozen_teacher_is_the_start_policy_after_any_number_of_steps(world, model_path):
     """Its hidden states and head are those of the model on disk, while the student has moved."""
-    config = make_config(model_path, distill={"measure_every": 0, "teacher": "frozen"}, optimizer={"learning_rate": 0.05})
+    config = make_config(
+        model_path, distill={"measure_every": 0, "teacher": "frozen"}, optimizer={"learning_rate": 0.05}
+    )
     policy = load_policy(config, world)
     (microbatch,) = batch_of(Order(model="", max_tokens=10_000), world, "token")
     totals = batch_of(Order(model="", max_tokens=10_000), world, "token").totals
@@ -77,7 +84,9 @@ def test_a_frozen_teacher_is_the_start_policy_after_any_number_of_steps(world, m
 
     policy._teacher.rows = noted
     for _ in range(2):
-        policy.accumulate(microbatch, totals, TermWeights(policy=1.0, distill_spread=0.5, distill_no_spread=0.5))
+        policy.accumulate(
+            microbatch, totals, TermWeights(policy=1.0, distill_spread=0.5, distill_no_spread=0.5)
+        )
         policy.step()
     assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
 

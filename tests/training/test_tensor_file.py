@@ -1,4 +1,5 @@
-"""Safetensors files of our own writing: what the library reads, and a checksum that nobody has to read the file for."""
+"""Safetensors files of our own writing: what the library reads, and a checksum that nobody has to read the
+file for."""
 
 import hashlib
 

@@ -21,7 +21,8 @@ from tests.training.same_steps import assert_same_movement
 
 NUM_RANKS = 4
 PLAIN = {"distill": {"measure_every": 0}}
-# Name -> configuration of the steps, and what else is ordered. The start policy's engine must be a process's first, before
+# Name -> configuration of the steps, and what else is ordered. The start policy's engine must be a
+# process's first, before
 # DeepSpeed knows of the groups: hence the order.
 CASES = {
     "measured": ({"kl_weight": 0.05}, {}),  # with a start policy, and the gradient ratio
@@ -43,7 +44,10 @@ def order_of(directory, name: str, *, parts: int = 2) -> dict:
     config, rest = CASES[name]
     update = config.get("update", {}) | {"tensor_parallel_size": parts}
     fields = {"steps": 2, "num_samples": 8} | rest
-    return fields | {"model": str(directory / rest.get("model", "qwen2")), "config": config | {"update": update}}
+    return fields | {
+        "model": str(directory / rest.get("model", "qwen2")),
+        "config": config | {"update": update},
+    }
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +67,8 @@ def outcomes(tmp_path_factory):
 @pytest.mark.ranks
 @pytest.mark.parametrize("name", sorted(CASES))
 def test_ranks_that_share_layers_take_the_step_of_one(outcomes, name):
-    """Losses, gradient norms, the KL term and the gradient ratio; every rank hands out the same whole parameters."""
+    """Losses, gradient norms, the KL term and the gradient ratio; every rank hands out the same whole
+    parameters."""
     first, *others = outcomes[name]
     alone = take_steps(Order(**order_of(outcomes["directory"], name, parts=1)), join_world())
     assert first["errors"] == [] and first["version"] == 2
@@ -86,7 +91,9 @@ def test_ranks_that_share_layers_resume_bit_for_bit(outcomes):
     for straight, first, second in zip(outcomes["untied"], outcomes["first_half"], outcomes["second_half"]):
         assert first["errors"] == second["errors"] == []
         assert first["history"] + second["history"] == straight["history"]
-        assert all(torch.equal(second["parameters"][name], tensor) for name, tensor in straight["parameters"].items())
+        assert all(
+            torch.equal(second["parameters"][name], tensor) for name, tensor in straight["parameters"].items()
+        )
     saved = load_file(outcomes["directory"] / "ck" / "step_00000002" / "model" / "model.safetensors")
     assert saved.keys() == second["parameters"].keys()
     assert all(torch.equal(saved[name], tensor) for name, tensor in second["parameters"].items())
@@ -108,11 +115,20 @@ def test_the_vocabulary_is_dealt_out_and_padded():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--update.sequence_parallel_size=2"], "update.sequence_parallel_size: found 2 with update.tensor_parallel_size"),
-        (["--update.zero_stage=0"], "update.zero_stage: found 0 with update.tensor_parallel_size above 1, expected 1 to 3"),
+        (
+            ["--update.sequence_parallel_size=2"],
+            "update.sequence_parallel_size: found 2 with update.tensor_parallel_size",
+        ),
+        (
+            ["--update.zero_stage=0"],
+            "update.zero_stage: found 0 with update.tensor_parallel_size above 1, expected 1 to 3",
+        ),
         (["--update.offload_parameters=cpu"], "update.offload_parameters: found cpu"),
         (["--model.lora.rank=4"], "model.lora.rank: found 4"),
-        (["--distill.teacher=ema"], "distill.teacher: found ema with update.tensor_parallel_size above 1, expected live"),
+        (
+            ["--distill.teacher=ema"],
+            "distill.teacher: found ema with update.tensor_parallel_size above 1, expected live",
+        ),
         (["--distill.top_k=50"], "distill.top_k: found 50"),
         (["--distill.divergence=mse"], "distill.divergence: found mse"),
         (["--distill.target=shuffled_vocabulary"], "distill.target: found shuffled_vocabulary"),
@@ -124,14 +140,23 @@ def test_the_vocabulary_is_dealt_out_and_padded():
     ],
 )
 def test_what_tensor_parallelism_cannot_do_is_refused(arguments, message):
-    required = ["--run_dir=r", "--model.path=m", "--data.train=q", "--retriever.corpus=c", "--distill.measure_every=0"]
+    required = [
+        "--run_dir=r",
+        "--model.path=m",
+        "--data.train=q",
+        "--retriever.corpus=c",
+        "--distill.measure_every=0",
+    ]
     with pytest.raises(ConfigError, match=message):
         load([*required, "--update.tensor_parallel_size=2", *arguments])
 
 
 def test_models_that_cannot_be_cut_are_refused(tmp_path):
     path = write_model(tmp_path / "model")
-    with pytest.raises(ConfigError, match="update.tensor_parallel_size: found 2 for 1 ranks, expected a divisor of their number"):
+    with pytest.raises(
+        ConfigError,
+        match="update.tensor_parallel_size: found 2 for 1 ranks, expected a divisor of their number",
+    ):
         load_policy(make_config(path, update={"tensor_parallel_size": 2}), join_world())
     model = AutoModelForCausalLM.from_pretrained(path)
     check_model(model, UpdateConfig(tensor_parallel_size=2))
@@ -144,7 +169,10 @@ def test_models_that_cannot_be_cut_are_refused(tmp_path):
 
 def test_a_run_resumes_with_the_same_parts_only(tmp_path):
     plain, split = (
-        run_identity(make_config(tmp_path, update={"tensor_parallel_size": size, "sequence_parallel_size": 4 // size}), "c")
+        run_identity(
+            make_config(tmp_path, update={"tensor_parallel_size": size, "sequence_parallel_size": 4 // size}),
+            "c",
+        )
         for size in (1, 2)
     )
     assert plain["update.tensor_parallel_size"] == 1 and split == plain | {"update.tensor_parallel_size": 2}

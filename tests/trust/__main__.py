@@ -1,6 +1,6 @@
 """`make trust`: every trust test at full counts, and docs/trust.md with what came out.
 
-    python -m tests.trust [--only R1,R4] [--share 0.1] [--output docs/trust.md]     share: of the full counts
+python -m tests.trust [--only R1,R4] [--share 0.1] [--output docs/trust.md]     share: of the full counts
 """
 
 from __future__ import annotations
@@ -59,7 +59,8 @@ def _at(full: int, share: float) -> int:
 
 
 def main(argv: list[str]) -> int:
-    """Run, print each row as it comes, keep them beside the table, and write the table. 1 when a trial failed."""
+    """Run, print each row as it comes, keep them beside the table, and write the table. 1 when a trial
+    failed."""
     parser = argparse.ArgumentParser(prog="make trust", allow_abbrev=False)
     parser.add_argument("--only", default="")
     parser.add_argument("--share", type=float, default=1.0)
@@ -87,7 +88,9 @@ def _report(row: Row, took_s: float, rows: Path) -> int:
         print(f"    {failure}", flush=True)
     rows.parent.mkdir(parents=True, exist_ok=True)
     with rows.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(vars(row) | {"took_s": round(took_s), "date": time.strftime("%Y-%m-%d")}) + "\n")
+        file.write(
+            json.dumps(vars(row) | {"took_s": round(took_s), "date": time.strftime("%Y-%m-%d")}) + "\n"
+        )
     return row.count - row.passed
 
 
@@ -104,9 +107,9 @@ what came out when it was last run. R6, requeueing under a real SLURM, is a test
 
 
 WHERE = (
-    '"Bit for bit" holds on CPUs, with the same number of\n'
-    "threads. On GPUs it holds for what is on disk (a checkpoint loads as it was written); steps taken again differ by\n"
-    "rounding, since GPUs add in changing order. Nothing here has run on one.\n"
+    '"Bit for bit" holds on CPUs, with the same number of\nthreads. On GPUs it holds for what is on disk (a'
+    " checkpoint loads as it was written); steps taken again differ by\nrounding, since GPUs add in changing"
+    " order. Nothing here has run on one.\n"
 )
 
 
@@ -117,12 +120,18 @@ def write_table(rows: Path, output: Path) -> None:
         own = json.loads(line)
         newest_rows[f"{own['test']} {own['what']}"] = own
     lines = [
-        f"| {own['test']} | {own['what']} | {own['passed']} of {own['count']} | {own['figures'] or 'none'} | {own['date']} |"
+        f"| {own['test']} | {own['what']} | {own['passed']} of {own['count']} | {own['figures'] or 'none'} |"
+        f" {own['date']} |"
         for _, own in sorted(newest_rows.items())
     ]
-    machine = f"\nOn {os.cpu_count()} cores, {platform.machine()}, no GPU, busy with other work; seconds are upper bounds."
+    machine = (
+        f"\nOn {os.cpu_count()} cores, {platform.machine()}, no GPU, busy with other work; seconds are upper"
+        " bounds."
+    )
     rest = output.read_text(encoding="utf-8").partition("## ")[2] if output.exists() else ""
-    output.write_text(HEAD + "\n".join(lines) + f"\n{machine} {WHERE}" + (f"\n## {rest}" if rest else ""), encoding="utf-8")
+    output.write_text(
+        HEAD + "\n".join(lines) + f"\n{machine} {WHERE}" + (f"\n## {rest}" if rest else ""), encoding="utf-8"
+    )
 
 
 if __name__ == "__main__":

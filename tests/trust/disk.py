@@ -34,15 +34,23 @@ def faults(bench: Bench, *, stride: int) -> Row:
         root, output = bench.directory / f"faults{rank}", bench.directory / f"faults{rank}.json"
         order = {"root": f"{root}", "model": f"{tiny_model(bench)}", "output": f"{output}", "rank": rank}
         order |= {"faults": FAULTS, "stride": stride}
-        ranks = bench.nursery.start("tests.rank_programs.trust:commits", order, ranks=2, log=bench.directory / "faults.log")
+        ranks = bench.nursery.start(
+            "tests.rank_programs.trust:commits", order, ranks=2, log=bench.directory / "faults.log"
+        )
         if ranks.wait(900) != [0, 0]:
             return row("R2", "faults", [ranks.output()[-2000:]], count=1)
         outcome = json.loads(Path(f"{output}.{rank}").read_text())
         failures += [f"rank {rank}: {wrong}" for wrong in outcome["wrong"]]
         saves, refused = saves + outcome["saves"], refused + outcome["refused"]
         places.append(len(outcome["operations"]))
-    figures = f"{places[0]} and {places[1]} operations a save; {refused} saves refused on both ranks, the others committed"
-    what = f"{', '.join(FAULTS)} at the operations of a save, on each of 2 ranks: all ranks learn, the last commit stands"
+    figures = (
+        f"{places[0]} and {places[1]} operations a save; {refused} saves refused on both ranks, the others"
+        " committed"
+    )
+    what = (
+        f"{', '.join(FAULTS)} at the operations of a save, on each of 2 ranks: all ranks learn, the last"
+        " commit stands"
+    )
     return row("R2", what, failures, count=saves, figures=figures)
 
 
@@ -63,9 +71,16 @@ def killed_commits(bench: Bench, *, stride: int) -> Row:
                 found = directories.committed(root)
                 damage = directories.find_damage(found[0])
                 if damage or _newest(root) < before + 1 or codes[rank] != -signal.SIGKILL:
-                    failures.append(f"rank {rank} at {place}: exit codes {codes}, newest {found[0].name}: {damage}")
+                    failures.append(
+                        f"rank {rank} at {place}: exit codes {codes}, newest {found[0].name}: {damage}"
+                    )
             place += stride
-    return row("R2", "kill -9 at the operations of a save, on each of 2 ranks: the last commit stands", failures, count=count)
+    return row(
+        "R2",
+        "kill -9 at the operations of a save, on each of 2 ranks: the last commit stands",
+        failures,
+        count=count,
+    )
 
 
 def _end(ranks, rank: int) -> list[int]:
@@ -82,7 +97,8 @@ def _newest(root: Path) -> int:
 
 
 def damages(bench: Bench, checkpoint: Path, *, offsets: int) -> Row:
-    """R4: a bit flipped at random offsets, and cuts, in every file of a checkpoint and of a corpus; all bits of the manifest."""
+    """R4: a bit flipped at random offsets, and cuts, in every file of a checkpoint and of a corpus; all
+    bits of the manifest."""
     failures, count = [], 0
     for name, damaged in _damaged_files(checkpoint, bench.random, offsets):
         count += 1
@@ -109,7 +125,10 @@ def damages(bench: Bench, checkpoint: Path, *, offsets: int) -> Row:
         except DataError as error:
             if name not in str(error):
                 failures.append(f"{name}, {damaged}: {error}")
-    figures = f"{in_checkpoint} in a checkpoint, every bit of its manifest among them; {count - in_checkpoint} in a BM25 corpus"
+    figures = (
+        f"{in_checkpoint} in a checkpoint, every bit of its manifest among them; {count - in_checkpoint} in a"
+        " BM25 corpus"
+    )
     what = "a flipped bit or a cut in every kind of file: found before use, the file named"
     return row("R4", what, failures, count=count, figures=figures)
 

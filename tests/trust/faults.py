@@ -25,7 +25,8 @@ CALL = 3  # of the place: the third step, after the first checkpoints
 def stuck_ranks(
     bench: Bench, *, kinds: Sequence[str], places: Sequence[str], timeout_s: float, at: Sequence[int] = (0, 1)
 ) -> Row:
-    """R7: a rank (each of `at`) sleeps for ever, holds the interpreter, raises or dies in a rollout, an update or a save."""
+    """R7: a rank (each of `at`) sleeps for ever, holds the interpreter, raises or dies in a rollout, an
+    update or a save."""
     failures, seconds = [], []
     cases = [(kind, place, rank) for kind in kinds for place in places for rank in at]
     for kind, place, rank in cases:
@@ -33,15 +34,21 @@ def stuck_ranks(
         times = bench.directory / f"{name}.time"
         argv = bench.argv(name, FOREVER, "--checkpoint.every=1", f"--safety.watchdog_s={timeout_s}")
         order = {"argv": argv, "rank": rank, "kind": kind, "place": place, "call": CALL, "times": f"{times}"}
-        ranks = bench.nursery.start("tests.rank_programs.trust:train", order, ranks=2, log=bench.directory / f"{name}.log")
+        ranks = bench.nursery.start(
+            "tests.rank_programs.trust:train", order, ranks=2, log=bench.directory / f"{name}.log"
+        )
         while not times.exists() and ranks.code(0, 0.05) is None:
             pass
         codes = ranks.wait(timeout_s * 6 + 120)
         seconds.append(time.time() - float(times.read_text()))
-        text = ranks.output() + "".join(path.read_text() for path in (bench.directory / name / "watchdog").glob("*.txt"))
+        text = ranks.output() + "".join(
+            path.read_text() for path in (bench.directory / name / "watchdog").glob("*.txt")
+        )
         missing = [word for word in _words(kind, place, rank) if word not in text]
         if 0 in codes or missing:
-            failures.append(f"{kind} in {place} on rank {rank}: exit codes {codes}, missing {missing}: {text[-1500:]}")
+            failures.append(
+                f"{kind} in {place} on rank {rank}: exit codes {codes}, missing {missing}: {text[-1500:]}"
+            )
     late = sum(took > 1.5 * timeout_s for took in seconds)
     figures = f"longest {max(seconds):.1f} s with a timeout of {timeout_s:.0f} s ({late} beyond 1.5 timeouts)"
     what = "a rank stuck, holding the interpreter, broken or dead: all ranks end, with stacks and the phase"
@@ -61,12 +68,15 @@ def _words(kind: str, place: str, rank: int) -> list[str]:
 
 
 def not_finite(bench: Bench, *, stages: tuple[int, ...]) -> Row:
-    """R8: NaN and infinity in logits, teacher, gradients, advantages and log-probabilities of rank 1 alone."""
+    """R8: NaN and infinity in logits, teacher, gradients, advantages and log-probabilities of rank 1
+    alone."""
     failures, count = [], 0
     for stage in stages:
         output = bench.directory / f"not_finite{stage}.json"
         order = {"model": f"{tiny_model(bench)}", "stage": stage, "rank": 1, "output": f"{output}"}
-        ranks = bench.nursery.start("tests.rank_programs.trust:steps", order, ranks=2, log=bench.directory / "not_finite.log")
+        ranks = bench.nursery.start(
+            "tests.rank_programs.trust:steps", order, ranks=2, log=bench.directory / "not_finite.log"
+        )
         if ranks.wait(300) != [0, 0]:
             failures.append(f"ZeRO {stage}: {ranks.output()[-1500:]}")
             continue
@@ -76,7 +86,10 @@ def not_finite(bench: Bench, *, stages: tuple[int, ...]) -> Row:
             found = [outcome[name] for outcome in outcomes]
             if not all(all(own.values()) for own in found):
                 failures.append(f"ZeRO {stage}, {name}: {found}")
-    what = f"not finite on rank 1 only, ZeRO {', '.join(map(str, stages))}: both skip the step, parameters identical"
+    what = (
+        f"not finite on rank 1 only, ZeRO {', '.join(map(str, stages))}: both skip the step, parameters"
+        " identical"
+    )
     return row("R8", what, failures, count=max(count, len(failures)))
 
 
@@ -93,7 +106,9 @@ def refusals(bench: Bench, names: Sequence[str] = ("one", "three", "all")) -> Ro
         if name == "one" and (codes != [0, 0] or refused != [2]):
             failures.append(f"{name}: exit codes {codes}, refused {refused}")
         if name == "three":
-            differences = _differences(bench.directory / "refused_none", bench.directory / "refused_three", 6)[0]
+            differences = _differences(
+                bench.directory / "refused_none", bench.directory / "refused_three", 6
+            )[0]
             if codes != [0, 0] or "back to step" not in output or differences:
                 failures.append(f"{name}: exit codes {codes}, {differences[:2]}: {output[-500:]}")
         if name == "all" and (codes != [1, 1] or "5 steps were refused" not in output):
@@ -108,8 +123,8 @@ def _metrics(bench: Bench, name: str) -> dict:
 
 
 def spikes(*, steps: int, num_spikes: int, seed: int = 0) -> Row:
-    """R9: gradient norms with heavy tails, on a slow drift, and spikes of 10 standard deviations of the logarithm, which is a
-    Student t with 5 degrees of freedom, times 0.25."""
+    """R9: gradient norms with heavy tails, on a slow drift, and spikes of 10 standard deviations of the
+    logarithm, which is a Student t with 5 degrees of freedom, times 0.25."""
     rng = np.random.default_rng(seed)
     scale = 0.25
     logs = scale * rng.standard_t(5, steps) + np.sin(np.arange(steps) / 500)
@@ -122,7 +137,12 @@ def spikes(*, steps: int, num_spikes: int, seed: int = 0) -> Row:
             found, false = found + (step in places), false + (step not in places)
         else:
             guard.accept(norm)
-    failures = ["spikes missed"] * (num_spikes - found) + ["too many clean steps refused"] * (false > steps * 1e-3)
-    figures = f"{false} of {steps - num_spikes:,} clean steps refused ({false / steps:.3%}) at spike_sigmas 8, window 256"
+    failures = ["spikes missed"] * (num_spikes - found) + ["too many clean steps refused"] * (
+        false > steps * 1e-3
+    )
+    figures = (
+        f"{false} of {steps - num_spikes:,} clean steps refused ({false / steps:.3%}) at spike_sigmas 8,"
+        " window 256"
+    )
     what = "spikes of 10 sigma among clean steps with heavy tails are refused"
     return row("R9", what, failures, count=num_spikes, figures=figures)

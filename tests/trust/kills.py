@@ -16,7 +16,8 @@ from megatron_sd.durable import directories
 from tests.trust.rows import Bench, Row, row
 from tests.whole_runs.test_training import sampled_ids, without_clocks
 
-START_S, TRAIN_S = 4.0, 5.0  # a kill comes so long after the start (every fourth), or after training has begun
+# a kill comes so long after the start (every fourth), or after training has begun
+START_S, TRAIN_S = 4.0, 5.0
 GRACE_S = 30.0
 FOREVER = "--num_steps=100000"
 
@@ -46,15 +47,23 @@ def kills(bench: Bench, *, count: int) -> Row:
         time.sleep(bench.random.uniform(0, 0.3))
         ranks.signal(signal.SIGKILL)
         ranks.wait()
-        failures += [f"trial {trial}: {problem}" for problem in _after_kill(run_dir, before, len(attempts(run_dir)) > begun)]
+        failures += [
+            f"trial {trial}: {problem}"
+            for problem in _after_kill(run_dir, before, len(attempts(run_dir)) > begun)
+        ]
         begun = len(attempts(run_dir))
     last = newest(run_dir)
-    ranks = bench.nursery.train(bench.argv("kills", f"--num_steps={last + 2}"), ranks=2, log=bench.directory / "kills.log")
+    ranks = bench.nursery.train(
+        bench.argv("kills", f"--num_steps={last + 2}"), ranks=2, log=bench.directory / "kills.log"
+    )
     if ranks.wait() != [0, 0] or newest(run_dir) != last + 2:
         failures.append(f"the last start did not finish: {ranks.output()[-800:]}")
     failures += [f"{path.name} leaked" for path in (run_dir / "checkpoints").glob("*.tmp")]
     failures += [f"{path.name} was unreadable" for path in (run_dir / "checkpoints").glob("*.broken")]
-    figures = f"{begun} starts came as far as training, {last} steps trained and committed, 0 unreadable checkpoints"
+    figures = (
+        f"{begun} starts came as far as training, {last} steps trained and committed, 0 unreadable"
+        " checkpoints"
+    )
     what = "kill -9 at random moments, 2 ranks: resumes from the last commit"
     return row("R1", what, failures[:count], count=count, figures=figures)
 
@@ -78,10 +87,13 @@ def _after_kill(run_dir: Path, before: int, trained: bool) -> list[str]:
 
 
 def stops(bench: Bench, *, count: int) -> Row:
-    """R5: one run on two ranks, asked to stop at `count` random moments by file or signal, to one rank or all."""
+    """R5: one run on two ranks, asked to stop at `count` random moments by file or signal, to one rank or
+    all."""
     run_dir, failures, seconds, phases = bench.directory / "stops", [], [], Counter()
     for trial in range(count):
-        argv = bench.argv("stops", FOREVER, "--checkpoint.every=0", "--log.eval_every=2", "--data.max_eval_questions=8")
+        argv = bench.argv(
+            "stops", FOREVER, "--checkpoint.every=0", "--log.eval_every=2", "--data.max_eval_questions=8"
+        )
         begun = len(attempts(run_dir))
         ranks = bench.nursery.train(argv, ranks=2, log=bench.directory / "stops.log")
         _wait_a_while(bench, run_dir, begun, in_training=True)
@@ -99,13 +111,16 @@ def stops(bench: Bench, *, count: int) -> Row:
         recorded = max(without_clocks(run_dir), default=0)
         if codes != [STOPPED_EXIT_CODE] * 2 or seconds[-1] > GRACE_S or newest(run_dir) < recorded:
             failures.append(
-                f"trial {trial} ({how}): exit codes {codes} after {seconds[-1]:.1f} s, saved step {newest(run_dir)} "
-                f"of {recorded} recorded: {ranks.output()[-500:]}"
+                f"trial {trial} ({how}): exit codes {codes} after {seconds[-1]:.1f} s, saved step"
+                f" {newest(run_dir)} of {recorded} recorded: {ranks.output()[-500:]}"
             )
         if (run_dir / "control" / "STOP").exists():
             failures.append(f"trial {trial}: the stop file is still there")
     where = ", ".join(f"{phase} {times}" for phase, times in phases.most_common())
-    figures = f"median {np.median(seconds):.1f} s, longest {max(seconds):.1f} s from the request to the exit; in phase: {where}"
+    figures = (
+        f"median {np.median(seconds):.1f} s, longest {max(seconds):.1f} s from the request to the exit; in"
+        f" phase: {where}"
+    )
     return row(
         "R5", f"stop by file or signal, 2 ranks: saved, exit 85, no step lost, within {GRACE_S:.0f} s", failures[:count],
         count=count, figures=figures,
@@ -143,9 +158,16 @@ def straight_or_killed(bench: Bench, *, stages: tuple[int, ...], steps: int) -> 
         differences, num_compared = _differences(bench.directory / straight, bench.directory / killed, steps)
         compared += num_compared
         failures += [f"ZeRO {stage}: {difference}" for difference in differences[:1]]
-    figures = f"{compared:,} numbers compared: weights, both moments, metrics, sampled tokens; all equal bit for bit"
-    what = f"{steps} steps = {steps // 2} + kill -9 + {steps // 2}, 2 ranks, ZeRO {', '.join(map(str, stages))}"
-    return row("R3", what, failures[: len(stages)], count=len(stages), figures=figures if not failures else "")
+    figures = (
+        f"{compared:,} numbers compared: weights, both moments, metrics, sampled tokens; all equal bit"
+        " for bit"
+    )
+    what = (
+        f"{steps} steps = {steps // 2} + kill -9 + {steps // 2}, 2 ranks, ZeRO {', '.join(map(str, stages))}"
+    )
+    return row(
+        "R3", what, failures[: len(stages)], count=len(stages), figures=figures if not failures else ""
+    )
 
 
 def _differences(straight: Path, killed: Path, steps: int) -> tuple[list[str], int]:
@@ -154,7 +176,9 @@ def _differences(straight: Path, killed: Path, steps: int) -> tuple[list[str], i
     for path in sorted((straight / "checkpoints" / f"step_{steps:08}").rglob("*.safetensors")):
         expected, found = load_file(path), load_file(killed / path.relative_to(straight))
         count += sum(array.size for array in expected.values())
-        differences += [f"{path.name}: {name}" for name in expected if not np.array_equal(expected[name], found[name])]
+        differences += [
+            f"{path.name}: {name}" for name in expected if not np.array_equal(expected[name], found[name])
+        ]
     for what, read in (("metrics", without_clocks), ("sampled tokens", sampled_ids)):
         count += len(str(read(straight)).split())
         differences += [what] if read(straight) != read(killed) else []

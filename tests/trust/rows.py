@@ -25,7 +25,8 @@ SMALL = (
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """passed of count trials did what was expected; figures: what else was measured; failures: what the others did."""
+    """passed of count trials did what was expected; figures: what else was measured; failures: what the
+    others did."""
 
     test: str
     what: str
@@ -57,4 +58,11 @@ def make_small_world(directory: Path) -> Path:
 
 def row(test: str, what: str, failures: list[str], *, count: int, figures: str = "") -> Row:
     """failures: one entry a failed trial."""
-    return Row(test=test, what=what, count=count, passed=count - len(failures), figures=figures, failures=tuple(failures))
+    return Row(
+        test=test,
+        what=what,
+        count=count,
+        passed=count - len(failures),
+        figures=figures,
+        failures=tuple(failures),
+    )

@@ -1,4 +1,5 @@
-"""Real vLLM servers, started once each and shared by all tests of this folder; without vLLM every test here is skipped."""
+"""Real vLLM servers, started once each and shared by all tests of this folder; without vLLM every test here
+is skipped."""
 
 from __future__ import annotations
 
@@ -47,8 +48,8 @@ def one_served(all_served) -> Served:
 
 @pytest.fixture
 def every_kind(all_served) -> dict[str, Served]:
-    """All of them, for a program that connects to them by itself. The weights published last are forgotten: a test that follows
-    publishes its own."""
+    """All of them, for a program that connects to them by itself. The weights published last are forgotten:
+    a test that follows publishes its own."""
     found = {kind: all_served[kind].connect() for kind in KINDS}
     yield found
     for served in found.values():

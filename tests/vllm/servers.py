@@ -1,4 +1,5 @@
-"""Tiny model directories that vLLM can serve on a CPU, their servers, and what the trainer's side says of the same tokens."""
+"""Tiny model directories that vLLM can serve on a CPU, their servers, and what the trainer's side says of
+the same tokens."""
 
 from __future__ import annotations
 
@@ -41,19 +42,29 @@ KINDS = ("qwen2-tied-tp1", "qwen2-untied-tp2", "qwen3-tied-tp2", "qwen3-untied-t
 
 
 def write_policy(directory: Path, family: str, *, tied: bool, seed: int = 0, **sizes: int) -> Path:
-    """A random policy with its tokenizer. Its generation settings would spoil the sampling distribution if they were applied."""
+    """A random policy with its tokenizer. Its generation settings would spoil the sampling distribution if
+    they were applied."""
     torch.manual_seed(seed)
     config_class, model_class = FAMILIES[family]
     model = model_class(config_class(**(SIZES | HEAD_DIM[family] | sizes), tie_word_embeddings=tied))
-    model.generation_config.update(top_k=1, top_p=0.5, repetition_penalty=1.5, do_sample=True, eos_token_id=[1])
+    model.generation_config.update(
+        top_k=1, top_p=0.5, repetition_penalty=1.5, do_sample=True, eos_token_id=[1]
+    )
     model.save_pretrained(directory)
     byte_level_tokenizer().save_pretrained(directory)
     return directory
 
 
 def limits(tensor_parallel_size: int = 1, **changes: object) -> RolloutConfig:
-    own = {"tensor_parallel_size": tensor_parallel_size, "kv_cache_gib": 1 / 16, "block_tokens": BLOCK, **changes}
-    return RolloutConfig(max_rollout_tokens=MAX_LENGTH, max_concurrent_sequences=32, engine="vllm", vllm=VllmConfig(**own))
+    own = {
+        "tensor_parallel_size": tensor_parallel_size,
+        "kv_cache_gib": 1 / 16,
+        "block_tokens": BLOCK,
+        **changes,
+    }
+    return RolloutConfig(
+        max_rollout_tokens=MAX_LENGTH, max_concurrent_sequences=32, engine="vllm", vllm=VllmConfig(**own)
+    )
 
 
 @dataclass(eq=False)
@@ -87,7 +98,9 @@ class Served:
 
     def trainer(self) -> PreTrainedModel:
         """The policy as the trainer has it: transformers, float32, with the weights published last."""
-        family = "qwen2" if ServedModel.read(str(self.directory)).architecture.startswith("Qwen2") else "qwen3"
+        family = (
+            "qwen2" if ServedModel.read(str(self.directory)).architecture.startswith("Qwen2") else "qwen3"
+        )
         model = FAMILIES[family][1].from_pretrained(self.directory, dtype=torch.float32).eval()
         if self.weights:
             model.load_state_dict(self.weights, strict=False)
@@ -95,10 +108,12 @@ class Served:
         return model
 
     def perturbed(self, seed: int) -> dict[str, torch.Tensor]:
-        """Other weights, far enough from the published ones that their log-probabilities differ by more than 1."""
+        """Other weights, far enough from the published ones that their log-probabilities differ by more
+        than 1."""
         noise = torch.Generator().manual_seed(seed)
         return {
-            name: value.detach() + 0.1 * torch.randn(value.shape, generator=noise) for name, value in self.weights.items()
+            name: value.detach() + 0.1 * torch.randn(value.shape, generator=noise)
+            for name, value in self.weights.items()
         }
 
     def publish(self, weights: dict[str, torch.Tensor]) -> None:
@@ -149,10 +164,19 @@ def policy_of(directory: Path, **changes: object) -> ServedPolicy:
 
 
 def make_engine(
-    urls: Sequence[str], directory: Path, *, processes: Sequence[ServerProcess] = (), timeout_s: float = 300.0, **changes: object
+    urls: Sequence[str],
+    directory: Path,
+    *,
+    processes: Sequence[ServerProcess] = (),
+    timeout_s: float = 300.0,
+    **changes: object,
 ) -> VllmEngine:
     servers = Servers(
-        urls=tuple(urls), processes=tuple(processes), publishes=True, publish_host="127.0.0.1", num_replicas=len(urls)
+        urls=tuple(urls),
+        processes=tuple(processes),
+        publishes=True,
+        publish_host="127.0.0.1",
+        num_replicas=len(urls),
     )
     codec, policy = load_codec(str(directory), chat_template=False), policy_of(directory, **changes)
     return VllmEngine(servers, codec, policy, start_timeout_s=START_TIMEOUT_S, request_timeout_s=timeout_s)
@@ -164,7 +188,9 @@ def prompt(length: int, seed: int = 0) -> tuple[int, ...]:
 
 
 def ask(name: str = "a", prompt_ids: Sequence[int] = (5, 6, 7), **changes) -> GenerationRequest:
-    own = GenerationRequest(session=name, prompt_ids=tuple(prompt_ids), max_new_tokens=16, temperature=1.0, seed=3, stop=())
+    own = GenerationRequest(
+        session=name, prompt_ids=tuple(prompt_ids), max_new_tokens=16, temperature=1.0, seed=3, stop=()
+    )
     return replace(own, **changes)
 
 
@@ -183,12 +209,16 @@ def serve(engine: VllmEngine, *requests: GenerationRequest) -> list[Completion]:
 def trainer_logprobs(model: PreTrainedModel, request: GenerationRequest, ids: Sequence[int]) -> np.ndarray:
     """Log-probabilities of a completion from one plain forward."""
     with torch.no_grad():
-        logits = model(torch.tensor([[*request.prompt_ids, *ids]])).logits[0, len(request.prompt_ids) - 1 : -1]
+        logits = model(torch.tensor([[*request.prompt_ids, *ids]])).logits[
+            0, len(request.prompt_ids) - 1 : -1
+        ]
     logits = logits.float() / (request.temperature or 1.0)
     return torch.log_softmax(logits, -1).gather(1, torch.tensor(ids)[:, None])[:, 0].numpy()
 
 
-def gap(model: PreTrainedModel, requests: Sequence[GenerationRequest], completions: Sequence[Completion]) -> float:
+def gap(
+    model: PreTrainedModel, requests: Sequence[GenerationRequest], completions: Sequence[Completion]
+) -> float:
     """The largest difference between engine and trainer."""
     pairs = zip(requests, completions, strict=True)
     return max(float(np.abs(trainer_logprobs(model, r, c.ids) - c.logprobs).max()) for r, c in pairs)

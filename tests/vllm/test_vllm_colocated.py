@@ -39,7 +39,10 @@ def test_ranks_sample_from_what_they_trained(num_ranks, tp_size, family, tied, p
         assert rank["random_numbers_untouched"], "vLLM seeds and draws from the trainer's generator"
         asleep, *outside = rank["refusals"]
         assert "asked for tokens of an engine that sleeps" in asleep
-        assert ["outside an update; call begin_update first" in refusal for refusal in outside] == [True, True]
+        assert ["outside an update; call begin_update first" in refusal for refusal in outside] == [
+            True,
+            True,
+        ]
         assert rank["failed"] == "ReshardError"
         assert rank["after"] < 1e-4
     assert ranks[0]["aborted"] == "cancelled"

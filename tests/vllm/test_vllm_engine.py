@@ -44,7 +44,9 @@ def test_greedy_takes_the_most_likely_token_and_sampling_does_not_apply_the_mode
     with torch.no_grad():
         logits = one_served.trainer()(torch.tensor([[*request.prompt_ids, *greedy.ids]])).logits[0, 39:-1]
     assert greedy.ids == tuple(logits.argmax(-1).tolist())
-    sampled = serve(one_served.engine, *(ask(f"s{n}", request.prompt_ids, seed=n, temperature=2.0) for n in range(30)))
+    sampled = serve(
+        one_served.engine, *(ask(f"s{n}", request.prompt_ids, seed=n, temperature=2.0) for n in range(30))
+    )
     assert len({c.ids[0] for c in sampled}) > 5
 
 
@@ -133,7 +135,10 @@ def test_abort(one_served):
 @pytest.mark.parametrize(
     ("request_", "message"),
     [
-        (ask(prompt_ids=prompt(MAX_LENGTH)), f"sent {MAX_LENGTH} prompt tokens .*at most {MAX_LENGTH}.*max_rollout_tokens"),
+        (
+            ask(prompt_ids=prompt(MAX_LENGTH)),
+            f"sent {MAX_LENGTH} prompt tokens .*at most {MAX_LENGTH}.*max_rollout_tokens",
+        ),
         (ask(prompt_ids=prompt(MAX_LENGTH - 4)), "asked for 16"),
         (ask(prompt_ids=(5, 448)), "ids from 5 to 448, expected ids below .* 448"),
         (ask(prompt_ids=()), "sent 0 prompt tokens"),
@@ -148,7 +153,9 @@ def test_an_update_without_all_parameters_leaves_the_engine_closed_until_the_nex
     engine, weights = one_served.engine, one_served.perturbed(9)
     engine.begin_update()
     engine.load_bucket([item for item in weights.items() if "layers.1.mlp" not in item[0]])
-    with pytest.raises(RolloutError, match=r"no vLLM server took the weights.*lacks 2 parameters.*layers\.1\.mlp"):
+    with pytest.raises(
+        RolloutError, match=r"no vLLM server took the weights.*lacks 2 parameters.*layers\.1\.mlp"
+    ):
         engine.finish_update(99)
     with pytest.raises(RolloutError, match="after a failed weight update"):
         serve(engine, ask())
@@ -159,7 +166,9 @@ def test_an_update_without_all_parameters_leaves_the_engine_closed_until_the_nex
 
 def test_engine_and_trainer_must_be_the_same_model(one_served):
     url, directory = one_served.process.url, one_served.directory
-    with pytest.raises(ConfigError, match=r"dtype 'float32' \(trainer: 'bfloat16'\), *tied True|tied True .*dtype 'float32'"):
+    with pytest.raises(
+        ConfigError, match=r"dtype 'float32' \(trainer: 'bfloat16'\), *tied True|tied True .*dtype 'float32'"
+    ):
         make_engine([url], directory, dtype="bfloat16", tied=False)
     with pytest.raises(ConfigError, match=r"architecture 'Qwen2ForCausalLM' \(trainer: 'LlamaForCausalLM'\)"):
         make_engine([url], directory, architecture="LlamaForCausalLM")

@@ -6,14 +6,25 @@ import signal
 import pytest
 
 from megatron_sd.errors import RolloutError
-from tests.vllm.servers import START_TIMEOUT_S, ask, gap, limits, make_engine, prompt, serve, server, write_policy
+from tests.vllm.servers import (
+    START_TIMEOUT_S,
+    ask,
+    gap,
+    limits,
+    make_engine,
+    prompt,
+    serve,
+    server,
+    write_policy,
+)
 
 TIMEOUT_S = 25.0
 
 
 @pytest.fixture
 def pair(one_served, tmp_path):
-    """An engine over two servers of one policy, the first of which may be hurt: it is this engine's own process."""
+    """An engine over two servers of one policy, the first of which may be hurt: it is this engine's own
+    process."""
     victim = server(one_served.directory, limits(), tmp_path / "victim.log")
     victim.wait_until_ready(START_TIMEOUT_S)
     urls = [victim.url, one_served.process.url]
@@ -54,7 +65,9 @@ def test_rollouts_go_on_elsewhere_when_a_server_stops_and_it_is_started_again(pa
 
     victim.stop()
     engine._replicas[1].failure = "put aside"
-    with pytest.raises(RolloutError, match=rf"no vLLM server is left for .*{victim.url} broke the connection.*put aside"):
+    with pytest.raises(
+        RolloutError, match=rf"no vLLM server is left for .*{victim.url} broke the connection.*put aside"
+    ):
         serve(engine, requests[0])
 
 
@@ -86,5 +99,8 @@ def test_a_sharded_update_that_fails_leaves_the_old_version_serving(one_served):
 def test_a_head_size_that_vllm_lacks_on_cpus_is_named_before_anything_is_loaded(tmp_path):
     policy = write_policy(tmp_path / "policy", "qwen2", tied=True, hidden_size=64)
     process = server(policy, limits(), tmp_path / "server.log")
-    with pytest.raises(RolloutError, match=r"attention heads of 16, expected one of \[32, .* on a CPU; use rollout.engine torch"):
+    with pytest.raises(
+        RolloutError,
+        match=r"attention heads of 16, expected one of \[32, .* on a CPU; use rollout.engine torch",
+    ):
         process.wait_until_ready(START_TIMEOUT_S)

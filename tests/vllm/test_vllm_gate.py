@@ -50,7 +50,9 @@ def test_the_gate_on_vllm(tmp_path):
 
     def run() -> str:
         environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-        finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
+        finished = subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=900, check=False
+        )
         assert finished.returncode == 1, finished.stdout[-3000:] + finished.stderr[-3000:]
         assert "the gate is closed: too few questions have rollouts with both outcomes" in finished.stderr
         return (output / "gate.json").read_text()

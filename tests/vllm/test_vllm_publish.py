@@ -1,4 +1,5 @@
-"""Publishing from DeepSpeed ranks into vLLM workers: every architecture and tensor-parallel size, from one and two ranks."""
+"""Publishing from DeepSpeed ranks into vLLM workers: every architecture and tensor-parallel size, from one
+and two ranks."""
 
 import json
 import os
@@ -16,7 +17,12 @@ PROGRAM = "tests.rank_programs.publish_to_vllm"
 @pytest.mark.parametrize("num_ranks", [1, 2])
 def test_log_probabilities_after_publishing_equal_the_trained_policys(every_kind, num_ranks, tmp_path):
     scenes = [
-        {"model": str(served.directory), "url": served.process.url, "tp_size": int(kind[-1]), "publish": publish}
+        {
+            "model": str(served.directory),
+            "url": served.process.url,
+            "tp_size": int(kind[-1]),
+            "publish": publish,
+        }
         for kind, served in every_kind.items()
         for publish in ("shards", "gather")
         if publish == "shards" or kind == KINDS[num_ranks]

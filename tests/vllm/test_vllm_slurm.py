@@ -21,8 +21,13 @@ def test_one_node_samples_for_the_one_that_trains(cluster, arguments, tmp_path):
     job.wait_for(lambda: job.state() == "COMPLETED", "end of the run")
     steps = read_metrics(job.run_dir / METRICS_NAME)
     assert list(steps) == list(range(1, NUM_STEPS + 1))
-    assert all(metrics["rollout/logprob_gap_nats"] < 1e-4 for metrics in steps.values()), "every publish reached the other node"
+    assert all(metrics["rollout/logprob_gap_nats"] < 1e-4 for metrics in steps.values()), (
+        "every publish reached the other node"
+    )
     assert all(metrics["rollout/stop_engine_failed"] == 0 for metrics in steps.values())
     (attempt,) = job.attempts()
     topology = json.loads((attempt / "topology.json").read_text())
-    assert [[host["name"] for host in topology[role]] for role in ("trainers", "rollouts")] == [["node2"], ["node1"]]
+    assert [[host["name"] for host in topology[role]] for role in ("trainers", "rollouts")] == [
+        ["node2"],
+        ["node1"],
+    ]

@@ -1,4 +1,5 @@
-"""A whole run through the real door, with vLLM: servers of its own, rollouts one step ahead, two ranks that are one engine."""
+"""A whole run through the real door, with vLLM: servers of its own, rollouts one step ahead, two ranks that
+are one engine."""
 
 import os
 import subprocess
@@ -14,7 +15,9 @@ from megatron_sd.observability.metrics_log import read_metrics
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize(("placement", "num_ranks", "max_lag"), [("process", 2, 0), ("process", 1, 1), ("colocated", 2, 0)])
+@pytest.mark.parametrize(
+    ("placement", "num_ranks", "max_lag"), [("process", 2, 0), ("process", 1, 1), ("colocated", 2, 0)]
+)
 def test_a_run_on_vllm(placement, num_ranks, max_lag, tmp_path):
     world = tmp_path / "world"
     make_world(WorldConfig(output=str(world), num_train_questions=40, num_eval_questions=10))

@@ -17,7 +17,9 @@ from megatron_sd.observability.metrics_log import read_metrics
 def start(num_ranks: int, argv: Sequence[str], program: str = TRAIN) -> subprocess.Popen:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = command_line(num_ranks, free_port(), argv, program)
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
 
 
 def run(num_ranks: int, argv: Sequence[str], program: str = TRAIN) -> str:

@@ -1,4 +1,5 @@
-"""A checkpoint of a much older commit, from before many keys, rooms and names, goes on as it would have there."""
+"""A checkpoint of a much older commit, from before many keys, rooms and names, goes on as it would have
+there."""
 
 import json
 import shutil
@@ -9,7 +10,8 @@ from pathlib import Path
 import pytest
 
 OLD = Path(__file__).parents[1] / "fixtures/run_055d05d"
-GRAD_NORM, ENTROPY_NATS, KL = 0.00014224056512636814, 5.627499050564236, 2.124781772749884e-08  # of step 2, at that commit
+# of step 2, at that commit
+GRAD_NORM, ENTROPY_NATS, KL = 0.00014224056512636814, 5.627499050564236, 2.124781772749884e-08
 
 
 @pytest.mark.ranks
@@ -19,7 +21,9 @@ def test_a_run_of_long_ago_goes_on(tmp_path):
     shutil.copytree(OLD / "step_00000001", tmp_path / "run/checkpoints/step_00000001")
     (tmp_path / "run/checkpoints/latest").write_text("step_00000001\n")
     options = [f"--config={tmp_path / 'config.yaml'}", f"--run_dir={tmp_path / 'run'}", "--num_steps=2"]
-    done = subprocess.run([sys.executable, "-m", "megatron_sd.train", *options], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "megatron_sd.train", *options], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     steps = {line["step"]: line["metrics"] for line in lines if "metrics" in line}

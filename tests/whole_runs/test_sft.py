@@ -65,7 +65,9 @@ def test_the_losses_are_nats_a_sampled_token_and_fall(episodes, straight):
     steps = without_clocks(straight)
     assert list(steps) == [0, 1, 2, 3, 4]
     held_out = list(StoredGroups(episodes / "validation.jsonl"))
-    losses = {step: metrics["eval/loss_nats"] for step, metrics in steps.items() if "eval/loss_nats" in metrics}
+    losses = {
+        step: metrics["eval/loss_nats"] for step, metrics in steps.items() if "eval/loss_nats" in metrics
+    }
     assert list(losses) == [0, 2, 4]
     assert losses[0] == pytest.approx(nats_a_token(START_POLICY, held_out), rel=1e-5)
     trained = straight / "checkpoints" / LAST / "model"
@@ -76,12 +78,17 @@ def test_the_losses_are_nats_a_sampled_token_and_fall(episodes, straight):
     assert len(lines) == 4 and json.loads(lines[0])["question"]["text"].startswith("Who")
     rates = [metrics["optim/learning_rate"] for step, metrics in steps.items() if step]
     assert rates == pytest.approx([2e-3, 1.55e-3, 0.65e-3, 0.2e-3]), "1, 3/4, 1/4, 0 above the floor"
-    assert all(metrics["loss/clipped_share"] == 0 and metrics["loss/kl"] == 0 for step, metrics in steps.items() if step)
+    assert all(
+        metrics["loss/clipped_share"] == 0 and metrics["loss/kl"] == 0
+        for step, metrics in steps.items()
+        if step
+    )
 
 
 @pytest.mark.slow
 def test_the_first_steps_loss_is_that_of_its_episodes(episodes, straight):
-    """One step over the whole file, which is every episode once: no token of prompt, block or environment is in it."""
+    """One step over the whole file, which is every episode once: no token of prompt, block or environment
+    is in it."""
     groups = list(StoredGroups(episodes / "train.jsonl"))
     run_dir = straight / "whole"
     nobody_looks = ("--log.eval_every=0", "--retriever.corpus=nowhere", "--rollout.engine=vllm")
@@ -128,11 +135,20 @@ def test_two_ranks_equal_one(episodes, straight, tmp_path, sharing):
     run(2, arguments(episodes, tmp_path, *sharing, *looking(episodes)), SFT)
     expected, found, began = (
         {name: torch.from_numpy(array) for name, array in arrays.items()}
-        for arrays in (parameters(straight, LAST), parameters(tmp_path, LAST), load_file(START_POLICY / "model.safetensors"))
+        for arrays in (
+            parameters(straight, LAST),
+            parameters(tmp_path, LAST),
+            load_file(START_POLICY / "model.safetensors"),
+        )
     )
     assert_same_movement(found, expected, began)
     if not sharing:
-        assert_same_moments(*(saved_moments(directory / "checkpoints" / LAST / "shards") for directory in (tmp_path, straight)))
+        assert_same_moments(
+            *(
+                saved_moments(directory / "checkpoints" / LAST / "shards")
+                for directory in (tmp_path, straight)
+            )
+        )
     one, two = without_clocks(straight), without_clocks(tmp_path)
     assert one.keys() == two.keys()
     looked = figures(episodes, START_POLICY, tmp_path / "eval")
@@ -158,7 +174,11 @@ def test_adapters_are_merged_into_the_model_that_is_left(episodes, tmp_path, cap
     moved = {name for name in before if not np.array_equal(before[name], after[name])}
     assert moved and all("_proj" in name for name in moved)
     held_out = list(StoredGroups(episodes / "validation.jsonl"))
-    losses = [metrics["eval/loss_nats"] for metrics in without_clocks(tmp_path).values() if "eval/loss_nats" in metrics]
+    losses = [
+        metrics["eval/loss_nats"]
+        for metrics in without_clocks(tmp_path).values()
+        if "eval/loss_nats" in metrics
+    ]
     assert losses[-1] == pytest.approx(nats_a_token(model, held_out), rel=1e-4)
     looks = {step: own for step, own in without_clocks(tmp_path).items() if "eval/reward/em" in own}
     one = figures(episodes, model, tmp_path / "eval")
@@ -175,13 +195,20 @@ def test_errors_of_a_run_are_one_line(episodes, tmp_path, capfd, monkeypatch):
     said = capfd.readouterr().err
     assert "DataError" in said and "holds ids of another tokenizer" in said and "Traceback" not in said
     monkeypatch.setattr(local, "free_bytes", lambda: 1 << 20)
-    assert command_line_of(["sft", *arguments(episodes, tmp_path / "run", "--safety.check_memory=refuse")]) == 2
+    assert (
+        command_line_of(["sft", *arguments(episodes, tmp_path / "run", "--safety.check_memory=refuse")]) == 2
+    )
     said = capfd.readouterr().err
     assert "safety.check_memory: memory: planned" in said
     assert "concurrent_sequences" not in said, "nobody samples"
     assert command_line_of(["sft", *arguments(tmp_path, tmp_path / "run")]) == 1
-    assert "holds no episodes.json, expected a directory that `sd-search select` finished" in capfd.readouterr().err
+    assert (
+        "holds no episodes.json, expected a directory that `sd-search select` finished"
+        in capfd.readouterr().err
+    )
     assert command_line_of(["sft", *arguments(episodes, tmp_path / "run", "--episodes_per_step=0")]) == 2
     assert "episodes_per_step: found 0, expected 1 or more" in capfd.readouterr().err
-    assert command_line_of(["sft", *arguments(episodes, tmp_path / "run", "--optimiser.learning_rate=1")]) == 2
+    assert (
+        command_line_of(["sft", *arguments(episodes, tmp_path / "run", "--optimiser.learning_rate=1")]) == 2
+    )
     assert "did you mean" in capfd.readouterr().err

@@ -21,7 +21,9 @@ def trainer(events: list, *, fails_at: tuple[str, int]) -> Trainer:
     def note(phase: str, step: int) -> None:
         events.append((phase, step))
         if (phase, step) == fails_at:
-            raise ReshardError("a worker is gone") if phase == "publish" else RolloutError("no server is left")
+            raise (
+                ReshardError("a worker is gone") if phase == "publish" else RolloutError("no server is left")
+            )
 
     def take(step: int) -> list:
         note("rollout", step)
@@ -54,7 +56,9 @@ def trainer(events: list, *, fails_at: tuple[str, int]) -> Trainer:
         publisher=SimpleNamespace(publish=publish),
         engine=None,
         checkpoints=checkpoints,
-        recorder=SimpleNamespace(begin=lambda step, changes: None, close=lambda: events.append(("close", None))),
+        recorder=SimpleNamespace(
+            begin=lambda step, changes: None, close=lambda: events.append(("close", None))
+        ),
         timers=Timers(),
         work=SILENT,
         stability=SimpleNamespace(

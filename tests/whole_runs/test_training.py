@@ -64,7 +64,12 @@ def transcripts(run_dir: Path) -> list[str]:
 
 def sampled_ids(run_dir: Path) -> list[list[int]]:
     records = [json.loads(line) for text in transcripts(run_dir) for line in text.splitlines()]
-    return [turn["completion_ids"] for record in records for rollout in record["rollouts"] for turn in rollout["turns"]]
+    return [
+        turn["completion_ids"]
+        for record in records
+        for rollout in record["rollouts"]
+        for turn in rollout["turns"]
+    ]
 
 
 @pytest.mark.slow
@@ -104,18 +109,31 @@ def test_killed_and_resumed_equals_straight_bit_for_bit(world, straight, tmp_pat
 
 @pytest.mark.slow
 @pytest.mark.ranks
-@pytest.mark.parametrize("sharing", [(), ("--update.sequence_parallel_size=2",), ("--update.tensor_parallel_size=2",)])
+@pytest.mark.parametrize(
+    "sharing", [(), ("--update.sequence_parallel_size=2",), ("--update.tensor_parallel_size=2",)]
+)
 def test_two_ranks_equal_one(world, straight, tmp_path, sharing):
     """Each with its own microbatches, or both with the same, of which they share sequences or layers."""
     run(2, arguments(world, tmp_path, *sharing))
-    assert sampled_ids(tmp_path) == sampled_ids(straight), "the same questions, seeds and weights give the same rollouts"
+    assert sampled_ids(tmp_path) == sampled_ids(straight), (
+        "the same questions, seeds and weights give the same rollouts"
+    )
     expected, found, start = (
         {name: torch.from_numpy(array) for name, array in arrays.items()}
-        for arrays in (parameters(straight, LAST), parameters(tmp_path, LAST), load_file(START_POLICY / "model.safetensors"))
+        for arrays in (
+            parameters(straight, LAST),
+            parameters(tmp_path, LAST),
+            load_file(START_POLICY / "model.safetensors"),
+        )
     )
     assert_same_movement(found, expected, start)
     if "tensor_parallel" not in str(sharing):  # which cuts moments otherwise
-        assert_same_moments(*(saved_moments(directory / "checkpoints" / LAST / "shards") for directory in (tmp_path, straight)))
+        assert_same_moments(
+            *(
+                saved_moments(directory / "checkpoints" / LAST / "shards")
+                for directory in (tmp_path, straight)
+            )
+        )
     one, two = without_clocks(straight), without_clocks(tmp_path)
     for step in one:
         for name in ("loss/policy", "reward/mean", "rollout/searches", "distill/alpha"):
@@ -134,7 +152,9 @@ def test_while_alpha_warms_up_the_run_is_grpo_bit_for_bit_evaluated_or_not(world
 
 def test_errors_of_a_run_are_one_line(world, tmp_path):
     argv = arguments(world, tmp_path, "--model.path=/nowhere")
-    found = subprocess.run([sys.executable, "-m", "megatron_sd.train", *argv], capture_output=True, text=True, check=False)
+    found = subprocess.run(
+        [sys.executable, "-m", "megatron_sd.train", *argv], capture_output=True, text=True, check=False
+    )
     assert found.returncode == 1
     assert "Traceback" not in found.stderr
     assert "DataError" in found.stderr

@@ -1,4 +1,5 @@
-"""A small sample of every trust test (tests/trust), with real ranks; `make trust` runs full counts and writes docs/trust.md."""
+"""A small sample of every trust test (tests/trust), with real ranks; `make trust` runs full counts and
+writes docs/trust.md."""
 
 from random import Random
 
@@ -45,7 +46,8 @@ def test_r3_other_ranks_and_other_stages(bench):
 
 
 def test_r4_damage_is_found(bench):
-    checkpoint = bench.directory / "straight3" / "checkpoints" / "step_00000004"  # of R3 above, in this process or not
+    # of R3 above, in this process or not
+    checkpoint = bench.directory / "straight3" / "checkpoints" / "step_00000004"
     if not checkpoint.exists():
         check(kills.straight_or_killed(bench, stages=(3,), steps=4))
     check(disk.damages(bench, checkpoint, offsets=3))

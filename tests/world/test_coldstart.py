@@ -64,7 +64,9 @@ def test_segments_are_tokenised_on_their_own_and_weighted_by_writer(tokenizer):
     parts = [(writer, ids_of(tokenizer, text)) for writer, text in demonstration.segments]
     assert example.ids.tolist() == [i for _, ids in parts for i in ids]
     num_block = len(ids_of(tokenizer, demonstration.block))
-    assert ids_of(tokenizer, demonstration.segments[0][1])[:num_block] == ids_of(tokenizer, demonstration.block)
+    assert ids_of(tokenizer, demonstration.segments[0][1])[:num_block] == ids_of(
+        tokenizer, demonstration.block
+    )
     expected = {"prompt": 0.0, "completion": 1.0, "observation": TINY.observation_weight}
     weights = [expected[writer] for writer, ids in parts for _ in ids]
     weights[:num_block] = [TINY.block_weight] * num_block
@@ -73,7 +75,9 @@ def test_segments_are_tokenised_on_their_own_and_weighted_by_writer(tokenizer):
 
 
 def test_batches_keep_to_the_token_budget_and_weigh_no_padding(tokenizer):
-    stream = batches(lambda step: {"none": 0.5, "natural": 0.5}, tokenizer, dataclasses.replace(TINY, batch_tokens=2048))
+    stream = batches(
+        lambda step: {"none": 0.5, "natural": 0.5}, tokenizer, dataclasses.replace(TINY, batch_tokens=2048)
+    )
     for _, (ids, weights) in zip(range(20), stream):
         assert ids.shape == weights.shape
         assert ids.numel() <= 2048
@@ -85,7 +89,10 @@ def test_the_schedules():
     assert rate_factor(0, config) == pytest.approx(0.1)
     assert rate_factor(30, config) == 1.0
     assert rate_factor(80, config) == pytest.approx(0.5)
-    stages = (CurriculumStage(until=0.5, shares={"pair": 1.0}), CurriculumStage(until=1.0, shares={"none": 1.0}))
+    stages = (
+        CurriculumStage(until=0.5, shares={"pair": 1.0}),
+        CurriculumStage(until=1.0, shares={"none": 1.0}),
+    )
     config = dataclasses.replace(config, curriculum=stages)
     assert stage_shares(49, config) == {"pair": 1.0}
     assert stage_shares(50, config) == stage_shares(1000, config) == {"none": 1.0}
@@ -120,14 +127,18 @@ def test_three_steps_write_a_model_that_loads_and_repeats(tmp_path):
     assert record["config"]["seed"] == 0
     assert record["command"].startswith("sd-search coldstart")
     assert set(record["probe"]) == {"linked", "shuffled", "wrong_question", "none"}
-    again = AutoModelForCausalLM.from_pretrained(run_coldstart(dataclasses.replace(config, output=str(tmp_path / "again"))))
+    again = AutoModelForCausalLM.from_pretrained(
+        run_coldstart(dataclasses.replace(config, output=str(tmp_path / "again")))
+    )
     for name, weight in model.state_dict().items():
         assert torch.equal(weight, again.state_dict()[name]), name
 
 
 def test_a_cold_start_goes_on_from_an_earlier_one(tmp_path):
     first = run_coldstart(dataclasses.replace(TINY, output=str(tmp_path / "first")))
-    config = dataclasses.replace(TINY, start_from=str(first), learning_rate=0.0, output=str(tmp_path / "second"))
+    config = dataclasses.replace(
+        TINY, start_from=str(first), learning_rate=0.0, output=str(tmp_path / "second")
+    )
     second = run_coldstart(config)
     assert (second / "tokenizer.json").read_bytes() == (first / "tokenizer.json").read_bytes()
     before, after = (AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (first, second))
@@ -137,7 +148,9 @@ def test_a_cold_start_goes_on_from_an_earlier_one(tmp_path):
 
 
 def test_training_lowers_the_loss(tokenizer):
-    model = build_model(SmallQwenShape(hidden_size=64, num_layers=1, num_heads=2), vocab_size=len(tokenizer), seed=0)
+    model = build_model(
+        SmallQwenShape(hidden_size=64, num_layers=1, num_heads=2), vocab_size=len(tokenizer), seed=0
+    )
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     stream = batches(lambda step: {"none": 1.0}, tokenizer, dataclasses.replace(TINY, batch_tokens=1024))
     losses = []

@@ -1,4 +1,5 @@
-"""Demonstrations: truthful labels, hits that follow the hidden table, a table drawn anew for every episode."""
+"""Demonstrations: truthful labels, hits that follow the hidden table, a table drawn anew for every
+episode."""
 
 import random
 from collections import Counter
@@ -24,10 +25,15 @@ def demonstrations(kind, count, seed=0):
 def test_the_hidden_table_is_drawn_anew_for_every_episode():
     tables = [tuple(sorted(d.table.items())) for d in demonstrations("natural", 400)]
     assert len(set(tables)) == 400
-    for cell, keywords in ((("mentor", "scholar"), KEYWORDS["mentor"]), (("envoy", "painter"), KEYWORDS["envoy"])):
+    for cell, keywords in (
+        (("mentor", "scholar"), KEYWORDS["mentor"]),
+        (("envoy", "painter"), KEYWORDS["envoy"]),
+    ):
         counts = Counter(dict(table)[cell] for table in tables)
         assert set(counts) == set(keywords)
-        assert all(60 < count < 140 for count in counts.values()), "uniform: nothing to learn about any one world"
+        assert all(60 < count < 140 for count in counts.values()), (
+            "uniform: nothing to learn about any one world"
+        )
 
 
 @pytest.mark.parametrize("kind", ["only_correct", "pair", "mixed", "natural", "natural_correct"])
@@ -50,7 +56,9 @@ def asked(demonstration):
     """Subject and relations of the question, read back from the prompt."""
     question = demonstration.segments[0][1].removeprefix(demonstration.block)
     words = question.strip().removeprefix("Question: Who is ").removesuffix("?").split()
-    return Entity(" ".join(words[-2:]), words[-3]), [word for word in reversed(words[:-3]) if word in KEYWORDS]
+    return Entity(" ".join(words[-2:]), words[-3]), [
+        word for word in reversed(words[:-3]) if word in KEYWORDS
+    ]
 
 
 def test_a_search_hits_exactly_when_it_uses_the_tables_keyword():
@@ -75,7 +83,8 @@ def test_the_demonstrator_is_mediocre_and_a_block_helps_only_a_block_of_its_own_
 
 
 def test_names_are_drawn_from_all_pairs_evenly():
-    """A pair that never occurs would be learnt as impossible, and the policy could not copy it from a passage."""
+    """A pair that never occurs would be learnt as impossible, and the policy could not copy it from a
+    passage."""
     asked_about = [asked(d)[0].name for d in demonstrations("none", 2000)]
     held_out = set(names("eval"))
     assert 0.2 < np.mean([name in held_out for name in asked_about]) < 0.3
@@ -103,7 +112,9 @@ def test_reading_a_block():
     assert settled["tutor"] == 200
     assert settled["mentor"] == 0.01
     assert weights(attempt(False, first, onward))["mentor"] == 4, "it went on: perhaps it had hit"
-    assert weights(attempt(False, first), is_last_hop=True)["mentor"] == 0.05, "the last query of a failure had missed"
+    assert weights(attempt(False, first), is_last_hop=True)["mentor"] == 0.05, (
+        "the last query of a failure had missed"
+    )
     assert weights(attempt(None, first), is_last_hop=True)["mentor"] == 1, "without a label nobody knows"
     assert weights(attempt(True, onward))["mentor"] == 1, "another entity's query says nothing"
 
@@ -112,9 +123,12 @@ def test_reading_a_block():
 
 
 def test_no_two_entities_of_an_episode_share_a_name_by_chance():
-    """Else a miss could answer the question, and an episode that needs a wrong attempt could wait for one for ever."""
+    """Else a miss could answer the question, and an episode that needs a wrong attempt could wait for one
+    for ever."""
     for demonstration in demonstrations("natural", 300):
-        found = {f.value for t in (demonstration.trace, *demonstration.block_traces) for _, _, f in t.searches}
+        found = {
+            f.value for t in (demonstration.trace, *demonstration.block_traces) for _, _, f in t.searches
+        }
         assert len({value.name for value in found}) == len(found)
 
 

@@ -57,7 +57,11 @@ def test_auto_tokenizer_reads_the_saved_tokenizer_as_it_was(tokenizer, tmp_path)
     for _ in range(5):
         for _, text in make_demonstration("natural", PRESETS["compact"], DemonstratorConfig(), rng).segments:
             assert ids_of(loaded, text) == ids_of(tokenizer, text)
-    assert (loaded.eos_token_id, loaded.pad_token_id) == (tokenizer.eos_token_id, tokenizer.pad_token_id) == (0, 1)
+    assert (
+        (loaded.eos_token_id, loaded.pad_token_id)
+        == (tokenizer.eos_token_id, tokenizer.pad_token_id)
+        == (0, 1)
+    )
 
 
 @settings(max_examples=50, deadline=None)

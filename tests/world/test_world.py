@@ -28,7 +28,12 @@ from megatron_sd.retrieval.corpus.directory import CorpusRetriever
 from megatron_sd.search.questions import load_questions
 
 SMALL = WorldConfig(
-    num_train_entities=120, num_eval_entities=60, num_train_questions=200, num_eval_questions=80, homonym_share=0.25, seed=3
+    num_train_entities=120,
+    num_eval_entities=60,
+    num_train_questions=200,
+    num_eval_questions=80,
+    homonym_share=0.25,
+    seed=3,
 )
 
 
@@ -97,13 +102,17 @@ def test_sizes_and_homonyms_are_as_configured(world):
 def test_every_cell_of_the_table_uses_one_keyword_of_its_relation(world):
     assert set(world.table) == {(relation, type_) for relation in RELATIONS for type_ in ENTITY_TYPES}
     assert all(keyword in KEYWORDS[relation] for (relation, _), keyword in world.table.items())
-    assert len(RELATION_OF) == sum(len(keywords) for keywords in KEYWORDS.values()), "no keyword serves two relations"
+    assert len(RELATION_OF) == sum(len(keywords) for keywords in KEYWORDS.values()), (
+        "no keyword serves two relations"
+    )
 
 
 @pytest.mark.parametrize("num_hops", [1, 2, 3, 4])
 def test_following_the_facts_gives_the_golden_answer_and_the_supporting_passages(num_hops):
     shares = tuple(float(hops == num_hops) for hops in (1, 2, 3, 4))
-    world = make_world(dataclasses.replace(SMALL, hop_shares=shares, num_train_questions=20, num_eval_questions=20))
+    world = make_world(
+        dataclasses.replace(SMALL, hop_shares=shares, num_train_questions=20, num_eval_questions=20)
+    )
     text_of = {p.id: p.text for p in world.passages}
     for question in world.questions:
         half = world.halves[question.split == "eval"]
@@ -114,7 +123,9 @@ def test_following_the_facts_gives_the_golden_answer_and_the_supporting_passages
         assert question_text(entity, relations) == question.text
         for relation, hop in zip(relations, question.supporting, strict=True):
             value = half.objects[entity, relation]
-            assert [text_of[id_] for id_ in hop] == [fact_text(entity, world.table[relation, entity.type], value)]
+            assert [text_of[id_] for id_ in hop] == [
+                fact_text(entity, world.table[relation, entity.type], value)
+            ]
             entity = value
         assert question.golden_answers == (entity.name,)
 

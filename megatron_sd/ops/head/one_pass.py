@@ -1,9 +1,11 @@
-"""The head and all that the losses need of it, in one pass: log-probabilities, entropies, divergences, and their gradients.
+"""The head and all that the losses need of it, in one pass: log-probabilities, entropies, divergences, and
+their gradients.
 
-A chunk of rows goes through the head, and the caller's loss of just these rows says at once how much each of them counts. So the
-gradients of the hidden rows and of the head are taken while the chunk's logits exist, and the logits make room for their own
-gradient: one product for the logits, one for the teacher's, one for the rows' gradient, one for the head's, none twice.
-[rows, vocabulary] matrices exist a chunk at a time in the dtype of the product, and in float32 a block of a few rows at a time.
+A chunk of rows goes through the head, and the caller's loss of just these rows says at once how much each
+of them counts. So the gradients of the hidden rows and of the head are taken while the chunk's logits
+exist, and the logits make room for their own gradient: one product for the logits, one for the teacher's,
+one for the rows' gradient, one for the head's, none twice. [rows, vocabulary] matrices exist a chunk at a
+time in the dtype of the product, and in float32 a block of a few rows at a time.
 
 How a loss in bfloat16 keeps its gradient where teacher and student are close: kernels/linear_jsd.md.
 """
@@ -39,21 +41,29 @@ def linear_jsd(  # noqa: PLR0913 (the rows, the head, and what is asked of them)
     options: HeadOptions,
     teacher_head: tuple[Tensor, Tensor | None] | None = None,
 ) -> RowValues:
-    """Log-probabilities of the rows' targets, divergences of student and teacher at the query rows, and the sum of their losses.
+    """Log-probabilities of the rows' targets, divergences of student and teacher at the query rows, and the
+    sum of their losses.
 
-    hidden: [R, H] student states. teacher_hidden: [Q, H], taken without gradient. head: weight [V, H] and bias [V] or None, the
-    student's and the teacher's, leaves or not (a head with LoRA is its merged weight). R or Q = 0: the loss stays connected.
-    teacher_head: of a teacher with weights of its own, whose logits are then a product of their own.
-    With options.shard both heads are this rank's rows of it, as many on every rank, and all ranks call together.
-    row_loss: called once for every block of rows, so it must be a sum over rows; None: values alone are wanted. The gradient is
-    taken in the forward, of what requires one, so the backward needs neither weight nor logits and can run once.
-    Raises ValueError for shapes that do not fit.
+    hidden: [R, H] student states. teacher_hidden: [Q, H], taken without gradient. head: weight [V, H] and
+    bias [V] or None, the student's and the teacher's, leaves or not (a head with LoRA is its merged
+    weight). R or Q = 0: the loss stays connected. teacher_head: of a teacher with weights of its own, whose
+    logits are then a product of their own. With options.shard both heads are this rank's rows of it, as
+    many on every rank, and all ranks call together. row_loss: called once for every block of rows, so it
+    must be a sum over rows; None: values alone are wanted. The gradient is taken in the forward, of what
+    requires one, so the backward needs neither weight nor logits and can run once. Raises ValueError for
+    shapes that do not fit.
     """
     weight, bias = head
     _check(hidden, teacher_hidden, weight, rows)
-    if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in (hidden, weight, bias)):
+    if not torch.is_grad_enabled() or not any(
+        t is not None and t.requires_grad for t in (hidden, weight, bias)
+    ):
         row_loss = None
-    return RowValues(*_LinearJsd.apply(hidden, weight, bias, (teacher_hidden.detach(), teacher_head), rows, row_loss, options))
+    return RowValues(
+        *_LinearJsd.apply(
+            hidden, weight, bias, (teacher_hidden.detach(), teacher_head), rows, row_loss, options
+        )
+    )
 
 
 class _LinearJsd(torch.autograd.Function):
@@ -73,10 +83,15 @@ class _LinearJsd(torch.autograd.Function):
         gradients = None
         if row_loss is not None:
             gradients = _Gradients(inputs, wanted=ctx.needs_input_grad[:3], is_sum=len(chunks) > 1)
-        parts = [part for chunk in chunks for part in _visit_chunk(inputs, chunk, row_loss, gradients, options)]
+        parts = [
+            part for chunk in chunks for part in _visit_chunk(inputs, chunk, row_loss, gradients, options)
+        ]
         ctx.gradients = gradients
         loss = torch.stack([part.loss for part in parts]).sum()
-        columns = [part[0] if len(parts) == 1 else torch.cat(part) for part in zip(*(part[1:] for part in parts), strict=True)]
+        columns = [
+            part[0] if len(parts) == 1 else torch.cat(part)
+            for part in zip(*(part[1:] for part in parts), strict=True)
+        ]
         ctx.mark_non_differentiable(*columns, *([] if gradients else [loss]))
         return (loss, *columns)
 
@@ -84,7 +99,9 @@ class _LinearJsd(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_loss: Tensor, *_: Tensor):
         if ctx.gradients is None:
-            raise RuntimeError("linear_jsd keeps its gradients for one backward: expected no second one, or a second forward")
+            raise RuntimeError(
+                "linear_jsd keeps its gradients for one backward: expected no second one, or a second forward"
+            )
         gradients, ctx.gradients = ctx.gradients, None
         return (*gradients.times(grad_loss), None, None, None, None)
 
@@ -101,7 +118,8 @@ class _Inputs(NamedTuple):
 class _Gradients:
     """Of the hidden rows, the weight and the bias, chunk by chunk; what is not wanted stays None.
 
-    Sums over several chunks are float32; of one chunk the product itself, in the dtype of the weight, is enough.
+    Sums over several chunks are float32; of one chunk the product itself, in the dtype of the weight, is
+    enough.
     """
 
     def __init__(self, inputs: _Inputs, *, wanted: tuple[bool, ...], is_sum: bool):
@@ -109,7 +127,9 @@ class _Gradients:
         self.hidden = torch.empty_like(inputs.hidden) if wanted[0] else None
         sum_dtype = working_dtype(inputs.weight.dtype) if is_sum else inputs.weight.dtype
         self.weight = torch.zeros_like(inputs.weight, dtype=sum_dtype) if wanted[1] else None
-        self.bias = torch.zeros_like(inputs.bias, dtype=working_dtype(inputs.bias.dtype)) if wanted[2] else None
+        self.bias = (
+            torch.zeros_like(inputs.bias, dtype=working_dtype(inputs.bias.dtype)) if wanted[2] else None
+        )
 
     def add(self, chunk: Cut, logits_gradient: Tensor) -> None:
         """logits_gradient: [C, V], of the chunk's rows."""
@@ -124,8 +144,14 @@ class _Gradients:
 
     def times(self, factor: Tensor) -> tuple[Tensor | None, ...]:
         """The three, multiplied in their own memory, each in the dtype of what it is the gradient of."""
-        pairs = ((self.hidden, self._inputs.hidden), (self.weight, self._inputs.weight), (self.bias, self._inputs.bias))
-        return tuple(None if gradient is None else gradient.mul_(factor).to(of.dtype) for gradient, of in pairs)
+        pairs = (
+            (self.hidden, self._inputs.hidden),
+            (self.weight, self._inputs.weight),
+            (self.bias, self._inputs.bias),
+        )
+        return tuple(
+            None if gradient is None else gradient.mul_(factor).to(of.dtype) for gradient, of in pairs
+        )
 
 
 def _visit_chunk(
@@ -134,8 +160,11 @@ def _visit_chunk(
     """The values of each block of the chunk."""
     hidden, rows = inputs.hidden[chunk.rows], inputs.rows
     query_rows = rows.query_rows[chunk.queries] - chunk.rows.start
-    logits = head_logits(hidden, inputs.weight, inputs.bias, unrounded=options.teacher_logits.startswith("float32"))
-    is_difference = inputs.teacher_head is None and options.teacher_logits.endswith("delta")  # two heads have no common product
+    logits = head_logits(
+        hidden, inputs.weight, inputs.bias, unrounded=options.teacher_logits.startswith("float32")
+    )
+    # two heads have no common product
+    is_difference = inputs.teacher_head is None and options.teacher_logits.endswith("delta")
     own, read = hidden[query_rows], inputs.teacher_hidden[chunk.queries]
     teacher = _teacher_product(inputs, own, read, options, is_difference=is_difference)
     block_rows = max(BLOCK_ELEMENTS.get(logits.device.type, BLOCK_ELEMENTS["cuda"]) // logits.shape[1], 1)
@@ -149,7 +178,9 @@ def _visit_chunk(
                 teacher[block.queries],
                 rows.targets[at.rows],
                 query_rows[block.queries] - block.rows.start,
-                row_loss=None if row_loss is None else lambda values, at=at: row_loss(values, at.rows, at.queries),
+                row_loss=(
+                    None if row_loss is None else lambda values, at=at: row_loss(values, at.rows, at.queries)
+                ),
                 options=options,
                 teacher_is_difference=is_difference,
             )
@@ -193,7 +224,9 @@ def _visit_block(  # noqa: PLR0913 (two matrices and their row numbers)
 
     softmax = RowSoftmax.of(scaled, options.sampling_temperature, targets)
     logprobs = softmax.logprobs.requires_grad_(wants_gradient)
-    values = RowValues(logprobs.new_zeros(()), logprobs, softmax.entropies, divergences, teacher_entropies, truncated_masses)
+    values = RowValues(
+        logprobs.new_zeros(()), logprobs, softmax.entropies, divergences, teacher_entropies, truncated_masses
+    )
     if not wants_gradient:
         return values
     with torch.enable_grad():
@@ -231,6 +264,7 @@ def _check(hidden: Tensor, teacher_hidden: Tensor, weight: Tensor, rows: HeadRow
     widths = {tensor.shape[-1] for tensor in (hidden, teacher_hidden, weight)}
     if len(widths) > 1 or len(hidden) != len(rows.targets) or len(teacher_hidden) != len(rows.query_rows):
         raise ValueError(
-            f"hidden is {tuple(hidden.shape)} for {len(rows.targets)} targets, teacher_hidden {tuple(teacher_hidden.shape)} for "
-            f"{len(rows.query_rows)} query rows, the head's weight {tuple(weight.shape)}: expected [R, H], [Q, H] and [V, H]"
+            f"hidden is {tuple(hidden.shape)} for {len(rows.targets)} targets, teacher_hidden"
+            f" {tuple(teacher_hidden.shape)} for {len(rows.query_rows)} query rows, the head's weight"
+            f" {tuple(weight.shape)}: expected [R, H], [Q, H] and [V, H]"
         )

@@ -1,7 +1,7 @@
 """The head's matrix products, where wanted with float32 results from inputs of half that width.
 
-On a GPU that is one product whose float32 sums are stored unrounded. A CPU has no such product: its inputs are copied to float32,
-a part of the vocabulary at a time.
+On a GPU that is one product whose float32 sums are stored unrounded. A CPU has no such product: its inputs
+are copied to float32, a part of the vocabulary at a time.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ def head_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, *, unrounde
 
 
 def add_outer_product(total: Tensor, gradient: Tensor, hidden: Tensor) -> None:
-    """total [V, H] += gradient [N, V].T @ hidden [N, H]; summed in total's dtype, which may be float32 with half-width inputs."""
+    """total [V, H] += gradient [N, V].T @ hidden [N, H]; summed in total's dtype, which may be float32 with
+    half-width inputs."""
     for start in range(0, len(total), PART):
         part, columns = total[start : start + PART], gradient[:, start : start + PART].t()
         if total.dtype == hidden.dtype:

@@ -15,10 +15,13 @@ class Cut(NamedTuple):
 
 
 def cut_rows(num_rows: int, query_rows: np.ndarray, size: int) -> list[Cut]:
-    """Cut num_rows rows, `size` at a time; query_rows [Q] are increasing row numbers. At least one cut, possibly empty.
+    """Cut num_rows rows, `size` at a time; query_rows [Q] are increasing row numbers. At least one cut,
+    possibly empty.
 
-    >>> cut_rows(5, np.array([1, 3, 4]), 3)
-    [Cut(rows=slice(0, 3, None), queries=slice(0, 1, None)), Cut(rows=slice(3, 5, None), queries=slice(1, 3, None))]
+    >>> cut_rows(5, np.array([1, 3, 4]), 3) [Cut(rows=slice(0, 3, None), queries=slice(0, 1, None)),
+    Cut(rows=slice(3, 5, None), queries=slice(1, 3, None))]
     """
     bounds = [(start, min(start + size, num_rows)) for start in range(0, max(num_rows, 1), size)]
-    return [Cut(slice(a, b), slice(*(int(np.searchsorted(query_rows, row)) for row in (a, b)))) for a, b in bounds]
+    return [
+        Cut(slice(a, b), slice(*(int(np.searchsorted(query_rows, row)) for row in (a, b)))) for a, b in bounds
+    ]

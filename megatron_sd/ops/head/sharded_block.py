@@ -1,4 +1,5 @@
-"""A block of rows in the head's pass where each rank has some columns of the vocabulary (one_pass.py: where it has all)."""
+"""A block of rows in the head's pass where each rank has some columns of the vocabulary (one_pass.py: where
+it has all)."""
 
 from __future__ import annotations
 
@@ -23,8 +24,8 @@ def visit_sharded_block(  # noqa: PLR0913 (two matrices and their row numbers)
     options: HeadOptions,
     teacher_is_difference: bool,
 ) -> RowValues:
-    """Values of a block of rows, the same on every rank. logits [N, V_k], teacher [Q, V_k]: this rank's columns. With a row_loss,
-    the gradient of the loss takes the place of `logits`."""
+    """Values of a block of rows, the same on every rank. logits [N, V_k], teacher [Q, V_k]: this rank's
+    columns. With a row_loss, the gradient of the loss takes the place of `logits`."""
     wants_gradient, dtype, shard = row_loss is not None, working_dtype(logits.dtype), options.shard
     scaled = logits.to(dtype).detach().requires_grad_(wants_gradient)
     teacher = teacher.to(dtype)
@@ -34,9 +35,13 @@ def visit_sharded_block(  # noqa: PLR0913 (two matrices and their row numbers)
     divergence = {"divergence": options.divergence, "beta": options.beta, "temperature": options.temperature}
     with torch.set_grad_enabled(wants_gradient):
         divergences = vocab_parallel_divergence(scaled[query_rows], teacher, shard, **divergence)
-        logprobs, entropies = vocab_parallel_logprobs(scaled, targets, shard, temperature=options.sampling_temperature)
+        logprobs, entropies = vocab_parallel_logprobs(
+            scaled, targets, shard, temperature=options.sampling_temperature
+        )
     of_no_interest = targets.new_zeros(len(teacher))
-    _, teacher_entropies = vocab_parallel_logprobs(teacher, of_no_interest, shard, temperature=options.sampling_temperature)
+    _, teacher_entropies = vocab_parallel_logprobs(
+        teacher, of_no_interest, shard, temperature=options.sampling_temperature
+    )
     masses = torch.zeros_like(teacher_entropies)
     values = RowValues(logprobs.new_zeros(()), logprobs, entropies, divergences, teacher_entropies, masses)
     if not wants_gradient:

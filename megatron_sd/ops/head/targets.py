@@ -1,7 +1,9 @@
-"""What the student is pulled to: the teacher's distribution, or a control that looks like one and knows nothing.
+"""What the student is pulled to: the teacher's distribution, or a control that looks like one and knows
+nothing.
 
-A target is a function of the teacher's logits, row by row. The controls keep everything else of the method: the same rows, the
-same weights, the same divergence. If they help as much as the teacher does, it was not the teacher's knowledge that helped.
+A target is a function of the teacher's logits, row by row. The controls keep everything else of the method:
+the same rows, the same weights, the same divergence. If they help as much as the teacher does, it was not
+the teacher's knowledge that helped.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ def uniform_target(teacher_logits: Tensor) -> Tensor:
 
 
 def shuffled_vocabulary_target(teacher_logits: Tensor) -> Tensor:
-    """As sure as the teacher, of other tokens: its entries under one permutation of the vocabulary, the same in every run."""
+    """As sure as the teacher, of other tokens: its entries under one permutation of the vocabulary, the
+    same in every run."""
     order = _permutation(teacher_logits.shape[-1]).to(teacher_logits.device)
     return teacher_logits.index_select(-1, order)
 

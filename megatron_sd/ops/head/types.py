@@ -18,11 +18,12 @@ TEACHER_LOGITS = ("delta", "float32_delta", "float32", "same_dtype")
 class HeadOptions:
     """sampling_temperature: of the rollouts; log-probabilities and entropies are of softmax(logits / it).
 
-    teacher_logits: "delta": the student's, plus the head's product with the difference of hidden states, each rounded to the
-    model's dtype; "float32_delta": the same with unrounded (float32) logits of the student; "float32": two unrounded products;
-    "same_dtype": two rounded ones, which is wrong in bfloat16 when both are close. chunk_rows: student rows per chunk; the
-    teacher's rows at their query positions come on top. target: what is made of the teacher's logits (targets.py). shard: this
-    rank's part of a sharded vocabulary; None: it is whole. The rest: of the divergence (ops/jsd.py).
+    teacher_logits: "delta": the student's, plus the head's product with the difference of hidden states,
+    each rounded to the model's dtype; "float32_delta": the same with unrounded (float32) logits of the
+    student; "float32": two unrounded products; "same_dtype": two rounded ones, which is wrong in bfloat16
+    when both are close. chunk_rows: student rows per chunk; the teacher's rows at their query positions
+    come on top. target: what is made of the teacher's logits (targets.py). shard: this rank's part of a
+    sharded vocabulary; None: it is whole. The rest: of the divergence (ops/jsd.py).
     """
 
     sampling_temperature: float
@@ -38,8 +39,9 @@ class HeadOptions:
 
 
 class HeadRows(NamedTuple):
-    """targets: [R] int64, the token each row predicts. query_rows: [Q] int64, increasing: the rows that the teacher's rows match.
-    host_query_rows: the same as a numpy array, so that cutting rows into chunks asks nothing of the device."""
+    """targets: [R] int64, the token each row predicts. query_rows: [Q] int64, increasing: the rows that the
+    teacher's rows match. host_query_rows: the same as a numpy array, so that cutting rows into chunks asks
+    nothing of the device."""
 
     targets: Tensor
     query_rows: Tensor
@@ -51,8 +53,9 @@ class HeadRows(NamedTuple):
 
 
 class RowValues(NamedTuple):
-    """loss: the scalar sum of the row losses, which alone has a gradient; 0 without a row loss. logprobs, entropies: [R]; at the
-    query rows: divergences [Q], teacher_entropies [Q], truncated_masses [Q]. All float32, nats.
+    """loss: the scalar sum of the row losses, which alone has a gradient; 0 without a row loss. logprobs,
+    entropies: [R]; at the query rows: divergences [Q], teacher_entropies [Q], truncated_masses [Q]. All
+    float32, nats.
 
     In a row loss's argument, logprobs and divergences have a gradient and `loss` is nothing yet.
     """

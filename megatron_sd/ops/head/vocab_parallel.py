@@ -1,8 +1,9 @@
 """Divergence, log-probability and entropy of rows whose vocabulary is sharded across tensor-parallel ranks.
 
-Rank k holds columns [start, start + num_real) of every row, and perhaps padding columns after them. What ranks tell each other is
-a few float64 numbers a row: log-normalisers first (and with the KL divergences a mean, which already makes the value), then for
-jsd the sums of its terms; the gradient of a rank's own columns follows without another word.
+Rank k holds columns [start, start + num_real) of every row, and perhaps padding columns after them. What
+ranks tell each other is a few float64 numbers a row: log-normalisers first (and with the KL divergences a
+mean, which already makes the value), then for jsd the sums of its terms; the gradient of a rank's own
+columns follows without another word.
 
     jsd                     two rounds: gather (lse_s, lse_t), sum (D, K)          4 numbers
     forward_kl, reverse_kl  one round: gather (lse_s, lse_t, E)                    3 numbers
@@ -10,8 +11,9 @@ jsd the sums of its terms; the gradient of a rank's own columns follows without 
 
     forward_kl = E_P[z_t - z_s] - lse_t + lse_s,    reverse_kl = E_Q[z_s - z_t] - lse_s + lse_t,    entropy = lse - E_Q[z]
 
-Every rank gets the same bits: sums over ranks are taken from gathered numbers, in rank order. A head of which every rank has some
-rows W_k: `logits = F.linear(replicated(hidden, shard), W_k)` has dH summed over ranks, and dW_k local.
+Every rank gets the same bits: sums over ranks are taken from gathered numbers, in rank order. A head of
+which every rank has some rows W_k: `logits = F.linear(replicated(hidden, shard), W_k)` has dH summed over
+ranks, and dW_k local.
 """
 
 from __future__ import annotations
@@ -30,9 +32,10 @@ from megatron_sd.ops.row_softmax import working_dtype
 
 @dataclass(frozen=True, kw_only=True)
 class VocabShard:
-    """This rank's columns of the vocabulary: num_real from number `start` on; further columns of a matrix are padding and get no
-    gradient. num_real may be 0. gather: a tensor of each rank -> [ranks, ...] in rank order, the same on every rank. width: what
-    own_rows pads to, the same number on every rank; needed there only."""
+    """This rank's columns of the vocabulary: num_real from number `start` on; further columns of a matrix
+    are padding and get no gradient. num_real may be 0. gather: a tensor of each rank -> [ranks, ...] in
+    rank order, the same on every rank. width: what own_rows pads to, the same number on every rank; needed
+    there only."""
 
     start: int
     num_real: int
@@ -46,21 +49,32 @@ def replicated(hidden: Tensor, shard: VocabShard) -> Tensor:
 
 
 def own_rows(weight: Tensor, shard: VocabShard) -> Tensor:
-    """[width] or [width, H]: this rank's part of a head [V] or [V, H] of which every rank has all, and rows of 0 after it. The
-    gradient is that of the whole head, on every rank."""
+    """[width] or [width, H]: this rank's part of a head [V] or [V, H] of which every rank has all, and rows
+    of 0 after it. The gradient is that of the whole head, on every rank."""
     return _OwnRows.apply(weight, shard)
 
 
 def vocab_parallel_divergence(
-    student_logits: Tensor, teacher_logits: Tensor, shard: VocabShard, *, divergence: str, beta: float, temperature: float
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    shard: VocabShard,
+    *,
+    divergence: str,
+    beta: float,
+    temperature: float,
 ) -> Tensor:
-    """[N] divergences of rows of which this rank has columns [N, V_k]; formulas and meaning of the options: ops/jsd_reference.py.
+    """[N] divergences of rows of which this rank has columns [N, V_k]; formulas and meaning of the options:
+    ops/jsd_reference.py.
 
-    Differentiable in student_logits; every rank must hand in the same gradient. Arithmetic is float32 (float64 stays). All
-    ranks call together, with the same rows. A row of nothing but -inf gives NaN. Raises ConfigError for mse.
+    Differentiable in student_logits; every rank must hand in the same gradient. Arithmetic is float32
+    (float64 stays). All ranks call together, with the same rows. A row of nothing but -inf gives NaN.
+    Raises ConfigError for mse.
     """
     if divergence == "mse":
-        raise ConfigError("distill.divergence is 'mse', expected jsd, forward_kl or reverse_kl where the vocabulary is sharded")
+        raise ConfigError(
+            "distill.divergence is 'mse', expected jsd, forward_kl or reverse_kl where the vocabulary is"
+            " sharded"
+        )
     columns = slice(0, shard.num_real)
     student, teacher = student_logits[:, columns], teacher_logits.detach()[:, columns]
     wants_gradient = student.requires_grad and torch.is_grad_enabled()
@@ -70,8 +84,8 @@ def vocab_parallel_divergence(
 def vocab_parallel_logprobs(
     logits: Tensor, targets: Tensor, shard: VocabShard, *, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """([N] log softmax(logits / temperature)[target], [N] entropies in nats, without gradient). targets: [N] of the whole
-    vocabulary. Differentiable in logits; every rank must hand in the same gradient."""
+    """([N] log softmax(logits / temperature)[target], [N] entropies in nats, without gradient). targets:
+    [N] of the whole vocabulary. Differentiable in logits; every rank must hand in the same gradient."""
     return _Logprobs.apply(logits[:, : shard.num_real], targets, shard, temperature)
 
 
@@ -105,7 +119,12 @@ class _OwnRows(torch.autograd.Function):
 class _Divergence(torch.autograd.Function):
     @staticmethod
     def forward(  # noqa: PLR0917 (autograd hands everything on by position)
-        ctx, student: Tensor, teacher: Tensor, shard: VocabShard, options: tuple[str, float, float], wants_gradient: bool
+        ctx,
+        student: Tensor,
+        teacher: Tensor,
+        shard: VocabShard,
+        options: tuple[str, float, float],
+        wants_gradient: bool,
     ) -> Tensor:
         divergence, beta, temperature = options
         z_s, z_t = _scaled(student, temperature), _scaled(teacher, temperature)
@@ -132,7 +151,8 @@ class _Divergence(torch.autograd.Function):
 
 
 def _kl(z_s: Tensor, z_t: Tensor, shard: VocabShard, divergence: str) -> tuple[Tensor, Terms, Tensor]:
-    """Values and this rank's terms of the KL divergence from its own side to the other, and both log-normalisers."""
+    """Values and this rank's terms of the KL divergence from its own side to the other, and both
+    log-normalisers."""
     own, other = (z_t, z_s) if divergence == "forward_kl" else (z_s, z_t)
     parts = shard.gather(torch.stack([_log_sum(z_s), _log_sum(z_t), _mean(own, own - other)]))
     lse_s, lse_t = torch.logsumexp(parts[:, :2], 0)
@@ -145,7 +165,9 @@ def _kl(z_s: Tensor, z_t: Tensor, shard: VocabShard, divergence: str) -> tuple[T
 
 class _Logprobs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits: Tensor, targets: Tensor, shard: VocabShard, temperature: float) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx, logits: Tensor, targets: Tensor, shard: VocabShard, temperature: float
+    ) -> tuple[Tensor, Tensor]:
         z = _scaled(logits, temperature)
         own = targets - shard.start
         is_here = (own >= 0) & (own < shard.num_real)
@@ -198,6 +220,7 @@ def _mean(z: Tensor, of: Tensor) -> Tensor:
 
 
 def _minus(z: Tensor, normaliser: Tensor) -> Tensor:
-    """z - normaliser [N] float64, with the digits that z's dtype cannot hold of it subtracted after those that it can."""
+    """z - normaliser [N] float64, with the digits that z's dtype cannot hold of it subtracted after those
+    that it can."""
     rounded = normaliser.to(z.dtype)
     return (z - rounded[:, None]).sub_((normaliser - rounded).to(z.dtype)[:, None])

@@ -1,8 +1,10 @@
-"""What the native libraries compute, on tensors: the same functions on CPUs and CUDA devices, without autograd.
+"""What the native libraries compute, on tensors: the same functions on CPUs and CUDA devices, without
+autograd.
 
-jsd_rows does everything in one visit to a row. The other three are its steps, for a vocabulary in shards: normalisers of every
-shard, combined by logsumexp over shards; sums of every shard with the combined normalisers, added up; gradient of every
-shard with both. Row numbers must be in range: on CPUs the caller has looked, on CUDA such rows come out as NaN.
+jsd_rows does everything in one visit to a row. The other three are its steps, for a vocabulary in shards:
+normalisers of every shard, combined by logsumexp over shards; sums of every shard with the combined
+normalisers, added up; gradient of every shard with both. Row numbers must be in range: on CPUs the caller
+has looked, on CUDA such rows come out as NaN.
 """
 
 from __future__ import annotations
@@ -55,18 +57,23 @@ def jsd_rows(  # noqa: PLR0913 (the whole operation)
 ) -> tuple[Tensor, Tensor]:
     """Divergences [N] float32 of the listed rows, and their gradients [N, V] ([0, V] if not wanted).
 
-    student [S, V], teacher [T, V]: float32 or bfloat16. student_rows, teacher_rows: [N] integer. gradient_dtype: float32 or
-    bfloat16, None for the student's. scales: [N], factors of the gradients alone. in_place: gradients overwrite the
-    listed student rows, each of which must be listed once, and the student is returned. teacher_is_difference: the teacher's
-    matrix holds its logits minus the student's. A row that is all -inf, or holds a NaN or +inf, gives NaN in both.
+    student [S, V], teacher [T, V]: float32 or bfloat16. student_rows, teacher_rows: [N] integer.
+    gradient_dtype: float32 or bfloat16, None for the student's. scales: [N], factors of the gradients
+    alone. in_place: gradients overwrite the listed student rows, each of which must be listed once, and the
+    student is returned. teacher_is_difference: the teacher's matrix holds its logits minus the student's. A
+    row that is all -inf, or holds a NaN or +inf, gives NaN in both.
     """
-    pairs = RowPairs.of(student, teacher, student_rows, teacher_rows, teacher_is_difference=teacher_is_difference)
+    pairs = RowPairs.of(
+        student, teacher, student_rows, teacher_rows, teacher_is_difference=teacher_is_difference
+    )
     device, backend = student.device, _backend(student.device)
     task = pairs.task(divergence=divergence, beta=beta, temperature=temperature)
     values = torch.empty(pairs.num_rows, dtype=torch.float32, device=device)
     normalisers, sums = _pair_of_doubles(pairs), _pair_of_doubles(pairs)
     task.values, task.normalisers, task.sums = values.data_ptr(), normalisers.data_ptr(), sums.data_ptr()
-    gradient = _gradient(pairs, task, with_gradient=with_gradient, dtype=gradient_dtype, in_place=student if in_place else None)
+    gradient = _gradient(
+        pairs, task, with_gradient=with_gradient, dtype=gradient_dtype, in_place=student if in_place else None
+    )
     scales = _set_scales(task, scales)
     needs_room = in_place or gradient.dtype != torch.float32
     keeps_scores = with_gradient and divergence != "forward_kl" and needs_room
@@ -86,9 +93,12 @@ def jsd_normalisers(
     temperature: float,
     teacher_is_difference: bool = False,
 ) -> Tensor:
-    """Step 1: [N, 2] float64, log sum exp(logit / temperature) of the student's and the teacher's listed rows, over the columns
-    given. Combine shards with torch.logsumexp. A row of nothing but -inf gives -inf; NaN or +inf in a row give NaN."""
-    pairs = RowPairs.of(student, teacher, student_rows, teacher_rows, teacher_is_difference=teacher_is_difference)
+    """Step 1: [N, 2] float64, log sum exp(logit / temperature) of the student's and the teacher's listed
+    rows, over the columns given. Combine shards with torch.logsumexp. A row of nothing but -inf gives -inf;
+    NaN or +inf in a row give NaN."""
+    pairs = RowPairs.of(
+        student, teacher, student_rows, teacher_rows, teacher_is_difference=teacher_is_difference
+    )
     task = pairs.task(divergence="jsd", beta=0.5, temperature=temperature)
     normalisers = _pair_of_doubles(pairs)
     task.normalisers = normalisers.data_ptr()
@@ -108,9 +118,12 @@ def jsd_sums(  # noqa: PLR0913
     temperature: float,
     teacher_is_difference: bool = False,
 ) -> Tensor:
-    """Step 2: [N, 2] float64, these columns' share of the divergence and of sum Q h, which the gradient needs, in nats; both
-    add up over shards. normalisers: [N, 2] float64, of the whole rows. The second is 0 for forward_kl, which needs none."""
-    pairs = RowPairs.of(student, teacher, student_rows, teacher_rows, teacher_is_difference=teacher_is_difference)
+    """Step 2: [N, 2] float64, these columns' share of the divergence and of sum Q h, which the gradient
+    needs, in nats; both add up over shards. normalisers: [N, 2] float64, of the whole rows. The second is 0
+    for forward_kl, which needs none."""
+    pairs = RowPairs.of(
+        student, teacher, student_rows, teacher_rows, teacher_is_difference=teacher_is_difference
+    )
     task = pairs.task(divergence=divergence, beta=beta, temperature=temperature)
     normalisers, sums = normalisers.to(torch.float64).contiguous(), _pair_of_doubles(pairs)
     task.normalisers, task.sums = normalisers.data_ptr(), sums.data_ptr()
@@ -134,12 +147,17 @@ def jsd_gradient(  # noqa: PLR0913
     in_place: bool = False,
     teacher_is_difference: bool = False,
 ) -> Tensor:
-    """Step 3: the gradient [N, V] of these columns, as jsd_rows gives it. normalisers, sums: [N, 2] float64, of whole rows."""
-    pairs = RowPairs.of(student, teacher, student_rows, teacher_rows, teacher_is_difference=teacher_is_difference)
+    """Step 3: the gradient [N, V] of these columns, as jsd_rows gives it. normalisers, sums: [N, 2]
+    float64, of whole rows."""
+    pairs = RowPairs.of(
+        student, teacher, student_rows, teacher_rows, teacher_is_difference=teacher_is_difference
+    )
     task = pairs.task(divergence=divergence, beta=beta, temperature=temperature)
     normalisers, sums = normalisers.to(torch.float64).contiguous(), sums.to(torch.float64).contiguous()
     task.normalisers, task.sums = normalisers.data_ptr(), sums.data_ptr()
-    gradient = _gradient(pairs, task, with_gradient=True, dtype=gradient_dtype, in_place=student if in_place else None)
+    gradient = _gradient(
+        pairs, task, with_gradient=True, dtype=gradient_dtype, in_place=student if in_place else None
+    )
     scales = _set_scales(task, scales)
     _run_step("jsd_gradient", pairs, task)
     return gradient
@@ -148,8 +166,8 @@ def jsd_gradient(  # noqa: PLR0913
 def scatter_rows(
     gradient: Tensor, rows: Tensor, scales: Tensor, *, num_rows: int, instruction_set: str | None = None
 ) -> Tensor:
-    """[num_rows, V], row r = sum over i with rows[i] == r of scales[i] * gradient[i], summed in float32 in list order, in
-    gradient's dtype.
+    """[num_rows, V], row r = sum over i with rows[i] == r of scales[i] * gradient[i], summed in float32 in
+    list order, in gradient's dtype.
 
     gradient: [N, V] float32 or bfloat16. rows: [N] integer. scales: [N].
     """
@@ -180,7 +198,12 @@ def _pair_of_doubles(pairs: RowPairs) -> Tensor:
 
 
 def _gradient(
-    pairs: RowPairs, task: RowsTask, *, with_gradient: bool, dtype: torch.dtype | None, in_place: Tensor | None
+    pairs: RowPairs,
+    task: RowsTask,
+    *,
+    with_gradient: bool,
+    dtype: torch.dtype | None,
+    in_place: Tensor | None,
 ) -> Tensor:
     """Where the gradients go, `in_place` or a new matrix; the task is told."""
     if in_place is not None:
@@ -192,7 +215,9 @@ def _gradient(
         gradient, task.gradient_rows = in_place, task.student_rows
     else:
         num_rows = pairs.num_rows if with_gradient else 0
-        gradient = torch.empty(num_rows, pairs.vocabulary, dtype=dtype or pairs.student.dtype, device=pairs.student.device)
+        gradient = torch.empty(
+            num_rows, pairs.vocabulary, dtype=dtype or pairs.student.dtype, device=pairs.student.device
+        )
     task.gradient = matrix(gradient) if with_gradient else Matrix(None, 0, 0, ELEMENT_TYPES[gradient.dtype])
     return gradient
 

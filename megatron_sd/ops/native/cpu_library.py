@@ -1,7 +1,9 @@
-"""The native library for CPUs: found, loaded, described and called through ctypes. setup.py compiles it from kernels/csrc.
+"""The native library for CPUs: found, loaded, described and called through ctypes. setup.py compiles it
+from kernels/csrc.
 
-The library knows raw pointers only, so one file serves every version of Python and torch. torch is imported first: both then
-share its OpenMP threads. Without a library (no compiler at installation) everything here still imports and `LIBRARY` is None.
+The library knows raw pointers only, so one file serves every version of Python and torch. torch is imported
+first: both then share its OpenMP threads. Without a library (no compiler at installation) everything here
+still imports and `LIBRARY` is None.
 """
 
 from __future__ import annotations
@@ -23,9 +25,10 @@ CALLS = ("jsd_rows", "jsd_normalisers", "jsd_sums", "jsd_gradient", "scatter_row
 
 @dataclass(frozen=True, kw_only=True)
 class BuildInfo:
-    """What the native libraries are. library: the CPUs' file, None without one, and then `missing` says why. instruction_set: the
-    newest that this processor and the library both have. compiler: its version. cuda_*: the same of the GPUs' file;
-    cuda_architectures: what it holds code for, cuda_toolkit: nvcc's version."""
+    """What the native libraries are. library: the CPUs' file, None without one, and then `missing` says
+    why. instruction_set: the newest that this processor and the library both have. compiler: its version.
+    cuda_*: the same of the GPUs' file; cuda_architectures: what it holds code for, cuda_toolkit: nvcc's
+    version."""
 
     library: Path | None
     missing: str
@@ -77,7 +80,9 @@ def build_info() -> BuildInfo:
 def scratch(pairs: RowPairs, task: RowsTask, *, keeps_scores: bool) -> Tensor | None:
     """One row a thread, if a gradient's scores have to be kept and its own row cannot hold them."""
     del task
-    return torch.empty(torch.get_num_threads(), pairs.vocabulary, dtype=torch.float32) if keeps_scores else None
+    return (
+        torch.empty(torch.get_num_threads(), pairs.vocabulary, dtype=torch.float32) if keeps_scores else None
+    )
 
 
 def listed(rows: Tensor, num_rows: int) -> tuple[Tensor, Tensor | None]:
@@ -87,15 +92,20 @@ def listed(rows: Tensor, num_rows: int) -> tuple[Tensor, Tensor | None]:
 
 
 def run(call: str, task: ctypes.Structure, *, device: torch.device, instruction_set: str | None) -> None:
-    """One call of the library, on torch's threads. task: what the call takes, with fields num_threads and instruction_set. Raises
-    ValueError for an instruction set that this processor has not."""
+    """One call of the library, on torch's threads. task: what the call takes, with fields num_threads and
+    instruction_set. Raises ValueError for an instruction set that this processor has not."""
     del device
-    task.num_threads, task.instruction_set = torch.get_num_threads(), _number_of(instruction_set or INSTRUCTION_SET)
+    task.num_threads, task.instruction_set = (
+        torch.get_num_threads(),
+        _number_of(instruction_set or INSTRUCTION_SET),
+    )
     getattr(LIBRARY, f"megatron_sd_{call}")(ctypes.byref(task))
 
 
 def _number_of(instruction_set: str) -> int:
     number = INSTRUCTION_SETS.index(instruction_set)
     if number > INSTRUCTION_SETS.index(INSTRUCTION_SET):
-        raise ValueError(f"instruction_set is {instruction_set!r}, expected at most {INSTRUCTION_SET!r} on this processor")
+        raise ValueError(
+            f"instruction_set is {instruction_set!r}, expected at most {INSTRUCTION_SET!r} on this processor"
+        )
     return number

@@ -1,7 +1,9 @@
-"""The native library for NVIDIA GPUs: found, loaded and called through ctypes. Its source is kernels/csrc/jsd_cuda.cu.
+"""The native library for NVIDIA GPUs: found, loaded and called through ctypes. Its source is
+kernels/csrc/jsd_cuda.cu.
 
-A file of its own beside the CPU library, with the CUDA runtime inside: it loads on machines without a GPU or driver, where calls
-fail with CUDA's own message. It knows nothing of torch; work goes to torch's current stream, and no call waits for the device.
+A file of its own beside the CPU library, with the CUDA runtime inside: it loads on machines without a GPU
+or driver, where calls fail with CUDA's own message. It knows nothing of torch; work goes to torch's current
+stream, and no call waits for the device.
 """
 
 from __future__ import annotations
@@ -28,11 +30,18 @@ DTYPE_PAIRS = {  # (student, teacher, teacher_is_difference) that the kernels ar
 def load(path: Path) -> tuple[ctypes.CDLL | None, str]:
     """The library at `path` and "", or None and why there is none."""
     if not path.is_file():
-        return None, f"{path} does not exist: install again with nvcc at hand (MEGATRON_SD_CUDA=1 pip install .)"
+        return (
+            None,
+            f"{path} does not exist: install again with nvcc at hand (MEGATRON_SD_CUDA=1 pip install .)",
+        )
     try:
         library = ctypes.CDLL(str(path))
         for name in CALLS:
-            getattr(library, f"megatron_sd_cuda_{name}").argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p]
+            getattr(library, f"megatron_sd_cuda_{name}").argtypes = [
+                ctypes.c_void_p,
+                ctypes.c_int,
+                ctypes.c_void_p,
+            ]
         library.megatron_sd_cuda_architectures.restype = ctypes.c_char_p
         library.megatron_sd_cuda_error.restype = ctypes.c_char_p
         library.megatron_sd_cuda_scratch_bytes.argtypes = [ctypes.c_void_p]
@@ -40,7 +49,10 @@ def load(path: Path) -> tuple[ctypes.CDLL | None, str]:
     except OSError as error:
         return None, f"{path} cannot be loaded: {error}"
     except AttributeError as error:
-        return None, f"{path} is not of this version, install again (MEGATRON_SD_CUDA=1 pip install .): {error}"
+        return (
+            None,
+            f"{path} is not of this version, install again (MEGATRON_SD_CUDA=1 pip install .): {error}",
+        )
     return library, ""
 
 
@@ -73,20 +85,27 @@ def scratch(pairs: RowPairs, task: RowsTask, *, keeps_scores: bool) -> Tensor | 
 
 
 def listed(rows: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
-    """(list entries sorted by their row, in list order within a row; where each row's begin [num_rows + 1])."""
+    """(list entries sorted by their row, in list order within a row; where each row's begin [num_rows +
+    1])."""
     ordered = torch.sort(rows, stable=True)
     bounds = torch.arange(num_rows + 1, device=rows.device, dtype=rows.dtype)
     return ordered.indices, torch.searchsorted(ordered.values, bounds)
 
 
-def run(call: str, task: RowsTask | ScatterTask, *, device: torch.device, instruction_set: str | None) -> None:
+def run(
+    call: str, task: RowsTask | ScatterTask, *, device: torch.device, instruction_set: str | None
+) -> None:
     """Queue one call of the library on torch's current stream. Raises RuntimeError with CUDA's message."""
     if instruction_set is not None:
-        raise ValueError(f"instruction_set is {instruction_set!r}, expected None: it chooses among CPU programs")
+        raise ValueError(
+            f"instruction_set is {instruction_set!r}, expected None: it chooses among CPU programs"
+        )
     index, stream = place(device)
     error = getattr(LIBRARY, f"megatron_sd_cuda_{call}")(ctypes.byref(task), index, stream)
     if error:
-        raise RuntimeError(f"{call} on {device} failed: {_message(error)}; the library has code for {architectures()}")
+        raise RuntimeError(
+            f"{call} on {device} failed: {_message(error)}; the library has code for {architectures()}"
+        )
 
 
 def place(device: torch.device) -> tuple[int, int]:

@@ -66,9 +66,9 @@ class ScatterTask(ctypes.Structure):
 
 @dataclass(frozen=True, kw_only=True)
 class RowPairs:
-    """The row pairs of a call: student [S, V] and teacher [T, V] with adjacent columns, float32 or bfloat16; student_rows and
-    teacher_rows [N] int64. teacher_is_difference: the teacher's matrix holds its logits minus the student's (where the student
-    is -inf it must be finite)."""
+    """The row pairs of a call: student [S, V] and teacher [T, V] with adjacent columns, float32 or
+    bfloat16; student_rows and teacher_rows [N] int64. teacher_is_difference: the teacher's matrix holds its
+    logits minus the student's (where the student is -inf it must be finite)."""
 
     student: Tensor
     teacher: Tensor
@@ -78,7 +78,13 @@ class RowPairs:
 
     @classmethod
     def of(  # noqa: PLR0913
-        cls, student: Tensor, teacher: Tensor, student_rows: Tensor, teacher_rows: Tensor, *, teacher_is_difference: bool
+        cls,
+        student: Tensor,
+        teacher: Tensor,
+        student_rows: Tensor,
+        teacher_rows: Tensor,
+        *,
+        teacher_is_difference: bool,
     ) -> RowPairs:
         """Bring the tensors into that form, copying only what has to be."""
         return cls(

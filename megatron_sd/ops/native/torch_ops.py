@@ -1,7 +1,9 @@
-"""The native divergence as torch operators: autograd, fake tensors for torch.compile, and the check of the row numbers.
+"""The native divergence as torch operators: autograd, fake tensors for torch.compile, and the check of the
+row numbers.
 
-megatron_sd::jsd_rows computes values and gradients of the listed rows together; megatron_sd::scatter_rows is its backward, which
-lays the gradients, times what comes from above, into a matrix of the student logits' shape.
+megatron_sd::jsd_rows computes values and gradients of the listed rows together; megatron_sd::scatter_rows
+is its backward, which lays the gradients, times what comes from above, into a matrix of the student logits'
+shape.
 """
 
 from __future__ import annotations
@@ -30,8 +32,9 @@ def jsd_rows(  # noqa: PLR0913, PLR0917 (an operator's schema)
 ) -> tuple[Tensor, Tensor]:
     """calls.jsd_rows, values and gradients times weights [N].
 
-    Checked: ValueError for row numbers out of range, and a warning that names rows that come out as NaN. On CUDA both would wait
-    for the device: they happen only under torch.autograd.set_detect_anomaly(True), and rows out of range give NaN.
+    Checked: ValueError for row numbers out of range, and a warning that names rows that come out as NaN. On
+    CUDA both would wait for the device: they happen only under torch.autograd.set_detect_anomaly(True), and
+    rows out of range give NaN.
     """
     checked = _is_checked(student.device)
     if checked:
@@ -51,8 +54,8 @@ def jsd_rows(  # noqa: PLR0913, PLR0917 (an operator's schema)
     if checked and values.isnan().any():
         index = int(values.isnan().nonzero()[0, 0])
         _LOG.warning(
-            "%d of %d divergences are NaN, first that of student row %d and teacher row %d: one of the rows holds a NaN, +inf, "
-            "or nothing but -inf",
+            "%d of %d divergences are NaN, first that of student row %d and teacher row %d: one of the rows"
+            " holds a NaN, +inf, or nothing but -inf",
             int(values.isnan().sum()),
             len(values),
             int(student_rows[index]),
@@ -110,8 +113,9 @@ def _backward(ctx, grad_values: Tensor | None, _grad_gradient: None):
 
 
 def _is_finished(gradient: Tensor, rows: Tensor, scales: Tensor, num_rows: int) -> bool:
-    """Whether `gradient` is the answer as it is (every row in its place, of scale 1) and nobody needs it again: who gets it may
-    write into it. Not asked where looking would cost a synchronisation or break a graph."""
+    """Whether `gradient` is the answer as it is (every row in its place, of scale 1) and nobody needs it
+    again: who gets it may write into it. Not asked where looking would cost a synchronisation or break a
+    graph."""
     if torch.compiler.is_compiling() or gradient.device.type != "cpu" or len(rows) != num_rows:
         return False
     if torch._C._autograd._get_current_graph_task_keep_graph():  # noqa: SLF001 (retain_graph has no public name)

@@ -1,7 +1,8 @@
 """BM25 over a corpus directory, in process, memory-mapped and deterministic.
 
-`bm25s` scores every posting when the index is built (Lucene's variant); a query then only adds up precomputed numbers. The
-search loop is our own, because bm25s breaks ties arbitrarily: this one orders equal scores by passage id.
+`bm25s` scores every posting when the index is built (Lucene's variant); a query then only adds up
+precomputed numbers. The search loop is our own, because bm25s breaks ties arbitrarily: this one orders
+equal scores by passage id.
 """
 
 from __future__ import annotations
@@ -27,20 +28,25 @@ BM25_DIRECTORY = "bm25"
 logging.getLogger("bm25s").setLevel(logging.WARNING)  # it asks for DEBUG when imported
 log = logging.getLogger(__name__)
 _UNCUT = (
-    "%s mainly in a script without spaces (Chinese, Japanese, Thai, ...), and token_pattern %r makes whole clauses one word, "
-    "which hardly any query finds: index with a token_pattern that cuts them, such as the one in docs/retrieval.md"
+    "%s mainly in a script without spaces (Chinese, Japanese, Thai, ...), and token_pattern %r makes whole"
+    " clauses one word, which hardly any query finds: index with a token_pattern that cuts them, such as the"
+    " one in docs/retrieval.md"
 )
 _BLOCK_ROWS = 512
 _ARRAYS = ("scores", "rows", "starts")
-BM25_FILES = tuple(f"{BM25_DIRECTORY}/{name}" for name in ("vocabulary.json", *(f"{array}.npy" for array in _ARRAYS)))
+BM25_FILES = tuple(
+    f"{BM25_DIRECTORY}/{name}" for name in ("vocabulary.json", *(f"{array}.npy" for array in _ARRAYS))
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Bm25Settings:
-    """How text becomes terms and how terms are scored; stored in the manifest, so a query is read as the corpus was.
+    """How text becomes terms and how terms are scored; stored in the manifest, so a query is read as the
+    corpus was.
 
-    stop_words: drop bm25s's English list. stemmer: Snowball's English stemmer. token_pattern: regular expression whose matches
-    in the lower-cased text are the words. k1, b: BM25's saturation and length normalisation.
+    stop_words: drop bm25s's English list. stemmer: Snowball's English stemmer. token_pattern: regular
+    expression whose matches in the lower-cased text are the words. k1, b: BM25's saturation and length
+    normalisation.
     """
 
     stop_words: Literal["english", "none"]
@@ -77,9 +83,10 @@ def _largest(block):
 def _top_rows(terms, index, totals, top_k):
     """Rows and scores of the best passages: larger score first, then smaller row.
 
-    terms: [T] int64. index: (scores [P] float32, rows [P] int32, starts [V + 1] int64), the postings of term t being
-    starts[t]:starts[t + 1]. totals: [N] float32 workspace, whatever it holds. Rows are visited in rising order, so a later row
-    must score more than an earlier one to come before it. Most blocks of rows hold nothing better and are passed over whole.
+    terms: [T] int64. index: (scores [P] float32, rows [P] int32, starts [V + 1] int64), the postings of
+    term t being starts[t]:starts[t + 1]. totals: [N] float32 workspace, whatever it holds. Rows are visited
+    in rising order, so a later row must score more than an earlier one to come before it. Most blocks of
+    rows hold nothing better and are passed over whole.
     """
     scores, rows, starts = index
     totals[:] = 0
@@ -125,7 +132,9 @@ def write_bm25(directory: Path, texts: Iterable[str], settings: Bm25Settings) ->
     if 2 * num_uncut > len(term_ids):
         log.warning(_UNCUT, f"{num_uncut} of {len(term_ids)} passages are", settings.token_pattern)
     if not vocabulary:
-        raise DataError(f"no passage holds a term under {settings}: nothing to index; change the settings or the passages")
+        raise DataError(
+            f"no passage holds a term under {settings}: nothing to index; change the settings or the passages"
+        )
     index = bm25s.BM25(method="lucene", k1=settings.k1, b=settings.b)
     index.index((term_ids, vocabulary), create_empty_token=False, show_progress=False)
     path = directory / BM25_DIRECTORY
@@ -133,14 +142,17 @@ def write_bm25(directory: Path, texts: Iterable[str], settings: Bm25Settings) ->
     arrays = {"scores": np.float32, "rows": np.int32, "starts": np.int64}
     for (name, dtype), source in zip(arrays.items(), ("data", "indices", "indptr"), strict=True):
         np.save(path / f"{name}.npy", index.scores[source].astype(dtype, copy=False), allow_pickle=False)
-    (path / "vocabulary.json").write_text(json.dumps(list(vocabulary), ensure_ascii=False, indent=0), encoding="utf-8")
+    (path / "vocabulary.json").write_text(
+        json.dumps(list(vocabulary), ensure_ascii=False, indent=0), encoding="utf-8"
+    )
     return len(vocabulary)
 
 
 class Bm25Index:
     """Searches a corpus directory's BM25 index: no threads, no waiting, the same answer every time.
 
-    `index` holds the postings (scores [P] float32, rows [P] int32, starts [V + 1] int64). One object serves one thread.
+    `index` holds the postings (scores [P] float32, rows [P] int32, starts [V + 1] int64). One object serves
+    one thread.
     """
 
     def __init__(self, directory: Path, settings: Mapping[str, Any], num_passages: int) -> None:
@@ -149,11 +161,14 @@ class Bm25Index:
             own = Bm25Settings(**settings)
             self._analyzer, self._pattern = Analyzer(own), own.token_pattern
         except TypeError as error:
-            raise DataError(f"{directory}: its manifest has no settings of a BM25 index ({error}): build it again") from error
+            raise DataError(
+                f"{directory}: its manifest has no settings of a BM25 index ({error}): build it again"
+            ) from error
         words = json.loads((directory / BM25_DIRECTORY / "vocabulary.json").read_text(encoding="utf-8"))
         self._vocabulary = {word: term for term, word in enumerate(words)}
         self.index = tuple(
-            np.asarray(np.load(directory / BM25_DIRECTORY / f"{name}.npy", mmap_mode="r", allow_pickle=False)) for name in _ARRAYS
+            np.asarray(np.load(directory / BM25_DIRECTORY / f"{name}.npy", mmap_mode="r", allow_pickle=False))
+            for name in _ARRAYS
         )
         self._has_warned = False
         self._totals = np.zeros(num_passages, np.float32)

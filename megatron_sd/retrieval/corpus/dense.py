@@ -29,18 +29,28 @@ from megatron_sd.retrieval.corpus.manifest import Manifest
 
 
 class DenseIndex:
-    """Searches the vectors of a verified corpus directory with its `encoder`. One object serves one thread."""
+    """Searches the vectors of a verified corpus directory with its `encoder`. One object serves one
+    thread."""
 
-    def __init__(self, directory: Path, manifest: Manifest, search: SearchConfig, *, shares_gpus: bool) -> None:
-        """Open encoder and index; shares_gpus: see `place`. Raises DataError when they do not fit each other or the corpus."""
+    def __init__(
+        self, directory: Path, manifest: Manifest, search: SearchConfig, *, shares_gpus: bool
+    ) -> None:
+        """Open encoder and index; shares_gpus: see `place`. Raises DataError when they do not fit each
+        other or the corpus."""
         settings = manifest.settings["dense"]
         device = choose_device(search.device)
         self.encoder = Encoder(directory / ENCODER_DIRECTORY, EncoderSettings(**settings["encoder"]), device)
         index = faiss.read_index(str(directory / INDEX_NAME), faiss.IO_FLAG_MMAP_IFC)
         if index.d != self.encoder.dim:
-            raise DataError(f"{directory}: its vectors have {index.d} dimensions, its encoder {self.encoder.dim}: build again")
+            raise DataError(
+                f"{directory}: its vectors have {index.d} dimensions, its encoder {self.encoder.dim}: build"
+                " again"
+            )
         if index.ntotal != manifest.num_passages:
-            raise DataError(f"{directory}: found {index.ntotal} vectors of {manifest.num_passages} passages: build it again")
+            raise DataError(
+                f"{directory}: found {index.ntotal} vectors of {manifest.num_passages} passages: build it"
+                " again"
+            )
         self._kind, self._effort = settings["index"]["kind"], search.effort or settings["index"]["effort"]
         set_effort(index, self._kind, self._effort)
         self._index = place(index, device, search, shares_gpus=shares_gpus)
@@ -57,13 +67,18 @@ class DenseIndex:
         if not queries:
             return []
         self._reach(top_k)
-        scores, rows = self._index.search(self.encoder.encode_queries(queries), min(top_k, self._index.ntotal))
+        scores, rows = self._index.search(
+            self.encoder.encode_queries(queries), min(top_k, self._index.ntotal)
+        )
         return [sorted_ranking(*own) for own in zip(rows, scores, strict=True)]
 
 
-def place(index: faiss.Index, device: torch.device, search: SearchConfig, *, shares_gpus: bool) -> faiss.Index:
-    """Where the vectors are searched. A process that has the GPUs for itself spreads them over all; one that trains or samples,
-    too, takes its own GPU alone, and only where search.device says cuda: the memory is planned for training."""
+def place(
+    index: faiss.Index, device: torch.device, search: SearchConfig, *, shares_gpus: bool
+) -> faiss.Index:
+    """Where the vectors are searched. A process that has the GPUs for itself spreads them over all; one
+    that trains or samples, too, takes its own GPU alone, and only where search.device says cuda: the memory
+    is planned for training."""
     if device.type != "cuda":
         return index
     if not shares_gpus:

@@ -26,8 +26,8 @@ class Index(Protocol):
 class CorpusRetriever:
     """Searches a corpus directory inline, by BM25, by vectors or by both.
 
-    `corpus_version` is the SHA-256 of the manifest, `passages` the store, `method` how it is searched. One object serves one
-    thread.
+    `corpus_version` is the SHA-256 of the manifest, `passages` the store, `method` how it is searched. One
+    object serves one thread.
     """
 
     def __init__(
@@ -38,10 +38,11 @@ class CorpusRetriever:
         *,
         shares_gpus: bool = False,
     ) -> None:
-        """Verify and map the corpus; progress is told, line by line, what is being done. shares_gpus: this process trains or
-        samples, too, so the vectors stay off the GPUs of others (dense.py).
+        """Verify and map the corpus; progress is told, line by line, what is being done. shares_gpus: this
+        process trains or samples, too, so the vectors stay off the GPUs of others (dense.py).
 
-        Raises DataError that names a missing, truncated or corrupt file, ConfigError for a method the corpus was not built for.
+        Raises DataError that names a missing, truncated or corrupt file, ConfigError for a method the
+        corpus was not built for.
         """
         directory = Path(corpus)
         say = progress or (lambda line: None)
@@ -52,12 +53,14 @@ class CorpusRetriever:
         say("mapping the passages")
         self.passages = PassageStore(directory / PASSAGES_NAME)
         self._indexes = [
-            OPENERS[name](directory, self.manifest, search, say, shares_gpus=shares_gpus) for name in PARTS[self.method]
+            OPENERS[name](directory, self.manifest, search, say, shares_gpus=shares_gpus)
+            for name in PARTS[self.method]
         ]
         self._search = search
 
     def find(self, queries: Sequence[str], top_k: int) -> list[tuple[Hit, ...]]:
-        """The best `top_k` passages of each query, best first, ties by passage id; fewer when the corpus matches no more.
+        """The best `top_k` passages of each query, best first, ties by passage id; fewer when the corpus
+        matches no more.
 
         Raises RetrievalError when top_k is below 1.
         """
@@ -78,20 +81,33 @@ class CorpusRetriever:
 
     def _hits(self, ranking: Ranking) -> tuple[Hit, ...]:
         passages = self.passages.take(ranking.rows)
-        return tuple(Hit(passage=passage, score=score) for passage, score in zip(passages, ranking.scores, strict=True))
+        return tuple(
+            Hit(passage=passage, score=score) for passage, score in zip(passages, ranking.scores, strict=True)
+        )
 
 
 def _open_bm25(
-    directory: Path, manifest: Manifest, search: SearchConfig, say: Callable[[str], None], *, shares_gpus: bool
+    directory: Path,
+    manifest: Manifest,
+    search: SearchConfig,
+    say: Callable[[str], None],
+    *,
+    shares_gpus: bool,
 ) -> Index:
     say("mapping the BM25 index")
     return Bm25Index(directory, manifest.settings["bm25"], manifest.num_passages)
 
 
 def _open_dense(
-    directory: Path, manifest: Manifest, search: SearchConfig, say: Callable[[str], None], *, shares_gpus: bool
+    directory: Path,
+    manifest: Manifest,
+    search: SearchConfig,
+    say: Callable[[str], None],
+    *,
+    shares_gpus: bool,
 ) -> Index:
-    from megatron_sd.retrieval.corpus.dense import DenseIndex  # imports torch, which a BM25 service does without
+    # imports torch, which a BM25 service does without
+    from megatron_sd.retrieval.corpus.dense import DenseIndex
 
     say("opening the encoder and the vector index")
     return DenseIndex(directory, manifest, search, shares_gpus=shares_gpus)
@@ -102,13 +118,15 @@ PARTS = {"bm25": ("bm25",), "dense": ("dense",), "hybrid": ("bm25", "dense")}
 
 
 def _method(directory: Path, manifest: Manifest, search: SearchConfig) -> str:
-    """The method asked for, or the best the corpus has. Raises ConfigError when the corpus was not built for it."""
+    """The method asked for, or the best the corpus has. Raises ConfigError when the corpus was not built
+    for it."""
     has = [name for name in ("dense", "bm25") if name in manifest.settings]
     method = has[0] if search.method == "auto" and has else search.method
     missing = [name for name in PARTS.get(method, ("bm25",)) if name not in has]
     if missing:
         raise ConfigError(
-            f"search.method: found {search.method!r}; {directory} has no {missing[0]} index, but {', '.join(has) or 'none'}; "
-            "choose another method or build the corpus with it (`sd-search data index`)"
+            f"search.method: found {search.method!r}; {directory} has no {missing[0]} index, but"
+            f" {', '.join(has) or 'none'}; choose another method or build the corpus with it (`sd-search data"
+            " index`)"
         )
     return method

@@ -1,6 +1,7 @@
 """Text to vectors with any local Hugging Face encoder directory (E5, BGE, MiniLM, GTR, DPR, ...).
 
-Weights are read from safetensors (of a Dense layer also from a file of tensors alone) and no code of the directory runs.
+Weights are read from safetensors (of a Dense layer also from a file of tensors alone) and no code of the
+directory runs.
 """
 
 from __future__ import annotations
@@ -39,9 +40,10 @@ _ENCODER_DECODERS = frozenset({"t5", "mt5", "umt5"})  # whose encoder alone read
 class EncoderSettings:
     """How a text becomes a vector; stored in the manifest, so a query is encoded as the passages were.
 
-    pooling: mean over the tokens, the first token (cls), or the last. query_prefix, passage_format: what the encoder was trained
-    with (E5: "query: " and "passage: {contents}"); fields {title} {text} {contents}, the last as Search-R1 writes them.
-    max_tokens: longer texts are cut. normalize: to length 1, so that the inner product is the cosine.
+    pooling: mean over the tokens, the first token (cls), or the last. query_prefix, passage_format: what
+    the encoder was trained with (E5: "query: " and "passage: {contents}"); fields {title} {text}
+    {contents}, the last as Search-R1 writes them. max_tokens: longer texts are cut. normalize: to length 1,
+    so that the inner product is the cosine.
     """
 
     pooling: Literal["mean", "cls", "last"]
@@ -60,7 +62,9 @@ class Encoder:
         """Load the encoder. Raises DataError when the directory holds none that can be loaded safely."""
         path = Path(directory)
         if not (path / "config.json").is_file():
-            raise DataError(f"{path} is no encoder directory: found no config.json; expected a local Hugging Face model")
+            raise DataError(
+                f"{path} is no encoder directory: found no config.json; expected a local Hugging Face model"
+            )
         try:
             options = {"local_files_only": True, "trust_remote_code": False}
             config = AutoConfig.from_pretrained(path, **options)
@@ -69,11 +73,13 @@ class Encoder:
             weights = {"use_safetensors": True, "dtype": dtype}
             card = read_card(path)
             kind = _class_of(config.model_type, card)
-            self._model = load_whole(kind, path, weights, key="encoder", unused=(*HEADS, _POOLER)).to(device).eval()
+            self._model = (
+                load_whole(kind, path, weights, key="encoder", unused=(*HEADS, _POOLER)).to(device).eval()
+            )
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise DataError(
-                f"{path} cannot be loaded ({str(error).strip().splitlines()[0]}); expected a tokenizer, config.json and "
-                "safetensors of an architecture that transformers has"
+                f"{path} cannot be loaded ({str(error).strip().splitlines()[0]}); expected a tokenizer,"
+                " config.json and safetensors of an architecture that transformers has"
             ) from error
         self._positions = positions_of(self._model.config.to_dict())
         self.settings = settings
@@ -95,11 +101,16 @@ class Encoder:
 
     @torch.inference_mode()
     def encode(self, texts: Sequence[str]) -> np.ndarray:
-        """[N, dim] float32 of texts as they are. Texts of like length share a batch; the result has the order of the texts."""
+        """[N, dim] float32 of texts as they are. Texts of like length share a batch; the result has the
+        order of the texts."""
         vectors = np.zeros((len(texts), self.dim), np.float32)
         for places, inputs in self._batches(texts):
             made = self._model(**inputs)
-            pooled = made.pooler_output if self._is_dpr else self._pool(made.last_hidden_state, inputs["attention_mask"])
+            pooled = (
+                made.pooler_output
+                if self._is_dpr
+                else self._pool(made.last_hidden_state, inputs["attention_mask"])
+            )
             pooled = self._dense(pooled.float())
             if self.settings.normalize:
                 pooled = torch.nn.functional.normalize(pooled, dim=-1)
@@ -116,8 +127,8 @@ class Encoder:
         lengths = [len(ids) for ids in encoded["input_ids"]]
         if self._positions is not None and max(lengths) > self._positions:
             raise DataError(
-                f"max_tokens: found {self.settings.max_tokens} and a text of {max(lengths)} tokens, expected at most "
-                f"{self._positions}, the encoder's positions"
+                f"max_tokens: found {self.settings.max_tokens} and a text of {max(lengths)} tokens, expected"
+                f" at most {self._positions}, the encoder's positions"
             )
         order = sorted(range(len(texts)), key=lambda place: (lengths[place], place))
         for start in range(0, len(order), self.settings.batch_size):
@@ -138,7 +149,8 @@ def _output_dim(path: Path, card: EncoderCard, dense: nn.Sequential, dim: int) -
     for name, (linear, _) in zip(card.dense, dense, strict=True):
         if linear.in_features != dim:
             raise DataError(
-                f"{path / name} reads {linear.in_features} numbers, expected {dim}, as come before it: copy the encoder again"
+                f"{path / name} reads {linear.in_features} numbers, expected {dim}, as come before it: copy"
+                " the encoder again"
             )
         dim = linear.out_features
     return dim
@@ -161,7 +173,7 @@ POOLINGS = {"mean": _mean, "cls": _cls, "last": _last}
 
 
 def choose_device(name: Literal["auto", "cpu", "cuda"] | str) -> torch.device:
-    """The device of a name, with its number: in a thread of its own "cuda" alone would mean GPU 0. auto: the CUDA device that
-    this process uses (a training rank's own), or the CPU."""
+    """The device of a name, with its number: in a thread of its own "cuda" alone would mean GPU 0. auto:
+    the CUDA device that this process uses (a training rank's own), or the CPU."""
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
     return torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device

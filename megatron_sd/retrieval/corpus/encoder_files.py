@@ -21,15 +21,19 @@ _MODES: dict[str, Pooling] = {
 
 _FOLDER = re.compile(r"\w[\w.-]*")
 _ORDER = ("Transformer", "Pooling", "Dense", "Normalize")  # of the modules that are known
-_DPR_SIDES: dict[str, Literal["question", "passage"]] = {"DPRQuestionEncoder": "question", "DPRContextEncoder": "passage"}
-_OFFSET_POSITIONS = frozenset({"roberta", "xlm-roberta", "camembert", "mpnet"})  # two of them are no places of text
+_DPR_SIDES: dict[str, Literal["question", "passage"]] = {
+    "DPRQuestionEncoder": "question",
+    "DPRContextEncoder": "passage",
+}
+# two of them are no places of text
+_OFFSET_POSITIONS = frozenset({"roberta", "xlm-roberta", "camembert", "mpnet"})
 
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderCard:
-    """None: the directory does not say. query_prefix: of its prompt for queries. max_tokens: what it was trained with.
-    positions: the most tokens it can read. dense: folders of the layers behind the pooling, in order. dpr: the side of a DPR
-    model that it is."""
+    """None: the directory does not say. query_prefix: of its prompt for queries. max_tokens: what it was
+    trained with. positions: the most tokens it can read. dense: folders of the layers behind the pooling,
+    in order. dpr: the side of a DPR model that it is."""
 
     pooling: Pooling | None = None
     normalize: bool | None = None
@@ -41,9 +45,11 @@ class EncoderCard:
 
 
 def read_card(directory: Path) -> EncoderCard:
-    """modules.json, 1_Pooling/config.json, sentence_bert_config.json and config_sentence_transformers.json, where they are.
+    """modules.json, 1_Pooling/config.json, sentence_bert_config.json and config_sentence_transformers.json,
+    where they are.
 
-    Raises DataError for modules that would be left out or in another order, and for a pooling of another kind.
+    Raises DataError for modules that would be left out or in another order, and for a pooling of another
+    kind.
     """
     modules = _read(directory / "modules.json") or []
     _check_order(directory, [_kind(module) for module in modules])
@@ -62,7 +68,8 @@ def read_card(directory: Path) -> EncoderCard:
     prompts = (_read(directory / "config_sentence_transformers.json") or {}).get("prompts") or {}
     if pooling.get("include_prompt") is False and prompts.get("query"):
         raise DataError(
-            f"{directory} pools without its prompt (include_prompt is false), expected true: such vectors cannot be made here"
+            f"{directory} pools without its prompt (include_prompt is false), expected true: such vectors"
+            " cannot be made here"
         )
     return EncoderCard(
         pooling="cls" if dpr else known[0] if known else None,
@@ -83,7 +90,9 @@ def _folder(directory: Path, module: Mapping[str, Any]) -> str:
     """The name of a layer's folder, which lies in the encoder's own."""
     name = str(module.get("path", ""))
     if not _FOLDER.fullmatch(name):
-        raise DataError(f"{directory}/modules.json names the folder {name!r}, expected one within it such as '2_Dense'")
+        raise DataError(
+            f"{directory}/modules.json names the folder {name!r}, expected one within it such as '2_Dense'"
+        )
     return name
 
 
@@ -91,13 +100,13 @@ def _check_order(directory: Path, kinds: Sequence[str]) -> None:
     strange = [kind for kind in kinds if kind not in _ORDER]
     if strange:
         raise DataError(
-            f"{directory}/modules.json has a module {strange[0]}, expected {', '.join(_ORDER)}: vectors without it would be "
-            "others than the encoder's; choose an encoder without it"
+            f"{directory}/modules.json has a module {strange[0]}, expected {', '.join(_ORDER)}: vectors"
+            " without it would be others than the encoder's; choose an encoder without it"
         )
     if list(kinds) != sorted(kinds, key=_ORDER.index):
         raise DataError(
-            f"{directory}/modules.json has the modules {', '.join(kinds)}, expected them in the order {', '.join(_ORDER)}: "
-            "vectors would be others than the encoder's; choose another encoder"
+            f"{directory}/modules.json has the modules {', '.join(kinds)}, expected them in the order"
+            f" {', '.join(_ORDER)}: vectors would be others than the encoder's; choose another encoder"
         )
 
 
@@ -106,7 +115,9 @@ def _dpr_side(directory: Path, config: Mapping[str, Any]) -> Literal["question",
         return None
     kind = (config.get("architectures") or ["DPRQuestionEncoder"])[0]
     if kind not in _DPR_SIDES:
-        raise DataError(f"{directory} holds a {kind}, expected {' or '.join(_DPR_SIDES)}: a reader makes no vectors")
+        raise DataError(
+            f"{directory} holds a {kind}, expected {' or '.join(_DPR_SIDES)}: a reader makes no vectors"
+        )
     return _DPR_SIDES[kind]
 
 

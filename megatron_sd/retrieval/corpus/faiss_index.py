@@ -12,12 +12,14 @@ from megatron_sd.retrieval.corpus.fusion import Ranking
 DENSE_DIRECTORY = "dense"
 INDEX_NAME = f"{DENSE_DIRECTORY}/index.faiss"
 ENCODER_DIRECTORY = f"{DENSE_DIRECTORY}/encoder"
-EFFORTS = {"hnsw": "efSearch", "hnsw_sq8": "efSearch", "ivf_pq": "nprobe"}  # the search parameter of an index kind
+# the search parameter of an index kind
+EFFORTS = {"hnsw": "efSearch", "hnsw_sq8": "efSearch", "ivf_pq": "nprobe"}
 FaissKind = Literal["flat", "fp16", "sq8", "hnsw", "hnsw_sq8", "ivf_pq"]
 
 
 def sorted_ranking(rows: np.ndarray, scores: np.ndarray) -> Ranking:
-    """What FAISS found ([K] rows, [K] scores) in the order of the project; FAISS fills up with row -1 when it finds too few."""
+    """What FAISS found ([K] rows, [K] scores) in the order of the project; FAISS fills up with row -1 when
+    it finds too few."""
     found = rows >= 0
     rows, scores = rows[found], scores[found]
     order = np.lexsort((rows, -scores))
@@ -25,7 +27,8 @@ def sorted_ranking(rows: np.ndarray, scores: np.ndarray) -> Ranking:
 
 
 def set_effort(index: faiss.Index, kind: FaissKind, effort: int | None, top_k: int = 1) -> None:
-    """Set how many candidates an approximate index looks at; of a graph at least `top_k`, below which it finds fewer."""
+    """Set how many candidates an approximate index looks at; of a graph at least `top_k`, below which it
+    finds fewer."""
     if effort is not None and EFFORTS.get(kind) == "efSearch":
         effort = max(effort, top_k)
     if effort is not None and kind in EFFORTS:
@@ -42,8 +45,8 @@ def on_one_gpu(index: faiss.Index, number: int) -> faiss.Index:
 
 
 def on_gpus(index: faiss.Index) -> faiss.Index:
-    """The index on all GPUs, in shards of half precision, where FAISS has GPU code and knows the kind; else as it is. For a
-    process that has the GPUs for itself: a retriever service, no training rank."""
+    """The index on all GPUs, in shards of half precision, where FAISS has GPU code and knows the kind; else
+    as it is. For a process that has the GPUs for itself: a retriever service, no training rank."""
     if not _has_gpu_code(index):
         return index
     options = faiss.GpuMultipleClonerOptions()
@@ -53,4 +56,6 @@ def on_gpus(index: faiss.Index) -> faiss.Index:
 
 
 def _has_gpu_code(index: faiss.Index) -> bool:
-    return getattr(faiss, "get_num_gpus", lambda: 0)() > 0 and isinstance(index, faiss.IndexFlat | faiss.IndexIVF)
+    return getattr(faiss, "get_num_gpus", lambda: 0)() > 0 and isinstance(
+        index, faiss.IndexFlat | faiss.IndexIVF
+    )

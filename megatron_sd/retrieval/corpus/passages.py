@@ -33,7 +33,8 @@ def split_contents(contents: str) -> tuple[str, str]:
 
 
 def write_batches(path: Path, batches: Iterable[pa.RecordBatch]) -> None:
-    """Write batches of SCHEMA, each of ROWS_PER_BATCH rows but the last, whose ids must be strictly increasing.
+    """Write batches of SCHEMA, each of ROWS_PER_BATCH rows but the last, whose ids must be strictly
+    increasing.
 
     Raises DataError for a repeated id or one out of order.
     """
@@ -42,7 +43,9 @@ def write_batches(path: Path, batches: Iterable[pa.RecordBatch]) -> None:
         for batch in batches:
             for id_ in batch.column("id").to_pylist():
                 if previous is not None and id_ <= previous:
-                    raise DataError(f"passage ids must be unique and in order: found {id_!r} after {previous!r}")
+                    raise DataError(
+                        f"passage ids must be unique and in order: found {id_!r} after {previous!r}"
+                    )
                 previous = id_
             writer.write_batch(batch)
 
@@ -56,7 +59,9 @@ class PassageStore:
             with pa.memory_map(str(path)) as source, pa.ipc.open_stream(source) as reader:
                 self._batches = [[batch.column(name) for name in _SHOWN] for batch in reader]
         except (OSError, KeyError, pa.ArrowInvalid) as error:
-            raise DataError(f"{path} is no readable passage file ({error}): build the corpus again") from error
+            raise DataError(
+                f"{path} is no readable passage file ({error}): build the corpus again"
+            ) from error
         self._num_passages = sum(len(columns[0]) for columns in self._batches)
 
     def __len__(self) -> int:

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 
 from megatron_sd.errors import ConfigError
 
-_UNSPACED = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
+_UNSPACED = re.compile(
+    r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
+)
 _LONG_WORD = 4  # characters a word on average: a Chinese word has one or two, a Thai one about four
 
 
@@ -16,19 +18,25 @@ def compile_pattern(pattern: str) -> re.Pattern[str]:
     try:
         compiled = re.compile(pattern)
     except re.error as error:
-        raise ConfigError(f"token_pattern: found {pattern!r} ({error}), expected a regular expression") from error
+        raise ConfigError(
+            f"token_pattern: found {pattern!r} ({error}), expected a regular expression"
+        ) from error
     if compiled.groups:
         raise ConfigError(
-            f"token_pattern: found {pattern!r} with {compiled.groups} groups, expected none: its whole match is the word; write "
-            "(?:...)"
+            f"token_pattern: found {pattern!r} with {compiled.groups} groups, expected none: its whole match"
+            " is the word; write (?:...)"
         )
     if compiled.fullmatch(""):
-        raise ConfigError(f"token_pattern: found {pattern!r}, which matches no text at all, expected one that needs a character")
+        raise ConfigError(
+            f"token_pattern: found {pattern!r}, which matches no text at all, expected one that needs a"
+            " character"
+        )
     return compiled
 
 
 def is_uncut(text: str, words: Sequence[str]) -> bool:
-    """Whether a text mainly in Chinese, Japanese, Thai or a script like them came out as whole clauses instead of `words`."""
+    """Whether a text mainly in Chinese, Japanese, Thai or a script like them came out as whole clauses
+    instead of `words`."""
     num_characters = len(_UNSPACED.findall(text))
     if 2 * num_characters <= len(text):
         return False

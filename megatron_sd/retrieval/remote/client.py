@@ -1,8 +1,8 @@
 """A retriever over HTTP: the service of server.py, or any server that speaks Search-R1's `/retrieve`.
 
-Requests run in a thread of their own with one event loop and one connection pool, so they go on while a forward pass holds the
-caller's loop, and connections outlive a step. Queries that are asked at the same time travel together; one that is being asked,
-or was asked before, is not asked again.
+Requests run in a thread of their own with one event loop and one connection pool, so they go on while a
+forward pass holds the caller's loop, and connections outlive a step. Queries that are asked at the same
+time travel together; one that is being asked, or was asked before, is not asked again.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ class _RefusedError(RetrievalError):
 
 
 class HttpRetriever:
-    """Asks one of `endpoints`, which all serve the corpus `corpus_version`. Safe to use from several event loops and threads.
+    """Asks one of `endpoints`, which all serve the corpus `corpus_version`. Safe to use from several event
+    loops and threads.
 
     A search that no endpoint answered within `client.deadline_s` raises RetrievalError with the last cause.
     """
@@ -59,7 +60,9 @@ class HttpRetriever:
         self._headers = _headers(client.token_file)
         urls = [url.rstrip("/").removesuffix("/retrieve") for url in endpoints]
         self._endpoints = [Endpoint(url, breaker, time.monotonic) for url in urls]
-        self.corpus_version, self._max_query_bytes, self._max_top_k = _learn(self._endpoints, client, self._headers)
+        self.corpus_version, self._max_query_bytes, self._max_top_k = _learn(
+            self._endpoints, client, self._headers
+        )
         self._turn = 0
         self._cache: OrderedDict[tuple[str, str, int], Hits] = OrderedDict()
         self._asked: dict[tuple[str, str, int], asyncio.Future[Hits]] = {}
@@ -68,12 +71,16 @@ class HttpRetriever:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="retrieval client", daemon=True)
         self._thread.start()
-        limits = httpx.Limits(max_connections=client.max_connections, max_keepalive_connections=client.max_connections)
-        self._http = httpx.AsyncClient(limits=limits, headers=self._headers, trust_env=False, timeout=client.try_timeout_s)
+        limits = httpx.Limits(
+            max_connections=client.max_connections, max_keepalive_connections=client.max_connections
+        )
+        self._http = httpx.AsyncClient(
+            limits=limits, headers=self._headers, trust_env=False, timeout=client.try_timeout_s
+        )
 
     async def search(self, queries: Sequence[str], top_k: int) -> list[Hits]:
-        """The best `top_k` passages of each query, best first: all there are where the endpoints have fewer. A query longer than
-        they take is cut. Raises RetrievalError."""
+        """The best `top_k` passages of each query, best first: all there are where the endpoints have
+        fewer. A query longer than they take is cut. Raises RetrievalError."""
         fitting = [fit_query(query, self._max_query_bytes) for query in queries]
         search = self._search(fitting, min(top_k, self._max_top_k))
         return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(search, self._loop))
@@ -159,11 +166,15 @@ class HttpRetriever:
             attempt += 1
             await asyncio.sleep(min(random.uniform(0, longest_s), max(0.0, deadline - self._loop.time())))
         raise RetrievalError(
-            f"no answer to {len(order.queries)} queries within {self._client.deadline_s:g} s, {attempt} tries; the last: {cause}"
+            f"no answer to {len(order.queries)} queries within {self._client.deadline_s:g} s, {attempt}"
+            f" tries; the last: {cause}"
         )
 
-    async def _ask_one(self, endpoint: Endpoint, order: SearchOrder, body: bytes, left_s: float) -> list[Hits]:
-        """One try. Raises _RefusedError for a request that must not be repeated and RetrievalError for one that may."""
+    async def _ask_one(
+        self, endpoint: Endpoint, order: SearchOrder, body: bytes, left_s: float
+    ) -> list[Hits]:
+        """One try. Raises _RefusedError for a request that must not be repeated and RetrievalError for one
+        that may."""
         endpoint.begin()
         succeeded: bool | None = None
         try:
@@ -180,14 +191,18 @@ class HttpRetriever:
             raise RetrievalError(f"{endpoint.url}: {error}") from error
         except (httpx.HTTPError, httpx.InvalidURL, TimeoutError) as error:
             succeeded = False
-            raise RetrievalError(f"{endpoint.url}: {type(error).__name__}: {error or 'no reply in time'}") from error
+            raise RetrievalError(
+                f"{endpoint.url}: {type(error).__name__}: {error or 'no reply in time'}"
+            ) from error
         finally:
             endpoint.end(succeeded=succeeded)
 
     def _read(self, reply: httpx.Response, order: SearchOrder) -> list[Hits]:
         """The hits of a reply that belongs to this order and this corpus."""
         if reply.status_code in _NOT_RETRIED:
-            raise _RefusedError(f"{reply.url} refused the request with status {reply.status_code}: {reply.text[:200]}")
+            raise _RefusedError(
+                f"{reply.url} refused the request with status {reply.status_code}: {reply.text[:200]}"
+            )
         if reply.status_code != httpx.codes.OK:
             raise RetrievalError(f"status {reply.status_code}: {reply.text[:200]}")
         version = reply.headers.get(VERSION_HEADER, self.corpus_version)
@@ -208,23 +223,31 @@ def read_token(path: str) -> str:
     try:
         token = Path(path).read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"token_file: cannot read {path} ({error}); expected a file with a secret on one line") from error
+        raise DataError(
+            f"token_file: cannot read {path} ({error}); expected a file with a secret on one line"
+        ) from error
     if not token or not token.isascii() or not token.isprintable():
         raise DataError(f"token_file: {path} holds no usable secret; expected one line of printable ASCII")
     return token
 
 
-def _learn(endpoints: Sequence[Endpoint], client: ClientConfig, headers: dict[str, str]) -> tuple[str, int, int]:
-    """The corpus version all endpoints serve, and the longest query (bytes) and most passages that all of them take."""
+def _learn(
+    endpoints: Sequence[Endpoint], client: ClientConfig, headers: dict[str, str]
+) -> tuple[str, int, int]:
+    """The corpus version all endpoints serve, and the longest query (bytes) and most passages that all of
+    them take."""
     with httpx.Client(headers=headers, trust_env=False, timeout=client.try_timeout_s) as http:
         infos = {endpoint.url: _info(http, endpoint.url, client) for endpoint in endpoints}
     if len({info["corpus_version"] for info in infos.values()}) != 1:
         served = ", ".join(f"{url} {str(info['corpus_version'])[:16]}" for url, info in infos.items())
         raise ConfigError(
-            f"retriever.endpoints: found different corpora ({served}), expected one; or set retriever.sharded, "
-            "if these are its shards"
+            f"retriever.endpoints: found different corpora ({served}), expected one; or set"
+            " retriever.sharded, if these are its shards"
         )
-    longest, most = (min(int(info.get(key, 1 << 30)) for info in infos.values()) for key in ("max_query_bytes", "max_top_k"))
+    longest, most = (
+        min(int(info.get(key, 1 << 30)) for info in infos.values())
+        for key in ("max_query_bytes", "max_top_k")
+    )
     return str(next(iter(infos.values()))["corpus_version"]), longest, most
 
 
@@ -248,6 +271,7 @@ def _info(http: httpx.Client, url: str, client: ClientConfig) -> dict[str, Any]:
     if client.corpus_version is not None and cause.startswith("status 404"):
         return {"corpus_version": client.corpus_version}
     raise RetrievalError(
-        f"{url}/info gave no corpus version within {client.ready_s:g} s ({cause}); start `sd-search retriever serve` there, or, "
-        "for another server with Search-R1's /retrieve, name its corpus in retriever.client.corpus_version"
+        f"{url}/info gave no corpus version within {client.ready_s:g} s ({cause}); start `sd-search retriever"
+        " serve` there, or, for another server with Search-R1's /retrieve, name its corpus in"
+        " retriever.client.corpus_version"
     )

@@ -1,4 +1,5 @@
-"""Several servers of one corpus: which to ask next, and which to leave alone for a while. Pure but for the clock handed in."""
+"""Several servers of one corpus: which to ask next, and which to leave alone for a while. Pure but for the
+clock handed in."""
 
 from __future__ import annotations
 
@@ -55,7 +56,8 @@ class Endpoint:
 
 
 def choose(endpoints: Sequence[Endpoint], turn: int) -> Endpoint | None:
-    """The endpoint that may be asked and has the fewest requests in flight, ties by turn; None when all are to be left alone."""
+    """The endpoint that may be asked and has the fewest requests in flight, ties by turn; None when all are
+    to be left alone."""
     places = [place for place, endpoint in enumerate(endpoints) if endpoint.wait_s() == 0]
     if not places:
         return None

@@ -1,7 +1,8 @@
 """An OpenSearch index, for those who outgrow one node: BM25 there, or vectors there and their encoder here.
 
-`sd-search data upload` fills an index. Its mapping says which passages and vectors it holds, and every document carries the
-version of its passages; an answer from others is refused. Needs the extra `[opensearch]`.
+`sd-search data upload` fills an index. Its mapping says which passages and vectors it holds, and every
+document carries the version of its passages; an answer from others is refused. Needs the extra
+`[opensearch]`.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ class IndexContents:
 
 
 class OpenSearchRetriever:
-    """Searches an index. `corpus_version` is the version of the vectors it was filled from, for BM25 that of the passages.
+    """Searches an index. `corpus_version` is the version of the vectors it was filled from, for BM25 that
+    of the passages.
 
     One thread encodes and asks, so rollouts go on meanwhile.
     """
@@ -49,8 +51,8 @@ class OpenSearchRetriever:
     def __init__(self, config: OpenSearchConfig, client: OpenSearch) -> None:
         """Ask what the index holds, and open the encoder of `config.vectors`.
 
-        Raises RetrievalError when the server cannot be asked, the index is no upload, is unfinished or holds other vectors;
-        DataError for damaged vectors, ConfigError for a k-NN search without them.
+        Raises RetrievalError when the server cannot be asked, the index is no upload, is unfinished or
+        holds other vectors; DataError for damaged vectors, ConfigError for a k-NN search without them.
         """
         self._config = config
         self._client = client
@@ -59,7 +61,9 @@ class OpenSearchRetriever:
             raise RetrievalError(f"{place(config)} does not exist; {_ADVICE}")
         num_passages = ask(config, lambda: client.count(index=config.index)["count"])
         if num_passages != held.num_passages:
-            raise RetrievalError(f"{place(config)} holds {num_passages} of {held.num_passages} passages: upload them again")
+            raise RetrievalError(
+                f"{place(config)} holds {num_passages} of {held.num_passages} passages: upload them again"
+            )
         self._passages_version = self.corpus_version = held.passages_version
         self._encoder = None
         if config.method == "knn":
@@ -67,11 +71,15 @@ class OpenSearchRetriever:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="opensearch")
 
     async def search(self, queries: Sequence[str], top_k: int) -> list[tuple[Hit, ...]]:
-        """The best `top_k` passages of each query, best first, ties by id. Scores are Lucene's BM25, or inner products.
+        """The best `top_k` passages of each query, best first, ties by id. Scores are Lucene's BM25, or
+        inner products.
 
-        Raises RetrievalError when the index cannot be asked, answers for a part of its shards only, or holds something else.
+        Raises RetrievalError when the index cannot be asked, answers for a part of its shards only, or
+        holds something else.
         """
-        return await asyncio.get_running_loop().run_in_executor(self._thread, self.find, tuple(queries), top_k)
+        return await asyncio.get_running_loop().run_in_executor(
+            self._thread, self.find, tuple(queries), top_k
+        )
 
     def find(self, queries: Sequence[str], top_k: int) -> list[tuple[Hit, ...]]:
         """`search` in the calling thread."""
@@ -119,7 +127,9 @@ class OpenSearchRetriever:
         missing = [name for name in TEXT_FIELDS if not isinstance(fields.get(name), str)]
         if missing:
             has = ", ".join(sorted(fields)) or "none"
-            raise self._wrong(f"holds a document without the text field {missing[0]!r} (it has {has}); {_ADVICE}")
+            raise self._wrong(
+                f"holds a document without the text field {missing[0]!r} (it has {has}); {_ADVICE}"
+            )
         if fields["passages_version"] != self._passages_version:
             found, expected = fields["passages_version"][:16], self._passages_version[:16]
             raise self._wrong(f"holds a document of the passages {found}, expected {expected}")
@@ -138,7 +148,10 @@ def _open_encoder(config: OpenSearchConfig, held: IndexContents) -> tuple[Any, s
     )  # imports torch, which BM25 does without
 
     if config.vectors is None:
-        raise ConfigError("opensearch.vectors: found nothing, expected, for knn, the vectors directory the index was filled from")
+        raise ConfigError(
+            "opensearch.vectors: found nothing, expected, for knn, the vectors directory the index was filled"
+            " from"
+        )
     directory = Path(config.vectors)
     manifest, version = open_manifest(directory, "vectors")
     if held.vectors_version != version:
@@ -149,7 +162,8 @@ def _open_encoder(config: OpenSearchConfig, held: IndexContents) -> tuple[Any, s
 
 
 def read_contents(client: OpenSearch, config: OpenSearchConfig) -> IndexContents | None:
-    """What an index says it holds; None when it does not exist. Raises RetrievalError when it says nothing."""
+    """What an index says it holds; None when it does not exist. Raises RetrievalError when it says
+    nothing."""
     try:
         mappings = ask(config, lambda: client.indices.get_mapping(index=config.index))
     except RetrievalError as error:
@@ -160,7 +174,9 @@ def read_contents(client: OpenSearch, config: OpenSearchConfig) -> IndexContents
         (mapping,) = mappings.values()  # an alias may stand for an index of another name
         return IndexContents(**mapping["mappings"]["_meta"]["sd_search"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise RetrievalError(f"{place(config)} was not made by `sd-search data upload`: {_shown(mappings)}") from error
+        raise RetrievalError(
+            f"{place(config)} was not made by `sd-search data upload`: {_shown(mappings)}"
+        ) from error
 
 
 def ask(config: OpenSearchConfig, request: Callable[[], Any]) -> Any:
@@ -168,7 +184,9 @@ def ask(config: OpenSearchConfig, request: Callable[[], Any]) -> Any:
     try:
         return request()
     except (OpenSearchException, KeyError, TypeError, ValueError) as error:
-        raise RetrievalError(f"{place(config)} gave no answer: {type(error).__name__}: {_said(error)}") from error
+        raise RetrievalError(
+            f"{place(config)} gave no answer: {type(error).__name__}: {_said(error)}"
+        ) from error
 
 
 def _said(error: Exception) -> str:
@@ -198,15 +216,20 @@ def place(config: OpenSearchConfig) -> str:
 
 
 def connect(config: OpenSearchConfig) -> OpenSearch:
-    """A client of a server. Raises DataError for an address that cannot be one, or a login that cannot be read."""
+    """A client of a server. Raises DataError for an address that cannot be one, or a login that cannot be
+    read."""
     login = None
     if config.login_file is not None:
         user, colon, password = read_token(config.login_file).partition(":")
         if not (user and colon and password):
-            raise DataError(f"opensearch.login_file: {config.login_file} holds no login; expected one line USER:PASSWORD")
+            raise DataError(
+                f"opensearch.login_file: {config.login_file} holds no login; expected one line USER:PASSWORD"
+            )
         login = (user, password)
     if not config.url.startswith(("http://", "https://")):
-        raise DataError(f"opensearch.url: found {config.url!r}, expected http://host:port or https://host:port")
+        raise DataError(
+            f"opensearch.url: found {config.url!r}, expected http://host:port or https://host:port"
+        )
     certificates = {} if config.ca_file is None else {"ca_certs": config.ca_file}
     try:
         return OpenSearch(
@@ -219,4 +242,6 @@ def connect(config: OpenSearchConfig) -> OpenSearch:
             **certificates,
         )
     except (ValueError, OSError, ImproperlyConfigured) as error:
-        raise DataError(f"opensearch.url: found {config.url!r} ({error}), expected http://host:port") from error
+        raise DataError(
+            f"opensearch.url: found {config.url!r} ({error}), expected http://host:port"
+        ) from error

@@ -1,7 +1,7 @@
 """Vectors in a Qdrant collection, for those who outgrow one node: the encoder runs here, the search there.
 
-`sd-search data upload` fills a collection. Every point carries its passage and the version of the vectors it came from; an answer
-from other vectors is refused. Needs the extra `[qdrant]`.
+`sd-search data upload` fills a collection. Every point carries its passage and the version of the vectors
+it came from; an answer from other vectors is refused. Needs the extra `[qdrant]`.
 """
 
 from __future__ import annotations
@@ -47,12 +47,16 @@ class QdrantRetriever:
 
         Raises RetrievalError when the collection cannot be asked or holds something else.
         """
-        return await asyncio.get_running_loop().run_in_executor(self._thread, self.find, tuple(queries), top_k)
+        return await asyncio.get_running_loop().run_in_executor(
+            self._thread, self.find, tuple(queries), top_k
+        )
 
     def find(self, queries: Sequence[str], top_k: int) -> list[tuple[Hit, ...]]:
         """`search` in the calling thread."""
         vectors = self._encoder.encode_queries(queries)
-        requests = [models.QueryRequest(query=vector.tolist(), limit=top_k, with_payload=True) for vector in vectors]
+        requests = [
+            models.QueryRequest(query=vector.tolist(), limit=top_k, with_payload=True) for vector in vectors
+        ]
         try:
             replies = self._client.query_batch_points(self._config.collection, requests)
         except (ApiException, httpx.HTTPError, ValueError, TypeError) as error:
@@ -72,19 +76,25 @@ class QdrantRetriever:
         missing = [name for name in PAYLOAD_FIELDS if not isinstance(payload.get(name), str)]
         if missing:
             raise RetrievalError(
-                f"Qdrant collection {self._config.collection!r} holds a point without the text field {missing[0]!r} "
-                f"(it has {', '.join(sorted(payload)) or 'none'}); fill it with `sd-search data upload`"
+                f"Qdrant collection {self._config.collection!r} holds a point without the text field"
+                f" {missing[0]!r} (it has {', '.join(sorted(payload)) or 'none'}); fill it with `sd-search"
+                " data upload`"
             )
         if payload["vectors_version"] != self.corpus_version:
             found, expected = payload["vectors_version"][:16], self.corpus_version[:16]
-            raise RetrievalError(f"Qdrant collection {self._config.collection!r} holds vectors {found}, expected {expected}")
+            raise RetrievalError(
+                f"Qdrant collection {self._config.collection!r} holds vectors {found}, expected {expected}"
+            )
         return Passage(id=payload["passage_id"], title=payload["title"], text=payload["text"])
 
 
 def connect(config: QdrantConfig) -> QdrantClient:
-    """A client of a server. Raises DataError for an address that cannot be one, or a secret that cannot be read."""
+    """A client of a server. Raises DataError for an address that cannot be one, or a secret that cannot be
+    read."""
     token = None if config.token_file is None else read_token(config.token_file)
     try:
         return QdrantClient(url=config.url, api_key=token, timeout=max(1, round(config.deadline_s)))
     except ValueError as error:
-        raise DataError(f"retriever.qdrant.url: found {config.url!r} ({error}), expected http://host:port") from error
+        raise DataError(
+            f"retriever.qdrant.url: found {config.url!r} ({error}), expected http://host:port"
+        ) from error

@@ -18,6 +18,7 @@ class ShardedRetriever:
         self.corpus_version = "+".join(sorted(shard.corpus_version for shard in shards))
 
     async def search(self, queries: Sequence[str], top_k: int) -> list[tuple[Hit, ...]]:
-        """The best `top_k` passages of each query over all shards, by score, then by id. Raises RetrievalError."""
+        """The best `top_k` passages of each query over all shards, by score, then by id. Raises
+        RetrievalError."""
         found = await asyncio.gather(*(shard.search(queries, top_k) for shard in self._shards))
         return [merge_shards(own, top_k) for own in zip(*found, strict=True)]

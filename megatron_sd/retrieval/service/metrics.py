@@ -33,8 +33,15 @@ class ServiceMetrics:
     def render(self, gauges: dict[str, float]) -> str:
         """The text; `gauges` are further values of this moment."""
         lines = [f"# TYPE {_PREFIX}_requests_total counter"]
-        lines += [f'{_PREFIX}_requests_total{{status="{status}"}} {n}' for status, n in sorted(self._requests.items())]
-        counts = {"queries": self._num_queries, "queries_cut": self._num_cut, "queries_blank": self._num_blank}
+        lines += [
+            f'{_PREFIX}_requests_total{{status="{status}"}} {n}'
+            for status, n in sorted(self._requests.items())
+        ]
+        counts = {
+            "queries": self._num_queries,
+            "queries_cut": self._num_cut,
+            "queries_blank": self._num_blank,
+        }
         for name, count in counts.items():
             lines += [f"# TYPE {_PREFIX}_{name}_total counter", f"{_PREFIX}_{name}_total {count}"]
         lines.append(f"# TYPE {_PREFIX}_request_seconds histogram")
@@ -42,7 +49,10 @@ class ServiceMetrics:
         for bound, count in zip((*_BUCKETS_S, "+Inf"), self._buckets, strict=True):
             total += count
             lines.append(f'{_PREFIX}_request_seconds_bucket{{le="{bound}"}} {total}')
-        lines += [f"{_PREFIX}_request_seconds_sum {self._total_s:.6f}", f"{_PREFIX}_request_seconds_count {total}"]
+        lines += [
+            f"{_PREFIX}_request_seconds_sum {self._total_s:.6f}",
+            f"{_PREFIX}_request_seconds_count {total}",
+        ]
         for name, value in gauges.items():
             lines += [f"# TYPE {_PREFIX}_{name} gauge", f"{_PREFIX}_{name} {value:g}"]
         return "\n".join(lines) + "\n"

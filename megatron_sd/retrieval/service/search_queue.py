@@ -1,7 +1,7 @@
 """Many requests, one search thread: a bounded queue whose waiting queries are searched together.
 
-A vector index is not safe to search from several threads, and batches are faster. While a batch is being searched the next one
-gathers by itself, so nobody waits for a timer.
+A vector index is not safe to search from several threads, and batches are faster. While a batch is being
+searched the next one gathers by itself, so nobody waits for a timer.
 """
 
 from __future__ import annotations
@@ -31,9 +31,12 @@ class _Piece:
 
 
 class SearchQueue:
-    """search: (queries, top_k) to the hits of each; called in one thread, never twice at a time. The limits count queries."""
+    """search: (queries, top_k) to the hits of each; called in one thread, never twice at a time. The limits
+    count queries."""
 
-    def __init__(self, search: Callable[[Sequence[str], int], Found], *, max_queued: int, max_batch: int) -> None:
+    def __init__(
+        self, search: Callable[[Sequence[str], int], Found], *, max_queued: int, max_batch: int
+    ) -> None:
         self._search = search
         self._max_queued = max_queued
         self._max_batch = max_batch
@@ -70,13 +73,16 @@ class SearchQueue:
             self._thread.shutdown(wait=False)
 
     def _next_batch(self) -> list[_Piece]:
-        """The longest waiting pieces that ask for one top_k and fit a batch; those nobody awaits any more are dropped."""
+        """The longest waiting pieces that ask for one top_k and fit a batch; those nobody awaits any more
+        are dropped."""
         batch: list[_Piece] = []
         num_queries = 0
         while self._waiting:
             piece = self._waiting[0]
             is_wanted = not piece.found.done()
-            fits = not batch or (piece.top_k == batch[0].top_k and num_queries + len(piece.queries) <= self._max_batch)
+            fits = not batch or (
+                piece.top_k == batch[0].top_k and num_queries + len(piece.queries) <= self._max_batch
+            )
             if is_wanted and not fits:
                 break
             self._waiting.popleft()

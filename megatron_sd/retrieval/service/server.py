@@ -4,7 +4,8 @@
     GET  /info       corpus and limits  GET /readyz    200 when it can search, else 503 and what it is doing
     GET  /metrics    Prometheus text
 
-The port is open while the corpus is still being verified. A request over a limit gets a 4xx, one that finds the queue full a 503.
+The port is open while the corpus is still being verified. A request over a limit gets a 4xx, one that finds
+the queue full a 503.
 """
 
 from __future__ import annotations
@@ -53,7 +54,9 @@ class Routes:
             status = error.status
             raise
         finally:
-            self._service.metrics.record(status=status, num_queries=num_queries, seconds=time.perf_counter() - started)
+            self._service.metrics.record(
+                status=status, num_queries=num_queries, seconds=time.perf_counter() - started
+            )
 
     async def healthz(self) -> Response:
         """GET /healthz."""
@@ -84,7 +87,10 @@ class Routes:
         scheme, _, value = request.headers.get("authorization", "").partition(" ")
         given = value if scheme == "Bearer" else request.query_params.get("token", "")
         if self._token is not None and not hmac.compare_digest(given.encode(), self._token):
-            message = "the header 'Authorization: Bearer TOKEN', or ?token=TOKEN in the address, is missing or wrong"
+            message = (
+                "the header 'Authorization: Bearer TOKEN', or ?token=TOKEN in the address, is missing or"
+                " wrong"
+            )
             raise RequestError(401, message)
 
 
@@ -97,7 +103,9 @@ def build_app(service: RetrievalService, stop: Callable[[], None]) -> FastAPI:
         yield
         task.cancel()
 
-    app = FastAPI(title="megatron_sd retriever", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(
+        title="megatron_sd retriever", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None
+    )
     app.add_exception_handler(RequestError, _refuse)
     routes = Routes(service)
     app.add_route("/retrieve", routes.retrieve, methods=["POST"])
@@ -130,8 +138,8 @@ def _json(content: bytes, *, status: int = 200, headers: dict[str, str] | None =
 
 
 def serve(service: RetrievalService, port_file: Path | None, say: Callable[[str], None]) -> None:
-    """Listen until SIGINT or SIGTERM. port_file: gets the address, for a port of 0. Raises ConfigError for a port in use, and
-    what opening the corpus raised."""
+    """Listen until SIGINT or SIGTERM. port_file: gets the address, for a port of 0. Raises ConfigError for
+    a port in use, and what opening the corpus raised."""
     settings = service.settings
     listener = _listen(settings.host, settings.port)
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
@@ -167,5 +175,7 @@ def _listen(host: str, port: int) -> socket.socket:
         listener.bind((host, port))
     except (OSError, OverflowError) as error:
         listener.close()
-        raise ConfigError(f"port: cannot listen on {host}:{port} ({error}); choose another, or 0 for any free one") from error
+        raise ConfigError(
+            f"port: cannot listen on {host}:{port} ({error}); choose another, or 0 for any free one"
+        ) from error
     return listener

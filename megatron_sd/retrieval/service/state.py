@@ -1,4 +1,5 @@
-"""The state of one retrieval service: its corpus, its queue, what it is doing and what it has counted. No HTTP here."""
+"""The state of one retrieval service: its corpus, its queue, what it is doing and what it has counted. No
+HTTP here."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ Opener = Callable[[Callable[[str], None]], CorpusRetriever]
 
 @dataclass(frozen=True, kw_only=True)
 class ServiceSettings:
-    """Where the service listens and what it accepts. token: needed unless `host` is a loopback address; None: nobody is asked."""
+    """Where the service listens and what it accepts. token: needed unless `host` is a loopback address;
+    None: nobody is asked."""
 
     host: str
     port: int
@@ -46,20 +48,23 @@ class ServiceSettings:
 
 
 class RetrievalService:
-    """The state of one service. `stage` says what it is doing; `corpus` and `queue` are None until it can search.
+    """The state of one service. `stage` says what it is doing; `corpus` and `queue` are None until it can
+    search.
 
-    Raises ConfigError for a host that others can reach without a token, and for a queue shorter than a request.
+    Raises ConfigError for a host that others can reach without a token, and for a queue shorter than a
+    request.
     """
 
     def __init__(self, open_corpus: Opener, settings: ServiceSettings, say: Callable[[str], None]) -> None:
         if settings.token is None and not _is_loopback(settings.host):
             raise ConfigError(
-                f"host: found {settings.host!r}, which others can reach; set token_file to a file with a secret, "
-                "or listen on 127.0.0.1"
+                f"host: found {settings.host!r}, which others can reach; set token_file to a file with a"
+                " secret, or listen on 127.0.0.1"
             )
         if settings.max_queued_queries < settings.max_queries:
             raise ConfigError(
-                f"max_queued_queries: found {settings.max_queued_queries}, expected at least max_queries {settings.max_queries}"
+                f"max_queued_queries: found {settings.max_queued_queries}, expected at least max_queries"
+                f" {settings.max_queries}"
             )
         self.settings = settings
         self.metrics = ServiceMetrics()
@@ -71,7 +76,8 @@ class RetrievalService:
         self._say = say
 
     async def run(self, stop: Callable[[], None]) -> None:
-        """Open the corpus in a thread, answer a first query, then search until cancelled; `stop` is called when opening fails."""
+        """Open the corpus in a thread, answer a first query, then search until cancelled; `stop` is called
+        when opening fails."""
         try:
             self.corpus = await asyncio.to_thread(self._open)
         except Exception as error:  # whatever it is, the server must end and say it
@@ -79,7 +85,9 @@ class RetrievalService:
             stop()
             return
         limits = self.settings
-        queue = SearchQueue(self.corpus.find, max_queued=limits.max_queued_queries, max_batch=limits.max_batch_queries)
+        queue = SearchQueue(
+            self.corpus.find, max_queued=limits.max_queued_queries, max_batch=limits.max_batch_queries
+        )
         self.queue = queue
         self._progress(f"ready: {self.corpus.manifest.num_passages:,} passages by {self.corpus.method}")
         await queue.run()
@@ -126,21 +134,26 @@ class RetrievalService:
         return self.corpus
 
     async def answer(self, order: SearchOrder) -> tuple[bytes, dict[str, str]]:
-        """The reply's body and headers: an empty list for a blank query, a long query cut. Raises RequestError when the queue is
-        full or there is no corpus yet."""
+        """The reply's body and headers: an empty list for a blank query, a long query cut. Raises
+        RequestError when the queue is full or there is no corpus yet."""
         corpus = self._ready()
         asked = [fit_query(query, self.settings.max_query_bytes) for query in order.queries]
         places = [place for place, query in enumerate(asked) if query.strip()]
         self.metrics.count_queries(
-            num_cut=sum(len(cut) < len(query) for cut, query in zip(asked, order.queries)), num_blank=len(asked) - len(places)
+            num_cut=sum(len(cut) < len(query) for cut, query in zip(asked, order.queries)),
+            num_blank=len(asked) - len(places),
         )
         found: list[tuple[Hit, ...]] = [()] * len(asked)
         try:
-            for place, hits in zip(places, await self.queue.submit([asked[place] for place in places], order.top_k)):
+            for place, hits in zip(
+                places, await self.queue.submit([asked[place] for place in places], order.top_k)
+            ):
                 found[place] = hits
         except QueueFullError as error:
             limit = self.settings.max_queued_queries
-            raise RequestError(503, f"the queue of {limit} queries is full; ask again a little later") from error
+            raise RequestError(
+                503, f"the queue of {limit} queries is full; ask again a little later"
+            ) from error
         headers = {VERSION_HEADER: corpus.corpus_version, QUERIES_HEADER: queries_digest(order.queries)}
         return render_reply(found, return_scores=order.return_scores), headers
 

@@ -1,4 +1,5 @@
-"""Attention of the embedded engine, registered with transformers: decoding neither repeats grouped heads nor shared prompts."""
+"""Attention of the embedded engine, registered with transformers: decoding neither repeats grouped heads
+nor shared prompts."""
 
 from __future__ import annotations
 
@@ -13,10 +14,14 @@ from megatron_sd.rollout.embedded.kv_cache import RowCache, StateProbe
 ATTENTION = "sd_search_rows"
 
 
-def row_attention(module, query, key, value, attention_mask, *, row_cache: RowCache | StateProbe | None = None, **options):
-    """Scaled-dot-product attention over a RowCache; without one, and in prefill, it is transformers' own sdpa.
+def row_attention(
+    module, query, key, value, attention_mask, *, row_cache: RowCache | StateProbe | None = None, **options
+):
+    """Scaled-dot-product attention over a RowCache; without one, and in prefill, it is transformers' own
+    sdpa.
 
-    A model that does not hand `row_cache` on fails on its first shared prompt, because the mask is then wider than the keys.
+    A model that does not hand `row_cache` on fails on its first shared prompt, because the mask is then
+    wider than the keys.
 
     With one query position, the query heads that share a key-value head are that head's query positions:
     [m, heads, 1, d] is viewed as [m, key-value heads, heads / key-value heads, d].
@@ -32,16 +37,26 @@ def row_attention(module, query, key, value, attention_mask, *, row_cache: RowCa
     if row_cache.decode_plan is None:
         output = scaled_dot_product_attention(grouped, key, value, attn_mask=attention_mask, scale=scale)
     else:
-        output = _shared_attention(grouped * scale, key, value, mask=attention_mask, cache=row_cache, layer=module.layer_idx)
+        output = _shared_attention(
+            grouped * scale, key, value, mask=attention_mask, cache=row_cache, layer=module.layer_idx
+        )
     return output.reshape(batch, 1, heads, value.shape[3]), None
 
 
 def _shared_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, mask: torch.Tensor, cache: RowCache, layer: int
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    mask: torch.Tensor,
+    cache: RowCache,
+    layer: int,
 ) -> torch.Tensor:
-    """One softmax over an entry's shared prompt and its own row. The prompt is read once for all entries that share it.
+    """One softmax over an entry's shared prompt and its own row. The prompt is read once for all entries
+    that share it.
 
-    query: [m, heads, g, d], scaled. key, value: own rows [m, heads, width, d]. mask: [m, 1, 1, shared width + width], additive.
+    query: [m, heads, g, d], scaled. key, value: own rows [m, heads, width, d]. mask: [m, 1, 1, shared width
+    + width], additive.
     """
     plan = cache.decode_plan
     shared_keys, shared_values = cache.shared_prompts(layer)

@@ -1,4 +1,5 @@
-"""The synchronous heart of the embedded engine: prefill and decode steps of a causal language model over rows of a KV cache."""
+"""The synchronous heart of the embedded engine: prefill and decode steps of a causal language model over
+rows of a KV cache."""
 
 from __future__ import annotations
 
@@ -24,8 +25,8 @@ _MAX_HOLES = 0.25  # share of idle rows among the decoded ones that is tolerated
 
 @dataclass(frozen=True, kw_only=True)
 class Feed:
-    """Prompt tokens to prefill. All `rows` get the same prompt, which is computed once; the first `start` tokens are cached, in
-    the rows or, where `in_opening`, in the opening."""
+    """Prompt tokens to prefill. All `rows` get the same prompt, which is computed once; the first `start`
+    tokens are cached, in the rows or, where `in_opening`, in the opening."""
 
     rows: tuple[int, ...]
     prompt_ids: TokenIds
@@ -40,7 +41,8 @@ class Feed:
 
 @dataclass(frozen=True, kw_only=True)
 class Sampled:
-    """One new token for each of `rows`; all arrays [n]. A log-probability that is not finite means that the logits were not."""
+    """One new token for each of `rows`; all arrays [n]. A log-probability that is not finite means that the
+    logits were not."""
 
     rows: np.ndarray
     ids: np.ndarray
@@ -50,7 +52,8 @@ class Sampled:
 class RowDecoder:
     """A model, a KV cache of at most `max_rows` rows, and the sampling state of each row (`lanes`).
 
-    max_length: positions a row may hold. Raises ConfigError for models with layers other than full or sliding attention.
+    max_length: positions a row may hold. Raises ConfigError for models with layers other than full or
+    sliding attention.
     """
 
     def __init__(self, model: PreTrainedModel, *, max_rows: int):
@@ -58,7 +61,10 @@ class RowDecoder:
         self.max_rows = max_rows
         self._model = model.eval().requires_grad_(False)
         few_rows.speed_up(model)
-        is_ours = model._supports_attention_backend and model.config._attn_implementation in ("sdpa", ATTENTION)
+        is_ours = model._supports_attention_backend and model.config._attn_implementation in (
+            "sdpa",
+            ATTENTION,
+        )
         if is_ours:
             model.set_attn_implementation(ATTENTION)
         shape = state_shape(model, through="row_cache" if is_ours else None)
@@ -84,14 +90,17 @@ class RowDecoder:
 
     @torch.inference_mode()
     def prefill(self, feeds: Sequence[Feed]) -> list[Sampled]:
-        """Compute the missing prompt tokens of rows and sample the first new token of each; rows must be started in `lanes`."""
+        """Compute the missing prompt tokens of rows and sample the first new token of each; rows must be
+        started in `lanes`."""
         together, apart = [], []
         for feed in self._from_opening(feeds):
             if len(feed.rows) > 1 and self._can_share:
                 together.append(feed)
             else:
                 apart += [replace(feed, rows=(row,)) for row in feed.rows]
-        return [self._prefill_prompts(c) for c in _chunks(together)] + [self._prefill_rows(c) for c in _chunks(apart)]
+        return [self._prefill_prompts(c) for c in _chunks(together)] + [
+            self._prefill_rows(c) for c in _chunks(apart)
+        ]
 
     def _from_opening(self, feeds: Sequence[Feed]) -> list[Feed]:
         """The feeds, new prompts from where the opening ends; a better opening is computed first."""
@@ -102,7 +111,9 @@ class RowDecoder:
             self._forward(opening.store, *_new_tokens(row, [whole], shared=row, prompt_rows=row))
             opening.ids = ids
         lengths = [0 if feed.start else opening.length_in(feed.prompt_ids) for feed in feeds]
-        return [replace(f, start=length, in_opening=True) if length else f for f, length in zip(feeds, lengths)]
+        return [
+            replace(f, start=length, in_opening=True) if length else f for f, length in zip(feeds, lengths)
+        ]
 
     def _copy_opening(self, store: RowStore, rows: np.ndarray, feeds: Sequence[Feed]) -> None:
         """Into the rows of those feeds that begin with it."""
@@ -116,7 +127,9 @@ class RowDecoder:
         taken = set(lanes.prompt_row[lanes.shared > 0].tolist())
         prompt_rows = np.array(sorted(set(range(len(taken) + len(feeds))) - taken)[: len(feeds)])
         self._copy_opening(self._cache.prompts, prompt_rows, feeds)
-        step, ids = _new_tokens(prompt_rows, feeds, shared=np.zeros_like(prompt_rows), prompt_rows=prompt_rows)
+        step, ids = _new_tokens(
+            prompt_rows, feeds, shared=np.zeros_like(prompt_rows), prompt_rows=prompt_rows
+        )
         logits = self._forward(self._cache.prompts, step, ids)
         rows = np.array([row for feed in feeds for row in feed.rows])
         entry = np.repeat(np.arange(len(feeds)), [len(feed.rows) for feed in feeds])
@@ -136,7 +149,8 @@ class RowDecoder:
 
     @torch.inference_mode()
     def decode(self) -> Sampled:
-        """One more token for every active row (there must be one). Rows [0, last active] are computed, idle ones in vain."""
+        """One more token for every active row (there must be one). Rows [0, last active] are computed, idle
+        ones in vain."""
         lanes = self.lanes
         active = np.flatnonzero(lanes.active)
         num_rows = int(active[-1]) + 1
@@ -155,14 +169,17 @@ class RowDecoder:
 
     @torch.inference_mode()
     def compact(self) -> list[tuple[int, int]]:
-        """Exchange high active rows with low idle ones when too many idle rows lie in between; the pairs of rows exchanged."""
+        """Exchange high active rows with low idle ones when too many idle rows lie in between; the pairs of
+        rows exchanged."""
         active = np.flatnonzero(self.lanes.active)
         if not len(active) or active[-1] + 1 - len(active) <= _MAX_HOLES * (active[-1] + 1):
             return []
         low = np.flatnonzero(~self.lanes.active[: len(active)])
         high = active[-len(low) :]
         sources, targets = np.concatenate([low, high]), np.concatenate([high, low])
-        self._cache.rows.copy_rows(sources, targets, int((self.lanes.length - self.lanes.shared)[sources].max()))
+        self._cache.rows.copy_rows(
+            sources, targets, int((self.lanes.length - self.lanes.shared)[sources].max())
+        )
         self.lanes.move(sources, targets)
         return list(zip(low.tolist(), high.tolist()))
 
@@ -187,7 +204,9 @@ class RowDecoder:
         hidden = torch.from_numpy(step.hidden()[:, None]).to(device)
         return self._model(
             input_ids=torch.from_numpy(ids).to(device),
-            attention_mask=torch.zeros(hidden.shape, dtype=self._model.dtype, device=device).masked_fill_(hidden, float("-inf")),
+            attention_mask=torch.zeros(hidden.shape, dtype=self._model.dtype, device=device).masked_fill_(
+                hidden, float("-inf")
+            ),
             position_ids=torch.from_numpy(step.positions).to(device),
             past_key_values=cache,
             use_cache=True,
@@ -205,13 +224,15 @@ class RowDecoder:
 
 
 def _max_length(config: PreTrainedConfig) -> int:
-    """Positions one conversation may hold. Within a sliding window, sliding attention is full attention; a longrope model
-    (Phi-3, Phi-4-mini) turns all its keys otherwise once one lies beyond the original length, so cached ones would be wrong."""
+    """Positions one conversation may hold. Within a sliding window, sliding attention is full attention; a
+    longrope model (Phi-3, Phi-4-mini) turns all its keys otherwise once one lies beyond the original
+    length, so cached ones would be wrong."""
     text = config.get_text_config()
     kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
     if not kinds <= {"full_attention", "sliding_attention"}:
         raise ConfigError(
-            f"the model's layers are {sorted(kinds)}, expected full or sliding attention: the embedded engine cannot serve it"
+            f"the model's layers are {sorted(kinds)}, expected full or sliding attention: the embedded engine"
+            " cannot serve it"
         )
     rope = getattr(text, "rope_parameters", None) or {}
     original = rope.get("original_max_position_embeddings") if rope.get("rope_type") == "longrope" else None
@@ -229,7 +250,13 @@ def _new_tokens(
     valid = positions >= starts[:, None]
     ids = np.zeros(positions.shape, dtype=np.int64)
     ids[valid] = np.concatenate([feed.prompt_ids[feed.start :] for feed in feeds])
-    step = Pass(rows=rows, positions=np.where(valid, positions, 0), valid=valid, shared=shared, prompt_rows=prompt_rows)
+    step = Pass(
+        rows=rows,
+        positions=np.where(valid, positions, 0),
+        valid=valid,
+        shared=shared,
+        prompt_rows=prompt_rows,
+    )
     return step, ids
 
 

@@ -1,8 +1,10 @@
-"""The embedded engine: any local Hugging Face causal language model, batched continuously in one asyncio task.
+"""The embedded engine: any local Hugging Face causal language model, batched continuously in one asyncio
+task.
 
-Requests join and leave at any decode step. A conversation keeps its row of the KV cache between turns, so that only what the
-environment appended is prefilled; equal prompts of a group are computed, stored and read once. A rollout's tokens depend on its
-prompt, seed and weights: not on which other rollouts share the batch, up to the rounding of differently shaped matrix products.
+Requests join and leave at any decode step. A conversation keeps its row of the KV cache between turns, so
+that only what the environment appended is prefilled; equal prompts of a group are computed, stored and read
+once. A rollout's tokens depend on its prompt, seed and weights: not on which other rollouts share the
+batch, up to the rounding of differently shaped matrix products.
 """
 
 from __future__ import annotations
@@ -37,7 +39,8 @@ class _Job:
 
 @dataclass(eq=False)
 class _Session:
-    """A conversation that owns a row. prompt_ids: of its newest turn. cached_ids: tokens whose keys and values the row holds."""
+    """A conversation that owns a row. prompt_ids: of its newest turn. cached_ids: tokens whose keys and
+    values the row holds."""
 
     row: int
     prompt_ids: TokenIds = ()
@@ -45,11 +48,11 @@ class _Session:
 
 
 class TorchEngine:
-    """InferenceEngine and WeightReceiver over a model it owns (the caller must not train or share it). A model that was loaded
-    on demand samples nothing before its first update.
+    """InferenceEngine and WeightReceiver over a model it owns (the caller must not train or share it). A
+    model that was loaded on demand samples nothing before its first update.
 
-    max_rows: conversations in the KV cache at one time; further requests wait. reuse_cache: False prefills the whole
-    conversation every turn (a baseline for benchmarks).
+    max_rows: conversations in the KV cache at one time; further requests wait. reuse_cache: False prefills
+    the whole conversation every turn (a baseline for benchmarks).
     """
 
     def __init__(self, model: PreTrainedModel, codec: TextCodec, *, max_rows: int, reuse_cache: bool = True):
@@ -71,7 +74,8 @@ class TorchEngine:
         self._owners: list[str | None] = [None] * self._decoder.max_rows
         self._sessions: dict[str, _Session] = {}
         self._jobs: dict[str, _Job] = {}  # everything in flight, by session
-        self._waiting: dict[str, _Job] = {}  # those of them that have no row yet, or are about to return to theirs
+        # those of them that have no row yet, or are about to return to theirs
+        self._waiting: dict[str, _Job] = {}
         self._driver: asyncio.Task | None = None
 
     @property
@@ -82,9 +86,11 @@ class TorchEngine:
     # ---- requests ----
 
     async def generate(self, request: GenerationRequest) -> Completion:
-        """Sample one completion. Raises RolloutError for a request that cannot be served and for non-finite logits."""
+        """Sample one completion. Raises RolloutError for a request that cannot be served and for non-finite
+        logits."""
         loop = asyncio.get_running_loop()
-        if loop is not self._loop:  # the last loop is over, perhaps by an error: nothing of it can still be awaited
+        # the last loop is over, perhaps by an error: nothing of it can still be awaited
+        if loop is not self._loop:
             self._forget()
             self._loop = loop
         self._check(request)
@@ -97,18 +103,23 @@ class TorchEngine:
     def _check(self, request: GenerationRequest) -> None:
         session, ids, limit = request.session, request.prompt_ids, self.max_length
         if self._updating:
-            raise RolloutError(f"session {session!r} asked for tokens during a weight update; call finish_update first")
+            raise RolloutError(
+                f"session {session!r} asked for tokens during a weight update; call finish_update first"
+            )
         if session in self._jobs:
-            raise RolloutError(f"session {session!r} asked for two completions at once, expected one: await the first")
+            raise RolloutError(
+                f"session {session!r} asked for two completions at once, expected one: await the first"
+            )
         if not 0 < len(ids) < limit or request.max_new_tokens < 1:
             raise RolloutError(
-                f"session {session!r} sent {len(ids)} prompt tokens and asked for {request.max_new_tokens}, expected 1 to "
-                f"{limit - 1} and at least 1: the model holds {limit} positions; lower rollout.max_rollout_tokens"
+                f"session {session!r} sent {len(ids)} prompt tokens and asked for {request.max_new_tokens},"
+                f" expected 1 to {limit - 1} and at least 1: the model holds {limit} positions; lower"
+                " rollout.max_rollout_tokens"
             )
         if not 0 <= min(ids) <= max(ids) < self._vocabulary_size:
             raise RolloutError(
-                f"session {session!r} sent token ids from {min(ids)} to {max(ids)}, expected ids below the model's vocabulary of "
-                f"{self._vocabulary_size}: the tokenizer does not belong to the model"
+                f"session {session!r} sent token ids from {min(ids)} to {max(ids)}, expected ids below the"
+                f" model's vocabulary of {self._vocabulary_size}: the tokenizer does not belong to the model"
             )
 
     def wake(self) -> None:
@@ -136,7 +147,8 @@ class TorchEngine:
         """Nothing outlives the object."""
 
     async def _drive(self) -> None:
-        """Admit and decode until nothing is left. Callers run between steps: what they send at once joins at once."""
+        """Admit and decode until nothing is left. Callers run between steps: what they send at once joins
+        at once."""
         try:
             while True:
                 await asyncio.sleep(0)
@@ -162,7 +174,8 @@ class TorchEngine:
     # ---- joining ----
 
     def _admit(self) -> None:
-        """Give rows to waiting requests, first come first served, and prefill what their rows do not hold yet."""
+        """Give rows to waiting requests, first come first served, and prefill what their rows do not hold
+        yet."""
         if None not in self._owners and not self._decoder.lanes.active.any():
             self._evict()
         free = [row for row, owner in enumerate(self._owners) if owner is None][::-1]
@@ -176,14 +189,19 @@ class TorchEngine:
             session = self._start(name, job.request)
             placed.setdefault(name if session.cached_ids else job.request.prompt_ids, []).append(session)
         feeds = [
-            Feed(rows=tuple(s.row for s in group), prompt_ids=group[0].prompt_ids, start=len(group[0].cached_ids))
+            Feed(
+                rows=tuple(s.row for s in group),
+                prompt_ids=group[0].prompt_ids,
+                start=len(group[0].cached_ids),
+            )
             for group in placed.values()
         ]
         for sampled in self._decoder.prefill(feeds):
             self._settle(sampled)
 
     def _evict(self) -> None:
-        """All rows are parked: if none of their conversations is coming back just now, the oldest one loses its row."""
+        """All rows are parked: if none of their conversations is coming back just now, the oldest one loses
+        its row."""
         if self._waiting.keys().isdisjoint(self._sessions):
             self.release(next(iter(self._sessions)))
 
@@ -196,7 +214,10 @@ class TorchEngine:
         session = self._sessions[name]
         held = session.cached_ids
         kept = min(len(held), len(request.prompt_ids) - 1)  # at least one token is fed, to have logits
-        if request.prompt_ids[: len(held)] != held[: len(request.prompt_ids)] or kept < self._decoder.lanes.shared[session.row]:
+        if (
+            request.prompt_ids[: len(held)] != held[: len(request.prompt_ids)]
+            or kept < self._decoder.lanes.shared[session.row]
+        ):
             kept = 0
         session.prompt_ids, session.cached_ids = request.prompt_ids, held[:kept]
         self._decoder.lanes.start(
@@ -242,7 +263,9 @@ class TorchEngine:
         self._decoder.lanes.active[row] = False
         session.cached_ids = (*session.prompt_ids, *ids[:-1])  # the last token was never fed
         if not job.future.done():
-            job.future.set_result(Completion(ids=ids, logprobs=logprobs, finish=reason, policy_version=self.policy_version))
+            job.future.set_result(
+                Completion(ids=ids, logprobs=logprobs, finish=reason, policy_version=self.policy_version)
+            )
         if not self._reuse_cache:
             self.release(name)
 
@@ -255,8 +278,8 @@ class TorchEngine:
         if not job.future.done():
             job.future.set_exception(
                 RolloutError(
-                    f"session {name!r}: the model's logits are not finite at policy version {self.policy_version}, expected "
-                    "finite numbers; check the weights it was given"
+                    f"session {name!r}: the model's logits are not finite at policy version"
+                    f" {self.policy_version}, expected finite numbers; check the weights it was given"
                 )
             )
 
@@ -265,27 +288,34 @@ class TorchEngine:
     def begin_update(self) -> None:
         """Forget every cache. Raises RolloutError when a generation is in flight."""
         if self._jobs and self._loop is not None and self._loop.is_running():
-            raise RolloutError(f"{len(self._jobs)} completions are in flight, expected none during an update; await them first")
+            raise RolloutError(
+                f"{len(self._jobs)} completions are in flight, expected none during an update; await them"
+                " first"
+            )
         self._forget()
         self._weights.begin()
         self._updating = True
 
     def load_bucket(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Copy full parameters by Hugging Face name, in place. Raises RolloutError for a name or shape the model lacks."""
+        """Copy full parameters by Hugging Face name, in place. Raises RolloutError for a name or shape the
+        model lacks."""
         if not self._updating:
             raise RolloutError("load_bucket was called outside an update; call begin_update first")
         self._weights.load(weights)
 
     def share_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Read full parameters in the caller's memory, which changes between updates only. Raises RolloutError for a name, shape,
-        dtype or device that is not the model's."""
+        """Read full parameters in the caller's memory, which changes between updates only. Raises
+        RolloutError for a name, shape, dtype or device that is not the model's."""
         self._weights.share(weights)
 
     def finish_update(self, policy_version: int) -> None:
-        """Completions from here on carry this version. Raises RolloutError when parameters are missing: it then stays closed."""
+        """Completions from here on carry this version. Raises RolloutError when parameters are missing: it
+        then stays closed."""
         missing = self._weights.missing() if self._updating else ["all of them (no update was begun)"]
         if missing:
-            raise RolloutError(f"the update lacks {len(missing)} parameters, such as {missing[:3]}; publish every parameter")
+            raise RolloutError(
+                f"the update lacks {len(missing)} parameters, such as {missing[:3]}; publish every parameter"
+            )
         self._updating = False
         self.policy_version = policy_version
 
@@ -293,4 +323,6 @@ class TorchEngine:
 def _eos_ids(model: PreTrainedModel, codec: TextCodec) -> frozenset[int]:
     """End-of-sequence ids of the tokenizer and of the model's generation settings."""
     own = model.generation_config.eos_token_id if model.generation_config is not None else None
-    return codec.eos_ids | (frozenset(own) if isinstance(own, list) else frozenset(() if own is None else (own,)))
+    return codec.eos_ids | (
+        frozenset(own) if isinstance(own, list) else frozenset(() if own is None else (own,))
+    )

@@ -1,4 +1,5 @@
-"""What the engine knows about each row while it decodes, as arrays: one decode step costs no Python work per row."""
+"""What the engine knows about each row while it decodes, as arrays: one decode step costs no Python work
+per row."""
 
 from __future__ import annotations
 
@@ -10,11 +11,12 @@ _BLOCK = 64
 
 
 class Lanes:
-    """Arrays over rows, [max_rows]. A lane is active while it samples; otherwise its row is free or parked between two turns.
+    """Arrays over rows, [max_rows]. A lane is active while it samples; otherwise its row is free or parked
+    between two turns.
 
-    length: tokens of the conversation that are cached; the first `shared` of them in row `prompt_row` of the shared prompts, the
-    others in its own row. next_id: sampled but not yet fed. count: tokens sampled in this turn;
-    ids, logprobs: [max_rows, width] of this turn, the first `count` of a lane are filled.
+    length: tokens of the conversation that are cached; the first `shared` of them in row `prompt_row` of
+    the shared prompts, the others in its own row. next_id: sampled but not yet fed. count: tokens sampled
+    in this turn; ids, logprobs: [max_rows, width] of this turn, the first `count` of a lane are filled.
     """
 
     def __init__(self, max_rows: int):
@@ -31,18 +33,28 @@ class Lanes:
         self.ids = np.zeros((max_rows, _BLOCK), dtype=np.int64)
         self.logprobs = np.zeros((max_rows, _BLOCK), dtype=np.float32)
 
-    def start(self, row: int, *, length: int, max_new: int, temperature: float, seed: int, stop_set: int) -> None:
-        """Begin a turn of a conversation of which `length` tokens are cached (0: afresh): nothing sampled yet."""
+    def start(
+        self, row: int, *, length: int, max_new: int, temperature: float, seed: int, stop_set: int
+    ) -> None:
+        """Begin a turn of a conversation of which `length` tokens are cached (0: afresh): nothing sampled
+        yet."""
         self.active[row], self.count[row], self.length[row] = True, 0, length
         if length == 0:
             self.shared[row] = 0
-        self.max_new[row], self.temperature[row], self.seed[row], self.stop_set[row] = max_new, temperature, seed, stop_set
+        self.max_new[row], self.temperature[row], self.seed[row], self.stop_set[row] = (
+            max_new,
+            temperature,
+            seed,
+            stop_set,
+        )
 
     def append(self, rows: np.ndarray, ids: np.ndarray, logprobs: np.ndarray) -> None:
         """One sampled token per row."""
         count = self.count[rows]
         if count.max() >= self.ids.shape[1]:
-            self.ids, self.logprobs = (np.pad(a, ((0, 0), (0, a.shape[1]))) for a in (self.ids, self.logprobs))
+            self.ids, self.logprobs = (
+                np.pad(a, ((0, 0), (0, a.shape[1]))) for a in (self.ids, self.logprobs)
+            )
         self.ids[rows, count], self.logprobs[rows, count] = ids, logprobs
         self.count[rows] = count + 1
         self.next_id[rows] = ids

@@ -1,5 +1,5 @@
-"""The opening: what the prompts of one task begin with (rules, a worked example). It is computed once and copied into the rows of
-new prompts, which then are prefilled from there on."""
+"""The opening: what the prompts of one task begin with (rules, a worked example). It is computed once and
+copied into the rows of new prompts, which then are prefilled from there on."""
 
 from __future__ import annotations
 
@@ -26,17 +26,20 @@ class Opening:
         self.ids = ()
 
     def better(self, prompts: Sequence[TokenIds]) -> TokenIds:
-        """The opening of these new prompts, different ones, where it is worth computing in place of what is held; else ().
+        """The opening of these new prompts, different ones, where it is worth computing in place of what is
+        held; else ().
 
-        A single prompt tells its opening from the rest only beside later ones: it is held whole, unless it begins as those did
-        that came before.
+        A single prompt tells its opening from the rest only beside later ones: it is held whole, unless it
+        begins as those did that came before.
         """
         if not prompts:
             return ()
         usable = [prompt[:-1] for prompt in prompts]  # a prompt's last token is fed anyway, to have logits
         held = min(common_length(self.ids, ids) for ids in usable)
         shared = min(common_length(usable[0], ids) for ids in usable)
-        gained = shared if len(prompts) == 1 and held < MIN_TOKENS else shared - held if len(prompts) > 1 else 0
+        gained = (
+            shared if len(prompts) == 1 and held < MIN_TOKENS else shared - held if len(prompts) > 1 else 0
+        )
         return usable[0][:shared] if gained >= MIN_TOKENS else ()
 
     def length_in(self, prompt_ids: TokenIds) -> int:

@@ -1,4 +1,5 @@
-"""Stop strings on raw bytes: a table says which tokens can complete one, so that most steps look at no text at all."""
+"""Stop strings on raw bytes: a table says which tokens can complete one, so that most steps look at no text
+at all."""
 
 from __future__ import annotations
 
@@ -12,14 +13,15 @@ from megatron_sd.search.tokens import TextCodec
 def can_complete(token: bytes, stop: bytes) -> bool:
     """True when some text before the token makes `stop` end inside the token.
 
-    >>> can_complete(b"h>\\n", b"</search>"), can_complete(b" >", b"</search>"), can_complete(b"search", b"</search>")
-    (True, False, False)
+    >>> can_complete(b"h>\\n", b"</search>"), can_complete(b" >", b"</search>"), can_complete(b"search",
+    b"</search>") (True, False, False)
     """
     return stop in token or any(token.startswith(stop[cut:]) for cut in range(1, len(stop)))
 
 
 class StopTable:
-    """Sets of stop strings by number. `lookup`: [sets, vocabulary] bool, True where a token can complete a string of the set."""
+    """Sets of stop strings by number. `lookup`: [sets, vocabulary] bool, True where a token can complete a
+    string of the set."""
 
     def __init__(self, codec: TextCodec, vocabulary_size: int):
         self._codec = codec
@@ -47,6 +49,7 @@ class StopTable:
         return any(text.find(stop, max(0, before - len(stop) + 1)) >= 0 for stop in self._stops[number])
 
     def first_completed(self, number: int, ids: Sequence[int]) -> int | None:
-        """Tokens of `ids` up to the first one that completes a string of the set, that one included; None when none does."""
+        """Tokens of `ids` up to the first one that completes a string of the set, that one included; None
+        when none does."""
         maybe = self.lookup[number, list(ids)].nonzero()[0].tolist()
         return next((place + 1 for place in maybe if self.completed(number, ids[: place + 1])), None)

@@ -1,4 +1,5 @@
-"""The engine's weights: a copy of its own, overwritten in place, bucket by bucket, or memory of the policy's that it reads."""
+"""The engine's weights: a copy of its own, overwritten in place, bucket by bucket, or memory of the
+policy's that it reads."""
 
 from __future__ import annotations
 
@@ -15,9 +16,9 @@ from megatron_sd.pretrained.on_demand import forget_file
 def load_model(
     path: str, *, dtype: torch.dtype, device: torch.device, attention: str = "sdpa", on_demand: bool = False
 ) -> PreTrainedModel:
-    """A causal language model from a local directory, for an engine to own; on_demand: without its weights where possible, since
-    an update brings them. Raises DataError when there is none that is whole, ConfigError for an attention that its family
-    lacks."""
+    """A causal language model from a local directory, for an engine to own; on_demand: without its weights
+    where possible, since an update brings them. Raises DataError when there is none that is whole,
+    ConfigError for an attention that its family lacks."""
     return load_causal_lm(path, dtype=dtype, attention=attention, on_demand=on_demand).to(device)
 
 
@@ -36,14 +37,14 @@ class WeightTable:
         self._written = set()
 
     def share(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Read full parameters where they are from now on, in the memory given. Raises RolloutError for an unknown name, another
-        shape, dtype or device."""
+        """Read full parameters where they are from now on, in the memory given. Raises RolloutError for an
+        unknown name, another shape, dtype or device."""
         for name, value in weights:
             parameter = self._find(name, value)
             if (parameter.dtype, parameter.device) != (value.dtype, value.device):
                 raise RolloutError(
-                    f"publishing shares {name!r} in {value.dtype} on {value.device}, expected {parameter.dtype} on "
-                    f"{parameter.device}: send a copy"
+                    f"publishing shares {name!r} in {value.dtype} on {value.device}, expected"
+                    f" {parameter.dtype} on {parameter.device}: send a copy"
                 )
             parameter.data = value.detach()
             forget_file(parameter)
@@ -51,19 +52,22 @@ class WeightTable:
 
     @torch.no_grad()
     def load(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Copy full parameters in place, converting type and device. Raises RolloutError for an unknown name, another shape,
-        and two names of one tied parameter that bring different values."""
+        """Copy full parameters in place, converting type and device. Raises RolloutError for an unknown
+        name, another shape, and two names of one tied parameter that bring different values."""
         for name, value in weights:
             parameter = self._find(name, value)
             value = value.to(device=parameter.device, dtype=parameter.dtype)
             if id(parameter) in self._written and not torch.equal(parameter, value):
-                raise RolloutError(f"publishing sent {name!r} twice or under two tied names, with different values: send one")
+                raise RolloutError(
+                    f"publishing sent {name!r} twice or under two tied names, with different values: send one"
+                )
             parameter.copy_(value)
             forget_file(parameter)
             self._written.add(id(parameter))
 
     def missing(self) -> list[str]:
-        """Names of parameters that no bucket has brought since `begin`; a tied parameter counts under any of its names."""
+        """Names of parameters that no bucket has brought since `begin`; a tied parameter counts under any
+        of its names."""
         written = self._written
         return [name for name, parameter in self._parameters.items() if id(parameter) not in written]
 
@@ -71,11 +75,13 @@ class WeightTable:
         parameter = self._parameters.get(name)
         if parameter is None:
             raise RolloutError(
-                f"publishing sent {name!r}, expected one of the {len(self._parameters)} parameters of the engine's model, "
-                f"such as {next(iter(self._parameters))!r}; build policy and engine from the same model directory"
+                f"publishing sent {name!r}, expected one of the {len(self._parameters)} parameters of the"
+                f" engine's model, such as {next(iter(self._parameters))!r}; build policy and engine from the"
+                " same model directory"
             )
         if parameter.shape != value.shape:
             raise RolloutError(
-                f"publishing sent {name!r} with shape {tuple(value.shape)}, expected {tuple(parameter.shape)}: send it whole"
+                f"publishing sent {name!r} with shape {tuple(value.shape)}, expected"
+                f" {tuple(parameter.shape)}: send it whole"
             )
         return parameter

@@ -1,8 +1,9 @@
 """vLLM inside the trainer's ranks, on their own GPUs: tensor_parallel_size neighbouring ranks are one engine.
 
-vLLM's external launcher gives every rank an engine of its own, which runs its part of the model and meets the others in the
-layers; that works as long as all of them schedule alike. So the ranks tell each other of new requests before every step
-(lockstep.py). Between batches the engine sleeps: its weights wait in host memory and its KV cache is given back (CUDA only).
+vLLM's external launcher gives every rank an engine of its own, which runs its part of the model and meets
+the others in the layers; that works as long as all of them schedule alike. So the ranks tell each other of
+new requests before every step (lockstep.py). Between batches the engine sleeps: its weights wait in host
+memory and its KV cache is given back (CUDA only).
 """
 
 from __future__ import annotations
@@ -30,14 +31,23 @@ POLL_S = 0.005  # how long a rank without work waits before it looks again at it
 
 
 class ColocatedEngine:
-    """InferenceEngine, WeightReceiver and training/publisher.py's ShardedEngine over a vLLM engine in this process.
+    """InferenceEngine, WeightReceiver and training/publisher.py's ShardedEngine over a vLLM engine in this
+    process.
 
-    Every rank of the world makes one, and calls `wake`, `sleep` and the update's methods together with the others. An error of
-    a step fails every request until the next publish. meeting_point: where this rank's worker finds the trainer's shards.
+    Every rank of the world makes one, and calls `wake`, `sleep` and the update's methods together with the
+    others. An error of a step fails every request until the next publish. meeting_point: where this rank's
+    worker finds the trainer's shards.
     """
 
     def __init__(
-        self, llm: LLMEngine, lockstep: Lockstep, codec: TextCodec, policy: ServedPolicy, world: World, *, timeout_s: float
+        self,
+        llm: LLMEngine,
+        lockstep: Lockstep,
+        codec: TextCodec,
+        policy: ServedPolicy,
+        world: World,
+        *,
+        timeout_s: float,
     ):
         self.policy_version = 0
         self.meeting_point = ""
@@ -71,7 +81,9 @@ class ColocatedEngine:
     def wake(self) -> None:
         """Serve until every rank of the group sleeps."""
         if self._serving is not None:
-            raise RolloutError("wake was called twice, expected sleep in between: one batch of rollouts at a time")
+            raise RolloutError(
+                "wake was called twice, expected sleep in between: one batch of rollouts at a time"
+            )
         self._memory.take("weights", "kv_cache")
         self._serving = threading.Thread(target=self._serve, name="vllm", daemon=True)
         self._serving.start()
@@ -88,8 +100,8 @@ class ColocatedEngine:
         self._memory.release()
 
     async def generate(self, request: GenerationRequest) -> Completion:
-        """Sample one completion. Raises RolloutError for a request that cannot be served, for log-probabilities that are not
-        finite, and when the engine failed."""
+        """Sample one completion. Raises RolloutError for a request that cannot be served, for
+        log-probabilities that are not finite, and when the engine failed."""
         self._check(request)
         key, answer = f"{self._world.rank}/{self._num_asked}", Future[Completion]()
         self._num_asked += 1
@@ -116,12 +128,18 @@ class ColocatedEngine:
         if self._updating or self._failure is not None:
             reason = f": {self._failure!r}" if self._failure is not None else ""
             raise RolloutError(
-                f"session {request.session!r} asked for tokens during a weight update, or after something failed: publish{reason}"
+                f"session {request.session!r} asked for tokens during a weight update, or after something"
+                f" failed: publish{reason}"
             )
         if self._serving is None:
-            raise RolloutError(f"session {request.session!r} asked for tokens of an engine that sleeps: call wake first")
+            raise RolloutError(
+                f"session {request.session!r} asked for tokens of an engine that sleeps: call wake first"
+            )
         if request.session in self._key_of:
-            raise RolloutError(f"session {request.session!r} asked for two completions at once, expected one: await the first")
+            raise RolloutError(
+                f"session {request.session!r} asked for two completions at once, expected one: await the"
+                " first"
+            )
         self._dialogue.check(request)
 
     # ---- the thread that serves ----
@@ -156,14 +174,17 @@ class ColocatedEngine:
             self._llm.add_request(key, {"prompt_token_ids": list(prompt_ids)}, parameters)
 
     def _step(self) -> None:
-        with torch.random.fork_rng(devices=[]):  # vLLM draws from torch's own generator, which is the trainer's
+        # vLLM draws from torch's own generator, which is the trainer's
+        with torch.random.fork_rng(devices=[]):
             outputs = self._llm.step()
         for output in outputs:
             request, answer = self._asked.pop(output.request_id, (None, None))
             if request is not None:
                 (choice,) = output.outputs
                 try:
-                    _settle(answer, self._dialogue.completion(request, _answer_of(choice), self.policy_version))
+                    _settle(
+                        answer, self._dialogue.completion(request, _answer_of(choice), self.policy_version)
+                    )
                 except RolloutError as error:
                     _settle(answer, error)
 
@@ -184,7 +205,8 @@ class ColocatedEngine:
         self._attempt("update_weights", {"tensors": list(weights)})
 
     def finish_update(self, policy_version: int) -> None:
-        """Completions from here on carry this version. Raises RolloutError when parameters are missing: it then stays closed."""
+        """Completions from here on carry this version. Raises RolloutError when parameters are missing: it
+        then stays closed."""
         if not self._updating:
             raise RolloutError("finish_update was called outside an update; call begin_update first")
         self._attempt("finish_weight_update")
@@ -202,8 +224,8 @@ class ColocatedEngine:
         return self._receiving
 
     def cancel_update(self) -> None:
-        """A sharded update failed, and no weight changed: sample on under the version from before (or stay closed, before the
-        first)."""
+        """A sharded update failed, and no weight changed: sample on under the version from before (or stay
+        closed, before the first)."""
         if self._receiving is not None:
             self._receiving.exception()
         self._abandon()
@@ -211,7 +233,8 @@ class ColocatedEngine:
             self._open(self.policy_version)
 
     def close(self) -> None:
-        """The engine lives as long as its process: taking vLLM down takes the trainer's process group with it."""
+        """The engine lives as long as its process: taking vLLM down takes the trainer's process group with
+        it."""
 
     def _open(self, policy_version: int) -> None:
         self._llm.reset_prefix_cache()
@@ -226,7 +249,8 @@ class ColocatedEngine:
             raise RolloutError(f"vLLM in this rank did not take the weights ({method}): {error}") from error
 
     def _abandon(self) -> None:
-        """End an update without a new version: the worker answers with an error, which is the way to end one."""
+        """End an update without a new version: the worker answers with an error, which is the way to
+        end one."""
         try:
             self._rpc("update_weights", {"abandon": True})
         except Exception:  # the answer
@@ -236,7 +260,9 @@ class ColocatedEngine:
 def _answer_of(choice: Any) -> Answer:
     ids = tuple(choice.token_ids)
     logprobs = tuple(entry[token].logprob for entry, token in zip(choice.logprobs or (), ids))
-    return Answer(ids=ids, logprobs=logprobs, finish_reason=choice.finish_reason, stop_reason=choice.stop_reason)
+    return Answer(
+        ids=ids, logprobs=logprobs, finish_reason=choice.finish_reason, stop_reason=choice.stop_reason
+    )
 
 
 def _settle(answer: Future[Completion], outcome: Completion | BaseException) -> None:

@@ -1,4 +1,5 @@
-"""What a vLLM engine in a rank's own process needs: its start beside the trainer, its memory, requests from another thread."""
+"""What a vLLM engine in a rank's own process needs: its start beside the trainer, its memory, requests from
+another thread."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ from megatron_sd.rollout.vllm.options import engine_environment, engine_options
 if TYPE_CHECKING:
     from vllm.v1.engine.llm_engine import LLMEngine
 
-SLEEP_LEVEL = 1  # keeps the weights, in host memory: an evaluation and the next step may sample from one version
+# keeps the weights, in host memory: an evaluation and the next step may sample from one version
+SLEEP_LEVEL = 1
 
 
 class RequestOutbox:
@@ -86,12 +88,14 @@ class EngineMemory:
 
 
 def start_llm(model: ModelConfig, rollout: RolloutConfig, world: World) -> LLMEngine:
-    """vLLM in this process; every rank of the world calls it. The trainer's random numbers are left as they are.
+    """vLLM in this process; every rank of the world calls it. The trainer's random numbers are left as they
+    are.
 
     Raises whatever vLLM raises."""
     on_cpu = world.device.type == "cpu"
     set_environment(engine_environment(on_cpu=on_cpu) | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"})
-    set_environment({"VLLM_LOGGING_LEVEL": "ERROR"}, replace=False)  # in a run's own output; set it to see more
+    # in a run's own output; set it to see more
+    set_environment({"VLLM_LOGGING_LEVEL": "ERROR"}, replace=False)
     options = engine_options(model, rollout, on_cpu=on_cpu) | {
         "distributed_executor_backend": "external_launcher" if is_launched() else "uni",
         "enable_sleep_mode": not on_cpu,
@@ -111,11 +115,14 @@ def start_llm(model: ModelConfig, rollout: RolloutConfig, world: World) -> LLMEn
 
 
 def _meet_over_gloo() -> None:
-    """On CPUs vLLM's workers meet in shared memory whose name, under an external launcher, is the same in every run: another run
-    would be in the way, and so would one that was killed. Where ranks do not agree on a name, vLLM takes torch's collectives."""
+    """On CPUs vLLM's workers meet in shared memory whose name, under an external launcher, is the same in
+    every run: another run would be in the way, and so would one that was killed. Where ranks do not agree
+    on a name, vLLM takes torch's collectives."""
     from vllm.distributed.device_communicators import cpu_communicator
 
-    cpu_communicator._CPUSHMDistributed.make_group_name = staticmethod(lambda communicator: f"rank {communicator.rank}")
+    cpu_communicator._CPUSHMDistributed.make_group_name = staticmethod(
+        lambda communicator: f"rank {communicator.rank}"
+    )
 
 
 @contextmanager
@@ -132,8 +139,8 @@ def _own_random_numbers() -> Iterator[None]:
 
 @contextmanager
 def _out_of_sight(name: str) -> Iterator[None]:
-    """On CPUs vLLM 0.32 looks into every object of every module when it starts, and stumbles over llvmlite's library (numba's,
-    which searching needs), since that answers to any name."""
+    """On CPUs vLLM 0.32 looks into every object of every module when it starts, and stumbles over
+    llvmlite's library (numba's, which searching needs), since that answers to any name."""
     module = sys.modules.pop(name, None)
     try:
         yield

@@ -1,4 +1,5 @@
-"""Where the vLLM of a run is: in servers started beside the ranks of a node, or running elsewhere, or in the ranks themselves."""
+"""Where the vLLM of a run is: in servers started beside the ranks of a node, or running elsewhere, or in
+the ranks themselves."""
 
 from __future__ import annotations
 
@@ -36,18 +37,18 @@ LOCAL = "127.0.0.1"
 def connect_vllm(
     model: ModelConfig, rollout: RolloutConfig, codec: TextCodec, world: World, *, log_dir: Path
 ) -> VllmEngine | ColocatedEngine:
-    """This rank's engine: over the run's servers, or in this process. Collective; servers of its own are started by the first
-    rank of each node, and their output is written to log_dir.
+    """This rank's engine: over the run's servers, or in this process. Collective; servers of its own are
+    started by the first rank of each node, and their output is written to log_dir.
 
-    Raises ConfigError when vLLM is not installed, and for engines that cannot work or serve another model, and RolloutError for
-    one that ends early or is not there in time, on every rank.
+    Raises ConfigError when vLLM is not installed, and for engines that cannot work or serve another model,
+    and RolloutError for one that ends early or is not there in time, on every rank.
     """
     own = rollout.vllm
     shape = ServedModel.read(model.path)
     if (own.placement == "server") != bool(own.urls):
         raise ConfigError(
-            f"rollout.vllm.urls: found {list(own.urls)} with placement {own.placement!r}, expected addresses with placement "
-            "server, and none with another"
+            f"rollout.vllm.urls: found {list(own.urls)} with placement {own.placement!r}, expected addresses"
+            " with placement server, and none with another"
         )
     policy = ServedPolicy(
         description=describe(shape, model),
@@ -83,9 +84,15 @@ def connect_vllm(
 
 
 def _colocate(
-    shape: ServedModel, model: ModelConfig, rollout: RolloutConfig, codec: TextCodec, policy: ServedPolicy, world: World
+    shape: ServedModel,
+    model: ModelConfig,
+    rollout: RolloutConfig,
+    codec: TextCodec,
+    policy: ServedPolicy,
+    world: World,
 ) -> ColocatedEngine:
-    """vLLM in this rank's process. What one rank alone runs into (memory, say) leaves the others waiting in vLLM's start."""
+    """vLLM in this rank's process. What one rank alone runs into (memory, say) leaves the others waiting in
+    vLLM's start."""
     require_vllm()
     check_server(shape, model, rollout, on_cpu=world.device.type == "cpu")
     lockstep = Lockstep(world, rollout.vllm.tensor_parallel_size, timeout_s=rollout.vllm.request_timeout_s)
@@ -94,7 +101,9 @@ def _colocate(
     def start() -> None:
         try:
             llm = start_llm(model, rollout, world)
-            engines.append(ColocatedEngine(llm, lockstep, codec, policy, world, timeout_s=rollout.vllm.request_timeout_s))
+            engines.append(
+                ColocatedEngine(llm, lockstep, codec, policy, world, timeout_s=rollout.vllm.request_timeout_s)
+            )
         except Exception as error:  # whatever vLLM raises
             raise RolloutError(f"vLLM did not start in this rank: {type(error).__name__}: {error}") from error
 
@@ -103,7 +112,11 @@ def _colocate(
 
 
 def _start(
-    shape: ServedModel, model: ModelConfig, rollout: RolloutConfig, processes: list[ServerProcess], log_dir: Path
+    shape: ServedModel,
+    model: ModelConfig,
+    rollout: RolloutConfig,
+    processes: list[ServerProcess],
+    log_dir: Path,
 ) -> list[str]:
     """Start this node's servers and wait until they serve; their addresses."""
     require_vllm()
@@ -127,8 +140,9 @@ def _start(
 
 
 def share_of_card(model: ModelConfig, rollout: RolloutConfig) -> float | None:
-    """What vLLM may take of a GPU of this node beside the staged copy; the cards of a node are taken to be alike. None: the
-    configured share, for a family whose weights are not staged. Raises ConfigError when a worker would not fit."""
+    """What vLLM may take of a GPU of this node beside the staged copy; the cards of a node are taken to be
+    alike. None: the configured share, for a family whose weights are not staged. Raises ConfigError when a
+    worker would not fit."""
     memory = worker_memory(read_description(model.path), model, rollout)
     if memory is None:
         return None
@@ -137,7 +151,8 @@ def share_of_card(model: ModelConfig, rollout: RolloutConfig) -> float | None:
 
 
 def own_servers(urls_by_rank: Sequence[Sequence[str]], rank: int) -> tuple[int, list[str]]:
-    """The servers of a rank's node, which its first rank started, and the number of the first one among those of all nodes.
+    """The servers of a rank's node, which its first rank started, and the number of the first one among
+    those of all nodes.
 
     >>> own_servers([["a", "b"], [], ["c", "d"], []], rank=3)
     (2, ['c', 'd'])
@@ -158,13 +173,16 @@ def sharers_of(urls_by_rank: Sequence[Sequence[str]], rank: int) -> list[int]:
 
 
 def eos_ids(path: str, codec: TextCodec) -> frozenset[int]:
-    """End-of-sequence ids of the tokenizer and of the model's generation settings, as the embedded engine has them."""
+    """End-of-sequence ids of the tokenizer and of the model's generation settings, as the embedded engine
+    has them."""
     try:
         settings = GenerationConfig.from_pretrained(path, local_files_only=True)
     except OSError:  # a model without generation_config.json
         settings = GenerationConfig.from_model_config(AutoConfig.from_pretrained(path, local_files_only=True))
     own = settings.eos_token_id
-    return codec.eos_ids | (frozenset(own) if isinstance(own, list) else frozenset(() if own is None else (own,)))
+    return codec.eos_ids | (
+        frozenset(own) if isinstance(own, list) else frozenset(() if own is None else (own,))
+    )
 
 
 def free_port() -> int:

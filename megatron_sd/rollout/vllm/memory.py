@@ -1,7 +1,7 @@
 """What a vLLM worker holds on its GPU beside what is published into it: pure arithmetic, and what cannot fit.
 
-A publish of shards stages a second copy of the worker's shard there, and keeps that memory. vLLM fills whatever share of the
-card it is told, so the staged copy is taken out of that share before it starts.
+A publish of shards stages a second copy of the worker's shard there, and keeps that memory. vLLM fills
+whatever share of the card it is told, so the staged copy is taken out of that share before it starts.
 """
 
 from __future__ import annotations
@@ -17,20 +17,25 @@ from megatron_sd.resharding.plan import ITEM_BYTES
 from megatron_sd.resharding.staging import num_staged
 
 GIB = 2**30
-WORKING_GIB = 2.0  # of one forward pass and its captured graphs, which vLLM takes before it counts keys and values
+# of one forward pass and its captured graphs, which vLLM takes before it counts keys and values
+WORKING_GIB = 2.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerMemory:
-    """Bytes of one worker: its weights, the staged copy of the next ones, keys and values of one longest rollout."""
+    """Bytes of one worker: its weights, the staged copy of the next ones, keys and values of one longest
+    rollout."""
 
     weights: int
     staged: int
     rollout: int
 
 
-def worker_memory(description: Mapping[str, Any], model: ModelConfig, rollout: RolloutConfig) -> WorkerMemory | None:
-    """Of the largest worker; None for a family without a shard layout, whose weights vLLM loads. description: config.json."""
+def worker_memory(
+    description: Mapping[str, Any], model: ModelConfig, rollout: RolloutConfig
+) -> WorkerMemory | None:
+    """Of the largest worker; None for a family without a shard layout, whose weights vLLM loads.
+    description: config.json."""
     own, item = rollout.vllm, ITEM_BYTES[model.dtype]
     try:
         layouts = worker_layouts(description, tp_size=own.tensor_parallel_size, dtype=model.dtype)
@@ -48,8 +53,8 @@ def worker_memory(description: Mapping[str, Any], model: ModelConfig, rollout: R
 
 
 def memory_share(memory: WorkerMemory, rollout: RolloutConfig, *, device_bytes: float) -> float:
-    """vLLM's gpu_memory_utilization: gpu_memory_share less the staged copy. Raises ConfigError when weights, one forward pass
-    and one rollout do not fit in what is left."""
+    """vLLM's gpu_memory_utilization: gpu_memory_share less the staged copy. Raises ConfigError when
+    weights, one forward pass and one rollout do not fit in what is left."""
     own = rollout.vllm
     needed = memory.weights + memory.rollout + WORKING_GIB * GIB
     if own.kv_cache_gib is not None:
@@ -57,9 +62,10 @@ def memory_share(memory: WorkerMemory, rollout: RolloutConfig, *, device_bytes: 
     left = own.gpu_memory_share * device_bytes - memory.staged
     if left < needed:
         raise ConfigError(
-            f"rollout.vllm.gpu_memory_share: found {own.gpu_memory_share:g} of {device_bytes / GIB:.1f} GiB, of which a publish "
-            f"stages {memory.staged / GIB:.1f} and {left / GIB:.1f} are left, expected {needed / GIB:.1f} or more for weights "
-            f"({memory.weights / GIB:.1f}), keys and values and a forward pass: raise rollout.vllm.tensor_parallel_size, lower "
-            "kv_cache_gib or max_rollout_tokens, or set rollout.vllm.publish gather, which stages nothing"
+            f"rollout.vllm.gpu_memory_share: found {own.gpu_memory_share:g} of {device_bytes / GIB:.1f} GiB,"
+            f" of which a publish stages {memory.staged / GIB:.1f} and {left / GIB:.1f} are left, expected"
+            f" {needed / GIB:.1f} or more for weights ({memory.weights / GIB:.1f}), keys and values and a"
+            " forward pass: raise rollout.vllm.tensor_parallel_size, lower kv_cache_gib or"
+            " max_rollout_tokens, or set rollout.vllm.publish gather, which stages nothing"
         )
     return round(left / device_bytes, 4)

@@ -1,4 +1,5 @@
-"""How vLLM is started, as a server or in a rank's process: options and environment, pure. What cannot work is refused before."""
+"""How vLLM is started, as a server or in a rank's process: options and environment, pure. What cannot work
+is refused before."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ class ServedModel:
     num_kv_heads: int
     head_dim: int
     tied: bool
-    positions: int | None = None  # that one conversation may hold; None: stretched by a rope scaling, vLLM knows how far
+    # that one conversation may hold; None: stretched by a rope scaling, vLLM knows how far
+    positions: int | None = None
 
     @classmethod
     def read(cls, path: str) -> ServedModel:
@@ -47,7 +49,8 @@ class ServedModel:
             )
         except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
             raise DataError(
-                f"model.path: cannot read {path}/config.json ({error!r}), expected the directory of a causal language model"
+                f"model.path: cannot read {path}/config.json ({error!r}), expected the directory of a causal"
+                " language model"
             ) from error
 
     def kv_bytes_per_token(self, *, dtype: str, tensor_parallel_size: int) -> int:
@@ -72,46 +75,54 @@ def check_server(shape: ServedModel, model: ModelConfig, rollout: RolloutConfig,
     own, size = rollout.vllm, rollout.vllm.tensor_parallel_size
     if shape.positions is not None and rollout.max_rollout_tokens > shape.positions:
         raise ConfigError(
-            f"rollout.max_rollout_tokens is {rollout.max_rollout_tokens}, expected at most {shape.positions}, "
-            f"the positions of the model in {model.path}"
+            f"rollout.max_rollout_tokens is {rollout.max_rollout_tokens}, expected at most {shape.positions},"
+            f" the positions of the model in {model.path}"
         )
     if shape.num_heads % size or (shape.num_kv_heads % size and size % shape.num_kv_heads):
         raise ConfigError(
-            f"rollout.vllm.tensor_parallel_size: found {size}, expected a divisor of the {shape.num_heads} attention heads of "
-            f"{model.path} that divides its {shape.num_kv_heads} key-value heads or is a multiple of them"
+            f"rollout.vllm.tensor_parallel_size: found {size}, expected a divisor of the {shape.num_heads}"
+            f" attention heads of {model.path} that divides its {shape.num_kv_heads} key-value heads or is a"
+            " multiple of them"
         )
     if own.placement == "colocated" and (own.devices or own.num_replicas != 1 or own.kv_cache_gib is None):
         raise ConfigError(
-            f"rollout.vllm.placement: found colocated with devices {list(own.devices)}, num_replicas {own.num_replicas} and "
-            f"kv_cache_gib {own.kv_cache_gib}, expected no devices and 1 replica, since ranks share their own GPUs, and a "
-            "number of GiB, since the trainer needs the rest"
+            f"rollout.vllm.placement: found colocated with devices {list(own.devices)}, num_replicas"
+            f" {own.num_replicas} and kv_cache_gib {own.kv_cache_gib}, expected no devices and 1 replica,"
+            " since ranks share their own GPUs, and a number of GiB, since the trainer needs the rest"
         )
     if own.devices and len(own.devices) != own.num_replicas * size:
         raise ConfigError(
-            f"rollout.vllm.devices: found {len(own.devices)} GPUs, expected num_replicas x tensor_parallel_size = "
-            f"{own.num_replicas} x {size}, or none to take those that vLLM sees"
+            f"rollout.vllm.devices: found {len(own.devices)} GPUs, expected num_replicas x"
+            f" tensor_parallel_size = {own.num_replicas} x {size}, or none to take those that vLLM sees"
         )
     if own.kv_cache_gib is None:
         if on_cpu:
             raise ConfigError(
-                "rollout.vllm.kv_cache_gib: found null, expected a number on a machine without a GPU, where vLLM would take "
-                "nearly all memory"
+                "rollout.vllm.kv_cache_gib: found null, expected a number on a machine without a GPU, where"
+                " vLLM would take nearly all memory"
             )
         return
-    needed = rollout.max_rollout_tokens * shape.kv_bytes_per_token(dtype=model.dtype, tensor_parallel_size=size) / 2**30
+    needed = (
+        rollout.max_rollout_tokens
+        * shape.kv_bytes_per_token(dtype=model.dtype, tensor_parallel_size=size)
+        / 2**30
+    )
     if own.kv_cache_gib < needed:
         raise ConfigError(
-            f"rollout.vllm.kv_cache_gib: found {own.kv_cache_gib:g}, expected at least {needed:.3g}, which one rollout of "
-            f"rollout.max_rollout_tokens {rollout.max_rollout_tokens} needs, and several times that for many at once"
+            f"rollout.vllm.kv_cache_gib: found {own.kv_cache_gib:g}, expected at least {needed:.3g}, which"
+            f" one rollout of rollout.max_rollout_tokens {rollout.max_rollout_tokens} needs, and several"
+            " times that for many at once"
         )
 
 
-def engine_options(model: ModelConfig, rollout: RolloutConfig, *, on_cpu: bool, share: float | None = None) -> dict[str, Any]:
-    """vLLM's EngineArgs for this policy, wherever it runs. share: of the GPU's memory, instead of gpu_memory_share
-    (memory.py).
+def engine_options(
+    model: ModelConfig, rollout: RolloutConfig, *, on_cpu: bool, share: float | None = None
+) -> dict[str, Any]:
+    """vLLM's EngineArgs for this policy, wherever it runs. share: of the GPU's memory, instead of
+    gpu_memory_share (memory.py).
 
-    The log-probabilities are those of the distribution that is sampled from, and the model's own generation settings (top-p,
-    repetition penalties) are not applied: GRPO's ratio needs both.
+    The log-probabilities are those of the distribution that is sampled from, and the model's own generation
+    settings (top-p, repetition penalties) are not applied: GRPO's ratio needs both.
     """
     own = rollout.vllm
     options: dict[str, Any] = {
@@ -134,14 +145,21 @@ def engine_options(model: ModelConfig, rollout: RolloutConfig, *, on_cpu: bool, 
     if own.block_tokens is not None:
         options["block_size"] = own.block_tokens
     if on_cpu:
-        # A seeded prompt that is prefilled in chunks takes a draw back, which vLLM 0.32 cannot do with a CPU's generator.
+        # A seeded prompt that is prefilled in chunks takes a draw back, which vLLM 0.32 cannot do with a
+        # CPU's generator.
         options |= {"enforce_eager": True, "enable_chunked_prefill": False}
         options["max_num_batched_tokens"] = max(CPU_BATCH_TOKENS, rollout.max_rollout_tokens)
     return options
 
 
 def server_arguments(
-    model: ModelConfig, rollout: RolloutConfig, *, host: str, port: int, on_cpu: bool, share: float | None = None
+    model: ModelConfig,
+    rollout: RolloutConfig,
+    *,
+    host: str,
+    port: int,
+    on_cpu: bool,
+    share: float | None = None,
 ) -> list[str]:
     """Command line of `megatron_sd.rollout.vllm.server_main` for this policy."""
     options = engine_options(model, rollout, on_cpu=on_cpu, share=share) | {
@@ -162,8 +180,11 @@ def _argument(name: str, value: Any) -> list[str]:
     return [f"--{name}", json.dumps(value) if isinstance(value, dict) else str(value)]
 
 
-def server_environment(inherited: Mapping[str, str], rollout: RolloutConfig, *, replica: int, on_cpu: bool) -> dict[str, str]:
-    """Of a server process, from that of this one: with vLLM's routes for reinforcement learning, without network look-ups."""
+def server_environment(
+    inherited: Mapping[str, str], rollout: RolloutConfig, *, replica: int, on_cpu: bool
+) -> dict[str, str]:
+    """Of a server process, from that of this one: with vLLM's routes for reinforcement learning, without
+    network look-ups."""
     own, size = rollout.vllm, rollout.vllm.tensor_parallel_size
     environment = {**inherited, **engine_environment(on_cpu=on_cpu), "VLLM_SERVER_DEV_MODE": "1"}
     if own.devices:
@@ -179,7 +200,9 @@ def server_environment(inherited: Mapping[str, str], rollout: RolloutConfig, *, 
 def engine_environment(*, on_cpu: bool) -> dict[str, str]:
     """Variables that vLLM reads, wherever it runs."""
     environment = {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
-    return environment | ({"VLLM_CPU_OMP_THREADS_BIND": "nobind", "TORCH_COMPILE_DISABLE": "1"} if on_cpu else {})
+    return environment | (
+        {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "TORCH_COMPILE_DISABLE": "1"} if on_cpu else {}
+    )
 
 
 def describe(shape: ServedModel, model: ModelConfig) -> dict[str, Any]:

@@ -1,4 +1,5 @@
-"""One turn of a rollout put to vLLM, wherever it runs: what is accepted, how it is asked, and what the answer means."""
+"""One turn of a rollout put to vLLM, wherever it runs: what is accepted, how it is asked, and what the
+answer means."""
 
 from __future__ import annotations
 
@@ -17,12 +18,14 @@ LOWEST_LOGPROB = -9999.0  # what a server sends for NaN and -inf
 
 
 class ReplicaLost(RolloutError):  # noqa: N818, it names a state
-    """A server gave no answer, or one that says nothing more is to be expected of it. Another one may be asked."""
+    """A server gave no answer, or one that says nothing more is to be expected of it. Another one may be
+    asked."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServedPolicy:
-    """What vLLM must serve. description: options.describe. eos_ids: end a completion. max_length: of a rollout."""
+    """What vLLM must serve. description: options.describe. eos_ids: end a completion. max_length: of a
+    rollout."""
 
     description: dict[str, Any]
     eos_ids: frozenset[int]
@@ -53,13 +56,15 @@ class Dialogue:
         session, ids, limit = request.session, request.prompt_ids, self.policy.max_length
         if not 0 < len(ids) < limit or not 1 <= request.max_new_tokens <= limit - len(ids):
             raise RolloutError(
-                f"session {session!r} sent {len(ids)} prompt tokens and asked for {request.max_new_tokens}, expected 1 to "
-                f"{limit - 1}, and together at most {limit}, the engine's limit: rollout.max_rollout_tokens"
+                f"session {session!r} sent {len(ids)} prompt tokens and asked for {request.max_new_tokens},"
+                f" expected 1 to {limit - 1}, and together at most {limit}, the engine's limit:"
+                " rollout.max_rollout_tokens"
             )
         if not 0 <= min(ids) <= max(ids) < self.policy.vocabulary_size:
             raise RolloutError(
-                f"session {session!r} sent token ids from {min(ids)} to {max(ids)}, expected ids below the model's vocabulary of "
-                f"{self.policy.vocabulary_size}: the tokenizer does not belong to the model"
+                f"session {session!r} sent token ids from {min(ids)} to {max(ids)}, expected ids below the"
+                f" model's vocabulary of {self.policy.vocabulary_size}: the tokenizer does not belong to the"
+                " model"
             )
 
     def sampling(self, request: GenerationRequest) -> dict[str, Any]:
@@ -80,8 +85,8 @@ class Dialogue:
         completion, RolloutError for log-probabilities that are not finite."""
         if not all(LOWEST_LOGPROB < value < math.inf for value in answer.logprobs):
             raise RolloutError(
-                f"session {request.session!r}: a log-probability from vLLM is not finite at policy version {policy_version}, "
-                "expected finite numbers; check the weights it was given"
+                f"session {request.session!r}: a log-probability from vLLM is not finite at policy version"
+                f" {policy_version}, expected finite numbers; check the weights it was given"
             )
         length = self._stops.first_completed(self._stops.number(request.stop), answer.ids)
         return Completion(
@@ -93,7 +98,8 @@ class Dialogue:
 
 
 def turn_seed(request: GenerationRequest) -> int:
-    """The seed of one turn, in [0, 2**63): a hash of the rollout's seed and the turn's place; turns must not repeat noise."""
+    """The seed of one turn, in [0, 2**63): a hash of the rollout's seed and the turn's place; turns must
+    not repeat noise."""
     return splitmix64_of(request.seed, len(request.prompt_ids)) >> 1
 
 
@@ -103,4 +109,6 @@ def finish_of(answer: Answer, eos_ids: frozenset[int]) -> Literal["eos", "length
         return "length"
     if answer.ids and answer.ids[-1] in eos_ids:
         return "eos"
-    raise ReplicaLost(f"a completion ended with {answer.finish_reason!r} ({answer.stop_reason!r}), expected stop or length")
+    raise ReplicaLost(
+        f"a completion ended with {answer.finish_reason!r} ({answer.stop_reason!r}), expected stop or length"
+    )

@@ -1,4 +1,5 @@
-"""One vLLM server over HTTP: what it is asked, and what its answers mean. All calls come from one event loop."""
+"""One vLLM server over HTTP: what it is asked, and what its answers mean. All calls come from one event
+loop."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ KEEPALIVE_S = 2.0  # vLLM closes idle connections after 5
 
 
 class Replica:
-    """A vLLM server. version: the weights it serves, by vLLM's label. failure: why it is left alone until the next publish."""
+    """A vLLM server. version: the weights it serves, by vLLM's label. failure: why it is left alone until
+    the next publish."""
 
     def __init__(self, url: str, *, timeout_s: float):
         self.url = url.rstrip("/")
@@ -35,10 +37,13 @@ class Replica:
         self.failure: str | None = None
         self._timeout_s = timeout_s
         self._sampling = self._client(num_kept=256)
-        self._control = self._client(num_kept=0)  # rare calls, some after an error, with which vLLM closes the connection
+        # rare calls, some after an error, with which vLLM closes the connection
+        self._control = self._client(num_kept=0)
 
     def _client(self, *, num_kept: int) -> httpx.AsyncClient:
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=num_kept, keepalive_expiry=KEEPALIVE_S)
+        limits = httpx.Limits(
+            max_connections=None, max_keepalive_connections=num_kept, keepalive_expiry=KEEPALIVE_S
+        )
         timeout = httpx.Timeout(self._timeout_s, connect=CONNECT_TIMEOUT_S)
         return httpx.AsyncClient(base_url=self.url, trust_env=False, limits=limits, timeout=timeout)
 
@@ -47,7 +52,8 @@ class Replica:
         return await self._answer(path, self._control.get(path))
 
     async def post(self, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """The JSON answer. Raises ReplicaLost without one or for an error of the server, RolloutError for a refused request."""
+        """The JSON answer. Raises ReplicaLost without one or for an error of the server, RolloutError for a
+        refused request."""
         return await self._answer(path, self._control.post(path, json=body))
 
     async def _answer(self, path: str, request: Awaitable[httpx.Response]) -> dict[str, Any]:
@@ -56,7 +62,9 @@ class Replica:
         except httpx.TimeoutException as error:
             raise ReplicaLost(f"{self.url} did not answer {path} within {self._timeout_s:g} s") from error
         except httpx.HTTPError as error:
-            raise ReplicaLost(f"{self.url} broke the connection of {path} ({type(error).__name__}: {error})") from error
+            raise ReplicaLost(
+                f"{self.url} broke the connection of {path} ({type(error).__name__}: {error})"
+            ) from error
         if answer.status_code >= 500:
             raise ReplicaLost(f"{self.url} answered {path} with {answer.status_code}: {_message(answer)}")
         if answer.status_code >= 400:
@@ -80,8 +88,8 @@ class Replica:
             except ReplicaLost as error:
                 if time.monotonic() > deadline:
                     raise RolloutError(
-                        f"{error}, nor within {timeout_s:g} s (rollout.vllm.start_timeout_s): is it started, and is the address "
-                        "right?"
+                        f"{error}, nor within {timeout_s:g} s (rollout.vllm.start_timeout_s): is it started,"
+                        " and is the address right?"
                     ) from error
                 if not is_told:
                     _log.warning("waiting for the vLLM server at %s: %s", self.url, error)
@@ -91,7 +99,7 @@ class Replica:
     async def learn(self) -> int:
         """Note the version it serves; returns the tokens a sequence may have."""
         self.version = (await self.get("/weight_info"))["weight_version"]
-        (model, *_) = (await self.get("/v1/models"))["data"]
+        model, *_ = (await self.get("/v1/models"))["data"]
         return model["max_model_len"]
 
     async def generate(self, prompt_ids: TokenIds, sampling: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -107,7 +115,8 @@ class Replica:
         await self.post("/init_weight_transfer_engine", {"init_info": {"policy": policy}})
 
     async def begin_update(self) -> None:
-        """Stop serving, forget every cache, and expect weights. An update that nobody finished is abandoned."""
+        """Stop serving, forget every cache, and expect weights. An update that nobody finished is
+        abandoned."""
         await self.post("/pause?mode=abort")
         await self.post("/update_weight_version", {"new_version": UPDATING})
         self.version = UPDATING
@@ -122,7 +131,8 @@ class Replica:
         await self.post("/update_weights", {"update_info": update_info})
 
     async def abandon(self) -> None:
-        """End an update without a new version: the workers answer with an error, which is the way to end one."""
+        """End an update without a new version: the workers answer with an error, which is the way to
+        end one."""
         try:
             await self.update(abandon=True)
         except ReplicaLost:
@@ -140,7 +150,8 @@ class Replica:
         await self.post("/resume")
         self.version = version
         await self._sampling.aclose()
-        self._sampling = self._client(num_kept=256)  # whatever happened before, no connection of then is used again
+        # whatever happened before, no connection of then is used again
+        self._sampling = self._client(num_kept=256)
 
 
 def _message(answer: httpx.Response) -> str:

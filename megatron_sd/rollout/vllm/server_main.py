@@ -20,7 +20,8 @@ GRACE_S = 10.0
 
 def main(argv: Sequence[str]) -> int:
     """Serve until the parent closes our stdin, or goes away, or a signal ends us."""
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # the ranks' word to save and stop; SLURM gives it to every process of a step
+    # the ranks' word to save and stop; SLURM gives it to every process of a step
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     if "--end-with-stdin" in argv:
         argv = [argument for argument in argv if argument != "--end-with-stdin"]
         threading.Thread(target=_end_with_stdin, daemon=True).start()
@@ -48,7 +49,8 @@ def serve(argv: Sequence[str]) -> None:
 
 
 def check_head_dim(path: str) -> None:
-    """Raise ValueError for a head size that vLLM's CPU attention lacks: it would fail in the first forward only."""
+    """Raise ValueError for a head size that vLLM's CPU attention lacks: it would fail in the first forward
+    only."""
     from vllm.platforms import current_platform
 
     from megatron_sd.rollout.vllm.options import ServedModel
@@ -59,7 +61,10 @@ def check_head_dim(path: str) -> None:
 
     found, served = ServedModel.read(path).head_dim, CPUAttentionBackend.get_supported_head_sizes()
     if found not in served:
-        raise ValueError(f"{path} has attention heads of {found}, expected one of {served} on a CPU; use rollout.engine torch")
+        raise ValueError(
+            f"{path} has attention heads of {found}, expected one of {served} on a CPU; use rollout.engine"
+            " torch"
+        )
 
 
 def _end_with_stdin() -> None:

@@ -1,7 +1,7 @@
 """A vLLM server in a process of its own on this node.
 
-The trainer's process imports no vLLM: its random numbers, process group and threads stay its own. The server ends when this
-process does, however it ends.
+The trainer's process imports no vLLM: its random numbers, process group and threads stay its own. The
+server ends when this process does, however it ends.
 """
 
 from __future__ import annotations
@@ -31,17 +31,25 @@ def require_vllm() -> None:
     """Raise ConfigError when vLLM is not installed here."""
     if importlib.util.find_spec("vllm") is None:
         raise ConfigError(
-            "rollout.engine: found 'vllm', which is not installed here; expected it from `pip install 'megatron-sd[vllm]'` "
-            "(`pip install .[vllm]` in a checkout), servers elsewhere (rollout.vllm.placement server), or rollout.engine torch"
+            "rollout.engine: found 'vllm', which is not installed here; expected it from `pip install"
+            " 'megatron-sd[vllm]'` (`pip install .[vllm]` in a checkout), servers elsewhere"
+            " (rollout.vllm.placement server), or rollout.engine torch"
         )
 
 
 class ServerProcess:
-    """Starts at once; `wait_until_ready` before using it. log: where its output goes (the end of it is quoted in errors)."""
+    """Starts at once; `wait_until_ready` before using it. log: where its output goes (the end of it is
+    quoted in errors)."""
 
     def __init__(self, arguments: Sequence[str], environment: Mapping[str, str], *, url: str, log: Path):
         self.url = url
-        self._command = [sys.executable, "-m", "megatron_sd.rollout.vllm.server_main", "--end-with-stdin", *arguments]
+        self._command = [
+            sys.executable,
+            "-m",
+            "megatron_sd.rollout.vllm.server_main",
+            "--end-with-stdin",
+            *arguments,
+        ]
         self._environment = dict(environment)
         self._log = log
         self.start()
@@ -70,7 +78,8 @@ class ServerProcess:
         return self._process.poll() is None
 
     def wait_until_ready(self, timeout_s: float) -> None:
-        """Raises RolloutError when it ends before it serves, with the cause it printed, or does not serve in time."""
+        """Raises RolloutError when it ends before it serves, with the cause it printed, or does not serve
+        in time."""
         deadline = time.monotonic() + timeout_s
         while not self.answers():
             if not self.is_running:
@@ -78,7 +87,8 @@ class ServerProcess:
             if time.monotonic() > deadline:
                 self.stop()
                 raise RolloutError(
-                    f"the vLLM server did not serve within {timeout_s:g} s (rollout.vllm.start_timeout_s); its log is {self._log}"
+                    f"the vLLM server did not serve within {timeout_s:g} s (rollout.vllm.start_timeout_s);"
+                    f" its log is {self._log}"
                 )
             time.sleep(POLL_S)
 
@@ -114,10 +124,11 @@ class ServerProcess:
 
 
 def cause_of(log: str) -> str:
-    """The most telling line of a server's log: the last error in its engine if there is one, or else its own last words.
+    """The most telling line of a server's log: the last error in its engine if there is one, or else its
+    own last words.
 
-    >>> cause_of("INFO x\\nERROR ValueError: too small\\nvllm_server failed: RuntimeError: Engine core initialization failed.")
-    'ValueError: too small'
+    >>> cause_of("INFO x\\nERROR ValueError: too small\\nvllm_server failed: RuntimeError: Engine core
+    initialization failed.") 'ValueError: too small'
     """
     lines = [line.strip() for line in log.splitlines()]
     own = [line.removeprefix(FAILED) for line in lines if line.startswith(FAILED)]

@@ -1,7 +1,9 @@
-"""vLLM as the rollout engine: one or more servers, on this node or elsewhere; the rollouter does not notice which.
+"""vLLM as the rollout engine: one or more servers, on this node or elsewhere; the rollouter does not notice
+which.
 
-Every completion names the weights it was sampled from, as vLLM itself labels them, and a server whose label is not the engine's
-version is never used: a restarted server, or one that a publish did not reach, waits for the next publish.
+Every completion names the weights it was sampled from, as vLLM itself labels them, and a server whose label
+is not the engine's version is never used: a restarted server, or one that a publish did not reach, waits
+for the next publish.
 """
 
 from __future__ import annotations
@@ -32,9 +34,10 @@ _log = logging.getLogger(__name__)
 class Servers:
     """The vLLM servers of a rank.
 
-    processes: those of them that this rank started (and that serve by now). publishes: True on the one rank that hands these
-    servers new weights. publish_host: the name under which their workers reach it. first_replica: the number of urls[0] among
-    the num_replicas servers of all nodes. sharer: this rank's number among the num_sharers ranks that have the same servers.
+    processes: those of them that this rank started (and that serve by now). publishes: True on the one rank
+    that hands these servers new weights. publish_host: the name under which their workers reach it.
+    first_replica: the number of urls[0] among the num_replicas servers of all nodes. sharer: this rank's
+    number among the num_sharers ranks that have the same servers.
     """
 
     urls: tuple[str, ...]
@@ -48,22 +51,29 @@ class Servers:
 
 
 def dealt_to(num_dealt: int, *, sharer: int, num_sharers: int, num_servers: int) -> int:
-    """The server of a rank's next prompt. Together the ranks count 0, 1, 2, ...: the first prompt of each, then the second, so
-    that no server has two prompts more than another while the ranks have equally many."""
+    """The server of a rank's next prompt. Together the ranks count 0, 1, 2, ...: the first prompt of each,
+    then the second, so that no server has two prompts more than another while the ranks have equally many."""
     return (num_dealt * num_sharers + sharer) % num_servers
 
 
 class VllmEngine:
     """InferenceEngine and WeightReceiver over vLLM servers; training/publisher.py's ShardedEngine, too.
 
-    Servers of ours that ended, or hang, are started again before a publish. On a rank that does not publish, an update only
-    changes the version it expects. meeting_point: where the workers find the trainer's shards; set before the first sharded
-    publish. Connecting waits for servers that are still loading; it raises RolloutError for one that is not there within
-    start_timeout_s, ConfigError for one that serves another model or shorter sequences.
+    Servers of ours that ended, or hang, are started again before a publish. On a rank that does not
+    publish, an update only changes the version it expects. meeting_point: where the workers find the
+    trainer's shards; set before the first sharded publish. Connecting waits for servers that are still
+    loading; it raises RolloutError for one that is not there within start_timeout_s, ConfigError for one
+    that serves another model or shorter sequences.
     """
 
     def __init__(
-        self, servers: Servers, codec: TextCodec, policy: ServedPolicy, *, start_timeout_s: float, request_timeout_s: float
+        self,
+        servers: Servers,
+        codec: TextCodec,
+        policy: ServedPolicy,
+        *,
+        start_timeout_s: float,
+        request_timeout_s: float,
     ):
         self.policy_version = 0
         self.meeting_point = ""
@@ -84,11 +94,15 @@ class VllmEngine:
         self._homes: dict[TokenIds, int] = {}  # place of the replica that holds a prompt's keys and values
         self._home_of: dict[str, int] = {}  # the same, by session
         self._thread = LoopThread()
-        self._buckets = BucketServer(servers.publish_host, timeout_s=request_timeout_s) if servers.publishes else None
+        self._buckets = (
+            BucketServer(servers.publish_host, timeout_s=request_timeout_s) if servers.publishes else None
+        )
         self._connect()
 
     def _connect(self) -> None:
-        self._thread.run(self._on_all(self._replicas, lambda replica: replica.wait_until_there(self._start_timeout_s)))
+        self._thread.run(
+            self._on_all(self._replicas, lambda replica: replica.wait_until_there(self._start_timeout_s))
+        )
         try:
             lengths = self._thread.run(self._on_all(self._replicas, self._meet))
         except RolloutError as error:
@@ -96,8 +110,9 @@ class VllmEngine:
         for replica, length in zip(self._replicas, lengths):
             if length < self.max_length:
                 raise ConfigError(
-                    f"rollout.vllm: {replica.url} serves sequences of {length} tokens, expected rollout.max_rollout_tokens "
-                    f"{self.max_length}; serve it with --max-model-len {self.max_length}"
+                    f"rollout.vllm: {replica.url} serves sequences of {length} tokens, expected"
+                    f" rollout.max_rollout_tokens {self.max_length}; serve it with --max-model-len"
+                    f" {self.max_length}"
                 )
 
     async def _meet(self, replica: Replica) -> int:
@@ -105,21 +120,24 @@ class VllmEngine:
             await replica.introduce(self._dialogue.policy.description)
         return await replica.learn()
 
-    async def _on_all(self, replicas: Sequence[Replica], action: Callable[[Replica], Awaitable[Any]]) -> list[Any]:
+    async def _on_all(
+        self, replicas: Sequence[Replica], action: Callable[[Replica], Awaitable[Any]]
+    ) -> list[Any]:
         return await asyncio.gather(*map(action, replicas))
 
     # ---- requests ----
 
     async def generate(self, request: GenerationRequest) -> Completion:
-        """Sample one completion. Raises RolloutError for a request that cannot be served, for log-probabilities that are not
-        finite, and when no server is left that has this version."""
+        """Sample one completion. Raises RolloutError for a request that cannot be served, for
+        log-probabilities that are not finite, and when no server is left that has this version."""
         self._check(request)
         answer = self._thread.start(self._ask(request))
         self._in_flight[request.session] = answer
         try:
             return await asyncio.wrap_future(answer)
         finally:
-            if self._in_flight.get(request.session) is answer:  # not one that began after this one was released
+            # not one that began after this one was released
+            if self._in_flight.get(request.session) is answer:
                 del self._in_flight[request.session]
 
     def wake(self) -> None:
@@ -137,18 +155,27 @@ class VllmEngine:
 
     def _check(self, request: GenerationRequest) -> None:
         if self._updating:
-            raise RolloutError(f"session {request.session!r} asked for tokens during or after a failed weight update: publish")
+            raise RolloutError(
+                f"session {request.session!r} asked for tokens during or after a failed weight update:"
+                " publish"
+            )
         if request.session in self._in_flight:
-            raise RolloutError(f"session {request.session!r} asked for two completions at once, expected one: await the first")
+            raise RolloutError(
+                f"session {request.session!r} asked for two completions at once, expected one: await the"
+                " first"
+            )
         self._dialogue.check(request)
 
     async def _ask(self, request: GenerationRequest) -> Completion:
-        """From the replica that holds the rollout's keys and values; when it fails, from the others in turn."""
+        """From the replica that holds the rollout's keys and values; when it fails, from the others in
+        turn."""
         home = self._home(request)
         for place in (*range(home, len(self._replicas)), *range(home)):
             replica = self._replicas[place]
             if replica.failure is None and replica.version != self._label:
-                replica.failure = f"{replica.url} serves weights {replica.version!r}, expected {self._label!r}"
+                replica.failure = (
+                    f"{replica.url} serves weights {replica.version!r}, expected {self._label!r}"
+                )
             if replica.failure is not None:
                 continue
             try:
@@ -167,21 +194,29 @@ class VllmEngine:
         return "; ".join(f"{replica.failure}{words.get(replica.url, '')}" for replica in self._replicas)
 
     def _home(self, request: GenerationRequest) -> int:
-        """A rollout stays where it began, and a group where its prompt was first read; new prompts go round."""
+        """A rollout stays where it began, and a group where its prompt was first read; new prompts go
+        round."""
         home = self._home_of.get(request.session)
         if home is None:
             own, many = self._servers, len(self._replicas)
-            dealt = dealt_to(len(self._homes), sharer=own.sharer, num_sharers=own.num_sharers, num_servers=many)
+            dealt = dealt_to(
+                len(self._homes), sharer=own.sharer, num_sharers=own.num_sharers, num_servers=many
+            )
             home = self._homes.setdefault(request.prompt_ids, dealt)
             self._home_of[request.session] = home
         return home
 
     def _completion(self, request: GenerationRequest, replica: Replica, choice: dict[str, Any]) -> Completion:
         if not choice["token_ids"]:
-            raise ReplicaLost(f"{replica.url} returned no token ({choice['finish_reason']!r}), expected one or more")
+            raise ReplicaLost(
+                f"{replica.url} returned no token ({choice['finish_reason']!r}), expected one or more"
+            )
         versions = {span["version"] for span in choice["weight_versions"] or ()}
         if versions != {self._label}:
-            raise ReplicaLost(f"{replica.url} sampled from weights {sorted(versions)}, not {self._label!r}: was it restarted?")
+            raise ReplicaLost(
+                f"{replica.url} sampled from weights {sorted(versions)}, not {self._label!r}: was it"
+                " restarted?"
+            )
         answer = Answer(
             ids=tuple(choice["token_ids"]),
             logprobs=tuple(entry["logprob"] for entry in choice["logprobs"]["content"]),
@@ -193,9 +228,13 @@ class VllmEngine:
     # ---- weights ----
 
     def begin_update(self) -> None:
-        """Every server stops and forgets its caches. Raises RolloutError while it samples, or when no server takes updates."""
+        """Every server stops and forgets its caches. Raises RolloutError while it samples, or when no
+        server takes updates."""
         if self._in_flight:
-            raise RolloutError(f"{len(self._in_flight)} completions are in flight, expected none during an update; await them")
+            raise RolloutError(
+                f"{len(self._in_flight)} completions are in flight, expected none during an update; await"
+                " them"
+            )
         self._updating = True
         self._homes, self._home_of = {}, {}
         self._revive()
@@ -205,7 +244,8 @@ class VllmEngine:
             self._update("begin", lambda replica: replica.begin_update())
 
     def load_bucket(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Hand full parameters, by Hugging Face name, to every server. Raises RolloutError when no server took them."""
+        """Hand full parameters, by Hugging Face name, to every server. Raises RolloutError when no server
+        took them."""
         if not self._updating:
             raise RolloutError("load_bucket was called outside an update; call begin_update first")
         if self._buckets is not None:
@@ -214,7 +254,8 @@ class VllmEngine:
             self._buckets.withdraw()
 
     def finish_update(self, policy_version: int) -> None:
-        """Completions from here on carry this version. Raises RolloutError when parameters are missing: it then stays closed."""
+        """Completions from here on carry this version. Raises RolloutError when parameters are missing: it
+        then stays closed."""
         if not self._updating:
             raise RolloutError("finish_update was called outside an update; call begin_update first")
         label = str(policy_version)
@@ -226,13 +267,14 @@ class VllmEngine:
         self._label, self.policy_version, self._updating = label, policy_version, False
 
     def start_receiving(self, policy_version: int) -> Future[None]:
-        """Make the workers of every server take their shards from the meeting point, while the trainer sends them, and return at
-        once. The future ends with the first error."""
+        """Make the workers of every server take their shards from the meeting point, while the trainer
+        sends them, and return at once. The future ends with the first error."""
         return self._thread.start(self._receive(policy_version))
 
     async def _receive(self, policy_version: int) -> None:
         if self._publishes:
-            patience_s = self._request_timeout_s / 4  # a worker waits up to three times as long, and then says why
+            # a worker waits up to three times as long, and then says why
+            patience_s = self._request_timeout_s / 4
             terms = {"address": self.meeting_point, "policy_version": policy_version, "timeout_s": patience_s}
             self._receiving = [
                 asyncio.create_task(replica.update(shards=terms | {"replica": self._first_replica + place}))
@@ -241,8 +283,8 @@ class VllmEngine:
             await asyncio.gather(*self._receiving)
 
     def cancel_update(self) -> None:
-        """A sharded update failed, and no weight changed: when no worker receives any more, serve on under the version from
-        before (or stay closed, before the first)."""
+        """A sharded update failed, and no weight changed: when no worker receives any more, serve on under
+        the version from before (or stay closed, before the first)."""
         if self._publishes:
             self._thread.run(self._serve_on(self._label))
         self._updating = self._label == UNTRAINED
@@ -270,7 +312,9 @@ class VllmEngine:
     def _revive(self) -> None:
         """Start those of our servers again that ended, or hang."""
         failed = {replica.url for replica in self._replicas if replica.failure is not None}
-        ended = [p for url, p in self._processes.items() if not p.is_running or (url in failed and not p.answers())]
+        ended = [
+            p for url, p in self._processes.items() if not p.is_running or (url in failed and not p.answers())
+        ]
         for process in ended:
             _log.warning("starting the vLLM server at %s again: %s", process.url, process.last_words())
             process.kill()
@@ -279,7 +323,8 @@ class VllmEngine:
             process.wait_until_ready(self._start_timeout_s)
 
     def _update(self, stage: str, action: Callable[[Replica], Awaitable[None]]) -> None:
-        """One stage of an update on every server that has not failed an earlier one. Raises RolloutError when none is left."""
+        """One stage of an update on every server that has not failed an earlier one. Raises RolloutError
+        when none is left."""
 
         async def attempt(replica: Replica) -> None:
             try:
@@ -288,6 +333,10 @@ class VllmEngine:
                 replica.failure = f"{stage}: {error}"
                 _log.warning("not updated: %s", replica.failure)
 
-        self._thread.run(self._on_all([replica for replica in self._replicas if replica.failure is None], attempt))
+        self._thread.run(
+            self._on_all([replica for replica in self._replicas if replica.failure is None], attempt)
+        )
         if all(replica.failure is not None for replica in self._replicas):
-            raise RolloutError(f"no vLLM server took the weights, expected 1 to {len(self._replicas)}: {self._failures()}")
+            raise RolloutError(
+                f"no vLLM server took the weights, expected 1 to {len(self._replicas)}: {self._failures()}"
+            )

@@ -1,4 +1,5 @@
-"""Buckets of whole parameters, offered to vLLM's workers over HTTP. They fetch, so a dead worker never blocks the trainer."""
+"""Buckets of whole parameters, offered to vLLM's workers over HTTP. They fetch, so a dead worker never
+blocks the trainer."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ ALIGNMENT_BYTES = 64
 
 
 class BucketServer:
-    """Offers one bucket at a time under a secret address. host: the name under which the workers reach this process."""
+    """Offers one bucket at a time under a secret address. host: the name under which the workers reach this
+    process."""
 
     def __init__(self, host: str, *, timeout_s: float):
         self._secret = secrets.token_urlsafe(16)
@@ -25,7 +27,8 @@ class BucketServer:
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
 
     def offer(self, weights: Iterable[tuple[str, torch.Tensor]]) -> dict[str, Any]:
-        """Copy the parameters into host memory; returns what a worker needs to fetch them (weight_worker.fetch_bucket)."""
+        """Copy the parameters into host memory; returns what a worker needs to fetch them
+        (weight_worker.fetch_bucket)."""
         weights = list(weights)
         offsets, num_bytes = [], 0
         for _, tensor in weights:
@@ -40,7 +43,12 @@ class BucketServer:
             (name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape), offset)
             for (name, tensor), offset in zip(weights, offsets)
         ]
-        return {"url": self._url, "num_bytes": num_bytes, "timeout_s": self._timeout_s, "parameters": parameters}
+        return {
+            "url": self._url,
+            "num_bytes": num_bytes,
+            "timeout_s": self._timeout_s,
+            "parameters": parameters,
+        }
 
     def withdraw(self) -> None:
         """Free the bucket's memory."""

@@ -1,8 +1,9 @@
-"""What runs inside every vLLM worker: our weight-transfer backend, registered in vLLM's own factory when vLLM loads WeightTaker.
+"""What runs inside every vLLM worker: our weight-transfer backend, registered in vLLM's own factory when
+vLLM loads WeightTaker.
 
-An update arrives in one of two ways: whole parameters, in buckets fetched over HTTP or as tensors of the trainer in this process,
-loaded by vLLM's own model code (any architecture vLLM knows); or this worker's own shards, by resharding's receiver, straight
-into its parameters.
+An update arrives in one of two ways: whole parameters, in buckets fetched over HTTP or as tensors of the
+trainer in this process, loaded by vLLM's own model code (any architecture vLLM knows); or this worker's own
+shards, by resharding's receiver, straight into its parameters.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ class PolicyInfo(WeightTransferInitInfo):
 
 @dataclass
 class UpdateInfo(WeightTransferUpdateInfo):
-    """One of: a bucket (weight_buckets.describe_bucket); tensors, by Hugging Face name; shards (address, replica, policy_version,
-    timeout_s); abandon, which ends an update that nobody will finish."""
+    """One of: a bucket (weight_buckets.describe_bucket); tensors, by Hugging Face name; shards (address,
+    replica, policy_version, timeout_s); abandon, which ends an update that nobody will finish."""
 
     bucket: dict[str, Any] | None = None
     tensors: Iterable[tuple[str, torch.Tensor]] | None = None
@@ -46,7 +47,8 @@ class WeightTaker:
 
 
 class PolicyWeights(WeightTransferEngine[PolicyInfo, UpdateInfo]):
-    """The worker's side of a publish. A version counts only when every parameter has come: finish_weight_update raises else."""
+    """The worker's side of a publish. A version counts only when every parameter has come:
+    finish_weight_update raises else."""
 
     init_info_cls = PolicyInfo
     update_info_cls = UpdateInfo
@@ -61,10 +63,14 @@ class PolicyWeights(WeightTransferEngine[PolicyInfo, UpdateInfo]):
     def init_transfer_engine(self, init_info: PolicyInfo) -> None:
         """Raises RolloutError when trainer and engine are not the same model."""
         found = served_model(self.model_config)
-        pairs = [(name, found[name], value) for name, value in init_info.policy.items() if found[name] != value]
+        pairs = [
+            (name, found[name], value) for name, value in init_info.policy.items() if found[name] != value
+        ]
         wrong = [f"{name} {served!r} (trainer: {trained!r})" for name, served, trained in pairs]
         if wrong:
-            raise RolloutError(f"engine and trainer differ: the engine serves {', '.join(wrong)}; serve the run's model.path")
+            raise RolloutError(
+                f"engine and trainer differ: the engine serves {', '.join(wrong)}; serve the run's model.path"
+            )
 
     def start_weight_update(self) -> None:
         """Expect every parameter anew."""
@@ -89,7 +95,9 @@ class PolicyWeights(WeightTransferEngine[PolicyInfo, UpdateInfo]):
         if shards["address"] != self._trainer:  # the first trainer, or one that was started again
             self.shutdown()
             size = self.parallel_config.tensor_parallel_size
-            worker = WorkerId(replica=shards["replica"], tp_rank=get_tensor_model_parallel_rank(), tp_size=size)
+            worker = WorkerId(
+                replica=shards["replica"], tp_rank=get_tensor_model_parallel_rank(), tp_size=size
+            )
             self._receiver = ShardReceiver(
                 tensors=parameters, worker=worker, address=shards["address"], timeout_s=shards["timeout_s"]
             )
@@ -101,7 +109,9 @@ class PolicyWeights(WeightTransferEngine[PolicyInfo, UpdateInfo]):
         """Raises RolloutError when parameters are missing."""
         missing = sorted(set(dict(self.model.named_parameters())) - self._taken)
         if missing:
-            raise RolloutError(f"the update lacks {len(missing)} parameters, such as {missing[:3]}; publish every parameter")
+            raise RolloutError(
+                f"the update lacks {len(missing)} parameters, such as {missing[:3]}; publish every parameter"
+            )
 
     def shutdown(self) -> None:
         """Close the connection to the trainer, if there is one."""
@@ -126,8 +136,8 @@ def served_model(model_config: Any) -> dict[str, Any]:
 
 
 def fetch_bucket(bucket: Mapping[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Whole parameters by Hugging Face name, over HTTP from the trainer. Raises OSError when it does not answer, RolloutError
-    when the bucket comes short."""
+    """Whole parameters by Hugging Face name, over HTTP from the trainer. Raises OSError when it does not
+    answer, RolloutError when the bucket comes short."""
     buffer = bytearray(bucket["num_bytes"])
     filled, view = 0, memoryview(buffer)
     with urllib.request.urlopen(bucket["url"], timeout=bucket["timeout_s"]) as response:
@@ -142,8 +152,9 @@ def fetch_bucket(bucket: Mapping[str, Any]) -> Iterator[tuple[str, torch.Tensor]
 
 
 def keep_plain_weights() -> None:
-    """On CPUs vLLM packs the weights of linear layers when it loads them: the packed copy, and with tied embeddings the head,
-    would silently keep the old values. Loaded before the model, this makes it compute with the plain weights."""
+    """On CPUs vLLM packs the weights of linear layers when it loads them: the packed copy, and with tied
+    embeddings the head, would silently keep the old values. Loaded before the model, this makes it compute
+    with the plain weights."""
 
     def plain(layer: torch.nn.Module, remove_weight: bool) -> None:
         layer.cpu_linear = torch.nn.functional.linear

@@ -15,18 +15,21 @@ NamedParameters = Iterable[tuple[str, nn.Parameter]]
 
 
 def shard_layout(parameters: NamedParameters, *, world_size: int, dtype: str) -> ShardLayout:
-    """Who owns what of the policy's parameters, published as `dtype`. Below ZeRO-3 every rank has all of them, and gives out the
-    part that would be its own."""
-    specs = (TensorSpec(name=name, shape=full_shape(parameter), dtype=dtype) for name, parameter in parameters)
+    """Who owns what of the policy's parameters, published as `dtype`. Below ZeRO-3 every rank has all of
+    them, and gives out the part that would be its own."""
+    specs = (
+        TensorSpec(name=name, shape=full_shape(parameter), dtype=dtype) for name, parameter in parameters
+    )
     return ShardLayout(parameters=tuple(specs), world_size=world_size)
 
 
 class LocalShards(Mapping[str, Tensor]):
-    """This rank's part of every parameter by Hugging Face name: flat views of valid elements, where they are just now (DeepSpeed
-    moves them when it offloads). ZeRO-3 pads the last ranks' parts with memory that nobody wrote; that is left out.
+    """This rank's part of every parameter by Hugging Face name: flat views of valid elements, where they
+    are just now (DeepSpeed moves them when it offloads). ZeRO-3 pads the last ranks' parts with memory that
+    nobody wrote; that is left out.
 
-    master: read the optimiser's float32 weights (ZeRO-3 only) instead of the parameters. adapters: whole, by the weight's name;
-    what they add to this rank's elements is added on the way.
+    master: read the optimiser's float32 weights (ZeRO-3 only) instead of the parameters. adapters: whole,
+    by the weight's name; what they add to this rank's elements is added on the way.
     """
 
     def __init__(
@@ -59,15 +62,19 @@ class LocalShards(Mapping[str, Tensor]):
         shard = self._master_shard(name, parameter) if self._master else parameter.ds_tensor.detach()
         if shard.numel() < stop - start:
             raise ReshardError(
-                f"{name}: found {shard.numel()} elements on rank {self._rank}, expected {stop - start}: parameters on NVMe, and "
-                "shards over other groups than all ranks, cannot be published; offload to host memory at most"
+                f"{name}: found {shard.numel()} elements on rank {self._rank}, expected {stop - start}:"
+                " parameters on NVMe, and shards over other groups than all ranks, cannot be published;"
+                " offload to host memory at most"
             )
         return shard.view(-1)[: stop - start]
 
     def _master_shard(self, name: str, parameter: nn.Parameter) -> Tensor:
         shard = safe_get_local_fp32_param(parameter)
         if shard is None:
-            raise ReshardError(f"{name} has no float32 master, expected a trained parameter: set publish.source to parameters")
+            raise ReshardError(
+                f"{name} has no float32 master, expected a trained parameter: set publish.source to"
+                " parameters"
+            )
         return shard
 
     def __iter__(self) -> Iterator[str]:

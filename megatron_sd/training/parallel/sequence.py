@@ -1,12 +1,14 @@
-"""Sequence parallelism (DeepSpeed-Ulysses): the ranks of a group read the same microbatch, each a slice of every sequence.
+"""Sequence parallelism (DeepSpeed-Ulysses): the ranks of a group read the same microbatch, each a slice of
+every sequence.
 
-Everything but attention works token by token, so a rank needs its slice only. In attention DeepSpeed's all-to-all gives each rank
-all positions of some of the heads, and takes them back afterwards. The backbone is called with whole sequences, as without
-slices, and returns the last hidden states of all positions, so that rows are found where they always are; each rank of the group
-then puts its share of the rows (packing.row_share) through the head.
+Everything but attention works token by token, so a rank needs its slice only. In attention DeepSpeed's
+all-to-all gives each rank all positions of some of the heads, and takes them back afterwards. The backbone
+is called with whole sequences, as without slices, and returns the last hidden states of all positions, so
+that rows are found where they always are; each rank of the group then puts its share of the rows
+(packing.row_share) through the head.
 
-Attention masks and the teacher's continuation of a cached prompt keep working: a rank caches its slice of the prompt's keys, and
-the mask is laid out in the order in which the all-to-all brings keys together.
+Attention masks and the teacher's continuation of a cached prompt keep working: a rank caches its slice of
+the prompt's keys, and the mask is laid out in the order in which the all-to-all brings keys together.
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ from megatron_sd.distributed.world import World
 from megatron_sd.errors import ConfigError
 
 KEY = "update.sequence_parallel_size"
-NOT_SUPPORTED = ("sliding_window", "softcap", "s_aux", "position_bias")  # what some models ask of their attention
+# what some models ask of their attention
+NOT_SUPPORTED = ("sliding_window", "softcap", "s_aux", "position_bias")
 
 
 def sequence_group(update: UpdateConfig, world: World) -> RankGroup:
@@ -41,7 +44,8 @@ def sequence_group(update: UpdateConfig, world: World) -> RankGroup:
 
 
 def split_sequences(model: PreTrainedModel, update: UpdateConfig, world: World) -> PreTrainedModel:
-    """The model, whose backbone computes this rank's slice of the sequences it is given; untouched where a rank is alone.
+    """The model, whose backbone computes this rank's slice of the sequences it is given; untouched where a
+    rank is alone.
 
     Collective. Raises ConfigError when its heads cannot be dealt to the group.
     """
@@ -70,14 +74,17 @@ def _read_own_slice(
     past_key_values: Any = None,
     use_cache: bool,
 ) -> Any:
-    """What `read`, the backbone's forward, does, for this rank's slice of input_ids [B, S] and position_ids [B, S]; the last
-    hidden states returned are those of all slices. attention_mask: [B, positions in the cache + S], with a cache only."""
+    """What `read`, the backbone's forward, does, for this rank's slice of input_ids [B, S] and position_ids
+    [B, S]; the last hidden states returned are those of all slices. attention_mask: [B, positions in the
+    cache + S], with a cache only."""
     width = input_ids.shape[1]
     if position_ids is None:
         position_ids = torch.arange(width, device=input_ids.device)[None]
     output = read(
         input_ids=_own_slice(input_ids, group),
-        attention_mask=None if attention_mask is None else mask_in_group_order(attention_mask.bool(), width, group.size),
+        attention_mask=None
+        if attention_mask is None
+        else mask_in_group_order(attention_mask.bool(), width, group.size),
         position_ids=_own_slice(position_ids, group),
         past_key_values=past_key_values,
         use_cache=use_cache,
@@ -97,10 +104,11 @@ def _padded(whole: Tensor, size: int) -> Tensor:
 
 
 def mask_in_group_order(is_token: Tensor, num_new: int, size: int) -> Tensor:
-    """[B, 1, queries, keys] bool, True where a query sees a key. is_token: [B, cached + num_new] bool, False at padding.
+    """[B, 1, queries, keys] bool, True where a query sees a key. is_token: [B, cached + num_new] bool,
+    False at padding.
 
-    Queries are the new positions, padded to a multiple of size. Keys come as the ranks hold them: the first rank's slice of the
-    cache and its slice of the new positions, then the second's, and so on.
+    Queries are the new positions, padded to a multiple of size. Keys come as the ranks hold them: the first
+    rank's slice of the cache and its slice of the new positions, then the second's, and so on.
     """
     cached, new = (_padded(part, size) for part in is_token.split((is_token.shape[1] - num_new, num_new), 1))
     causal = torch.ones(new.shape[1], new.shape[1], dtype=torch.bool, device=new.device).tril()
@@ -121,16 +129,22 @@ def _split_attention(  # noqa: PLR0913, PLR0917 (transformers calls it by positi
     scaling: float | None = None,
     **asked: Any,
 ) -> tuple[Tensor, None]:
-    """query [B, heads, slice, d], key and value [B, key-value heads, slice, d] of this rank -> [B, slice, heads, d]."""
+    """query [B, heads, slice, d], key and value [B, key-value heads, slice, d] of this rank -> [B, slice,
+    heads, d]."""
     if unknown := [name for name in NOT_SUPPORTED if asked.get(name) is not None]:
-        raise ConfigError(f"{KEY}: found {size} for a model whose attention has {', '.join(unknown)}, expected plain causal")
+        raise ConfigError(
+            f"{KEY}: found {size} for a model whose attention has {', '.join(unknown)}, expected plain causal"
+        )
     copies = max(size // key.shape[1], 1)  # fewer key-value heads than ranks: several ranks get the same one
     parts = (query, repeat_kv(key, copies), repeat_kv(value, copies))
     return attention(*(part.transpose(1, 2) for part in parts), 0, None, attention_mask, scaling), None
 
 
-def _whole_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None) -> Tensor:
-    """transformers' sdpa over all positions of this rank's heads, [B, positions, heads, d]; causal without a mask."""
+def _whole_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None
+) -> Tensor:
+    """transformers' sdpa over all positions of this rank's heads, [B, positions, heads, d]; causal without
+    a mask."""
     layer = SimpleNamespace(num_key_value_groups=query.shape[2] // key.shape[2], is_causal=True)
     parts = (part.transpose(1, 2) for part in (query, key, value))
     return sdpa_attention_forward(layer, *parts, mask, scaling=scaling)[0]

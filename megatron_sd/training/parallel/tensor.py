@@ -1,10 +1,13 @@
-"""Tensor parallelism (DeepSpeed's AutoTP): the ranks of a group read the same microbatch, each with its part of every layer.
+"""Tensor parallelism (DeepSpeed's AutoTP): the ranks of a group read the same microbatch, each with its
+part of every layer.
 
-A layer's first matrices are cut by outputs and its last ones by inputs, so that attention heads and the MLP's inner units are
-dealt to the ranks. Embeddings and norms are whole on every rank; in the head each rank computes its columns of the logits, and
-the losses are put together from a few numbers a row (ops/head/vocab_parallel.py). ZeRO shards each rank's part over the groups.
+A layer's first matrices are cut by outputs and its last ones by inputs, so that attention heads and the
+MLP's inner units are dealt to the ranks. Embeddings and norms are whole on every rank; in the head each
+rank computes its columns of the logits, and the losses are put together from a few numbers a row
+(ops/head/vocab_parallel.py). ZeRO shards each rank's part over the groups.
 
-A cut parameter knows its cut, so that whoever hands whole weights out (publisher.py, the checkpoint's model) joins the parts.
+A cut parameter knows its cut, so that whoever hands whole weights out (publisher.py, the checkpoint's
+model) joins the parts.
 """
 
 from __future__ import annotations
@@ -41,12 +44,14 @@ class LayerCut:
 
 
 def tensor_group(update: UpdateConfig, world: World) -> RankGroup:
-    """The ranks that hold the other parts of this rank's layers. Raises ConfigError when there is no such group."""
+    """The ranks that hold the other parts of this rank's layers. Raises ConfigError when there is no such
+    group."""
     return neighbours(world, update.tensor_parallel_size, KEY)
 
 
 def autotp_settings(size: int) -> dict[str, Any]:
-    """What DeepSpeed's configuration needs, with the cuts above spelled out, not guessed; nothing for a rank that is alone."""
+    """What DeepSpeed's configuration needs, with the cuts above spelled out, not guessed; nothing for a
+    rank that is alone."""
     if size == 1:
         return {}
     specs = [
@@ -55,7 +60,8 @@ def autotp_settings(size: int) -> dict[str, Any]:
         {"patterns": [_pattern(OF_OWN_HEADS)], "partition_type": "skip", "grad_allreduce": True},
     ]
     section = {"autotp_size": size, "partition_config": {"use_default_specs": False, "layer_specs": specs}}
-    return {"tensor_parallel": section, "train_batch_size": None}  # DeepSpeed counts ranks both with and without the groups
+    # DeepSpeed counts ranks both with and without the groups
+    return {"tensor_parallel": section, "train_batch_size": None}
 
 
 def head_shard(group: RankGroup, vocabulary: int) -> VocabShard | None:
@@ -69,13 +75,21 @@ def head_shard(group: RankGroup, vocabulary: int) -> VocabShard | None:
 
 
 def check_model(model: PreTrainedModel, update: UpdateConfig) -> None:
-    """Raise ConfigError for a model whose layers are not the known ones, or cannot be cut into so many equal parts."""
+    """Raise ConfigError for a model whose layers are not the known ones, or cannot be cut into so many
+    equal parts."""
     size = update.tensor_parallel_size
     if size == 1:
         return
-    layers = {name.rpartition(".")[2] for name, child in model.base_model.named_modules() if isinstance(child, nn.Linear)}
+    layers = {
+        name.rpartition(".")[2]
+        for name, child in model.base_model.named_modules()
+        if isinstance(child, nn.Linear)
+    }
     if unknown := sorted(layers - {*BY_OUTPUTS, *BY_INPUTS}):
-        raise ConfigError(f"{KEY}: found {size} for a model with layers {unknown}, expected {[*BY_OUTPUTS, *BY_INPUTS]} alone")
+        raise ConfigError(
+            f"{KEY}: found {size} for a model with layers {unknown}, expected {[*BY_OUTPUTS, *BY_INPUTS]}"
+            " alone"
+        )
     check_layer_cuts(update, model.config.to_dict())
 
 
@@ -83,7 +97,8 @@ def mark_cuts(engine: deepspeed.DeepSpeedEngine, model: PreTrainedModel, group: 
     """Tell each parameter that the engine has cut what it is a part of."""
     if group.size == 1:
         return
-    engine.first_dataloader_check.remove()  # it compares the first call's arguments over ranks, and cannot compare records
+    # it compares the first call's arguments over ranks, and cannot compare records
+    engine.first_dataloader_check.remove()
     for name, parameter in model.named_parameters():
         *_, layer, kind = name.split(".")
         if layer in BY_OUTPUTS or (layer in BY_INPUTS and kind == "weight"):
@@ -91,12 +106,14 @@ def mark_cuts(engine: deepspeed.DeepSpeedEngine, model: PreTrainedModel, group: 
 
 
 def counts_here(parameter: nn.Parameter, group: RankGroup) -> bool:
-    """Sums over all ranks count this rank's elements of the parameter: of a cut one, and on one rank of one that all have."""
+    """Sums over all ranks count this rank's elements of the parameter: of a cut one, and on one rank of one
+    that all have."""
     return hasattr(parameter, _ATTRIBUTE) or group.rank == 0
 
 
 def joined(parameter: nn.Parameter, value: Tensor) -> Tensor:
-    """The whole tensor of which `value`, the parameter's, is a part; itself where nothing was cut. Collective in the group."""
+    """The whole tensor of which `value`, the parameter's, is a part; itself where nothing was cut.
+    Collective in the group."""
     cut: LayerCut | None = getattr(parameter, _ATTRIBUTE, None)
     if cut is None:
         return value

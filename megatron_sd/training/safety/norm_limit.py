@@ -1,4 +1,5 @@
-"""The question DeepSpeed asks before every optimiser step, answered by us as well: may a gradient of this norm be taken?"""
+"""The question DeepSpeed asks before every optimiser step, answered by us as well: may a gradient of this
+norm be taken?"""
 
 from __future__ import annotations
 
@@ -11,8 +12,9 @@ from torch import Tensor
 
 
 class NormGate:
-    """Refuses norms that are not finite, as DeepSpeed does, and those above `limit`. The norm is that of the whole gradient and
-    the same on every rank, so all ranks refuse the same step; DeepSpeed then leaves parameters and optimiser as they are.
+    """Refuses norms that are not finite, as DeepSpeed does, and those above `limit`. The norm is that of
+    the whole gradient and the same on every rank, so all ranks refuse the same step; DeepSpeed then leaves
+    parameters and optimiser as they are.
 
     spike: the finite norm that was refused last; None since the last `open`.
     """

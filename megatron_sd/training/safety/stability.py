@@ -1,4 +1,5 @@
-"""What a run does when steps go wrong: pass over them, go back to the last checkpoint, or stop. Decided alike on every rank."""
+"""What a run does when steps go wrong: pass over them, go back to the last checkpoint, or stop. Decided
+alike on every rank."""
 
 from __future__ import annotations
 
@@ -19,9 +20,9 @@ MIN_SIGMA = 0.05  # of log norms: steps whose norms hardly differ are no reason 
 class SpikeGuard:
     """The largest gradient norm that a step may have, from the norms of the steps before it.
 
-    Norms spread over factors, not sums, so their logarithms are judged: a step is a spike when its log norm lies more than
-    `sigmas` robust standard deviations (median and median absolute deviation of the window) above the median. Refused norms do
-    not enter the window.
+    Norms spread over factors, not sums, so their logarithms are judged: a step is a spike when its log norm
+    lies more than `sigmas` robust standard deviations (median and median absolute deviation of the window)
+    above the median. Refused norms do not enter the window.
     """
 
     def __init__(self, *, sigmas: float, window: int):
@@ -55,8 +56,9 @@ class SpikeGuard:
 class Stability:
     """Counts refused steps.
 
-    A count falls back to 0 only when a step beyond the last refused one was taken. So a fault that came and went is healed by
-    going back once, and one that comes again with the same questions ends the run instead of sending it back for ever.
+    A count falls back to 0 only when a step beyond the last refused one was taken. So a fault that came and
+    went is healed by going back once, and one that comes again with the same questions ends the run instead
+    of sending it back for ever.
     """
 
     def __init__(self, config: SafetyConfig):
@@ -79,7 +81,8 @@ class Stability:
             self._count = 0
 
     def refused(self, step: int, error: RefusedStepError) -> bool:
-        """True: go back to the last checkpoint. False: pass over the step. Raises RefusedStepError when it was one too many."""
+        """True: go back to the last checkpoint. False: pass over the step. Raises RefusedStepError when it
+        was one too many."""
         self._count += 1
         self._last_error = error
         self._last_refused = max(self._last_refused, step)
@@ -91,7 +94,8 @@ class Stability:
         return error.older_weights_help and self._count == self._config.roll_back_after_refusals
 
     def refuse_to_end(self) -> None:
-        """The run would be over: raise the last refusal when this start has taken no step: it would look trained."""
+        """The run would be over: raise the last refusal when this start has taken no step: it would look
+        trained."""
         if self._last_error is not None and not self._num_taken:
             error = self._last_error
             raise type(error)(f"{error}. No step of this run was taken: {error.remedy}") from error

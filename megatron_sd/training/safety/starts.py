@@ -1,4 +1,5 @@
-"""How often a run was started: `run_dir/attempts.jsonl`, one line a start, so that a run that never gets further is given up."""
+"""How often a run was started: `run_dir/attempts.jsonl`, one line a start, so that a run that never gets
+further is given up."""
 
 from __future__ import annotations
 
@@ -23,12 +24,14 @@ class Attempts:
         self._limit = limit
 
     def begin(self, step: int) -> None:
-        """Note that an attempt begins with `step`. Raises NoProgressError on every rank when too many did before it."""
+        """Note that an attempt begins with `step`. Raises NoProgressError on every rank when too many did
+        before it."""
         idle = broadcast_object(self._world, self._same_step(step) if self._world.is_first else 0)
         if self._limit and idle >= self._limit:
             raise NoProgressError(
-                f"the last {idle} attempts began with step {step} and committed no later checkpoint (safety.max_idle_attempts is "
-                f"{self._limit}): find out why from the logs, then remove {self._path} to try again"
+                f"the last {idle} attempts began with step {step} and committed no later checkpoint"
+                f" (safety.max_idle_attempts is {self._limit}): find out why from the logs, then remove"
+                f" {self._path} to try again"
             )
         if self._world.is_first:
             self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -39,7 +42,9 @@ class Attempts:
     def _same_step(self, step: int) -> int:
         """How many of the last attempts began with this step."""
         count = 0
-        for line in reversed(self._path.read_text(encoding="utf-8").splitlines() if self._path.exists() else []):
+        for line in reversed(
+            self._path.read_text(encoding="utf-8").splitlines() if self._path.exists() else []
+        ):
             if _step(line) != step:
                 break
             count += 1

@@ -6,8 +6,8 @@
                  state.json   step, trainer's state, configuration
                  manifest.json
 
-A save fails on all ranks or on none, and never touches the checkpoints before it. Nothing is pickled, and nothing is read before
-its checksum has been verified.
+A save fails on all ranks or on none, and never touches the checkpoints before it. Nothing is pickled, and
+nothing is read before its checksum has been verified.
 """
 
 from __future__ import annotations
@@ -55,25 +55,36 @@ class Checkpoints:
     @property
     def plan_changes(self) -> list[tuple[int, str]]:
         """What has been changed of the plan since the run began: from which step on, and in words."""
-        return [(change["step"], f"from step {change['step']} on {Change(**change)}") for change in self._changes]
+        return [
+            (change["step"], f"from step {change['step']} on {Change(**change)}") for change in self._changes
+        ]
 
     def save(self, policy: Policy, *, step: int, state: Mapping[str, Any]) -> None:
-        """Commit a checkpoint of `step`, then prune to checkpoint.keep; a step already committed is left alone.
+        """Commit a checkpoint of `step`, then prune to checkpoint.keep; a step already committed is left
+        alone.
 
-        state: what the trainer wants back from load, as JSON values. Raises CheckpointError on every rank when any rank could
-        not write; what was written of it is removed, the checkpoints before it stay.
+        state: what the trainer wants back from load, as JSON values. Raises CheckpointError on every rank
+        when any rank could not write; what was written of it is removed, the checkpoints before it stay.
         """
         directory = directories.directory_of(self._root, step)
         staging = directories.staging_of(directory)
         if self._write_together(staging, directory.exists, only_first=True)[0]:
             return
         self._write_together(staging, lambda: self._prepare(staging), only_first=True)
-        shards = self._write_together(staging, lambda: _within("shards", policy.write_state(staging / "shards")))
-        model = self._write_together(staging, lambda: _within("model", self._save_model(policy, staging / "model")))
+        shards = self._write_together(
+            staging, lambda: _within("shards", policy.write_state(staging / "shards"))
+        )
+        model = self._write_together(
+            staging, lambda: _within("model", self._save_model(policy, staging / "model"))
+        )
         seals = {name: seal for own in (*shards, *model) for name, seal in own.items()}
-        self._write_together(staging, lambda: self._save_state(staging, policy.version, step, state), only_first=True)
         self._write_together(
-            staging, lambda: directories.commit(staging, directory, seals | directories.seal(staging, seals)), only_first=True
+            staging, lambda: self._save_state(staging, policy.version, step, state), only_first=True
+        )
+        self._write_together(
+            staging,
+            lambda: directories.commit(staging, directory, seals | directories.seal(staging, seals)),
+            only_first=True,
         )
         if self._world.is_first:
             self._tidy(directory)
@@ -84,11 +95,12 @@ class Checkpoints:
         return int(found[0].name.removeprefix("step_")) if found else None
 
     def load(self, policy: Policy) -> dict[str, Any] | None:
-        """Bring the policy to the newest checkpoint that verifies; its trainer's state with "step" added, or None when there is
-        no checkpoint.
+        """Bring the policy to the newest checkpoint that verifies; its trainer's state with "step" added,
+        or None when there is no checkpoint.
 
-        A checkpoint that does not verify is reported and set aside. Raises CheckpointError when checkpoints exist but none
-        verifies, and when the one that does belongs to another run or model, with the differences.
+        A checkpoint that does not verify is reported and set aside. Raises CheckpointError when checkpoints
+        exist but none verifies, and when the one that does belongs to another run or model, with the
+        differences.
         """
         found = self._read_together(lambda: directories.committed(self._root), only_first=True)[0]
         for directory in found:
@@ -96,13 +108,14 @@ class Checkpoints:
                 return self._load(policy, directory)
         if found:
             raise CheckpointError(
-                f"none of the {len(found)} checkpoints under {self._root} verifies (the log names what is wrong with each): "
-                "restore one from a copy, or choose another run_dir to start anew"
+                f"none of the {len(found)} checkpoints under {self._root} verifies (the log names what is"
+                " wrong with each): restore one from a copy, or choose another run_dir to start anew"
             )
         return None
 
     def refuse_when_resume_is_off(self) -> None:
-        """Raise CheckpointError when checkpoint.resume is off although checkpoints exist: a run would overwrite another's."""
+        """Raise CheckpointError when checkpoint.resume is off although checkpoints exist: a run would
+        overwrite another's."""
         if not self._config.checkpoint.resume and self.newest_step() is not None:
             raise CheckpointError(
                 f"{self._root} holds checkpoints although checkpoint.resume is off: "
@@ -110,16 +123,25 @@ class Checkpoints:
             )
 
     def _verifies(self, directory: Path) -> bool:
-        damage = gather_objects(self._world, directories.find_damage(directory, (self._world.rank, self._world.size)))
+        damage = gather_objects(
+            self._world, directories.find_damage(directory, (self._world.rank, self._world.size))
+        )
         problems = [problem for problem in damage if problem is not None]
         if problems:
             broken = self._read_together(lambda: directories.set_aside(directory), only_first=True)[0]
             if self._world.is_first:
-                logger.error("checkpoint %s does not verify: %s; set aside as %s", directory.name, problems[0], broken.name)
+                logger.error(
+                    "checkpoint %s does not verify: %s; set aside as %s",
+                    directory.name,
+                    problems[0],
+                    broken.name,
+                )
         return not problems
 
     def _load(self, policy: Policy, directory: Path) -> dict[str, Any]:
-        saved = self._read_together(lambda: json.loads((directory / "state.json").read_text(encoding="utf-8")))[0]
+        saved = self._read_together(
+            lambda: json.loads((directory / "state.json").read_text(encoding="utf-8"))
+        )[0]
         self._check_same_run(saved, directory)
         self._read_together(lambda: policy.read_state(directory / "shards"))
         policy.trained_state().spread()
@@ -132,7 +154,8 @@ class Checkpoints:
     def _check_same_run(self, saved: Mapping[str, Any], directory: Path) -> None:
         if saved.get("format") != FORMAT:
             raise CheckpointError(
-                f"{directory} has format {saved.get('format', 1)}, expected {FORMAT}: begin a new run from its model/ directory"
+                f"{directory} has format {saved.get('format', 1)}, expected {FORMAT}: begin a new run from"
+                " its model/ directory"
             )
         contents = self._read_together(lambda: self._contents, only_first=True)[0]
         found = differences(saved, self._config, self._corpus_version, contents)
@@ -155,8 +178,8 @@ class Checkpoints:
         (staging / "shards").mkdir()
 
     def _save_model(self, policy: Policy, directory: Path) -> directories.Seals:
-        """Full parameters, gathered a file at a time; ranks write in turn, each beside the gathering of the next files, and keep
-        gathering when they cannot."""
+        """Full parameters, gathered a file at a time; ranks write in turn, each beside the gathering of the
+        next files, and keep gathering when they cannot."""
         size, rank = self._world.size, self._world.rank
         file_bytes = bytes_of_file(policy.named_parameters(), num_ranks=size)
         num_files = len(list(split_buckets(policy.named_parameters(), file_bytes)))
@@ -164,7 +187,11 @@ class Checkpoints:
         writing: dict[str, Future[directories.Seal]] = {}
         with ThreadPoolExecutor(max_workers=1) as writer:
             for number, bucket in enumerate(gathered_buckets(policy.named_parameters(), file_bytes)):
-                name = "model.safetensors" if num_files == 1 else f"model-{number + 1:05d}-of-{num_files:05d}.safetensors"
+                name = (
+                    "model.safetensors"
+                    if num_files == 1
+                    else f"model-{number + 1:05d}-of-{num_files:05d}.safetensors"
+                )
                 locations |= dict.fromkeys((key for key, _ in bucket), name)
                 if number % size == rank:
                     wait(writing.values())  # one file at a time is in memory
@@ -174,7 +201,9 @@ class Checkpoints:
                         wait(writing.values())  # it is valid within this turn of the loop
         if self._world.is_first and num_files > 1:
             index = {"metadata": {}, "weight_map": locations}
-            (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
+            (directory / "model.safetensors.index.json").write_text(
+                json.dumps(index, indent=1), encoding="utf-8"
+            )
         return {name: written.result() for name, written in writing.items()}
 
     def _save_state(self, staging: Path, version: int, step: int, state: Mapping[str, Any]) -> None:
@@ -203,13 +232,16 @@ class Checkpoints:
             logger.error("%s is committed, but what it replaces could not be tidied up: %s", directory, error)
 
     def _read_together(self, action: Callable[[], Any], *, only_first: bool = False) -> list[Any]:
-        """The action's values from all ranks. When it fails on one rank, every rank raises CheckpointError."""
+        """The action's values from all ranks. When it fails on one rank, every rank raises
+        CheckpointError."""
         results, failures = self._attempt_together(action, only_first=only_first)
         if failures:
             raise CheckpointError(f"could not read a checkpoint under {self._root} ({failures[0]})")
         return results
 
-    def _write_together(self, staging: Path, action: Callable[[], Any], *, only_first: bool = False) -> list[Any]:
+    def _write_together(
+        self, staging: Path, action: Callable[[], Any], *, only_first: bool = False
+    ) -> list[Any]:
         """The same; the first rank removes what was written."""
         results, failures = self._attempt_together(action, only_first=only_first)
         if failures:
@@ -217,12 +249,14 @@ class Checkpoints:
                 shutil.rmtree(staging, ignore_errors=True)
             free_bytes = shutil.disk_usage(self._root if self._root.is_dir() else Path.cwd()).free
             raise CheckpointError(
-                f"could not write {staging} ({failures[0]}); {free_bytes / 2**20:.1f} MiB are free on its disk: make room and "
-                "resume; the checkpoints before it are untouched"
+                f"could not write {staging} ({failures[0]}); {free_bytes / 2**20:.1f} MiB are free on its"
+                " disk: make room and resume; the checkpoints before it are untouched"
             )
         return results
 
-    def _attempt_together(self, action: Callable[[], Any], *, only_first: bool) -> tuple[list[Any], Sequence[str]]:
+    def _attempt_together(
+        self, action: Callable[[], Any], *, only_first: bool
+    ) -> tuple[list[Any], Sequence[str]]:
         """The action's values from all ranks, and what failed on which."""
         value, failure = None, None
         try:

@@ -3,15 +3,16 @@
 Every key of the configuration is of one of three kinds:
 
 - a knob changes memory, speed, placement or what is logged, not what is computed: it may always be another;
-- the plan (learning rate, batch, limits, weights of the loss) may be changed on purpose, by checkpoint.allow_changes, and each
+- the plan (learning rate, batch, limits, weights of the loss) may be changed on purpose, by
+checkpoint.allow_changes, and each
   change is kept in the checkpoints from then on;
 - all others are identity: another value is another run.
 
 num_steps is a knob while the learning rate is constant, and of the plan under one that decays towards the
 last step.
 
-A path is no identity: what lies there is, by digest (`contents`). A key that an old checkpoint does not have counts as its
-default, so that new keys divide no run.
+A path is no identity: what lies there is, by digest (`contents`). A key that an old checkpoint does not
+have counts as its default, so that new keys divide no run.
 """
 
 from __future__ import annotations
@@ -38,7 +39,13 @@ KNOBS = (
     *("retriever.qdrant", "retriever.opensearch"),
     *("retriever.search.device", "model.attention", "model.gradient_checkpointing"),
     *("rollout.vllm.", "rollout.bank", "rollout.max_concurrent_sequences", "rollout.max_failed_share"),
-    *("update.zero_stage", "update.sequence_parallel_size", "update.pack_sequences", "update.offload_", "update.nvme_path"),
+    *(
+        "update.zero_stage",
+        "update.sequence_parallel_size",
+        "update.pack_sequences",
+        "update.offload_",
+        "update.nvme_path",
+    ),
     *("update.max_microbatch_tokens", "update.head_chunk_rows"),
 )
 PLAN = (
@@ -76,8 +83,9 @@ class Differences:
 
 
 def contents_of(config: Config) -> dict[str, str]:
-    """Digests of what lies where the configuration points: the start model (configuration, tokenizer, weights) and the training
-    questions. Of large weights 64 KiB of every 8 MiB are looked at: other weights differ everywhere. Text is read whole."""
+    """Digests of what lies where the configuration points: the start model (configuration, tokenizer,
+    weights) and the training questions. Of large weights 64 KiB of every 8 MiB are looked at: other weights
+    differ everywhere. Text is read whole."""
     return {
         "model": model_digest(Path(config.model.path)),
         "data.train": _digest(Path(config.data.train).parent, (Path(config.data.train).name,)),
@@ -87,19 +95,27 @@ def contents_of(config: Config) -> dict[str, str]:
 def model_digest(directory: Path) -> str:
     """Of configuration, tokenizer and weights, as contents_of says."""
     weights = ("*.safetensors", "pytorch_model*.bin")
-    described = ("config.json", "tokenizer*", "vocab*", "merges.txt", "added_tokens.json", "special_tokens_map.json", "*.jinja")
+    described = (
+        "config.json",
+        "tokenizer*",
+        "vocab*",
+        "merges.txt",
+        "added_tokens.json",
+        "special_tokens_map.json",
+        "*.jinja",
+    )
     return _digest(directory, (*described, *weights))
 
 
 def check_same_model(path: str, world: World) -> None:
-    """For ranks that read a part each. Raises DataError, on every rank, when the directory holds other files on some node: shards
-    of two models make one that is neither. Collective."""
+    """For ranks that read a part each. Raises DataError, on every rank, when the directory holds other
+    files on some node: shards of two models make one that is neither. Collective."""
     digests = gather_objects(world, model_digest(Path(path)))
     others = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
     if others:
         raise DataError(
-            f"model.path: {path} holds other files on rank {others[0]} than on rank 0 ({len(others)} of {world.size} ranks have "
-            "others), expected one model: copy the same directory to every node"
+            f"model.path: {path} holds other files on rank {others[0]} than on rank 0 ({len(others)} of"
+            f" {world.size} ranks have others), expected one model: copy the same directory to every node"
         )
 
 
@@ -121,7 +137,9 @@ def kind_of(key: str, *, decays: bool = False) -> str:
     return "knob" if key.startswith(KNOBS) else "plan" if key.startswith(PLAN) else "identity"
 
 
-def differences(saved: Mapping[str, Any], config: Config, corpus_version: str, contents: Mapping[str, str]) -> Differences:
+def differences(
+    saved: Mapping[str, Any], config: Config, corpus_version: str, contents: Mapping[str, str]
+) -> Differences:
     """saved: a checkpoint's state.json."""
     defaults = _values(_defaults())
     before, after = defaults | _flat(saved["config"]), defaults | _values(config)
@@ -151,8 +169,8 @@ def why_refused(found: Differences, *, allow_changes: bool) -> str | None:
         return f"belongs to another run: {listed(lines)}; restore what differs, or choose another run_dir"
     if found.plan and not allow_changes:
         return (
-            f"has another plan: {listed([str(change) for change in found.plan])}; restore it, or go on with the new one by "
-            "--checkpoint.allow_changes true, which is recorded"
+            f"has another plan: {listed([str(change) for change in found.plan])}; restore it, or go on with"
+            " the new one by --checkpoint.allow_changes true, which is recorded"
         )
     return None
 

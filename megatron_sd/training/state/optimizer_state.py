@@ -1,4 +1,5 @@
-"""What a run resumes from: float32 weights and Adam's moments, in flat pieces for any number of ranks and any ZeRO stage.
+"""What a run resumes from: float32 weights and Adam's moments, in flat pieces for any number of ranks and
+any ZeRO stage.
 
 A rank writes the pieces it owns into one safetensors file, `rank_00000.safetensors`; nothing is pickled.
 
@@ -31,8 +32,8 @@ MAX_DIFFERENCES = 8  # named in one message
 
 @dataclass(frozen=True, kw_only=True)
 class FlatSlice:
-    """Elements [start, start + length) of a parameter lie in flat[offset : offset + length], their moments at the same place of
-    the optimiser's state of `flat`. total: elements of the whole parameter."""
+    """Elements [start, start + length) of a parameter lie in flat[offset : offset + length], their moments
+    at the same place of the optimiser's state of `flat`. total: elements of the whole parameter."""
 
     name: str
     start: int
@@ -47,7 +48,8 @@ class FlatSlice:
 
 
 class TrainedState:
-    """The state that this rank's optimiser updates, at any ZeRO stage. optimizer: of the DeepSpeed engine; rank, size: of it."""
+    """The state that this rank's optimiser updates, at any ZeRO stage. optimizer: of the DeepSpeed engine;
+    rank, size: of it."""
 
     def __init__(self, optimizer: Any, parameters: Iterator[tuple[str, nn.Parameter]], rank: int, size: int):
         self._wrapper = optimizer
@@ -64,13 +66,17 @@ class TrainedState:
         """What lies in this rank's memory. Raises CheckpointError for state that lies on NVMe."""
         for name, parameter in self._parameters:
             total = full_numel(parameter)
-            if hasattr(parameter, "ds_tensor"):  # ZeRO-3: a run of ceil(total / ranks) elements, the last ones padded
+            # ZeRO-3: a run of ceil(total / ranks) elements, the last ones padded
+            if hasattr(parameter, "ds_tensor"):
                 group, offset, part = self._wrapper.grad_position[self._wrapper.get_param_id(parameter)]
                 if self._wrapper._swappable_optimizer_subgroup(group):
-                    raise CheckpointError(f"the optimiser's state of {name} lies on NVMe, expected memory: offload to the CPU")
+                    raise CheckpointError(
+                        f"the optimiser's state of {name} lies on NVMe, expected memory: offload to the CPU"
+                    )
                 start = min(self._rank * part, total)
                 flat, length = self._wrapper.fp32_partitioned_groups_flat[group], min(part, total - start)
-            elif hasattr(parameter, "_hp_mapping"):  # ZeRO 1 and 2: wherever the group's flat partition cuts it
+            # ZeRO 1 and 2: wherever the group's flat partition cuts it
+            elif hasattr(parameter, "_hp_mapping"):
                 mapping = parameter._hp_mapping
                 if mapping is None:
                     continue
@@ -89,16 +95,22 @@ class TrainedState:
             state = self._adam.state.get(piece.flat, {})
             steps = int(state.get("step", 0))
             places[piece.name] = [piece.start, piece.total]
-            for key, tensor in {"weight": piece.flat.detach(), **{key: state[key] for key in MOMENTS if key in state}}.items():
-                tensors[f"{piece.name}:{key}"] = piece.of(tensor).to("cpu", torch.float32)  # in host memory a view, no copy
+            for key, tensor in {
+                "weight": piece.flat.detach(),
+                **{key: state[key] for key in MOMENTS if key in state},
+            }.items():
+                # in host memory a view, no copy
+                tensors[f"{piece.name}:{key}"] = piece.of(tensor).to("cpu", torch.float32)
         return write_tensors(path, tensors, {"steps": str(steps), "places": json.dumps(places)})
 
     def read(self, paths: Sequence[Path]) -> None:
-        """Take up what `write` left on all ranks of a run, then call `spread`. Raises CheckpointError for another model's, with
-        the differences, and when elements are missing."""
+        """Take up what `write` left on all ranks of a run, then call `spread`. Raises CheckpointError for
+        another model's, with the differences, and when elements are missing."""
         with ExitStack() as stack:
             saved = [SavedPieces(stack.enter_context(safe_open(path, "pt"))) for path in paths]
-            check_same_parameters({name: total for file in saved for name, (_, total) in file.places.items()}, self.shapes)
+            check_same_parameters(
+                {name: total for file in saved for name, (_, total) in file.places.items()}, self.shapes
+            )
             steps = max((file.steps for file in saved), default=0)
             self._forget_moments()
             for piece in self.pieces():
@@ -107,7 +119,8 @@ class TrainedState:
                     piece.of(self._moments_of(piece.flat, steps)[key]).copy_(_assembled(saved, piece, key))
 
     def spread(self) -> None:
-        """Bring the parameters to the float32 weights: what DeepSpeed does at the end of a step. Collective."""
+        """Bring the parameters to the float32 weights: what DeepSpeed does at the end of a step.
+        Collective."""
         wrapper = self._wrapper
         if hasattr(wrapper, "fp32_partitioned_groups_flat"):
             wrapper.checkpoint_event_prologue()
@@ -124,7 +137,14 @@ class TrainedState:
         if piece.length < piece.total or self._size == 1 or hasattr(self._wrapper, "optimizer"):
             return piece
         start, stop = (piece.total * rank // self._size for rank in (self._rank, self._rank + 1))
-        return FlatSlice(name=piece.name, start=start, length=stop - start, total=piece.total, flat=piece.flat, offset=start)
+        return FlatSlice(
+            name=piece.name,
+            start=start,
+            length=stop - start,
+            total=piece.total,
+            flat=piece.flat,
+            offset=start,
+        )
 
     def _forget_moments(self) -> None:
         self._adam.state.clear()
@@ -132,11 +152,16 @@ class TrainedState:
             self._wrapper._hp_optimizer_states_linked = False
 
     def _moments_of(self, flat: Tensor, steps: int) -> dict[str, Any]:
-        """The optimiser's state of `flat`, begun if there is none. torch counts steps in a tensor, DeepSpeed's Adam in an int."""
+        """The optimiser's state of `flat`, begun if there is none. torch counts steps in a tensor,
+        DeepSpeed's Adam in an int."""
         state = self._adam.state[flat]
         if not state:
             where = flat.device if self._adam.defaults.get("fused") else "cpu"
-            state["step"] = torch.tensor(float(steps), device=where) if isinstance(self._adam, torch.optim.AdamW) else steps
+            state["step"] = (
+                torch.tensor(float(steps), device=where)
+                if isinstance(self._adam, torch.optim.AdamW)
+                else steps
+            )
             state.update({key: torch.zeros_like(flat.data) for key in MOMENTS})
         return state
 
@@ -171,8 +196,9 @@ def _assembled(saved: Sequence[SavedPieces], piece: FlatSlice, key: str) -> Tens
             found += high - low
     if found != piece.length:
         raise CheckpointError(
-            f"{piece.name}:{key}: the files hold {found} of the elements [{piece.start}, {piece.start + piece.length}), expected "
-            f"{piece.length}: a rank's file is missing or there twice"
+            f"{piece.name}:{key}: the files hold {found} of the elements [{piece.start},"
+            f" {piece.start + piece.length}), expected {piece.length}: a rank's file is missing or there"
+            " twice"
         )
     return values
 
@@ -184,7 +210,8 @@ def listed(differences: Sequence[str]) -> str:
 
 
 def check_same_parameters(saved: Mapping[str, int], own: Mapping[str, int]) -> None:
-    """Raise CheckpointError naming the parameters that only one side has, or whose numbers of elements differ."""
+    """Raise CheckpointError naming the parameters that only one side has, or whose numbers of elements
+    differ."""
     differences = [
         f"{name}: {saved.get(name, 'no')} elements in the checkpoint, {own.get(name, 'no')} in the model"
         for name in sorted(saved.keys() | own.keys())
@@ -192,6 +219,6 @@ def check_same_parameters(saved: Mapping[str, int], own: Mapping[str, int]) -> N
     ]
     if differences:
         raise CheckpointError(
-            f"the checkpoint is another model's ({len(differences)} parameters differ): {listed(differences)}; restore "
-            "model.path, or choose another run_dir"
+            f"the checkpoint is another model's ({len(differences)} parameters differ):"
+            f" {listed(differences)}; restore model.path, or choose another run_dir"
         )

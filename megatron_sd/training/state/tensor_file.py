@@ -13,21 +13,28 @@ from torch import Tensor
 
 from megatron_sd.durable.directories import Seal
 
-_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}  # in the format's words
+# in the format's words
+_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
 _ALIGNMENT = 8  # bytes, of the header's end
 _WRITE_BYTES = 1 << 22
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Seal:
-    """Write a safetensors file of host tensors to the disk; its size and checksum. Raises OSError naming the file.
+    """Write a safetensors file of host tensors to the disk; its size and checksum. Raises OSError naming
+    the file.
 
-    The format: the header's length in 8 bytes, a JSON header with every tensor's dtype, shape and place, the tensors.
+    The format: the header's length in 8 bytes, a JSON header with every tensor's dtype, shape and place,
+    the tensors.
     """
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     for name, tensor in tensors.items():
         start, end = end, end + tensor.nbytes
-        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+        header[name] = {
+            "dtype": _DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
     digest, num_bytes = hashlib.sha256(), 0

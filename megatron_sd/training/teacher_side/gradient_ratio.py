@@ -1,7 +1,9 @@
-"""How large the distillation's gradient is beside GRPO's, measured exactly, and the weight alpha that follows from it.
+"""How large the distillation's gradient is beside GRPO's, measured exactly, and the weight alpha that
+follows from it.
 
-A measuring step makes three passes over its batch: the GRPO term, then L_SD on groups with reward spread, then L_SD on groups
-without. The accumulated gradient is looked at after each; its sum is the same gradient an ordinary step accumulates in one pass.
+A measuring step makes three passes over its batch: the GRPO term, then L_SD on groups with reward spread,
+then L_SD on groups without. The accumulated gradient is looked at after each; its sum is the same gradient
+an ordinary step accumulates in one pass.
 """
 
 from __future__ import annotations
@@ -25,8 +27,8 @@ SMOOTHING = 0.5  # share of the newest measurement in the running |grad L_SD| / 
 
 @dataclass(frozen=True, kw_only=True)
 class GradientRatio:
-    """Of one step, with alpha in it: |alpha g_SD| / |g_GRPO|, the same for the groups without spread alone, and the cosine of
-    g_SD and g_GRPO. None where a gradient is zero."""
+    """Of one step, with alpha in it: |alpha g_SD| / |g_GRPO|, the same for the groups without spread alone,
+    and the cosine of g_SD and g_GRPO. None where a gradient is zero."""
 
     alpha: float
     overall: float | None
@@ -59,16 +61,16 @@ class GradientRatio:
 
 @dataclass(frozen=True, kw_only=True)
 class AlphaSchedule:
-    """The weight of L_SD, step by step; a pure value. unit_ratio: running |g_SD| / |g_GRPO| at alpha 1, None before the first
-    measurement."""
+    """The weight of L_SD, step by step; a pure value. unit_ratio: running |g_SD| / |g_GRPO| at alpha 1,
+    None before the first measurement."""
 
     config: AlphaConfig
     measure_every: int
     unit_ratio: float | None = None
 
     def alpha(self, step: int) -> float:
-        """0 during warm-up; then config.value, or target_ratio / unit_ratio capped at max_value. In mode grad_ratio
-        config.value is the probe of the first measurement."""
+        """0 during warm-up; then config.value, or target_ratio / unit_ratio capped at max_value. In mode
+        grad_ratio config.value is the probe of the first measurement."""
         if step < self.config.warmup_steps:
             return 0.0
         if self.config.mode == "fixed" or self.unit_ratio is None:
@@ -76,15 +78,16 @@ class AlphaSchedule:
         return min(self.config.target_ratio / self.unit_ratio, self.config.max_value)
 
     def measures(self, step: int) -> bool:
-        """The step is a measuring one: every measure_every steps from the end of warm-up on, and in mode grad_ratio every step
-        until the first measurement succeeded."""
+        """The step is a measuring one: every measure_every steps from the end of warm-up on, and in mode
+        grad_ratio every step until the first measurement succeeded."""
         if self.measure_every == 0 or self.alpha(step) == 0.0:
             return False
         waiting = self.config.mode == "grad_ratio" and self.unit_ratio is None
         return waiting or (step - self.config.warmup_steps) % self.measure_every == 0
 
     def after(self, ratio: GradientRatio) -> AlphaSchedule:
-        """The schedule that has seen this measurement; a step without a finite gradient on both sides teaches nothing."""
+        """The schedule that has seen this measurement; a step without a finite gradient on both sides
+        teaches nothing."""
         if not ratio.overall or not math.isfinite(ratio.overall):
             return self
         unit = ratio.overall / ratio.alpha
@@ -96,15 +99,17 @@ class AlphaSchedule:
 class AlphaController:
     """Tells the trainer which passes a step makes, and looks at the gradient after each.
 
-        for weights in controller.passes(step):
-            for microbatch in batch:
-                policy.accumulate(microbatch, batch.totals, weights)
-            controller.observe(policy)
+    for weights in controller.passes(step):
+        for microbatch in batch:
+            policy.accumulate(microbatch, batch.totals, weights)
+        controller.observe(policy)
     """
 
     def __init__(self, config: DistillConfig):
         if config.alpha.mode == "grad_ratio" and config.measure_every == 0:
-            raise ConfigError("distill.measure_every is 0, expected at least 1 when distill.alpha.mode is grad_ratio")
+            raise ConfigError(
+                "distill.measure_every is 0, expected at least 1 when distill.alpha.mode is grad_ratio"
+            )
         self.schedule = AlphaSchedule(config=config.alpha, measure_every=config.measure_every)
         self._distils = config.block != "none"
         self._alpha = 0.0  # of the current step
@@ -124,7 +129,8 @@ class AlphaController:
         yield TermWeights(policy=0.0, distill_spread=0.0, distill_no_spread=alpha)
 
     def observe(self, policy: Policy) -> None:
-        """The current pass has been accumulated. The third one completes the measurement; alpha follows from the next step on."""
+        """The current pass has been accumulated. The third one completes the measurement; alpha follows
+        from the next step on."""
         if self._accumulated is None:
             return
         if len(self._accumulated) < 2:
@@ -151,9 +157,11 @@ class AlphaController:
         self.schedule = dataclasses.replace(self.schedule, unit_ratio=state["unit_ratio"])
 
 
-def gradient_products(after_policy: list[Tensor], after_spread: list[Tensor], total: list[Tensor]) -> list[float]:
-    """|g_GRPO|^2, |g_SD|^2, |g_SD of groups without spread|^2 and g_GRPO . g_SD of this rank's partitions, in float64, from what
-    was accumulated after each of the three passes."""
+def gradient_products(
+    after_policy: list[Tensor], after_spread: list[Tensor], total: list[Tensor]
+) -> list[float]:
+    """|g_GRPO|^2, |g_SD|^2, |g_SD of groups without spread|^2 and g_GRPO . g_SD of this rank's partitions,
+    in float64, from what was accumulated after each of the three passes."""
     products = torch.zeros(4, dtype=torch.float64, device=total[0].device)
     for first, second, third in zip(after_policy, after_spread, total, strict=True):
         policy, distill, no_spread = first.double(), (third - first).double(), (third - second).double()

@@ -13,7 +13,12 @@ from megatron_sd.ops.head.types import HeadOptions
 from megatron_sd.training.deepspeed_config import reference_config
 from megatron_sd.training.parallel.sequence import split_sequences
 from megatron_sd.training.placement import place
-from megatron_sd.training.policy_module import DeviceMicrobatch, load_for_training, student_values, with_row_head
+from megatron_sd.training.policy_module import (
+    DeviceMicrobatch,
+    load_for_training,
+    student_values,
+    with_row_head,
+)
 
 
 class ReferenceModule(nn.Module):
@@ -29,7 +34,8 @@ class ReferenceModule(nn.Module):
 
 
 class ReferencePolicy:
-    """The start policy, sharded by a DeepSpeed engine of its own when the policy is (stage 3), else whole on every rank."""
+    """The start policy, sharded by a DeepSpeed engine of its own when the policy is (stage 3), else whole
+    on every rank."""
 
     def __init__(self, module: nn.Module):
         self._module = module
@@ -42,7 +48,9 @@ class ReferencePolicy:
         if config.update.zero_stage < 3:
             return cls(module.to(world.device))
         settings = reference_config(config, world.size)
-        engine, *_ = deepspeed.initialize(model=place(module, module.model, settings, world.device), config=settings)
+        engine, *_ = deepspeed.initialize(
+            model=place(module, module.model, settings, world.device), config=settings
+        )
         return cls(engine)
 
     @torch.no_grad()

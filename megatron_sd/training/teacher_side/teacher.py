@@ -1,7 +1,9 @@
-"""Whose weights the teacher has: the student's own (the paper's), the start policy's, or an average that follows the student.
+"""Whose weights the teacher has: the student's own (the paper's), the start policy's, or an average that
+follows the student.
 
-A live teacher is read inside the policy's forward and costs no memory. The other two are a second model, sharded by a DeepSpeed
-engine of its own where the policy is (ZeRO-3), else whole on every rank; it reads what the live teacher would read.
+A live teacher is read inside the policy's forward and costs no memory. The other two are a second model,
+sharded by a DeepSpeed engine of its own where the policy is (ZeRO-3), else whole on every rank; it reads
+what the live teacher would read.
 """
 
 from __future__ import annotations
@@ -24,7 +26,12 @@ from megatron_sd.errors import CheckpointError
 from megatron_sd.training.deepspeed_config import teacher_config
 from megatron_sd.training.parallel.sequence import split_sequences
 from megatron_sd.training.placement import place
-from megatron_sd.training.policy_module import DeviceMicrobatch, TeacherRows, load_for_training, teacher_hidden_rows
+from megatron_sd.training.policy_module import (
+    DeviceMicrobatch,
+    TeacherRows,
+    load_for_training,
+    teacher_hidden_rows,
+)
 from megatron_sd.training.state.tensor_file import write_tensors
 
 NamedParameters = Iterable[tuple[str, nn.Parameter]]
@@ -42,7 +49,8 @@ class Teacher(Protocol):
         ...
 
     def save(self, directory: Path, world: World) -> Seals:
-        """Write what a resumed run cannot find elsewhere; this rank's files, by name in the directory. Raises OSError."""
+        """Write what a resumed run cannot find elsewhere; this rank's files, by name in the directory.
+        Raises OSError."""
         ...
 
     def load(self, directory: Path, world: World) -> None:
@@ -92,7 +100,9 @@ class FrozenTeacher:
         head = self._model.get_output_embeddings()
         with torch.no_grad():
             hidden = self._module(microbatch=microbatch)
-        with deepspeed.zero.GatheredParameters(list(head.parameters())) if self._is_sharded else nullcontext():
+        with (
+            deepspeed.zero.GatheredParameters(list(head.parameters())) if self._is_sharded else nullcontext()
+        ):
             bias = getattr(head, "bias", None)
             yield TeacherRows(hidden, (head.weight.detach(), None if bias is None else bias.detach()))
 
@@ -108,7 +118,8 @@ class FrozenTeacher:
 
 
 class EmaTeacher(FrozenTeacher):
-    """An exponential moving average of the student: decay * teacher + (1 - decay) * student after each step, kept in float32.
+    """An exponential moving average of the student: decay * teacher + (1 - decay) * student after each
+    step, kept in float32.
 
     Each rank averages what it owns: two engines shard the same parameters alike.
     """
@@ -129,17 +140,26 @@ class EmaTeacher(FrozenTeacher):
     def save(self, directory: Path, world: World) -> Seals:
         """As Teacher says."""
         path = _path(directory, world)
-        return {path.name: write_tensors(path, {name: part.cpu() for name, part in self._average.items()}, {})}
+        return {
+            path.name: write_tensors(path, {name: part.cpu() for name, part in self._average.items()}, {})
+        }
 
     @torch.no_grad()
     def load(self, directory: Path, world: World) -> None:
         """As Teacher says."""
         path = _path(directory, world)
         if not path.is_file():
-            raise CheckpointError(f"{path} is missing, expected the average that distill.teacher ema goes on from")
+            raise CheckpointError(
+                f"{path} is missing, expected the average that distill.teacher ema goes on from"
+            )
         saved = load_file(path)
-        if {name: part.shape for name, part in saved.items()} != {name: part.shape for name, part in self._average.items()}:
-            raise CheckpointError(f"{path} holds other parts than this rank's: resume at as many ranks and the ZeRO stage it had")
+        if {name: part.shape for name, part in saved.items()} != {
+            name: part.shape for name, part in self._average.items()
+        }:
+            raise CheckpointError(
+                f"{path} holds other parts than this rank's: resume at as many ranks and the ZeRO stage"
+                " it had"
+            )
         self._average = {name: part.to(self._average[name].device) for name, part in saved.items()}
         self._publish()
 
@@ -160,7 +180,11 @@ class TeacherModule(nn.Module):
         return teacher_hidden_rows(self.model, microbatch)
 
 
-TEACHERS: dict[str, Callable[[Config, World], Teacher]] = {"live": LiveTeacher, "ema": EmaTeacher, "frozen": FrozenTeacher}
+TEACHERS: dict[str, Callable[[Config, World], Teacher]] = {
+    "live": LiveTeacher,
+    "ema": EmaTeacher,
+    "frozen": FrozenTeacher,
+}
 
 
 def _own_part(parameter: nn.Parameter) -> Tensor:

@@ -77,7 +77,10 @@ def with_engine(
 ) -> Callable[[], int]:
     """All prompts at once to one of our engines."""
     output = Path(closing.enter_context(tempfile.TemporaryDirectory()))
-    rollout = RolloutConfig(engine="torch" if kind == "embedded" else "vllm", vllm=VllmConfig(kv_cache_gib=2))
+    rollout = RolloutConfig(
+        engine="torch" if kind == "embedded" else "vllm",
+        vllm=VllmConfig(kv_cache_gib=2, threads_per_worker=os.cpu_count() or 1),
+    )
     engine = build_engine(
         ModelConfig(path=model_dir, dtype="float32"), rollout, codec, lone_world(), output=output
     )

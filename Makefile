@@ -49,6 +49,7 @@ lint: $(READY)
 	@echo "== style"
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check --quiet .
+	@$(BIN)/mypy --no-error-summary
 
 bench: $(BENCH)
 	@set -e; for name in $(BENCHMARKS); do echo "== $$name"; $(BIN)/python -m benchmarks.$$name --json $(JSON); done

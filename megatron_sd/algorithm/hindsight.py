@@ -117,7 +117,12 @@ RENDERERS: dict[str, Renderer] = {"outcome_last": render_outcome_last, "outcome_
 
 
 def is_correct(rollout: Rollout, correct_above: float) -> bool:
-    """CORRECT: token F1 with any gold answer above rho (paper: rho = 0). Needs a scored rollout."""
+    """CORRECT: token F1 with any gold answer above rho (paper: rho = 0). Raises ValueError for a rollout
+    that was not scored."""
+    if rollout.scores is None:
+        raise ValueError(
+            f"rollout {rollout.index} has no scores, expected a scored one: call reward.score first"
+        )
     return rollout.scores.f1 > correct_above
 
 
@@ -154,12 +159,16 @@ class HindsightBlocks:
         """The texts of each rollout of each group; none where the rollout is not distilled."""
         if step < self.first_step:
             return [[()] * len(group.rollouts) for group in groups]
-        shared = {"correct_above": self.correct_above, "seed": _mix(self.seed, step), "render": self.render}
+        context = BlockContext(
+            groups=groups,
+            group=0,
+            focal=0,
+            correct_above=self.correct_above,
+            seed=_mix(self.seed, step),
+            render=self.render,
+        )
         return [
-            [
-                self._texts(BlockContext(groups=groups, group=g, focal=i, **shared))
-                for i in range(len(groups[g].rollouts))
-            ]
+            [self._texts(replace(context, group=g, focal=i)) for i in range(len(groups[g].rollouts))]
             for g in range(len(groups))
         ]
 

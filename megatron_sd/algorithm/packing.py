@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -237,7 +237,7 @@ def build_microbatch(samples: Sequence[TrainingSample], aggregation: str) -> Mic
     )
 
 
-def _teacher_arrays(distilled: Sequence[TrainingSample]) -> dict[str, np.ndarray]:
+def _teacher_arrays(distilled: Sequence[TrainingSample]) -> dict[str, Any]:
     """The teacher's prompts, each once, and the continuations of the distilled samples."""
     views = [view for sample in distilled for view in sample.teacher_views]
     numbers = {

@@ -9,7 +9,7 @@ import re
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 import jsonargparse
 import yaml
@@ -39,7 +39,7 @@ def parse(record: type[Parameters], argv: Sequence[str], program: str) -> Parame
         values = parser.instantiate(parser.parse_args(argv))
     except (jsonargparse.ArgumentError, TypeError, ValueError, OSError) as error:
         raise ConfigError(_explain(str(error), record)) from error
-    return record(**{field.name: values[field.name] for field in dataclasses.fields(record)})
+    return record(**{field.name: values[field.name] for field in dataclasses.fields(cast(Any, record))})
 
 
 def name_positionals(argv: Sequence[str], names: Sequence[str]) -> list[str]:
@@ -131,7 +131,7 @@ def _annotation(record: type, name: str) -> Any:
     return annotation
 
 
-def _section_of(annotation: Any) -> type | None:
+def _section_of(annotation: Any) -> Any:
     """The record that a section is, or may be where it may also be null; None for another type."""
     members = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
     return next((member for member in members if dataclasses.is_dataclass(member)), None)

@@ -91,7 +91,7 @@ def _native_rows(  # noqa: PLR0913, PLR0917 (as jsd_rows)
     divergence: str,
     beta: float,
     temperature: float,
-    top_k: None,
+    top_k: int | None,
     tail_bucket: bool,
 ) -> RowDivergence:
     wants_gradient = student.requires_grad and torch.is_grad_enabled()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import xxhash
@@ -147,7 +147,8 @@ class BucketOutbox:
 
     def send(self, shards: Tensors) -> int:
         """Bucket by bucket, worker by worker."""
-        numel, travelling = 0, deque()
+        numel = 0
+        travelling: deque[Any] = deque()
         for worker, bucket in self._buckets:
             if len(travelling) == NUM_BUFFERS:
                 travelling.popleft().wait()
@@ -248,5 +249,5 @@ def _checksums(parts: Iterator[tuple[str, Tensor]]) -> dict[str, str]:
     sums: dict[str, xxhash.xxh3_64] = {}
     for parameter, elements in parts:
         packed = elements.contiguous().cpu().view(torch.uint8).numpy()
-        sums.setdefault(parameter, xxhash.xxh3_64()).update(packed)
+        sums.setdefault(parameter, xxhash.xxh3_64()).update(packed.data)
     return {parameter: digest.hexdigest() for parameter, digest in sums.items()}

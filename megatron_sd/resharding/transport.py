@@ -250,6 +250,7 @@ class GroupWire:
         self._session = session
         self._polls = backend == "nccl"
         self._pending: weakref.WeakSet[_GroupPending] = weakref.WeakSet()
+        self._group: Any = None
         try:
             if backend == "nccl":
                 options = dist.ProcessGroupNCCL.Options()

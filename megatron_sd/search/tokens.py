@@ -196,7 +196,7 @@ class _AddedTokens:
         parts: list[str | int] = []
         end = 0
         for match in self._pattern.finditer(text) if self._pattern else ():
-            parts += [text[end : match.start()], self._ids[match[match.lastindex]]]
+            parts += [text[end : match.start()], self._ids[match[match.lastindex or 0]]]
             end = match.end()
         return [part for part in (*parts, text[end:]) if part != ""]
 
@@ -227,9 +227,9 @@ def _chat_frame(
         )
     _refuse_unread(arguments, tokenizer.get_chat_template())
     messages = [{"role": "user", "content": _CONTENT_MARK}]
-    given = {"tokenize": False, "add_generation_prompt": True}
+    given: dict[str, Any] = {"tokenize": False, "add_generation_prompt": True, **arguments}
     try:
-        text = tokenizer.apply_chat_template(messages, **given, **arguments)
+        text = str(tokenizer.apply_chat_template(messages, **given))
     except (jinja2.TemplateError, TypeError, ValueError) as error:
         raise ConfigError(
             f"the tokenizer's chat template refuses a user's message with {dict(arguments)} ({error}); see"

@@ -13,7 +13,8 @@ How a loss in bfloat16 keeps its gradient where teacher and student are close: k
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from functools import partial
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -127,9 +128,9 @@ class _Gradients:
         self.hidden = torch.empty_like(inputs.hidden) if wanted[0] else None
         sum_dtype = working_dtype(inputs.weight.dtype) if is_sum else inputs.weight.dtype
         self.weight = torch.zeros_like(inputs.weight, dtype=sum_dtype) if wanted[1] else None
-        self.bias = (
-            torch.zeros_like(inputs.bias, dtype=working_dtype(inputs.bias.dtype)) if wanted[2] else None
-        )
+        self.bias: Tensor | None = None
+        if wanted[2] and inputs.bias is not None:
+            self.bias = torch.zeros_like(inputs.bias, dtype=working_dtype(inputs.bias.dtype))
 
     def add(self, chunk: Cut, logits_gradient: Tensor) -> None:
         """logits_gradient: [C, V], of the chunk's rows."""
@@ -150,7 +151,8 @@ class _Gradients:
             (self.bias, self._inputs.bias),
         )
         return tuple(
-            None if gradient is None else gradient.mul_(factor).to(of.dtype) for gradient, of in pairs
+            None if gradient is None or of is None else gradient.mul_(factor).to(of.dtype)
+            for gradient, of in pairs
         )
 
 
@@ -178,9 +180,7 @@ def _visit_chunk(
                 teacher[block.queries],
                 rows.targets[at.rows],
                 query_rows[block.queries] - block.rows.start,
-                row_loss=(
-                    None if row_loss is None else lambda values, at=at: row_loss(values, at.rows, at.queries)
-                ),
+                row_loss=None if row_loss is None else partial(_loss_at, row_loss, at),
                 options=options,
                 teacher_is_difference=is_difference,
             )
@@ -188,6 +188,10 @@ def _visit_chunk(
     if gradients is not None:
         gradients.add(chunk, logits)
     return parts
+
+
+def _loss_at(row_loss: RowLoss, at: Cut, values: RowValues) -> Tensor:
+    return row_loss(values, at.rows, at.queries)
 
 
 def _teacher_product(
@@ -223,11 +227,11 @@ def _visit_block(  # noqa: PLR0913 (two matrices and their row numbers)
     teacher_entropies = RowSoftmax.of(teacher, options.sampling_temperature).entropies
 
     softmax = RowSoftmax.of(scaled, options.sampling_temperature, targets)
-    logprobs = softmax.logprobs.requires_grad_(wants_gradient)
+    logprobs = cast(Tensor, softmax.logprobs).requires_grad_(wants_gradient)
     values = RowValues(
         logprobs.new_zeros(()), logprobs, softmax.entropies, divergences, teacher_entropies, truncated_masses
     )
-    if not wants_gradient:
+    if row_loss is None:
         return values
     with torch.enable_grad():
         loss = row_loss(values)

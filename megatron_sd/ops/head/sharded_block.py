@@ -27,14 +27,22 @@ def visit_sharded_block(  # noqa: PLR0913 (two matrices and their row numbers)
     """Values of a block of rows, the same on every rank. logits [N, V_k], teacher [Q, V_k]: this rank's
     columns. With a row_loss, the gradient of the loss takes the place of `logits`."""
     wants_gradient, dtype, shard = row_loss is not None, working_dtype(logits.dtype), options.shard
+    if shard is None:
+        raise ValueError("options.shard is None, expected this rank's part of a sharded vocabulary")
     scaled = logits.to(dtype).detach().requires_grad_(wants_gradient)
     teacher = teacher.to(dtype)
     if teacher_is_difference:
         teacher = teacher.add_(scaled.detach()[query_rows])
     teacher = TARGETS[options.target](teacher)
-    divergence = {"divergence": options.divergence, "beta": options.beta, "temperature": options.temperature}
     with torch.set_grad_enabled(wants_gradient):
-        divergences = vocab_parallel_divergence(scaled[query_rows], teacher, shard, **divergence)
+        divergences = vocab_parallel_divergence(
+            scaled[query_rows],
+            teacher,
+            shard,
+            divergence=options.divergence,
+            beta=options.beta,
+            temperature=options.temperature,
+        )
         logprobs, entropies = vocab_parallel_logprobs(
             scaled, targets, shard, temperature=options.sampling_temperature
         )
@@ -44,7 +52,7 @@ def visit_sharded_block(  # noqa: PLR0913 (two matrices and their row numbers)
     )
     masses = torch.zeros_like(teacher_entropies)
     values = RowValues(logprobs.new_zeros(()), logprobs, entropies, divergences, teacher_entropies, masses)
-    if not wants_gradient:
+    if row_loss is None:
         return values
     with torch.enable_grad():
         loss = row_loss(values)

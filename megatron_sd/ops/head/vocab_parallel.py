@@ -107,7 +107,7 @@ class _OwnRows(torch.autograd.Function):
     def forward(ctx, weight: Tensor, shard: VocabShard) -> Tensor:
         ctx.shard, ctx.size = shard, len(weight)
         own = weight[shard.start : shard.start + shard.num_real]
-        missing = shard.width - len(own)
+        missing = (len(own) if shard.width is None else shard.width) - len(own)
         return torch.cat([own, own.new_zeros(missing, *own.shape[1:])]) if missing else own.view_as(own)
 
     @staticmethod

@@ -80,7 +80,7 @@ def obstacle(device_index: int) -> str:
 def scratch(pairs: RowPairs, task: RowsTask, *, keeps_scores: bool) -> Tensor | None:
     """Memory that a call needs for partial results; keeps_scores is of no concern here."""
     del keeps_scores
-    num_bytes = LIBRARY.megatron_sd_cuda_scratch_bytes(ctypes.byref(task))
+    num_bytes = _library().megatron_sd_cuda_scratch_bytes(ctypes.byref(task))
     return torch.empty(num_bytes, dtype=torch.uint8, device=pairs.student.device)
 
 
@@ -115,4 +115,10 @@ def place(device: torch.device) -> tuple[int, int]:
 
 
 def _message(error: int) -> str:
-    return f"{LIBRARY.megatron_sd_cuda_error(error).decode()} ({error})"
+    return f"{_library().megatron_sd_cuda_error(error).decode()} ({error})"
+
+
+def _library() -> ctypes.CDLL:
+    if LIBRARY is None:
+        raise RuntimeError(MISSING)
+    return LIBRARY

@@ -1,5 +1,6 @@
 # make demo    the whole story on this machine: world, start policy, GRPO against SD-Search, table
-# make test    style and tests
+# make test    style, and the tests that guard daily work: all but those marked slow
+# make test-all   style and all tests: what continuous integration runs, with make test-vllm
 # make trust   kills, full disks, stuck ranks, bad numbers at full counts (an hour), and docs/trust.md with what came out
 # make test-vllm  the tests that need a real vLLM, in an environment of their own (.venv-vllm, 2.5 GB)
 # make demo-vllm  the demo with vLLM as the rollout engine, in that environment
@@ -33,14 +34,18 @@ VLLM_PACKAGES := .venv-vllm/packages
 VLLM_LOCK := tests/vllm/cpu_lock.txt
 VLLM_PIP   = .venv-vllm/bin/python -m pip --quiet --disable-pip-version-check install
 
-.PHONY: demo demo-vllm test trust test-vllm bench gpu-check gpu-check-train gpu-check-all lint wheel clean
+.PHONY: demo demo-vllm test test-all trust test-vllm bench gpu-check gpu-check-train gpu-check-all lint wheel clean
 
 demo: $(READY)
 	@$(BIN)/sd-search demo
 
 test: lint
 	@echo "== tests"
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not slow"
+
+test-all: test
+	@echo "== slow tests"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m slow
 
 trust: $(READY)
 	@$(BIN)/python -m tests.trust

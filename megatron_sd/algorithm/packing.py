@@ -89,7 +89,7 @@ def sizes_of(samples: Sequence[TrainingSample]) -> list[Size]:
 class _Tally:
     """Padded positions of a microbatch as it fills: every block of sequences is as wide as its longest."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._students = self._continuations = self._widest = self._widest_continuation = (
             self._widest_prompt
         ) = 0

@@ -31,6 +31,7 @@ def wheel(tmp_path_factory):
     return zipfile.ZipFile(path)
 
 
+@pytest.mark.slow
 def test_wheel_holds_the_packages_and_their_data(wheel):
     names = set(wheel.namelist())
     for package in ("megatron_sd", "data_prep", "eval", "launch"):

@@ -183,6 +183,7 @@ def order_of(model_path, name: str, *, packed: bool) -> dict:
     return {"model": str(model_path), "steps": 2, "num_samples": 8, "config": config}
 
 
+@pytest.mark.slow
 @pytest.mark.ranks
 @pytest.mark.parametrize("name", sorted(CASES))
 def test_packed_steps_are_the_steps_of_padded_ones(outcomes, model_path, name):

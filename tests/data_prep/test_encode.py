@@ -107,6 +107,7 @@ def test_vectors_of_a_passages_directory(passages, encoder_path, tmp_path):
         encode_passages(_config(passages, encoder_path, tmp_path / "vectors"))
 
 
+@pytest.mark.slow
 @pytest.mark.ranks
 def test_several_processes_write_the_same_bytes(passages, encoder_path, tmp_path):
     one = encode_passages(_config(passages, encoder_path, tmp_path / "one"))
@@ -131,6 +132,7 @@ def _interrupted(command, partial, rng):
     return {path.name: path.stat().st_mtime_ns for path in partial.glob("vectors-*")}
 
 
+@pytest.mark.slow
 def test_killed_again_and_again_the_bytes_are_the_same(passages, encoder_path, tmp_path, monkeypatch):
     expected = encode_passages(_config(passages, encoder_path, tmp_path / "whole"))
     config = _config(passages, encoder_path, tmp_path / "killed")

@@ -134,6 +134,7 @@ def test_what_is_made_without_a_kill(undisturbed):
     assert num_read == 60
 
 
+@pytest.mark.slow
 @pytest.mark.ranks
 @pytest.mark.parametrize("stage", STAGES)
 def test_killed_before_each_change_it_makes_on_disk(stage, folder, undisturbed, tmp_path):

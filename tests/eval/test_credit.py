@@ -201,6 +201,7 @@ def test_a_killed_scoring_goes_on_and_reports_the_same(tmp_path, monkeypatch):
         credit(replace(config, block="shuffled"))
 
 
+@pytest.mark.slow
 @pytest.mark.ranks
 def test_two_ranks_score_what_one_does(tmp_path):
     path = many_groups(tmp_path / "t.jsonl")

@@ -80,6 +80,7 @@ def test_an_untrained_model_asks_nothing_and_the_gate_stays_closed(world, tmp_pa
         main([*arguments, *FITS, "--lift.num_resamples=0"])
 
 
+@pytest.mark.slow
 def test_a_killed_gate_goes_on_and_reports_the_same(world, tmp_path, monkeypatch):
     model = Path(str(files("data_prep") / "coldstart_model"))
     rollout = dataclasses.replace(LIMITS, questions_per_step=3, group_size=3)
@@ -108,6 +109,7 @@ def test_a_killed_gate_goes_on_and_reports_the_same(world, tmp_path, monkeypatch
         gate(dataclasses.replace(config, rollout=dataclasses.replace(rollout, temperature=0.5)))
 
 
+@pytest.mark.slow
 @pytest.mark.ranks
 def test_a_gate_on_two_ranks_samples_what_one_does(world, tmp_path):
     """Each rank a share of the questions; a rollout's noise follows from its question, wherever it is

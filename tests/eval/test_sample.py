@@ -142,6 +142,7 @@ def test_a_question_without_a_rollout_that_is_data_is_asked_once_more(world, tmp
     assert (report["num_sampled"], report["num_rollouts"]) == (2, 8)
 
 
+@pytest.mark.slow
 @pytest.mark.ranks
 def test_two_ranks_sample_what_one_does(world, tmp_path, sampled):
     options = {

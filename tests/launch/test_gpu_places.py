@@ -193,6 +193,7 @@ def nodes():
             subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
 
 
+@pytest.mark.slow
 @pytest.mark.ranks
 @pytest.mark.parametrize(
     ("way", "found"), [("found", "from node a"), ("loopback", "no meeting point at '127.0.0.1:")]

@@ -142,6 +142,7 @@ def test_neighbours_agree_and_every_link_is_used(size):
     assert links == {(number, number + 1) for number in range(size - 1)}
 
 
+@pytest.mark.slow
 def test_a_node_that_does_not_come_is_named_in_time(tmp_path):
     started = time.monotonic()
     for code, output in doctors(tmp_path, [0, 1], "--timeout_s=10"):

@@ -27,9 +27,10 @@ HOTPOTQA = ("--config", str(ROOT / "launch/configs/hotpotqa.yaml"))
 
 
 def readme_commands() -> list[tuple[int, tuple[str, ...]]]:
-    """(ranks, options) of every `train` of README with the real questions; the others train the tiny
-    world."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    """(ranks, options) of every `train` of README and docs/vllm.md with the real questions; the others
+    train the tiny world."""
+    pages = [(ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/vllm.md")]
+    text = "\n".join(pages).replace("\\\n", " ")
     found = []
     for line in text.splitlines():
         if match := re.match(

@@ -26,6 +26,7 @@ needs_library = pytest.mark.skipif(
 from benchmarks.kernels.count_instructions import compile_for  # noqa: E402
 
 
+@pytest.mark.slow
 @needs_nvcc
 @pytest.mark.parametrize("arch", ["80", "90a", "100a"])
 def test_no_kernel_spills(arch, tmp_path, record_property):

@@ -30,6 +30,7 @@ def build(out: Path, **environment: str) -> subprocess.CompletedProcess:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not HAS_COMPILER, reason="no C++ compiler on this machine")
 def test_a_compiler_is_all_it_takes(tmp_path):
     done = build(tmp_path)

@@ -13,7 +13,7 @@ import torch
 from tests.training.fakes import write_model
 from tests.training.test_ranks import free_port
 
-pytestmark = pytest.mark.ranks
+pytestmark = [pytest.mark.ranks, pytest.mark.slow]
 LIMIT_S = 600
 BUCKET_MIB = 0.002
 SCENES = {

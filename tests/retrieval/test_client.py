@@ -293,6 +293,7 @@ def test_a_rollout_whose_search_fails_is_no_data_and_too_many_stop_the_run():
             assert group.rollouts[0].stop_reason.is_infrastructure
 
 
+@pytest.mark.slow
 def test_a_server_killed_in_the_middle_of_a_burst(tmp_path):
     """Killed twice while 400 searches are under way, started again on its port: every search gets its own
     answer."""

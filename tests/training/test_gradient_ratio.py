@@ -73,6 +73,7 @@ def test_grad_ratio_needs_measurements():
         AlphaController(DistillConfig(measure_every=0, alpha=AlphaConfig(mode="grad_ratio")))
 
 
+@pytest.mark.slow
 def test_measurement_is_exact_and_costs_no_correctness(tmp_path):
     """The figures equal those of gradients taken apart by plain torch; the step equals an unmeasured one."""
     world = join_world()

@@ -21,6 +21,7 @@ def a_policy(path, world, stage, model):
     return load_policy(config, world)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stage", "model"), [(3, {}), (3, LORA), (2, {}), (0, {}), (3, {"gradient_checkpointing": True})]
 )

@@ -69,6 +69,7 @@ def assert_close(found: Sequence[dict], expected: Sequence[dict], *, figures: fl
     assert_same_steps(found, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.ranks
 @pytest.mark.parametrize("name", sorted(FEATURES))
 def test_both_ranks_end_with_the_same_parameters(outcomes, name):

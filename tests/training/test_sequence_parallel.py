@@ -54,6 +54,7 @@ def outcomes(tmp_path_factory):
     return outcomes_on(NUM_RANKS, orders, directory) | {"directory": directory}
 
 
+@pytest.mark.slow
 @pytest.mark.ranks
 @pytest.mark.parametrize("name", sorted(COMPARED))
 def test_ranks_that_share_sequences_take_the_step_of_one(outcomes, name):

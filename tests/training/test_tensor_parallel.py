@@ -64,6 +64,7 @@ def outcomes(tmp_path_factory):
     return outcomes_on(NUM_RANKS, orders, directory) | {"directory": directory}
 
 
+@pytest.mark.slow
 @pytest.mark.ranks
 @pytest.mark.parametrize("name", sorted(CASES))
 def test_ranks_that_share_layers_take_the_step_of_one(outcomes, name):

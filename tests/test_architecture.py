@@ -46,7 +46,7 @@ SHARED_WITHIN_FLOOR = {
     "megatron_sd.retrieval.queries": "one rule for who asks, who sends and who answers",
     "megatron_sd.resharding": "training and rollout are its two ends; it imports neither",
     "megatron_sd.distributed": "ranks and collectives serve every machine of floor 2",
-    "megatron_sd.durable": "what must survive a kill is written in one way",
+    "megatron_sd.durable": "directories that are whole or not at all, and locks, serve every room",
     "megatron_sd.records": "the vocabulary",
     "megatron_sd.config": "the vocabulary",
     "megatron_sd.errors": "the vocabulary",
@@ -361,3 +361,11 @@ def test_a_public_class_name_means_one_thing():
 @pytest.mark.parametrize("name", LAWS)
 def test_every_file_keeps_the_law(name):
     assert broken(*LAWS[name]) == []
+
+
+def test_a_breach_is_told_and_no_law_is_about_nothing():
+    def is_short(path: Path) -> None:
+        assert path.name == "records.py", f"{where(path)} is another"
+
+    assert broken(is_short, [ROOT / "megatron_sd/records.py", ROOT / "setup.py"]) == ["setup.py is another"]
+    assert all(files for _, files in LAWS.values())

@@ -76,6 +76,14 @@ class SteeredEngine:
             thought, ids=thought.ids + action, logprobs=thought.logprobs + (0.0,) * len(action), finish="stop"
         )
 
+    def wake(self) -> None:
+        """As the engine's."""
+        self._engine.wake()
+
+    def sleep(self) -> None:
+        """As the engine's."""
+        self._engine.sleep()
+
     def release(self, session: str) -> None:
         """As the engine's."""
         self._engine.release(session)

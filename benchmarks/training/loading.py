@@ -85,7 +85,10 @@ def measure(model_dir: str, kind: str, num_ranks: int) -> tuple[float, float, fl
         kind,
     ]
     with tempfile.TemporaryDirectory() as directory:
-        finished = subprocess.run(command, capture_output=True, text=True, check=True, cwd=directory)
+        environment = os.environ | {"PYTHONPATH": os.getcwd()}  # of this program, which runs elsewhere
+        finished = subprocess.run(
+            command, env=environment, capture_output=True, text=True, check=False, cwd=directory
+        )
     lines = [line.partition("FIGURES ")[2] for line in finished.stdout.splitlines()]
     found = [json.loads(line) for line in lines if line]
     if len(found) != num_ranks:

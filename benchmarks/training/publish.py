@@ -195,7 +195,8 @@ def serve(party: Party, rounds: int) -> None:
     layout = worker_layouts(offer["config"], tp_size=NUM_WORKERS, dtype="bfloat16")[worker.tp_rank]
     specs = {spec.name: spec for spec in whole_parameters(offer["config"], dtype="bfloat16")}
     shapes = [(name, specs[name].shape, specs[name].numel) for name in offer["names"]]
-    whole = open_shared_memory(offer["whole"], sum(numel for *_, numel in shapes), torch.bfloat16)
+    num_elements, device = sum(numel for *_, numel in shapes), torch.device("cpu")
+    whole = open_shared_memory(offer["whole"], num_elements, torch.bfloat16, device)
     live = {
         method: {
             t.spec.name: torch.full(t.spec.shape, float(n), dtype=torch.bfloat16) for t in layout.tensors

@@ -41,7 +41,7 @@ def test_a_row_depends_neither_on_its_neighbours_nor_on_threads():
 
 
 @needs_library
-def test_nothing_is_written_beside_the_output_nor_read_beside_the_input():
+def test_nothing_is_read_beside_the_operands():
     """Infinities around the operands, in memory, stay out of the sums."""
     rows, weight = matrices(5, 11, 37)
     around = torch.full((3, 11, 37), torch.inf)
@@ -85,3 +85,22 @@ def test_a_model_that_was_sped_up_follows_its_weights():
     assert torch.equal(
         model(rows), torch.nn.functional.linear(model[0](rows), model[1].weight, model[1].bias)
     )
+
+
+@torch.no_grad()
+def test_another_depth_is_torchs_error_though_the_sizes_divide():
+    rows, _ = matrices(4, 1, 1024)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        linear(rows, torch.ones(1024, 512))
+
+
+@needs_library
+@torch.no_grad()
+def test_the_product_is_float32_whatever_torchs_default():
+    rows, weight = matrices(3, 1024, 512)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(linear(rows, weight), native_linear(rows, weight))
+        assert linear(rows, weight).dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)

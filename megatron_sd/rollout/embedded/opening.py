@@ -37,10 +37,9 @@ class Opening:
         usable = [prompt[:-1] for prompt in prompts]  # a prompt's last token is fed anyway, to have logits
         held = min(common_length(self.ids, ids) for ids in usable)
         shared = min(common_length(usable[0], ids) for ids in usable)
-        gained = (
-            shared if len(prompts) == 1 and held < MIN_TOKENS else shared - held if len(prompts) > 1 else 0
-        )
-        return usable[0][:shared] if gained >= MIN_TOKENS else ()
+        is_alone = len(prompts) == 1
+        is_worth_it = held < MIN_TOKENS <= shared if is_alone else shared - held >= MIN_TOKENS
+        return usable[0][:shared] if is_worth_it else ()
 
     def length_in(self, prompt_ids: TokenIds) -> int:
         """Tokens of a new prompt that need not be computed."""

@@ -3,27 +3,29 @@ here."""
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers.utils.logging import disable_progress_bar
 
 from megatron_sd.algorithm.advantage import ADVANTAGES
+from megatron_sd.algorithm.assemble import own_batch, teacher_prompts
 from megatron_sd.algorithm.blocks import BLOCKS, BY_TURN
-from megatron_sd.algorithm.hindsight import RENDERERS, Blocks, HindsightBlocks
-from megatron_sd.algorithm.packing import pack
-from megatron_sd.algorithm.samples import GATES, SCOPES, TeacherPrompts, apply_gate, to_samples
+from megatron_sd.algorithm.hindsight import RENDERERS, HindsightBlocks
+from megatron_sd.algorithm.samples import SCOPES, to_samples
+from megatron_sd.build_policy import build_policy
 from megatron_sd.config import Config, ModelConfig, ProtocolConfig, RetrieverConfig, RolloutConfig
 from megatron_sd.config.checks import engine_reads_policy
 from megatron_sd.config.load import dump
-from megatron_sd.distributed.collectives import share, shared_out
+from megatron_sd.distributed.collectives import shared_out
+from megatron_sd.distributed.parallel import Parallel
 from megatron_sd.distributed.watchdog import Watchdog
 from megatron_sd.distributed.world import World, lone_world
 from megatron_sd.errors import ConfigError
@@ -31,14 +33,13 @@ from megatron_sd.observability.metrics import rollout_metrics
 from megatron_sd.observability.progress import Work
 from megatron_sd.observability.recorder import Recorder
 from megatron_sd.observability.timers import Timers
-from megatron_sd.records import Batch, RolloutGroup, TrainingSample
 from megatron_sd.retrieval.choice import open_retriever
 from megatron_sd.retrieval.retriever import Retriever
 from megatron_sd.rollout.bank import RolloutBank
 from megatron_sd.rollout.embedded.engine import TorchEngine
 from megatron_sd.rollout.embedded.weights import load_model
 from megatron_sd.rollout.rollouter import Rollouter
-from megatron_sd.rollout.sampling_order import InStep, OneAhead, SamplingOrder
+from megatron_sd.rollout.sampling_order import InStep, OneAhead, OwnShare, SamplingOrder
 from megatron_sd.rollout.vllm.colocated_engine import ColocatedEngine
 from megatron_sd.rollout.vllm.connect import connect_vllm
 from megatron_sd.rollout.vllm.servers_engine import VllmEngine
@@ -48,14 +49,11 @@ from megatron_sd.search.questions import QuestionStream, load_questions
 from megatron_sd.search.reward import score
 from megatron_sd.search.tokens import TextCodec, load_codec
 from megatron_sd.trainer import Schedule, Trainer
-from megatron_sd.training.parallel.sequence import sequence_group
-from megatron_sd.training.parallel.tensor import tensor_group
-from megatron_sd.training.policy import Policy, load_policy
+from megatron_sd.training.policy import Policy
 from megatron_sd.training.publisher import (
     GatherPublisher,
     InPlacePublisher,
     Publisher,
-    ShardPublisher,
     sharded_or_gathering,
 )
 from megatron_sd.training.safety.stability import Stability
@@ -151,8 +149,7 @@ def build_engine(
 
 def build_trainer(config: Config, world: World) -> Trainer:
     """The trainer of a run. Raises ConfigError or DataError before anything is trained."""
-    for group in (sequence_group, tensor_group):
-        group(config.update, world)  # raises at once when the ranks do not divide into groups
+    parallel = Parallel.of(config.update, world)
     run_dir = check_run_dir(config)
     parts = config.model, config.protocol, config.rollout, config.retriever
     shares = engine_reads_policy(config, world.size)
@@ -163,8 +160,8 @@ def build_trainer(config: Config, world: World) -> Trainer:
         seed=config.seed,
         shuffle=config.data.shuffle,
     )
-    policy = load_policy(config, world)
-    publisher = choose_publisher(policy, config, world, side.engine)
+    policy = build_policy(config, parallel)
+    publisher = choose_publisher(policy, config, side.engine)
     return Trainer(
         schedule=schedule_of(config),
         world=world,
@@ -181,9 +178,16 @@ def build_trainer(config: Config, world: World) -> Trainer:
             seed=config.seed,
             by_turn=config.distill.block in BY_TURN,
         ),
-        teacher_prompts=functools.partial(teacher_prompts, side.environment, config),
+        teacher_prompts=functools.partial(
+            teacher_prompts, prompt_ids=side.environment.prompt_ids, config=config.distill
+        ),
         to_samples=functools.partial(to_samples, scope=SCOPES[config.distill.scope]),
-        pack=functools.partial(own_batch, config, world),
+        pack=functools.partial(
+            own_batch,
+            config=config.update,
+            aggregation=config.policy_loss.aggregation,
+            place=parallel.batch,
+        ),
         alpha=AlphaController(config.distill),
         policy=policy,
         publisher=publisher,
@@ -246,57 +250,29 @@ def _sampling_order(
     mode = config.rollout.bank
     only_whole = mode == "whole" or (mode == "auto" and isinstance(side.engine, TorchEngine))
     bank = RolloutBank(Path(config.run_dir) / "bank", rank=world.rank, identity=digest, only_whole=only_whole)
-
-    def sample(step: int) -> list[RolloutGroup]:
-        mine = share(world, questions.batch(step))
-        if mode == "off":
-            return side.rollouter.run(mine, step=step)
-        with contextlib.closing(bank.open(step, side.engine.policy_version)) as banked:
-            return side.rollouter.run(mine, step=step, bank=banked)
-
+    sample = OwnShare(
+        world=world, questions=questions, rollouter=side.rollouter, bank=None if mode == "off" else bank
+    )
     if config.rollout.max_lag == 0:
         return InStep(sample)
     return OneAhead(sample, num_steps=config.num_steps, device=world.device)
 
 
-def choose_publisher(policy: Policy, config: Config, world: World, engine: Engine) -> Publisher:
+def choose_publisher(policy: Policy, config: Config, engine: Engine) -> Publisher[Any]:
     """Shards straight into vLLM's workers; whole parameters into the embedded engine, below ZeRO stage 3,
     or when asked for; none where the embedded engine reads the policy's own."""
-    if engine_reads_policy(config, world.size):
+    if engine_reads_policy(config, policy.world.size):
         return InPlacePublisher()
     own, stage = config.rollout.vllm, config.update.zero_stage
     if isinstance(engine, TorchEngine) or not own.publishes_shards or stage != 3:
         return GatherPublisher()
-    size = own.tensor_parallel_size
-    publisher = sharded_or_gathering(policy, config, world, tp_size=size, num_replicas=engine.num_replicas)
-    if isinstance(publisher, ShardPublisher):
-        engine.meeting_point = publisher.address
-    return publisher
-
-
-def teacher_prompts(
-    environment: Environment, config: Config, groups: Sequence[RolloutGroup], blocks: Blocks
-) -> TeacherPrompts:
-    """The teacher's prompts of every rollout; none where the block is empty or the gate is closed."""
-    encode = functools.lru_cache(maxsize=None)(environment.prompt_ids)
-    prompts = [
-        [tuple(encode(group.question.text, text) if text else None for text in texts) for texts in own]
-        for group, own in zip(groups, blocks, strict=True)
-    ]
-    return apply_gate(groups, prompts, GATES[config.distill.gate], config.distill.correct_above)
-
-
-def own_batch(config: Config, world: World, samples: Sequence[TrainingSample]) -> Batch:
-    """This rank's part of the step, which ranks that share microbatches have in common."""
-    sharers = config.update.ranks_per_batch
-    batches = pack(
-        samples,
-        max_tokens=config.update.max_microbatch_tokens,
-        world_size=world.size // sharers,
-        aggregation=config.policy_loss.aggregation,
-        one_row=config.update.pack_sequences,
+    return sharded_or_gathering(
+        policy,
+        config.publish,
+        dtype=config.model.dtype,
+        tp_size=own.tensor_parallel_size,
+        num_replicas=engine.num_replicas,
     )
-    return batches[world.rank // sharers]
 
 
 def _evaluation(config: Config, world: World, side: RolloutSide) -> Callable[[int], dict[str, float]] | None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sd.algorithm.advantage import ADVANTAGES
+from megatron_sd.algorithm.assemble import own_batch
 from megatron_sd.algorithm.blocks import BLOCKS
 from megatron_sd.algorithm.hindsight import RENDERERS, Blocks, HindsightBlocks
 from megatron_sd.algorithm.samples import SCOPES, TeacherPrompts, to_samples
@@ -23,13 +24,14 @@ from megatron_sd.build import (
     check_run_dir,
     choose_publisher,
     greedy_evaluation,
-    own_batch,
     recorder_of,
     schedule_of,
 )
+from megatron_sd.build_policy import build_policy
 from megatron_sd.config import Config
 from megatron_sd.config.checks import engine_reads_policy
 from megatron_sd.distributed.collectives import share
+from megatron_sd.distributed.parallel import Parallel
 from megatron_sd.distributed.world import World
 from megatron_sd.errors import DataError
 from megatron_sd.observability.progress import Work
@@ -41,9 +43,7 @@ from megatron_sd.search.questions import QuestionStream
 from megatron_sd.search.tokens import load_codec
 from megatron_sd.sft_config import SftConfig, evaluation_config
 from megatron_sd.trainer import Schedule, Trainer
-from megatron_sd.training.parallel.sequence import sequence_group
-from megatron_sd.training.parallel.tensor import tensor_group
-from megatron_sd.training.policy import Policy, load_policy
+from megatron_sd.training.policy import Policy
 from megatron_sd.training.publisher import NoPublisher, Publisher, SparePublisher
 from megatron_sd.training.safety.stability import Stability
 from megatron_sd.training.safety.starts import ATTEMPTS_NAME, Attempts
@@ -73,7 +73,7 @@ class Evaluation:
 class _Sampling:
     """The parts of a trainer that sample for its evaluation."""
 
-    publisher: Publisher
+    publisher: Publisher[Any]
     evaluation: Evaluation | None
 
 
@@ -81,8 +81,7 @@ def build_sft_trainer(config: Config, own: SftConfig, world: World) -> Trainer:
     """The trainer of own.episodes, and the engine of own.eval where it is set; config: of
     sft_config.training_config. Raises ConfigError, and DataError for episodes that are none, or whose ids
     another tokenizer made."""
-    for group in (sequence_group, tensor_group):
-        group(config.update, world)  # raises at once when the ranks do not divide into groups
+    parallel = Parallel.of(config.update, world)
     run_dir, directory = check_run_dir(config), Path(own.episodes)
     codec = load_codec(config.model.path, chat_template=False)
     record = read_record(directory / EPISODES_NAME, "sd-search select")
@@ -96,9 +95,9 @@ def build_sft_trainer(config: Config, own: SftConfig, world: World) -> Trainer:
         )
     stored = _stored(config, world)
     side = None if own.eval is None else _rollout_side(evaluation_config(own, config), world)
-    policy = load_policy(config, world)
+    policy = build_policy(config, parallel)
     sampling = _sampling(config, own, policy, side)
-    possible = (_validation(config, world, policy), sampling.evaluation)
+    possible = (_validation(config, parallel, policy), sampling.evaluation)
     evaluations = [evaluation for evaluation in possible if evaluation is not None]
     return Trainer(
         schedule=_schedule(config, evaluations),
@@ -116,7 +115,12 @@ def build_sft_trainer(config: Config, own: SftConfig, world: World) -> Trainer:
         ),
         teacher_prompts=_no_teacher,
         to_samples=functools.partial(to_samples, scope=SCOPES[config.distill.scope]),
-        pack=functools.partial(own_batch, config, world),
+        pack=functools.partial(
+            own_batch,
+            config=config.update,
+            aggregation=config.policy_loss.aggregation,
+            place=parallel.batch,
+        ),
         alpha=AlphaController(config.distill),
         policy=policy,
         publisher=sampling.publisher,
@@ -176,7 +180,7 @@ def _sampling(config: Config, own: SftConfig, policy: Policy, side: RolloutSide 
         num_steps=config.num_steps,
         measure=greedy_evaluation(evaluating, policy.world, side),
     )
-    publisher = choose_publisher(policy, evaluating, policy.world, side.engine)
+    publisher = choose_publisher(policy, evaluating, side.engine)
     return _Sampling(publisher=SparePublisher(publisher, evaluation.is_due), evaluation=evaluation)
 
 
@@ -199,7 +203,7 @@ def _no_teacher(groups: Groups, _blocks: Blocks) -> TeacherPrompts:
     return [[()] * len(group.rollouts) for group in groups]
 
 
-def _validation(config: Config, world: World, policy: Policy) -> Evaluation | None:
+def _validation(config: Config, parallel: Parallel, policy: Policy) -> Evaluation | None:
     """Nats a sampled token on the held-out episodes; None without any."""
     episodes = StoredGroups(Path(config.data.eval))
     held_out = [episodes[place] for place in range(min(len(episodes), config.data.max_eval_questions))]
@@ -211,8 +215,7 @@ def _validation(config: Config, world: World, policy: Policy) -> Evaluation | No
         _no_teacher(held_out, ()),
         scope=SCOPES[config.distill.scope],
     )
-    by_token = dataclasses.replace(config.policy_loss, aggregation="token")
-    batch = own_batch(dataclasses.replace(config, policy_loss=by_token), world, samples)
+    batch = own_batch(samples, config=config.update, aggregation="token", place=parallel.batch)
     return Evaluation(
         every=config.log.eval_every,
         num_steps=config.num_steps,

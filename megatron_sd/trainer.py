@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from megatron_sd.algorithm.advantage import Advantages
 from megatron_sd.algorithm.hindsight import Blocks, HindsightBlocks, shown
@@ -73,7 +74,7 @@ class Trainer:
     pack: Callable[[Sequence[TrainingSample]], Batch]
     alpha: AlphaController
     policy: Policy
-    publisher: Publisher
+    publisher: Publisher[Any]
     engine: WeightReceiver | None  # None where nobody samples
     checkpoints: Checkpoints
     recorder: Recorder

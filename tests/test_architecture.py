@@ -18,6 +18,7 @@ FLOORS = {
     "megatron_sd.train": 4,
     "megatron_sd.sft": 4,
     "megatron_sd.build": 4,
+    "megatron_sd.build_policy": 4,
     "megatron_sd.build_sft": 4,
     "megatron_sd.sft_config": 4,
     "megatron_sd.trainer": 3,
@@ -65,6 +66,11 @@ HOMES = {
     "os.getenv": ("megatron_sd/distributed/world.py", "launch/"),
     "trl": (),  # benchmarks only
 }
+# Who may take the whole configuration: who hands it out, and who is about it.
+TAKES_ALL = (
+    *("megatron_sd/config/", "megatron_sd/build", "megatron_sd/train.py", "megatron_sd/sft"),
+    "megatron_sd/training/state/",  # a checkpoint holds it; what a run's identity is, is said of its keys
+)
 MAX_LINES = 400
 MAX_FUNCTION = 60
 MAX_FILES = 12  # of a folder's own
@@ -260,6 +266,18 @@ def parameters_are_explicit(path: Path) -> None:
             handed_on = [ast.unparse(keyword.value) for keyword in keywords if keyword.arg is None]
             assert node.args.kwarg.arg not in handed_on, (
                 f"{place} hands **{node.args.kwarg.arg} on: name its parameters"
+            )
+
+
+@law([path for path in sources("megatron_sd") if not where(path).startswith(TAKES_ALL)])
+def a_room_takes_sections_of_the_configuration(path: Path) -> None:
+    for node in ast.walk(parse(path)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            arguments = (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)
+            whole = [a.arg for a in arguments if a.annotation and ast.unparse(a.annotation) == "Config"]
+            assert not whole, (
+                f"{where(path)}:{node.lineno}: {node.name} takes the whole Config as {whole[0]}: name the"
+                " sections it reads; build.py and its like hand them out"
             )
 
 

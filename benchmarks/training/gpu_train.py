@@ -136,11 +136,12 @@ def measure(
     from launch.planner.models import model_config
     from megatron_sd.algorithm.distill_loss import TermWeights
     from megatron_sd.algorithm.packing import pack
+    from megatron_sd.build_policy import build_policy
+    from megatron_sd.distributed.parallel import Parallel
     from megatron_sd.distributed.world import join_world
-    from megatron_sd.training.policy import load_policy
 
     world, config = join_world(), run_config(shape, model, tiny=tiny, options=options)
-    policy = load_policy(config, world)
+    policy = build_policy(config, Parallel.of(config.update, world))
     if not fused:
         unfused(policy)
     description = model_config(str(model))

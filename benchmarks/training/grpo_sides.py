@@ -62,13 +62,14 @@ class OurStep:
 
     def __init__(self, model: Path, work: Work):
         from megatron_sd.build import choose_publisher
+        from megatron_sd.build_policy import build_policy
         from megatron_sd.config.checks import engine_reads_policy
         from megatron_sd.config.load import load
+        from megatron_sd.distributed.parallel import Parallel
         from megatron_sd.distributed.world import join_world
         from megatron_sd.rollout.embedded.engine import TorchEngine
         from megatron_sd.rollout.embedded.weights import load_model
         from megatron_sd.search.tokens import load_codec
-        from megatron_sd.training.policy import load_policy
 
         settings = {
             "run_dir": model / "run",
@@ -90,8 +91,8 @@ class OurStep:
         weights = load_model(str(model), dtype=torch.float32, device=self.world.device, on_demand=shares)
         self.engine = TorchEngine(weights, self.codec, max_rows=work.num_rollouts)
         self.engine._is_eos[:] = False
-        self.policy = load_policy(self.config, self.world)
-        self.publisher = choose_publisher(self.policy, self.config, self.world, self.engine)
+        self.policy = build_policy(self.config, Parallel.of(self.config.update, self.world))
+        self.publisher = choose_publisher(self.policy, self.config, self.engine)
         self.publisher.publish(self.policy, self.engine, 0)
 
     def __call__(self) -> None:

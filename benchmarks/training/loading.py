@@ -32,7 +32,7 @@ def load_here(model_dir: str, kind: str) -> None:
     from megatron_sd.distributed.world import end_process, join_world, leave_world
     from megatron_sd.training.deepspeed_config import deepspeed_config
     from megatron_sd.training.placement import place
-    from megatron_sd.training.policy_module import load_for_training
+    from megatron_sd.training.start_policy import load_for_training
 
     world = join_world()
     own = {
@@ -49,7 +49,14 @@ def load_here(model_dir: str, kind: str) -> None:
     def load_and_shard() -> None:
         started = time.perf_counter()
         models.append(load_for_training(config.model, on_demand=kind == "shards"))
-        place(models[0], models[0], deepspeed_config(config, world.size), world.device)
+        place(
+            models[0],
+            models[0],
+            deepspeed_config(
+                config.update, config.optimizer, dtype=config.model.dtype, world_size=world.size
+            ),
+            world.device,
+        )
         found["seconds"] = time.perf_counter() - started
 
     found["gib"] = extra_mib(load_and_shard, anonymous_bytes, every_s=0.02) / 1024

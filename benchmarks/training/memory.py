@@ -61,9 +61,10 @@ def ours(model: Path) -> float:
     """One update through the policy, under DeepSpeed ZeRO-3."""
     from megatron_sd.algorithm.distill_loss import TermWeights
     from megatron_sd.algorithm.packing import pack
+    from megatron_sd.build_policy import build_policy
     from megatron_sd.config.load import load
+    from megatron_sd.distributed.parallel import Parallel
     from megatron_sd.distributed.world import join_world
-    from megatron_sd.training.policy import load_policy
 
     required = {
         "run_dir": model / "run",
@@ -72,9 +73,8 @@ def ours(model: Path) -> float:
         "retriever.corpus": "none",
     }
     chosen = {"model.dtype": "float32", "policy_loss.kl_weight": 0, "update.head_chunk_rows": 256}
-    policy = load_policy(
-        load([f"--{key}={value}" for key, value in (required | chosen).items()]), join_world()
-    )
+    config = load([f"--{key}={value}" for key, value in (required | chosen).items()])
+    policy = build_policy(config, Parallel.of(config.update, join_world()))
     (batch,) = pack(samples(), max_tokens=1 << 20, world_size=1, aggregation="token")
     before = peak_gib()
     for microbatch in batch:

@@ -13,6 +13,7 @@ over interleaved rounds, and bytes that cross from one process to another.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import json
 import os
@@ -89,7 +90,7 @@ class NoWorkers:
     def begin_update(self) -> None:
         """Nothing to forget."""
 
-    def start_receiving(self, policy_version: int) -> Future:
+    def start_receiving(self, address: str, policy_version: int) -> Future:
         """Nothing to wait for."""
         done: Future = Future()
         done.set_result(None)
@@ -104,10 +105,11 @@ class NoWorkers:
 
 def train(party: Party, model: Path, rounds: int) -> None:
     """Rank 0 prints the seconds of each round, the bytes that ours moves and those of the model."""
+    from megatron_sd.build_policy import build_policy
     from megatron_sd.config.load import load
+    from megatron_sd.distributed.parallel import Parallel
     from megatron_sd.distributed.world import join_world
     from megatron_sd.resharding.staging import SharedMemory
-    from megatron_sd.training.policy import load_policy
     from megatron_sd.training.publisher import ShardPublisher
 
     world = join_world()
@@ -118,10 +120,15 @@ def train(party: Party, model: Path, rounds: int) -> None:
         "retriever.corpus": "none",
     }
     settings = [f"--{key}={value}" for key, value in (required | {"policy_loss.kl_weight": 0}).items()]
-    policy = load_policy(load(settings), world)
+    config = load(settings)
+    policy = build_policy(config, Parallel.of(config.update, world))
     publishers = {
         wire: ShardPublisher(
-            policy, load([*settings, f"--publish.wire={wire}"]), world, tp_size=NUM_WORKERS, num_replicas=1
+            policy,
+            dataclasses.replace(config.publish, wire=wire),
+            dtype=config.model.dtype,
+            tp_size=NUM_WORKERS,
+            num_replicas=1,
         )
         for wire in WIRES
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -85,25 +86,45 @@ def awake(engine: InferenceEngine) -> Iterator[None]:
 
 
 class WeightReceiver(Protocol):
-    """The side of an engine that takes new weights, bucket by bucket."""
+    """What every engine does when it gets new weights; how they come in is one of the three below."""
 
     def begin_update(self) -> None:
-        """Forget every cache; no generation may be in flight."""
+        """Forget every cache; no generation may be in flight until the update ends."""
         ...
+
+    def finish_update(self, policy_version: int) -> None:
+        """The weights are in: completions from here on carry this version."""
+        ...
+
+
+class BucketReceiver(WeightReceiver, Protocol):
+    """An engine that takes full parameters, bucket by bucket."""
 
     def load_bucket(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Copy full parameters, by Hugging Face name."""
         ...
 
-    def finish_update(self, policy_version: int) -> None:
-        """All buckets are in; completions from here on carry this version."""
-        ...
 
-
-class WeightSharer(WeightReceiver, Protocol):
+class WeightSharer(BucketReceiver, Protocol):
     """An engine of this process that can also read weights where the trainer has them."""
 
     def share_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Read full parameters, by Hugging Face name, in the caller's memory, which changes between updates
         only."""
+        ...
+
+
+class ShardedEngine(WeightReceiver, Protocol):
+    """An engine whose workers hold a resharding ShardReceiver each. Every rank has a handle; the handles of
+    ranks that own no worker do nothing."""
+
+    def start_receiving(self, address: str, policy_version: int) -> Future[None]:
+        """Make every worker of this handle call ShardReceiver.receive(policy_version) at the meeting point
+        of this address, and return at once. The future ends when all have returned, and with the first
+        error of one as soon as it is known."""
+        ...
+
+    def cancel_update(self) -> None:
+        """The update failed: wait until no worker receives any more, and serve on with the version they
+        still hold."""
         ...

@@ -62,6 +62,11 @@ class Rollouter:
         self._world = world or lone_world()
         self._work = work
 
+    @property
+    def policy_version(self) -> int:
+        """Of the weights that the engine samples from."""
+        return self._engine.policy_version
+
     def run(
         self,
         questions: Sequence[Question],

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
-from megatron_sd.distributed.world import use_device
-from megatron_sd.records import RolloutGroup
+from megatron_sd.distributed.collectives import share
+from megatron_sd.distributed.world import World, use_device
+from megatron_sd.records import Question, RolloutGroup
+from megatron_sd.rollout.bank import RolloutBank
+from megatron_sd.rollout.rollouter import Rollouter
+from megatron_sd.search.questions import QuestionStream
 
 Sample = Callable[[int], list[RolloutGroup]]  # this rank's groups of a step
 
@@ -25,6 +31,25 @@ class SamplingOrder(Protocol):
         """Wait until the engine is idle, so that it can take new weights. What failed is raised by the next
         `take`."""
         ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnShare:
+    """Samples this rank's part of a step's questions. bank: where finished rollouts wait for a run that is
+    started again; None: nowhere."""
+
+    world: World
+    questions: QuestionStream[Question]
+    rollouter: Rollouter
+    bank: RolloutBank | None
+
+    def __call__(self, step: int) -> list[RolloutGroup]:
+        """The groups of a step. Raises RolloutError when they could not be sampled."""
+        mine = share(self.world, self.questions.batch(step))
+        if self.bank is None:
+            return self.rollouter.run(mine, step=step)
+        with contextlib.closing(self.bank.open(step, self.rollouter.policy_version)) as banked:
+            return self.rollouter.run(mine, step=step, bank=banked)
 
 
 class InStep:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_sd.config import Config, UpdateConfig
+from megatron_sd.config import OptimizerConfig, UpdateConfig
 from megatron_sd.training.parallel.tensor import autotp_settings
 
 PERSISTENT_PARAMETER_ELEMENTS = 100_000  # smaller parameters (norms, biases) stay gathered between steps
@@ -14,37 +14,39 @@ SUB_GROUP_ELEMENTS = 50_000_000
 PREFETCH_ELEMENTS = 50_000_000  # gathered ahead of their use
 
 
-def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
-    """What deepspeed.initialize gets for the trained policy.
+def deepspeed_config(
+    update: UpdateConfig, optimizer: OptimizerConfig, *, dtype: str, world_size: int
+) -> dict[str, Any]:
+    """What deepspeed.initialize gets for the trained policy. dtype: of its weights, as model.dtype.
 
     Accumulation is ours: any number of microbatches between two steps, losses already divided by global
     totals. Gradients accumulate in float32. DeepSpeed clips by the global norm and skips a step whose norm
     is not finite, at any stage but 0.
     """
     return {
-        **_common(config, world_size),
+        **_common(dtype, world_size),
         "managed_gradient_accumulation": False,
         # else: ClippedAdamW
-        "gradient_clipping": config.optimizer.max_grad_norm if config.update.zero_stage else 0.0,
+        "gradient_clipping": optimizer.max_grad_norm if update.zero_stage else 0.0,
         "data_types": {"grad_accum_dtype": "fp32"},
-        "zero_optimization": _zero(config.update.zero_stage) | _offload(config.update),
-        **autotp_settings(config.update.tensor_parallel_size),
+        "zero_optimization": _zero(update.zero_stage) | _offload(update),
+        **autotp_settings(update.tensor_parallel_size),
         # torch's AdamW steps in host memory, too: DeepSpeed's own needs a compiler
         "zero_force_ds_cpu_optimizer": False,
     }
 
 
-def reference_config(config: Config, world_size: int) -> dict[str, Any]:
+def reference_config(*, dtype: str, world_size: int) -> dict[str, Any]:
     """What deepspeed.initialize gets for a frozen policy without optimiser; ZeRO-3 is the only stage that
     shards one."""
-    return {**_common(config, world_size), "zero_optimization": _zero(3)}
+    return {**_common(dtype, world_size), "zero_optimization": _zero(3)}
 
 
-def teacher_config(config: Config, world_size: int) -> dict[str, Any]:
+def teacher_config(*, dtype: str, world_size: int) -> dict[str, Any]:
     """What deepspeed.initialize gets for a teacher with weights of its own; none is kept gathered, since an
     average moves."""
     return {
-        **_common(config, world_size),
+        **_common(dtype, world_size),
         "zero_optimization": _zero(3) | {"stage3_param_persistence_threshold": 0},
     }
 
@@ -60,12 +62,12 @@ def _offload(update: UpdateConfig) -> dict[str, Any]:
     return sections
 
 
-def _common(config: Config, world_size: int) -> dict[str, Any]:
+def _common(dtype: str, world_size: int) -> dict[str, Any]:
     return {
         "train_batch_size": world_size,
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
-        "bf16": {"enabled": config.model.dtype == "bfloat16"},
+        "bf16": {"enabled": dtype == "bfloat16"},
         "steps_per_print": None,
         "wall_clock_breakdown": False,
     }

@@ -46,9 +46,9 @@ def place(
     return module
 
 
-def reads_shards(settings: Mapping[str, Any]) -> bool:
-    """`place` takes a model without its weights: it shards them itself."""
-    return settings["zero_optimization"]["stage"] == 3 and "tensor_parallel" not in settings
+def reads_shards(update: UpdateConfig) -> bool:
+    """`place` takes a policy without its weights: it shards them itself."""
+    return update.zero_stage == 3 and update.tensor_parallel_size == 1
 
 
 class _ShardsFromFiles(deepspeed.zero.Init):

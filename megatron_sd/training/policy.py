@@ -3,11 +3,10 @@ step()."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -17,35 +16,25 @@ from deepspeed.utils import safe_get_local_grad
 from torch import Tensor, nn
 
 from megatron_sd.algorithm.distill_loss import TermWeights
-from megatron_sd.algorithm.learning_rate import learning_rate
-from megatron_sd.algorithm.packing import distilled_part, row_share
-from megatron_sd.config import Config, OptimizerConfig
+from megatron_sd.config import OptimizerConfig
 from megatron_sd.distributed.collectives import sum_floats
-from megatron_sd.distributed.world import World
+from megatron_sd.distributed.parallel import Parallel
 from megatron_sd.durable.directories import Seals
 from megatron_sd.errors import ConfigError, GradientSpikeError, NonFiniteError
 from megatron_sd.machine import give_back_memory
-from megatron_sd.ops.head.types import HeadOptions
-from megatron_sd.ops.jsd import check_options
 from megatron_sd.records import Batch, Microbatch, Totals, UpdateResult
 from megatron_sd.training.clipped_adamw import ClippedAdamW
 from megatron_sd.training.deepspeed_config import deepspeed_config
-from megatron_sd.training.lora import is_adapter, with_adapters
-from megatron_sd.training.parallel.sequence import sequence_group, split_sequences
-from megatron_sd.training.parallel.tensor import check_model, counts_here, head_shard, mark_cuts, tensor_group
-from megatron_sd.training.placement import (
-    check_disk_offload,
-    place,
-    reads_shards,
-    share_masters,
-    zero3_linear,
-)
-from megatron_sd.training.policy_module import DeviceMicrobatch, PolicyModule, load_for_training
+from megatron_sd.training.lora import is_adapter
+from megatron_sd.training.microbatch import on_this_rank
+from megatron_sd.training.parallel.tensor import counts_here, mark_cuts
+from megatron_sd.training.placement import place, share_masters, zero3_linear
+from megatron_sd.training.policy_module import PolicyModule
 from megatron_sd.training.safety.norm_limit import GATE
-from megatron_sd.training.state.identity import check_same_model
+from megatron_sd.training.start_policy import StartPolicy
 from megatron_sd.training.state.optimizer_state import TrainedState
 from megatron_sd.training.teacher_side.reference import ReferencePolicy
-from megatron_sd.training.teacher_side.teacher import TEACHERS, Teacher
+from megatron_sd.training.teacher_side.teacher import Teacher
 from megatron_sd.training.update_metrics import SUM_NAMES, to_metrics
 
 # DeepSpeed 0.19 calls collectives that torch 2.13 renamed, on every microbatch.
@@ -62,22 +51,20 @@ class Policy:
     def __init__(
         self,
         engine: deepspeed.DeepSpeedEngine,
-        config: Config,
-        world: World,
+        parallel: Parallel,
         *,
+        zero_stage: int,
+        learning_rate_of: Callable[[int], float],
         reference: ReferencePolicy | None,
         teacher: Teacher,
     ):
+        """learning_rate_of: the optimiser steps taken so far -> the learning rate of the next one."""
         self.engine = engine
-        self.world = world
+        self.world = parallel.world
         self.version = 0  # optimiser steps taken
-        self._optimizer_config: OptimizerConfig = config.optimizer
-        self._num_steps = config.num_steps
-        self._zero_stage = config.update.zero_stage
-        self._sharers = sequence_group(config.update, world)
-        self._parts = tensor_group(config.update, world)
-        # among those that ZeRO shards over
-        self._place = world.rank // self._parts.size, world.size // self._parts.size
+        self._parallel = parallel
+        self._zero_stage = zero_stage
+        self._learning_rate_of = learning_rate_of
         self._reference = reference
         self._teacher = teacher
         self._forget_sums()
@@ -99,31 +86,28 @@ class Policy:
 
         An empty microbatch must be accumulated too: the forward and backward of all ranks run in step.
         """
-        if weights.policy == 0.0:
-            microbatch = distilled_part(microbatch, weights)
-        microbatch = row_share(microbatch, self._sharers.rank, self._sharers.size)
-        on_device = DeviceMicrobatch.of(microbatch, self.world.device)
+        own = on_this_rank(microbatch, weights, self._parallel)
         reference_logprobs = None
         if self._reference is not None and weights.policy != 0.0:
-            reference_logprobs = self._reference.logprobs(on_device)
-        reads = on_device.has_teacher and weights.distils
+            reference_logprobs = self._reference.logprobs(own)
+        reads = own.has_teacher and weights.distils
         with (
-            self._teacher.rows(on_device) if reads else nullcontext() as teacher,
+            self._teacher.rows(own) if reads else nullcontext() as teacher,
             self._linear(),
             self.world.pulse.waiting(),
         ):
             loss, sums = self.engine(
-                microbatch=on_device,
+                microbatch=own,
                 totals=totals,
                 weights=weights,
                 reference_logprobs=reference_logprobs,
                 teacher=teacher,
             )
             # DeepSpeed averages gradients over ranks; ours are shares of one global sum.
-            self.engine.backward(loss * self._place[1], scale_wrt_gas=False)
+            self.engine.backward(loss * self._parallel.zero.size, scale_wrt_gas=False)
         self._loss = self._loss + loss.detach()
         # ranks with parts of the same layers have the same sums
-        self._sums = self._sums + sums / self._parts.size
+        self._sums = self._sums + sums / self._parallel.tensor.size
 
     @torch.no_grad()
     def loss_of(self, batch: Batch) -> float:
@@ -131,14 +115,12 @@ class Policy:
         total = torch.zeros((), device=self.world.device)
         weights = TermWeights(policy=1.0, distill_spread=0.0, distill_no_spread=0.0)
         for microbatch in batch:
-            own = DeviceMicrobatch.of(
-                row_share(microbatch, self._sharers.rank, self._sharers.size), self.world.device
-            )
+            own = on_this_rank(microbatch, weights, self._parallel)
             with self._linear(), self.world.pulse.waiting():
                 _, sums = self.engine(
                     microbatch=own, totals=batch.totals, weights=weights, reference_logprobs=None
                 )
-            total += sums[SUM_NAMES.index("policy_loss")] / self._parts.size
+            total += sums[SUM_NAMES.index("policy_loss")] / self._parallel.tensor.size
         self.engine.empty_partition_cache()  # ZeRO-3 gathers ahead for a backward that does not come
         return sum_floats(self.world, [total.item()])[0]
 
@@ -170,7 +152,7 @@ class Policy:
 
     def learning_rate(self) -> float:
         """Of the next step: a function of the steps taken, so that a resumed run goes on with it."""
-        return learning_rate(self.version, self._num_steps, self._optimizer_config)
+        return self._learning_rate_of(self.version)
 
     def local_gradients(self) -> list[Tensor]:
         """What has been accumulated since the last step: this rank's partition of every parameter's
@@ -184,12 +166,14 @@ class Policy:
             )
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         return [
-            safe_get_local_grad(parameter) for parameter in trained if counts_here(parameter, self._parts)
+            safe_get_local_grad(parameter)
+            for parameter in trained
+            if counts_here(parameter, self._parallel.tensor)
         ]
 
     def trained_state(self) -> TrainedState:
         """What a checkpoint holds of this rank: float32 weights and moments."""
-        return TrainedState(self.engine.optimizer, self.model.named_parameters(), *self._place)
+        return TrainedState(self.engine.optimizer, self.model.named_parameters(), *self._parallel.zero)
 
     def write_state(self, directory: Path) -> Seals:
         """This rank's files of a checkpoint, by name in the directory. Raises OSError naming one."""
@@ -202,8 +186,8 @@ class Policy:
     def read_state(self, directory: Path) -> None:
         """What write_state left on all ranks, of any number of groups of tensor-parallel ranks; then call
         `spread`. Raises CheckpointError."""
-        paths = sorted(directory.glob("rank_*.safetensors"))
-        self.trained_state().read(paths[self._parts.rank :: self._parts.size])
+        parts, paths = self._parallel.tensor, sorted(directory.glob("rank_*.safetensors"))
+        self.trained_state().read(paths[parts.rank :: parts.size])
         self._teacher.load(directory, self.world)
 
     def forget_accumulated(self) -> None:
@@ -259,68 +243,28 @@ class Policy:
         self._sums = torch.zeros(len(SUM_NAMES), device=self.world.device)
 
 
-def load_policy(config: Config, world: World) -> Policy:
-    """The policy of config.model.path under DeepSpeed, and beside it the frozen start policy when
-    policy_loss.kl_weight asks for one. Collective. Raises ConfigError or DataError."""
-    options = head_options(config)
-    if config.update.zero_stage == 0 and config.model.dtype != "float32":
-        raise ConfigError(
-            "update.zero_stage 0 keeps no float32 master weights: expected model.dtype float32, or a stage 1"
-            " to 3"
-        )
-    check_disk_offload(config.update)
-    check_same_model(config.model.path, world)
-    reference = ReferencePolicy.load(config, world, options) if config.policy_loss.kl_weight > 0.0 else None
-    teacher = TEACHERS[config.distill.teacher if config.distill.block != "none" else "live"](config, world)
-    settings = deepspeed_config(config, world.size)
-    model = split_sequences(
-        load_for_training(config.model, on_demand=reads_shards(settings)), config.update, world
+def under_deepspeed(
+    module: PolicyModule, start: StartPolicy, optimizer: OptimizerConfig
+) -> deepspeed.DeepSpeedEngine:
+    """The module's DeepSpeed engine: its parameters and their optimiser on the devices, sharded as
+    start.update asks. Collective."""
+    parallel = start.parallel
+    settings = deepspeed_config(
+        start.update, optimizer, dtype=start.model.dtype, world_size=parallel.world.size
     )
-    model = with_adapters(model, config.model.lora, seed=config.seed)
-    parts = tensor_group(config.update, world)
-    check_model(model, config.update)
-    options = dataclasses.replace(
-        options, shard=head_shard(parts, model.get_output_embeddings().weight.shape[0])
-    )
-    module = PolicyModule(model, options, config.policy_loss)
-    module = place(module, module.model, settings, world.device)
-    engine, *_ = deepspeed.initialize(model=module, optimizer=_optimizer(module, config), config=settings)
+    module = place(module, module.model, settings, parallel.world.device)
+    steps = _optimizer(module, optimizer, start.update.zero_stage)
+    engine, *_ = deepspeed.initialize(model=module, optimizer=steps, config=settings)
     share_masters(engine.optimizer)
-    mark_cuts(engine, module.model, parts)
+    mark_cuts(engine, module.model, parallel.tensor)
     give_back_memory()  # the weights were in host memory whole
-    return Policy(engine, config, world, reference=reference, teacher=teacher)
+    return engine
 
 
-def _optimizer(module: nn.Module, config: Config) -> torch.optim.Optimizer:
-    settings = config.optimizer
+def _optimizer(module: nn.Module, config: OptimizerConfig, zero_stage: int) -> torch.optim.Optimizer:
     parameters = [p for p in module.parameters() if p.requires_grad]
-    options = {"lr": settings.learning_rate, "betas": settings.betas, "weight_decay": settings.weight_decay}
-    if config.update.zero_stage == 0:
-        return ClippedAdamW(parameters, max_grad_norm=settings.max_grad_norm, **options)
+    options = {"lr": config.learning_rate, "betas": config.betas, "weight_decay": config.weight_decay}
+    if zero_stage == 0:
+        return ClippedAdamW(parameters, max_grad_norm=config.max_grad_norm, **options)
     # without temporaries as large as what it steps over
     return torch.optim.AdamW(parameters, fused=True, **options)
-
-
-def head_options(config: Config) -> HeadOptions:
-    """The head's part of the configuration, checked. Rollouts sampled greedily (temperature 0) are scored
-    at temperature 1."""
-    distill = config.distill
-    check_options(
-        divergence=distill.divergence,
-        beta=distill.beta,
-        temperature=distill.temperature,
-        top_k=distill.top_k,
-        tail_bucket=distill.tail_bucket,
-        impl="auto",
-    )
-    return HeadOptions(
-        sampling_temperature=config.rollout.temperature or 1.0,
-        divergence=distill.divergence,
-        beta=distill.beta,
-        temperature=distill.temperature,
-        top_k=distill.top_k,
-        tail_bucket=distill.tail_bucket,
-        teacher_logits=distill.teacher_logits,
-        chunk_rows=config.update.head_chunk_rows,
-        target=config.distill.target,
-    )

@@ -11,89 +11,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from megatron_sd.algorithm.distill_loss import TermWeights, query_row_weights
-from megatron_sd.algorithm.packed import student_row, teacher_row
 from megatron_sd.algorithm.policy_loss import POLICY_LOSSES, PolicyRows
-from megatron_sd.config import ModelConfig, PolicyLossConfig
+from megatron_sd.config import PolicyLossConfig
 from megatron_sd.ops.head.one_pass import linear_jsd
 from megatron_sd.ops.head.types import HeadOptions, HeadRows, RowLoss, RowValues
 from megatron_sd.ops.head.vocab_parallel import own_rows, replicated
-from megatron_sd.pretrained.loading import check_head, load_causal_lm, load_config
-from megatron_sd.records import Microbatch, Totals
-from megatron_sd.training import varlen_attention  # noqa: F401, registers model.attention varlen
+from megatron_sd.records import Totals
+from megatron_sd.training.microbatch import DeviceMicrobatch, Runs
 from megatron_sd.training.update_metrics import distill_sums, policy_sums
-
-
-class Runs(NamedTuple):
-    """Where sequences lie that follow one another in a row: PackedRow's positions, starts and longest."""
-
-    positions: Tensor
-    starts: Tensor
-    longest: int
-
-    def options(self) -> dict[str, Tensor | int]:
-        """What the backbone is told, in transformers' words; flash attention takes the last four, other
-        kinds the positions."""
-        lengths = {"cu_seq_lens_q": self.starts, "cu_seq_lens_k": self.starts}
-        return {
-            "position_ids": self.positions,
-            **lengths,
-            "max_length_q": self.longest,
-            "max_length_k": self.longest,
-        }
-
-
-@dataclass(frozen=True, kw_only=True)
-class DeviceMicrobatch:
-    """The arrays of a records.Microbatch as tensors on the device (shapes there)."""
-
-    input_ids: Tensor
-    row_index: Tensor
-    rollout_logprobs: Tensor
-    advantages: Tensor
-    row_weights: Tensor
-    teacher_prompts: Tensor
-    teacher_prompt_lengths: Tensor
-    teacher_prompt_of: Tensor
-    teacher_ids: Tensor
-    teacher_rows: Tensor
-    query_rows: Tensor
-    query_weights: Tensor
-    query_in_spread: Tensor
-    head_rows: HeadRows
-    has_teacher: bool
-    runs: Runs | None = None
-    teacher_runs: Runs | None = None
-
-    @classmethod
-    def of(cls, microbatch: Microbatch, device: torch.device) -> DeviceMicrobatch:
-        """Copy to the device. A packed microbatch becomes one row [1, T] of student and of teacher, with
-        the rows in it."""
-
-        def on_device(array: np.ndarray) -> Tensor:
-            return torch.from_numpy(array).to(device, non_blocking=True)
-
-        apart = ("head_rows", "has_teacher", "runs", "teacher_runs")
-        tensors = {
-            name: on_device(getattr(microbatch, name))
-            for name in cls.__dataclass_fields__
-            if name not in apart
-        }
-        head_rows = HeadRows(on_device(microbatch.targets), tensors["query_rows"], microbatch.query_rows)
-        if microbatch.is_packed:
-            row = student_row(microbatch)
-            tensors |= {"input_ids": on_device(row.ids), "row_index": on_device(row.rows)}
-            tensors["runs"] = Runs(on_device(row.positions), on_device(row.starts), row.longest)
-        if microbatch.is_packed and microbatch.has_teacher:
-            row = teacher_row(microbatch)
-            tensors |= {"teacher_ids": on_device(row.ids), "teacher_rows": on_device(row.rows)}
-            tensors["teacher_runs"] = Runs(on_device(row.positions), on_device(row.starts), row.longest)
-        return cls(head_rows=head_rows, has_teacher=microbatch.has_teacher, **tensors)
 
 
 class TeacherRows(NamedTuple):
@@ -281,19 +211,3 @@ def teacher_hidden_rows(model: PreTrainedModel, microbatch: DeviceMicrobatch) ->
     ).last_hidden_state
     backbone.train(was_training)
     return states.flatten(0, 1).index_select(0, m.teacher_rows)
-
-
-def load_for_training(config: ModelConfig, *, on_demand: bool = False) -> PreTrainedModel:
-    """The model of a local directory, ready for training: dropout off, no cache. on_demand: without its
-    weights where possible, which placement.place then reads. Raises DataError when it cannot be used,
-    ConfigError when its attention cannot."""
-    model_config = load_config(config.path)
-    check_head(model_config, config.path)
-    for name in vars(model_config):
-        if "dropout" in name or name.endswith("_pdrop"):
-            setattr(model_config, name, 0.0)
-    options = {"attention": config.attention, "config": model_config, "on_demand": on_demand}
-    model = load_causal_lm(config.path, dtype=getattr(torch, config.dtype), **options).train()
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return model

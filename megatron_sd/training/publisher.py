@@ -6,15 +6,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 import deepspeed
 import torch
 from torch import Tensor, nn
 
-from megatron_sd.config import Config
+from megatron_sd.config import PublishConfig
 from megatron_sd.distributed.collectives import broadcast_object, gather_objects, together
-from megatron_sd.distributed.world import World, first_node_address
+from megatron_sd.distributed.world import first_node_address
 from megatron_sd.errors import ReshardError, RolloutError
 from megatron_sd.resharding.layout import check_parameters
 from megatron_sd.resharding.names import UnknownArchitectureError, whole_parameters, worker_layouts
@@ -22,7 +22,7 @@ from megatron_sd.resharding.plan import make_plan
 from megatron_sd.resharding.sender import ShardSender
 from megatron_sd.resharding.staging import host_id
 from megatron_sd.resharding.transport import MeetingPoint, publish_host
-from megatron_sd.rollout.engine import WeightReceiver, WeightSharer
+from megatron_sd.rollout.engine import BucketReceiver, ShardedEngine, WeightSharer
 from megatron_sd.training.lora import FullAdapter, adapter_of, merged, with_their_adapters
 from megatron_sd.training.parallel.local_shards import LocalShards, full_numel, shard_layout, whole_shard
 from megatron_sd.training.parallel.tensor import joined
@@ -35,10 +35,13 @@ BUCKET_BYTES = 256 << 20
 NamedParameters = list[tuple[str, nn.Parameter]]
 
 
-class Publisher(Protocol):
-    """Makes an engine sample from the policy's current weights."""
+Receiver_contra = TypeVar("Receiver_contra", contravariant=True)
 
-    def publish(self, policy: Policy, receiver: WeightReceiver, policy_version: int) -> None:
+
+class Publisher(Protocol[Receiver_contra]):
+    """Makes an engine, of the kind that it can serve, sample from the policy's current weights."""
+
+    def publish(self, policy: Policy, receiver: Receiver_contra, policy_version: int) -> None:
         """Collective: every rank calls it, with no generation in flight."""
         ...
 
@@ -46,7 +49,7 @@ class Publisher(Protocol):
 class NoPublisher:
     """Nobody samples: the weights stay where they are."""
 
-    def publish(self, policy: Policy, receiver: WeightReceiver | None, policy_version: int) -> None:
+    def publish(self, policy: Policy, receiver: object, policy_version: int) -> None:
         """Nothing."""
 
 
@@ -56,11 +59,11 @@ class SparePublisher:
     is_due: by policy version, equal on all ranks.
     """
 
-    def __init__(self, publisher: Publisher, is_due: Callable[[int], bool]):
+    def __init__(self, publisher: Publisher[Any], is_due: Callable[[int], bool]):
         self._publisher = publisher
         self._is_due = is_due
 
-    def publish(self, policy: Policy, receiver: WeightReceiver, policy_version: int) -> None:
+    def publish(self, policy: Policy, receiver: Any, policy_version: int) -> None:
         """Collective, as the publisher's own; raises what it raises."""
         if self._is_due(policy_version):
             self._publisher.publish(policy, receiver, policy_version)
@@ -73,7 +76,7 @@ class GatherPublisher:
     parameter, if larger).
     """
 
-    def publish(self, policy: Policy, receiver: WeightReceiver, policy_version: int) -> None:
+    def publish(self, policy: Policy, receiver: BucketReceiver, policy_version: int) -> None:
         """Names are Hugging Face names; a tied weight is sent once. No rank returns before every rank's
         engine has the version, and an engine's RolloutError is raised on every rank, after the last
         gather."""
@@ -119,41 +122,19 @@ class _Stages:
             raise self._failure
 
 
-class ShardedEngine(Protocol):
-    """What publishing shards needs of an engine whose workers hold a resharding ShardReceiver each. Every
-    rank has a handle; the handles of ranks that own no worker do nothing."""
-
-    def begin_update(self) -> None:
-        """Forget every cache; no generation may be in flight until the update ends."""
-        ...
-
-    def start_receiving(self, policy_version: int) -> Future:
-        """Make every worker of this handle call ShardReceiver.receive(policy_version), and return at once.
-        The future ends when all have returned, and with the first error of one as soon as it is known."""
-        ...
-
-    def finish_update(self, policy_version: int) -> None:
-        """The workers hold this version: completions from here on carry it."""
-        ...
-
-    def cancel_update(self) -> None:
-        """The update failed: wait until no worker receives any more, and serve on with the version they
-        still hold."""
-        ...
-
-
 class ShardPublisher:
     """Sends each tensor-parallel worker the elements of its shard, from the ranks that own them; nothing is
     gathered.
 
-    address: of the meeting point, for the workers' ShardReceiver. num_bytes: that this rank sent in the
-    last publish. Raises UnknownArchitectureError, ConfigError when the model cannot be cut for tp_size
-    workers, and ReshardError when policy and model directory differ.
+    dtype: of the policy's parameters, as model.dtype. address: of the meeting point, for the workers'
+    ShardReceiver. num_bytes: that this rank sent in the last publish. Raises UnknownArchitectureError,
+    ConfigError when the model cannot be cut for tp_size workers, and ReshardError when policy and model
+    directory differ.
     """
 
-    def __init__(self, policy: Policy, config: Config, world: World, *, tp_size: int, num_replicas: int):
-        self._master = config.publish.source == "master"
-        dtype = "float32" if self._master else config.model.dtype
+    def __init__(self, policy: Policy, config: PublishConfig, *, dtype: str, tp_size: int, num_replicas: int):
+        self._master, world = config.source == "master", policy.world
+        dtype = "float32" if self._master else dtype
         model = policy.model.config.to_dict()
         source = shard_layout(policy.named_parameters(), world_size=world.size, dtype=dtype)
         workers = worker_layouts(model, tp_size=tp_size, dtype=dtype)
@@ -161,16 +142,16 @@ class ShardPublisher:
         self.plan = make_plan(source, workers, num_replicas=num_replicas)
         self.num_bytes = 0
         self._rank = world.rank
-        timeout_s = config.publish.timeout_s
+        timeout_s = config.timeout_s
         host = publish_host(
-            config.publish.host, gather_objects(world, host_id()), launcher_address=first_node_address()
+            config.host, gather_objects(world, host_id()), launcher_address=first_node_address()
         )
         meeting = MeetingPoint.host(host, timeout_s=timeout_s) if world.is_first else None
         self.address = broadcast_object(world, meeting and meeting.address)
         meeting = meeting or MeetingPoint.join(self.address, timeout_s=timeout_s)
         self._timeout_s = timeout_s
-        self._attempts = config.publish.attempts
-        self._sender = ShardSender(meeting, self.plan, config.publish, rank=world.rank, device=world.device)
+        self._attempts = config.attempts
+        self._sender = ShardSender(meeting, self.plan, config, rank=world.rank, device=world.device)
 
     def publish(self, policy: Policy, receiver: ShardedEngine, policy_version: int) -> None:
         """Raises ReshardError on every rank when a worker failed in every attempt: all still hold what they
@@ -194,7 +175,7 @@ class ShardPublisher:
             adapters=adapters,
         )
         receiver.begin_update()
-        receiving = receiver.start_receiving(policy_version)
+        receiving = receiver.start_receiving(self.address, policy_version)
         receiving.add_done_callback(self._notice_failure)
         try:
             self.num_bytes = self._sender.send(shards, policy_version)
@@ -215,11 +196,11 @@ class ShardPublisher:
 
 
 def sharded_or_gathering(
-    policy: Policy, config: Config, world: World, *, tp_size: int, num_replicas: int
-) -> Publisher:
+    policy: Policy, config: PublishConfig, *, dtype: str, tp_size: int, num_replicas: int
+) -> Publisher[Any]:
     """A ShardPublisher, or for a model family without a shard layout, with a warning, a GatherPublisher."""
     try:
-        return ShardPublisher(policy, config, world, tp_size=tp_size, num_replicas=num_replicas)
+        return ShardPublisher(policy, config, dtype=dtype, tp_size=tp_size, num_replicas=num_replicas)
     except UnknownArchitectureError as error:
         log.warning("%s", error)
         return GatherPublisher()

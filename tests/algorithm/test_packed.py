@@ -19,12 +19,9 @@ from megatron_sd.config.load import load
 from megatron_sd.distributed.world import join_world
 from megatron_sd.errors import ConfigError
 from megatron_sd.training import varlen_attention
-from megatron_sd.training.policy_module import (
-    DeviceMicrobatch,
-    hidden_rows,
-    load_for_training,
-    teacher_hidden_rows,
-)
+from megatron_sd.training.microbatch import DeviceMicrobatch
+from megatron_sd.training.policy_module import hidden_rows, teacher_hidden_rows
+from megatron_sd.training.start_policy import load_for_training
 from tests.launched import assert_same_figures, outcomes_on
 from tests.rank_programs.update_steps import Order, take_steps
 from tests.training.fakes import make_config, make_samples, write_model

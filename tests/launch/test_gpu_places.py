@@ -77,7 +77,7 @@ def test_the_thread_that_serves_colocated_uses_its_ranks_gpu(monkeypatch):
     engine.wake()
     engine.sleep()
     assert used[1:] == [(GPU, "vllm")]
-    engine.start_receiving(1).result()
+    engine.start_receiving("", 1).result()
     assert used[2:] == [(GPU, "shards_0"), ("update_weights", "shards_0")]
 
 

@@ -18,7 +18,7 @@ from megatron_sd.pretrained.loading import load_causal_lm
 from megatron_sd.pretrained.on_demand import stored_in
 from megatron_sd.training.deepspeed_config import deepspeed_config
 from megatron_sd.training.placement import place
-from megatron_sd.training.policy_module import load_for_training
+from megatron_sd.training.start_policy import load_for_training
 
 START_POLICY = Path(str(files("data_prep"))) / "coldstart_model"
 LAYER = "model.layers.2.mlp.down_proj.weight"
@@ -38,7 +38,7 @@ def settings_for(directory, **options):
         **options,
     }
     config = load([f"--{name}={value}" for name, value in own.items()])
-    return config, deepspeed_config(config, 1)
+    return config, deepspeed_config(config.update, config.optimizer, dtype=config.model.dtype, world_size=1)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

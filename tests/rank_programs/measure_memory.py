@@ -17,10 +17,11 @@ import numpy as np
 
 from megatron_sd.algorithm.distill_loss import TermWeights
 from megatron_sd.algorithm.packing import pack
+from megatron_sd.build_policy import build_policy
 from megatron_sd.config.load import load
+from megatron_sd.distributed.parallel import Parallel
 from megatron_sd.distributed.world import end_process, join_world
 from megatron_sd.records import TrainingSample
-from megatron_sd.training.policy import load_policy
 
 BLOCK_TOKENS = 64
 
@@ -64,7 +65,7 @@ def main(argv: list[str]) -> None:
     vocabulary = json.loads((Path(model) / "config.json").read_text())["vocab_size"]
     gc.collect()
     before = resident_bytes("VmRSS")
-    policy = load_policy(config, world)
+    policy = build_policy(config, Parallel.of(config.update, world))
     found = {}
     for _ in range(2):  # the first step allocates AdamW's moments
         batches = pack(

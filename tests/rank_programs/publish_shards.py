@@ -21,10 +21,10 @@ from megatron_sd.distributed.world import World, end_process, join_world, leave_
 from megatron_sd.errors import ReshardError
 from megatron_sd.resharding.layout import WorkerId
 from megatron_sd.resharding.staging import num_staged
-from megatron_sd.training.policy import Policy, load_policy
+from megatron_sd.training.policy import Policy
 from megatron_sd.training.publisher import ShardPublisher, gathered_buckets
 from tests.resharding.fakes import WorkerGroup, peak_bytes
-from tests.training.fakes import make_config, make_samples
+from tests.training.fakes import make_config, make_policy, make_samples
 from tests.training.tensor_parallel_oracle import worker_tensors
 
 
@@ -51,9 +51,13 @@ def make_publisher(scene: Scene, world: World) -> tuple[Policy, ShardPublisher]:
     config = dataclasses.replace(
         config, publish=dataclasses.replace(config.publish, **({"attempts": 1} | scene.publish))
     )
-    policy = load_policy(config, world)
+    policy = make_policy(config, world)
     return policy, ShardPublisher(
-        policy, config, world, tp_size=scene.tp_size, num_replicas=scene.num_replicas
+        policy,
+        config.publish,
+        dtype=config.model.dtype,
+        tp_size=scene.tp_size,
+        num_replicas=scene.num_replicas,
     )
 
 

@@ -20,11 +20,10 @@ from megatron_sd.errors import RolloutError
 from megatron_sd.rollout.engine import awake
 from megatron_sd.rollout.vllm.connect import connect_vllm
 from megatron_sd.search.tokens import load_codec
-from megatron_sd.training.policy import load_policy
 from megatron_sd.training.publisher import ShardPublisher
 from tests.rank_programs.publish_shards import take_step
 from tests.rank_programs.publish_to_vllm import whole_model
-from tests.training.fakes import make_config
+from tests.training.fakes import make_config, make_policy
 from tests.vllm.servers import BLOCK, ask, gap, limits, prompt, serve
 
 
@@ -37,8 +36,8 @@ def main(output: str, model: str, tp_size: str, publish: str) -> None:
     engine = connect_vllm(
         config.model, rollout, load_codec(model, chat_template=False), world, log_dir=Path(model)
     )
-    policy = load_policy(config, world)
-    publisher = choose_publisher(policy, config, world, engine)
+    policy = make_policy(config, world)
+    publisher = choose_publisher(policy, config, engine)
     found = {
         "rank": world.rank,
         "sharded": isinstance(publisher, ShardPublisher),
@@ -103,11 +102,9 @@ def refusals(engine) -> list[str]:
 
 def failed_update(engine) -> str:
     """An update whose trainer cannot be found; the engine samples on from what it had."""
-    place, engine.meeting_point = engine.meeting_point, "127.0.0.1:1"
     engine.begin_update()
-    error = engine.start_receiving(10).exception()
+    error = engine.start_receiving("127.0.0.1:1", 10).exception()
     engine.cancel_update()
-    engine.meeting_point = place
     return type(error).__name__
 
 

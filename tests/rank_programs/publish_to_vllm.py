@@ -20,10 +20,10 @@ from megatron_sd.distributed.collectives import gather_objects
 from megatron_sd.distributed.world import World, end_process, join_world, leave_world
 from megatron_sd.rollout.vllm.connect import connect_vllm
 from megatron_sd.search.tokens import load_codec
-from megatron_sd.training.policy import Policy, load_policy
+from megatron_sd.training.policy import Policy
 from megatron_sd.training.publisher import BUCKET_BYTES, ShardPublisher, gathered_buckets
 from tests.rank_programs.publish_shards import take_step
-from tests.training.fakes import make_config
+from tests.training.fakes import make_config, make_policy
 from tests.vllm.servers import BLOCK, ask, gap, limits, prompt, serve
 
 
@@ -34,8 +34,8 @@ def play(world: World, model: str, url: str, tp_size: int, publish: str) -> dict
     engine = connect_vllm(
         config.model, rollout, load_codec(model, chat_template=False), world, log_dir=Path(model)
     )
-    policy = load_policy(config, world)
-    publisher = choose_publisher(policy, config, world, engine)
+    policy = make_policy(config, world)
+    publisher = choose_publisher(policy, config, engine)
     requests = [ask(f"r{n}", prompt(n, world.rank), seed=n) for n in (5, BLOCK, 3 * BLOCK + 2)]
     found = {"sharded": isinstance(publisher, ShardPublisher), "fresh": [], "stale": [], "versions": []}
     publisher.publish(policy, engine, 7)

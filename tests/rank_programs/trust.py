@@ -28,11 +28,11 @@ from megatron_sd.errors import CheckpointError, NonFiniteError
 from megatron_sd.records import Microbatch
 from megatron_sd.rollout.rollouter import Rollouter
 from megatron_sd.train import main
-from megatron_sd.training.policy import Policy, load_policy
+from megatron_sd.training.policy import Policy
 from megatron_sd.training.policy_module import RowHead, TeacherRows
 from megatron_sd.training.state.checkpoint import Checkpoints
 from tests.rank_programs.update_steps import Order, batch_of, full_parameters
-from tests.training.fakes import make_config
+from tests.training.fakes import make_config, make_policy
 
 TAKE = TermWeights(policy=1.0, distill_spread=0.5, distill_no_spread=0.5)
 
@@ -165,7 +165,7 @@ def steps(order: dict[str, Any]) -> int:
     config = make_config(
         Path(order["model"]), update={"zero_stage": order["stage"]}, distill={"measure_every": 0}
     )
-    policy, outcome = load_policy(config, world), {}
+    policy, outcome = make_policy(config, world), {}
     _take(policy)
     for name in (*POISONS, "advantages", "rollout_logprobs"):
         for value in (float("nan"), float("-inf")):
@@ -252,7 +252,7 @@ def commits(order: dict[str, Any]) -> int:
     every `stride`-th."""
     world, root = join_world(), Path(order["root"])
     config = make_config(Path(order["model"]))
-    policy, checkpoints = load_policy(config, world), Checkpoints(root, config, world, corpus_version="c")
+    policy, checkpoints = make_policy(config, world), Checkpoints(root, config, world, corpus_version="c")
     _take(policy)
     disk, step = Disk(root), 1
     disk.watch()
@@ -302,7 +302,7 @@ def killed_commit(order: dict[str, Any]) -> int:
     next one."""
     world, root = join_world(), Path(order["root"])
     config = make_config(Path(order["model"]))
-    policy, checkpoints = load_policy(config, world), Checkpoints(root, config, world, corpus_version="c")
+    policy, checkpoints = make_policy(config, world), Checkpoints(root, config, world, corpus_version="c")
     state = checkpoints.load(policy)
     step = state["step"] if state else 0
     if step == 0:

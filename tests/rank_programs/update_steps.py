@@ -21,12 +21,12 @@ from megatron_sd.algorithm.packing import pack
 from megatron_sd.distributed.world import World, end_process, join_world, leave_world
 from megatron_sd.errors import MegatronSdError
 from megatron_sd.records import Batch
-from megatron_sd.training.policy import Policy, load_policy
+from megatron_sd.training.policy import Policy
 from megatron_sd.training.publisher import gathered_buckets
 from megatron_sd.training.state import checkpoint
 from megatron_sd.training.state.checkpoint import Checkpoints
 from megatron_sd.training.teacher_side.gradient_ratio import AlphaController
-from tests.training.fakes import make_config, make_samples
+from tests.training.fakes import make_config, make_policy, make_samples
 from tests.training.same_steps import moments_of
 
 
@@ -76,7 +76,7 @@ def batch_of(
 def take_steps(order: Order, world: World) -> dict[str, Any]:
     """The order's outcome on this rank."""
     config = make_config(Path(order.model), **order.config)
-    policy, alpha = load_policy(config, world), AlphaController(config.distill)
+    policy, alpha = make_policy(config, world), AlphaController(config.distill)
     embeddings, tokens_read = policy.model.get_input_embeddings(), []
     embeddings.register_forward_hook(
         lambda _module, arguments, _output: tokens_read.append(arguments[0].numel())

@@ -111,7 +111,7 @@ class WorkerGroup:
     def begin_update(self) -> None:
         self.log.append("begin")
 
-    def start_receiving(self, policy_version: int) -> Future:
+    def start_receiving(self, address: str, policy_version: int) -> Future:
         self.received = [0] * len(self.workers)
         done, left = Future(), set(range(len(self.workers)))
 

@@ -12,11 +12,10 @@ from megatron_sd.resharding import staging
 from megatron_sd.resharding.connection import choose_wire, worker_id
 from megatron_sd.resharding.receiver import ShardReceiver
 from megatron_sd.resharding.staging import SharedMemory
-from megatron_sd.training.policy import load_policy
 from megatron_sd.training.publisher import GatherPublisher, sharded_or_gathering
 from tests.rank_programs.publish_shards import Scene, expected_tensors, make_publisher, take_step
 from tests.resharding.fakes import WorkerGroup
-from tests.training.fakes import make_config, write_model
+from tests.training.fakes import make_config, make_policy, write_model
 
 pytestmark = pytest.mark.ranks
 
@@ -287,8 +286,10 @@ def test_too_little_memory_is_said_before_it_is_taken(monkeypatch):
 
 def test_an_unknown_family_is_gathered_and_that_is_said(tmp_path, monkeypatch, caplog):
     path = write_model(tmp_path / "model")
-    policy = load_policy(config := make_config(path), join_world())
+    policy = make_policy(config := make_config(path), join_world())
     monkeypatch.setattr(policy.model.config, "architectures", ["NewForCausalLM"])
     with caplog.at_level(logging.WARNING):
-        publisher = sharded_or_gathering(policy, config, join_world(), tp_size=1, num_replicas=1)
+        publisher = sharded_or_gathering(
+            policy, config.publish, dtype=config.model.dtype, tp_size=1, num_replicas=1
+        )
     assert isinstance(publisher, GatherPublisher) and "NewForCausalLM has no shard layout" in caplog.text

@@ -16,6 +16,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from megatron_sd.build_policy import build_policy
 from megatron_sd.config import (
     AlphaConfig,
     Config,
@@ -28,7 +29,10 @@ from megatron_sd.config import (
     RetrieverConfig,
     UpdateConfig,
 )
+from megatron_sd.distributed.parallel import Parallel
+from megatron_sd.distributed.world import World
 from megatron_sd.records import TrainingSample
+from megatron_sd.training.policy import Policy
 
 VOCABULARY = 97
 FAMILIES = {
@@ -78,6 +82,11 @@ def make_config(model_path: Path, *, kl_weight: float = 0.0, aggregation: str = 
         update=UpdateConfig(**parts.pop("update", {})),
         **parts,
     )
+
+
+def make_policy(config: Config, world: World) -> Policy:
+    """The policy of a run on these ranks."""
+    return build_policy(config, Parallel.of(config.update, world))
 
 
 def make_samples(

@@ -19,11 +19,10 @@ from megatron_sd.config import AlphaConfig
 from megatron_sd.distributed.world import join_world
 from megatron_sd.durable import directories
 from megatron_sd.errors import CheckpointError
-from megatron_sd.training.policy import load_policy
 from megatron_sd.training.state import checkpoint, optimizer_state
 from megatron_sd.training.state.checkpoint import Checkpoints
 from tests.rank_programs.update_steps import Order, batch_of, full_parameters, take_steps
-from tests.training.fakes import make_config, write_model
+from tests.training.fakes import make_config, make_policy, write_model
 
 STATE = {"alpha": {"unit_ratio": None}}
 
@@ -43,7 +42,7 @@ def model_path(tmp_path_factory):
 @pytest.fixture(scope="module")
 def policy(world, model_path):
     """After one step, so that the optimiser has a state to save."""
-    policy = load_policy(make_config(model_path), world)
+    policy = make_policy(make_config(model_path), world)
     batch = batch_of(Order(model=""), world, "token")
     for microbatch in batch:
         policy.accumulate(
@@ -94,7 +93,7 @@ def test_the_model_in_a_checkpoint_is_a_hugging_face_directory(
     monkeypatch.setattr(checkpoint, "MODEL_FILE_BYTES", file_bytes)
     path = write_model(tmp_path / "model", tied=tied)
     (path / "tokenizer.json").write_text("{}")
-    policy = load_policy(make_config(path), world)
+    policy = make_policy(make_config(path), world)
     keeper(tmp_path / "ck", path, world).save(policy, step=7, state=STATE)
     saved = tmp_path / "ck" / "step_00000007" / "model"
     names = {file.name for file in saved.iterdir()}
@@ -158,7 +157,7 @@ def test_another_run_is_refused(world, model_path, policy, tmp_path):
 
 def test_another_model_is_refused_with_the_parameters_that_differ(world, policy, tmp_path):
     path = write_model(tmp_path / "model", tied=False, intermediate_size=40)
-    other = load_policy(make_config(path), world)
+    other = make_policy(make_config(path), world)
     before = full_parameters(other)
     policy.trained_state().write(tmp_path / "rank_00000.safetensors")
     with pytest.raises(

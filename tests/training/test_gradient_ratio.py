@@ -4,15 +4,17 @@ import pytest
 import torch
 
 from megatron_sd.algorithm.distill_loss import TermWeights
+from megatron_sd.build_policy import head_options
 from megatron_sd.config import AlphaConfig, DistillConfig
 from megatron_sd.distributed.world import join_world
 from megatron_sd.errors import ConfigError
-from megatron_sd.training.policy import head_options, load_policy
-from megatron_sd.training.policy_module import DeviceMicrobatch, PolicyModule, load_for_training
+from megatron_sd.training.microbatch import DeviceMicrobatch
+from megatron_sd.training.policy_module import PolicyModule
+from megatron_sd.training.start_policy import load_for_training
 from megatron_sd.training.teacher_side.gradient_ratio import AlphaController, AlphaSchedule, GradientRatio
 from tests.launched import assert_same_figures
 from tests.rank_programs.update_steps import Order, batch_of, take_steps
-from tests.training.fakes import make_config, write_model
+from tests.training.fakes import make_config, make_policy, write_model
 from tests.training.same_steps import assert_same_steps
 
 
@@ -135,7 +137,7 @@ def test_state_travels(tmp_path):
 
 
 def test_policy_without_stage_3_cannot_measure(tmp_path):
-    policy = load_policy(make_config(write_model(tmp_path / "model"), update={"zero_stage": 2}), join_world())
+    policy = make_policy(make_config(write_model(tmp_path / "model"), update={"zero_stage": 2}), join_world())
     controller = AlphaController(DistillConfig(measure_every=1, alpha=AlphaConfig(warmup_steps=0)))
     with pytest.raises(ConfigError, match="at stage 3 only"):
         for _ in controller.passes(0):

@@ -8,15 +8,17 @@ import torch
 from deepspeed.runtime.zero.linear import zero3_linear_wrap
 
 from megatron_sd.algorithm.distill_loss import TermWeights
+from megatron_sd.build_policy import head_options
 from megatron_sd.distributed.world import join_world
 from megatron_sd.errors import ConfigError, DataError
 from megatron_sd.training.clipped_adamw import ClippedAdamW
 from megatron_sd.training.deepspeed_config import deepspeed_config
-from megatron_sd.training.policy import head_options, load_policy
-from megatron_sd.training.policy_module import DeviceMicrobatch, PolicyModule, load_for_training
+from megatron_sd.training.microbatch import DeviceMicrobatch
+from megatron_sd.training.policy_module import PolicyModule
+from megatron_sd.training.start_policy import load_for_training
 from tests.rank_programs import update_steps
 from tests.rank_programs.update_steps import Order, batch_of, full_parameters, take_steps
-from tests.training.fakes import make_config, make_samples, write_model
+from tests.training.fakes import make_config, make_policy, make_samples, write_model
 from tests.training.same_steps import assert_same_moments, assert_same_movement, assert_same_steps, joined
 
 ONE_MICROBATCH = 100_000
@@ -150,7 +152,7 @@ def test_block_none_is_grpo_bit_for_bit(world, model_path, monkeypatch):
 )
 def test_the_learning_rate_of_each_step_and_the_version(world, model_path, fields, expected):
     optimizer = {"learning_rate": 1e-3, "warmup_steps": 4} | fields
-    policy = load_policy(make_config(model_path, optimizer=optimizer, num_steps=6), world)
+    policy = make_policy(make_config(model_path, optimizer=optimizer, num_steps=6), world)
     batch = batch_of(Order(model="", max_tokens=ONE_MICROBATCH), world, "token")
     rates = []
     for _ in range(6):
@@ -186,7 +188,7 @@ def test_non_finite_is_refused_and_forgotten(world, model_path, stage):
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_non_finite_gradient_under_a_finite_loss(world, model_path, stage):
-    policy = load_policy(make_config(model_path, update={"zero_stage": stage}), world)
+    policy = make_policy(make_config(model_path, update={"zero_stage": stage}), world)
     before = {name: tensor.clone() for name, tensor in full_parameters(policy).items()}
     batch = batch_of(Order(model="", max_tokens=ONE_MICROBATCH), world, "token")
     grpo = TermWeights(policy=1.0, distill_spread=0.0, distill_no_spread=0.0)
@@ -210,7 +212,7 @@ def test_non_finite_gradient_under_a_finite_loss(world, model_path, stage):
 def test_nothing_to_train_on_moves_nothing(world, model_path):
     found = outcome(world, model_path, num_samples=0, steps=1)
     assert found["errors"] == [] and found["history"][0]["grad_norm"] == 0
-    start = full_parameters(load_policy(make_config(model_path), world))
+    start = full_parameters(make_policy(make_config(model_path), world))
     assert all(torch.equal(found["parameters"][name], start[name]) for name in start)
 
 
@@ -231,7 +233,7 @@ def test_bfloat16_keeps_float32_masters(world, model_path):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_float32_weights_are_their_own_masters(world, model_path, dtype):
     """ZeRO-3 would keep the same numbers twice."""
-    optimizer = load_policy(make_config(model_path, model={"dtype": dtype}), world).engine.optimizer
+    optimizer = make_policy(make_config(model_path, model={"dtype": dtype}), world).engine.optimizer
     pairs = zip(optimizer.fp32_partitioned_groups_flat, optimizer.fp16_partitioned_groups_flat, strict=True)
     assert [master.data_ptr() == shard.data_ptr() for master, shard in pairs] == [dtype == "float32"]
 
@@ -241,7 +243,7 @@ def test_stepping_over_small_groups_changes_nothing(world, model_path, expected,
     kept = {"max_tokens": ONE_MICROBATCH, "checkpoint": str(tmp_path)}
     monkeypatch.setattr("megatron_sd.training.deepspeed_config.SUB_GROUP_ELEMENTS", 1000)
     found = outcome(world, model_path, **kept)
-    optimizer = load_policy(make_config(model_path), world).engine.optimizer
+    optimizer = make_policy(make_config(model_path), world).engine.optimizer
     assert len(optimizer.fp32_partitioned_groups_flat) > 5
     assert_same(found, expected)
     monkeypatch.undo()
@@ -251,8 +253,8 @@ def test_stepping_over_small_groups_changes_nothing(world, model_path, expected,
 
 def test_settings_that_do_not_fit(world, model_path):
     with pytest.raises(ConfigError, match="zero_stage 0 keeps no float32 master"):
-        load_policy(make_config(model_path, model={"dtype": "bfloat16"}, update={"zero_stage": 0}), world)
-    policy = load_policy(make_config(model_path, update={"zero_stage": 1}), world)
+        make_policy(make_config(model_path, model={"dtype": "bfloat16"}, update={"zero_stage": 0}), world)
+    policy = make_policy(make_config(model_path, update={"zero_stage": 1}), world)
     with pytest.raises(
         ConfigError, match="update.zero_stage is 1, and the gradient ratio can be measured at stage 3 only"
     ):
@@ -260,7 +262,8 @@ def test_settings_that_do_not_fit(world, model_path):
 
 
 def test_deepspeed_config_is_ours_alone(model_path):
-    found = deepspeed_config(make_config(model_path), 2)
+    config = make_config(model_path)
+    found = deepspeed_config(config.update, config.optimizer, dtype=config.model.dtype, world_size=2)
     assert found["managed_gradient_accumulation"] is False
     assert (found["gradient_clipping"], found["zero_optimization"]["stage"], found["train_batch_size"]) == (
         1.0,
@@ -284,7 +287,7 @@ def test_clipped_adamw_skips_what_is_not_finite():
 
 def test_layers_called_by_keyword_are_refused(world, model_path):
     """ZeRO-3 would reduce their gradients before they are complete."""
-    policy = load_policy(make_config(model_path), world)
+    policy = make_policy(make_config(model_path), world)
     with pytest.raises(DataError, match="Qwen2DecoderLayer gets its hidden states by keyword"):
         policy.model.base_model.layers[0](hidden_states=torch.zeros(1, 2, 32))
 
@@ -293,7 +296,7 @@ def test_layers_called_by_keyword_are_refused(world, model_path):
 def test_zero3s_linear_serves_the_update_alone(world, model_path, stage, monkeypatch):
     """Everywhere else, in the rollout engine above all, torch's own is faster."""
     plain, seen = torch.nn.functional.linear, []
-    policy = load_policy(make_config(model_path, update={"zero_stage": stage}), world)
+    policy = make_policy(make_config(model_path, update={"zero_stage": stage}), world)
     forward = PolicyModule.forward
 
     def watched(*arguments, **keywords):

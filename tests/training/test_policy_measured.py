@@ -6,9 +6,8 @@ from megatron_sd.algorithm.distill_loss import TermWeights
 from megatron_sd.algorithm.packing import pack
 from megatron_sd.distributed.world import join_world
 from megatron_sd.training import deepspeed_config
-from megatron_sd.training.policy import load_policy
 from tests.rank_programs.update_steps import full_parameters
-from tests.training.fakes import make_config, make_samples, write_model
+from tests.training.fakes import make_config, make_policy, make_samples, write_model
 
 WEIGHTS = TermWeights(policy=1.0, distill_spread=0.0, distill_no_spread=0.0)
 LORA = {"lora": {"rank": 2}}
@@ -18,7 +17,7 @@ def a_policy(path, world, stage, model):
     config = make_config(
         path, update={"zero_stage": stage}, model=model, distill={"block": "none", "measure_every": 0}
     )
-    return load_policy(config, world)
+    return make_policy(config, world)
 
 
 @pytest.mark.slow

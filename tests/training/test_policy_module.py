@@ -11,17 +11,17 @@ from transformers import AutoModelForCausalLM
 
 from megatron_sd.algorithm.distill_loss import TermWeights
 from megatron_sd.algorithm.packing import pack
+from megatron_sd.build_policy import head_options
 from megatron_sd.errors import ConfigError, DataError
-from megatron_sd.training.policy import head_options
+from megatron_sd.training.microbatch import DeviceMicrobatch
 from megatron_sd.training.policy_module import (
-    DeviceMicrobatch,
     PolicyModule,
     TeacherRows,
     hidden_rows,
-    load_for_training,
     student_values,
     teacher_hidden_rows,
 )
+from megatron_sd.training.start_policy import load_for_training
 from megatron_sd.training.update_metrics import SUM_NAMES
 from tests.training.fakes import make_config, make_samples, write_model
 

@@ -11,10 +11,9 @@ from megatron_sd.rollout.embedded.engine import TorchEngine
 from megatron_sd.rollout.embedded.weights import load_model
 from megatron_sd.training import publisher
 from megatron_sd.training.parallel.local_shards import full_numel
-from megatron_sd.training.policy import load_policy
 from megatron_sd.training.publisher import GatherPublisher, InPlacePublisher, split_buckets
 from tests.rollout.fakes import codec, request, serve
-from tests.training.fakes import VOCABULARY, make_config, make_samples, write_model
+from tests.training.fakes import VOCABULARY, make_config, make_policy, make_samples, write_model
 
 
 class Receiver:
@@ -41,7 +40,7 @@ class Receiver:
 def test_every_weight_arrives_once_under_its_hugging_face_name(tmp_path, monkeypatch, tied, stage):
     monkeypatch.setattr(publisher, "BUCKET_BYTES", 13_000)
     path = write_model(tmp_path / "model", tied=tied)
-    policy = load_policy(make_config(path, update={"zero_stage": stage}), join_world())
+    policy = make_policy(make_config(path, update={"zero_stage": stage}), join_world())
     receiver = Receiver()
     GatherPublisher().publish(policy, receiver, 9)
     from transformers import AutoModelForCausalLM
@@ -87,7 +86,7 @@ def test_an_engine_beside_the_only_rank_reads_the_policys_own_weights(tmp_path, 
     engine = TorchEngine(weights, codec(), max_rows=2)
     with pytest.raises(RolloutError, match="during a weight update; call finish_update first"):
         serve(engine, request())
-    policy = load_policy(config, world)
+    policy = make_policy(config, world)
     before = None
     for version in (0, 1):
         InPlacePublisher().publish(policy, engine, version)

@@ -16,11 +16,10 @@ from megatron_sd.distributed.world import join_world
 from megatron_sd.errors import ConfigError
 from megatron_sd.training.lora import FullAdapter, LoraLinear, with_adapters
 from megatron_sd.training.parallel.local_shards import LocalShards, shard_layout
-from megatron_sd.training.policy import load_policy
 from megatron_sd.training.publisher import full_adapters, gathered_buckets
 from tests.launched import outcomes_on
 from tests.rank_programs.update_steps import Order, take_steps
-from tests.training.fakes import make_config, write_model
+from tests.training.fakes import make_config, make_policy, write_model
 from tests.training.same_steps import assert_same_steps
 
 LORA = {"rank": 4, "alpha": 8.0}
@@ -152,7 +151,7 @@ def test_elements_of_an_adapter_are_those_of_its_rows(bounds):
 
 def test_a_shard_is_published_with_its_share_of_the_adapter(model):
     """What a worker gets from the shards is what gathering gives."""
-    policy = load_policy(make_config(model, model={"lora": LoraConfig(**LORA)}), join_world())
+    policy = make_policy(make_config(model, model={"lora": LoraConfig(**LORA)}), join_world())
     names = {name for name, _ in policy.named_parameters()}
     assert not [name for name in names if "lora" in name]
     for name, parameter in policy.model.named_parameters():
@@ -216,7 +215,7 @@ def test_offloading_to_a_disk_without_the_disk_operation_is_refused(model, tmp_p
     with pytest.raises(
         ConfigError, match="update.offload_optimizer: found nvme, and no libaio on this machine"
     ):
-        load_policy(config, join_world())
+        make_policy(config, join_world())
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,9 @@ from megatron_sd.config.load import load
 from megatron_sd.distributed.world import join_world
 from megatron_sd.errors import ConfigError
 from megatron_sd.training.parallel.sequence import mask_in_group_order
-from megatron_sd.training.policy import load_policy
 from tests.launched import assert_same_figures, outcomes_on
 from tests.rank_programs.update_steps import Order, take_steps
-from tests.training.fakes import make_config, make_samples, write_model
+from tests.training.fakes import make_config, make_policy, make_samples, write_model
 from tests.training.same_steps import assert_same_steps
 
 NUM_RANKS = 4
@@ -156,4 +155,4 @@ def test_what_sequence_parallelism_cannot_do_is_refused(tmp_path):
     with pytest.raises(
         ConfigError, match="update.sequence_parallel_size: found 2 for 1 ranks, expected a divisor of their"
     ):
-        load_policy(config, join_world())
+        make_policy(config, join_world())

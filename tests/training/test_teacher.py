@@ -10,10 +10,9 @@ from megatron_sd.algorithm.distill_loss import TermWeights
 from megatron_sd.config import DistillConfig
 from megatron_sd.distributed.world import join_world
 from megatron_sd.errors import CheckpointError
-from megatron_sd.training.policy import load_policy
 from megatron_sd.training.teacher_side.teacher import TEACHERS
 from tests.rank_programs.update_steps import Order, batch_of, take_steps
-from tests.training.fakes import make_config, write_model
+from tests.training.fakes import make_config, make_policy, write_model
 
 NUM_STEPS = 3
 
@@ -70,7 +69,7 @@ def test_a_frozen_teacher_is_the_start_policy_after_any_number_of_steps(world, m
     config = make_config(
         model_path, distill={"measure_every": 0, "teacher": "frozen"}, optimizer={"learning_rate": 0.05}
     )
-    policy = load_policy(config, world)
+    policy = make_policy(config, world)
     (microbatch,) = batch_of(Order(model="", max_tokens=10_000), world, "token")
     totals = batch_of(Order(model="", max_tokens=10_000), world, "token").totals
     found = []
@@ -102,7 +101,7 @@ def test_an_average_is_resumed_where_it_was(world, model_path, tmp_path):
 
 
 def test_a_missing_average_is_named(world, model_path, tmp_path):
-    policy = load_policy(make_config(model_path, distill={"measure_every": 0, "teacher": "ema"}), world)
+    policy = make_policy(make_config(model_path, distill={"measure_every": 0, "teacher": "ema"}), world)
     policy.write_state(tmp_path)
     (tmp_path / "teacher_00000.safetensors").unlink()
     with pytest.raises(CheckpointError, match="teacher_00000.safetensors is missing, expected the average"):

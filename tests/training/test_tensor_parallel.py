@@ -12,11 +12,10 @@ from megatron_sd.distributed.world import join_world
 from megatron_sd.errors import ConfigError
 from megatron_sd.ops.head.vocab_parallel import VocabShard, own_rows
 from megatron_sd.training.parallel.tensor import check_model, head_shard
-from megatron_sd.training.policy import load_policy
 from megatron_sd.training.state.identity import run_identity
 from tests.launched import assert_same_figures, outcomes_on
 from tests.rank_programs.update_steps import Order, take_steps
-from tests.training.fakes import VOCABULARY, make_config, write_model
+from tests.training.fakes import VOCABULARY, make_config, make_policy, write_model
 from tests.training.same_steps import assert_same_movement
 
 NUM_RANKS = 4
@@ -158,7 +157,7 @@ def test_models_that_cannot_be_cut_are_refused(tmp_path):
         ConfigError,
         match="update.tensor_parallel_size: found 2 for 1 ranks, expected a divisor of their number",
     ):
-        load_policy(make_config(path, update={"tensor_parallel_size": 2}), join_world())
+        make_policy(make_config(path, update={"tensor_parallel_size": 2}), join_world())
     model = AutoModelForCausalLM.from_pretrained(path)
     check_model(model, UpdateConfig(tensor_parallel_size=2))
     with pytest.raises(ConfigError, match="update.tensor_parallel_size: found 4 .*'num_key_value_heads': 2"):

@@ -82,10 +82,9 @@ def test_a_sharded_update_that_fails_leaves_the_old_version_serving(one_served):
     engine = make_engine([one_served.process.url], one_served.directory, timeout_s=15.0)
     try:
         publish(engine, one_served.weights, 60)
-        engine.meeting_point = "127.0.0.1:1"  # nobody is there
         engine.begin_update()
         with pytest.raises(RolloutError, match="with 500"):
-            engine.start_receiving(61).result()
+            engine.start_receiving("127.0.0.1:1", 61).result()  # nobody is there
         engine.cancel_update()
         requests = [ask(f"r{n}", prompt(40, n), seed=n) for n in range(3)]
         completions = serve(engine, *requests)

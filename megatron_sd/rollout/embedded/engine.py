@@ -48,7 +48,7 @@ class _Session:
 
 
 class TorchEngine:
-    """InferenceEngine and WeightReceiver over a model it owns (the caller must not train or share it). A
+    """InferenceEngine and WeightSharer over a model it owns (the caller must not train or share it). A
     model that was loaded on demand samples nothing before its first update.
 
     max_rows: conversations in the KV cache at one time; further requests wait. reuse_cache: False prefills

@@ -31,12 +31,10 @@ POLL_S = 0.005  # how long a rank without work waits before it looks again at it
 
 
 class ColocatedEngine:
-    """InferenceEngine, WeightReceiver and training/publisher.py's ShardedEngine over a vLLM engine in this
-    process.
+    """InferenceEngine, BucketReceiver and ShardedEngine over a vLLM engine in this process.
 
     Every rank of the world makes one, and calls `wake`, `sleep` and the update's methods together with the
-    others. An error of a step fails every request until the next publish. meeting_point: where this rank's
-    worker finds the trainer's shards.
+    others. An error of a step fails every request until the next publish.
     """
 
     def __init__(
@@ -50,7 +48,6 @@ class ColocatedEngine:
         timeout_s: float,
     ):
         self.policy_version = 0
-        self.meeting_point = ""
         self.num_replicas = lockstep.num_groups
         self._llm = llm
         self._lockstep = lockstep
@@ -212,10 +209,10 @@ class ColocatedEngine:
         self._attempt("finish_weight_update")
         self._open(policy_version)
 
-    def start_receiving(self, policy_version: int) -> Future[None]:
+    def start_receiving(self, address: str, policy_version: int) -> Future[None]:
         """Make this rank's worker take its shard from the meeting point, and return at once."""
         shards = {
-            "address": self.meeting_point,
+            "address": address,
             "replica": self._lockstep.number,
             "policy_version": policy_version,
             "timeout_s": self._timeout_s / 4,  # a worker waits up to three times as long, and then says why

@@ -57,11 +57,10 @@ def dealt_to(num_dealt: int, *, sharer: int, num_sharers: int, num_servers: int)
 
 
 class VllmEngine:
-    """InferenceEngine and WeightReceiver over vLLM servers; training/publisher.py's ShardedEngine, too.
+    """InferenceEngine, BucketReceiver and ShardedEngine over vLLM servers.
 
     Servers of ours that ended, or hang, are started again before a publish. On a rank that does not
-    publish, an update only changes the version it expects. meeting_point: where the workers find the
-    trainer's shards; set before the first sharded publish. Connecting waits for servers that are still
+    publish, an update only changes the version it expects. Connecting waits for servers that are still
     loading; it raises RolloutError for one that is not there within start_timeout_s, ConfigError for one
     that serves another model or shorter sequences.
     """
@@ -76,7 +75,6 @@ class VllmEngine:
         request_timeout_s: float,
     ):
         self.policy_version = 0
-        self.meeting_point = ""
         self.max_length = policy.max_length
         self.num_replicas = servers.num_replicas
         self._dialogue = Dialogue(codec, policy)
@@ -266,16 +264,16 @@ class VllmEngine:
                 replica.version = label
         self._label, self.policy_version, self._updating = label, policy_version, False
 
-    def start_receiving(self, policy_version: int) -> Future[None]:
+    def start_receiving(self, address: str, policy_version: int) -> Future[None]:
         """Make the workers of every server take their shards from the meeting point, while the trainer
         sends them, and return at once. The future ends with the first error."""
-        return self._thread.start(self._receive(policy_version))
+        return self._thread.start(self._receive(address, policy_version))
 
-    async def _receive(self, policy_version: int) -> None:
+    async def _receive(self, address: str, policy_version: int) -> None:
         if self._publishes:
             # a worker waits up to three times as long, and then says why
             patience_s = self._request_timeout_s / 4
-            terms = {"address": self.meeting_point, "policy_version": policy_version, "timeout_s": patience_s}
+            terms = {"address": address, "policy_version": policy_version, "timeout_s": patience_s}
             self._receiving = [
                 asyncio.create_task(replica.update(shards=terms | {"replica": self._first_replica + place}))
                 for place, replica in enumerate(self._replicas)

@@ -29,8 +29,7 @@ from transformers.modeling_utils import AttentionInterface
 
 from megatron_sd.config import UpdateConfig
 from megatron_sd.config.checks import check_sequence_heads
-from megatron_sd.distributed.groups import RankGroup, joined_slices, neighbours
-from megatron_sd.distributed.world import World
+from megatron_sd.distributed.groups import RankGroup, joined_slices
 from megatron_sd.errors import ConfigError
 
 KEY = "update.sequence_parallel_size"
@@ -38,18 +37,12 @@ KEY = "update.sequence_parallel_size"
 NOT_SUPPORTED = ("sliding_window", "softcap", "s_aux", "position_bias")
 
 
-def sequence_group(update: UpdateConfig, world: World) -> RankGroup:
-    """The ranks that read the same sequences as this one. Raises ConfigError when there is no such group."""
-    return neighbours(world, update.sequence_parallel_size, KEY)
-
-
-def split_sequences(model: PreTrainedModel, update: UpdateConfig, world: World) -> PreTrainedModel:
+def split_sequences(model: PreTrainedModel, update: UpdateConfig, group: RankGroup) -> PreTrainedModel:
     """The model, whose backbone computes this rank's slice of the sequences it is given; untouched where a
     rank is alone.
 
     Collective. Raises ConfigError when its heads cannot be dealt to the group.
     """
-    group = sequence_group(update, world)
     if group.size == 1:
         return model
     heads = model.config.num_attention_heads

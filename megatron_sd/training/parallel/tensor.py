@@ -23,8 +23,7 @@ from transformers import PreTrainedModel
 from megatron_sd.config import UpdateConfig
 from megatron_sd.config.checks import check_layer_cuts
 from megatron_sd.distributed.collectives import gather_tensors
-from megatron_sd.distributed.groups import RankGroup, neighbours
-from megatron_sd.distributed.world import World
+from megatron_sd.distributed.groups import RankGroup
 from megatron_sd.errors import ConfigError
 from megatron_sd.ops.head.vocab_parallel import VocabShard
 
@@ -41,12 +40,6 @@ class LayerCut:
 
     dimension: int
     group: RankGroup
-
-
-def tensor_group(update: UpdateConfig, world: World) -> RankGroup:
-    """The ranks that hold the other parts of this rank's layers. Raises ConfigError when there is no such
-    group."""
-    return neighbours(world, update.tensor_parallel_size, KEY)
 
 
 def autotp_settings(size: int) -> dict[str, Any]:

@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-import deepspeed
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from megatron_sd.config import Config
-from megatron_sd.distributed.world import World
 from megatron_sd.ops.head.types import HeadOptions
 from megatron_sd.training.deepspeed_config import reference_config
-from megatron_sd.training.parallel.sequence import split_sequences
-from megatron_sd.training.placement import place
-from megatron_sd.training.policy_module import (
-    DeviceMicrobatch,
-    load_for_training,
-    student_values,
-    with_row_head,
-)
+from megatron_sd.training.microbatch import DeviceMicrobatch
+from megatron_sd.training.policy_module import student_values, with_row_head
+from megatron_sd.training.start_policy import StartPolicy
 
 
 class ReferenceModule(nn.Module):
@@ -26,7 +18,7 @@ class ReferenceModule(nn.Module):
 
     def __init__(self, model: PreTrainedModel, options: HeadOptions):
         super().__init__()
-        self.model = with_row_head(model, options).requires_grad_(False)
+        self.model = with_row_head(model, options)
 
     def forward(self, microbatch: DeviceMicrobatch) -> Tensor:
         """[R] log-probabilities of the microbatch's completion tokens."""
@@ -34,24 +26,12 @@ class ReferenceModule(nn.Module):
 
 
 class ReferencePolicy:
-    """The start policy, sharded by a DeepSpeed engine of its own when the policy is (stage 3), else whole
-    on every rank."""
+    """The start policy beside the trained one, to be asked for log-probabilities."""
 
-    def __init__(self, module: nn.Module):
-        self._module = module
-
-    @classmethod
-    def load(cls, config: Config, world: World, options: HeadOptions) -> ReferencePolicy:
-        """From config.model.path: a resumed run must still find the start policy there."""
-        model = load_for_training(config.model, on_demand=config.update.zero_stage == 3)
-        module = ReferenceModule(split_sequences(model, config.update, world), options).eval()
-        if config.update.zero_stage < 3:
-            return cls(module.to(world.device))
-        settings = reference_config(config, world.size)
-        engine, *_ = deepspeed.initialize(
-            model=place(module, module.model, settings, world.device), config=settings
-        )
-        return cls(engine)
+    def __init__(self, start: StartPolicy, options: HeadOptions):
+        module = ReferenceModule(start.load(on_demand=start.is_sharded), options)
+        settings = reference_config(dtype=start.model.dtype, world_size=start.parallel.world.size)
+        self._module = start.freeze(module, module.model, settings)
 
     @torch.no_grad()
     def logprobs(self, microbatch: DeviceMicrobatch) -> Tensor:

@@ -19,19 +19,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from megatron_sd.config import Config
+from megatron_sd.config import DistillConfig
 from megatron_sd.distributed.world import World
 from megatron_sd.durable.directories import Seals
 from megatron_sd.errors import CheckpointError
 from megatron_sd.training.deepspeed_config import teacher_config
-from megatron_sd.training.parallel.sequence import split_sequences
-from megatron_sd.training.placement import place
-from megatron_sd.training.policy_module import (
-    DeviceMicrobatch,
-    TeacherRows,
-    load_for_training,
-    teacher_hidden_rows,
-)
+from megatron_sd.training.microbatch import DeviceMicrobatch
+from megatron_sd.training.policy_module import TeacherRows, teacher_hidden_rows
+from megatron_sd.training.start_policy import StartPolicy
 from megatron_sd.training.state.tensor_file import write_tensors
 
 NamedParameters = Iterable[tuple[str, nn.Parameter]]
@@ -61,42 +56,37 @@ class Teacher(Protocol):
 class LiveTeacher:
     """The student's own weights of this very step: there is nothing to keep."""
 
-    def __init__(self, config: Config, world: World):
+    def __init__(self, start: StartPolicy, distill: DistillConfig):
         pass
 
     def rows(self, microbatch: DeviceMicrobatch) -> AbstractContextManager[None]:
-        """As Teacher says."""
+        """Nothing: the policy's own forward reads the teacher's prompts."""
         return nullcontext()
 
     def follow(self, student: NamedParameters) -> None:
-        """As Teacher says."""
+        """Nothing: these weights are the student's."""
 
     def save(self, directory: Path, world: World) -> Seals:
-        """As Teacher says."""
+        """No file."""
         return {}
 
     def load(self, directory: Path, world: World) -> None:
-        """As Teacher says."""
+        """Nothing was saved."""
 
 
 class FrozenTeacher:
-    """The start policy, of config.model.path: a resumed run must still find it there."""
+    """The start policy."""
 
-    def __init__(self, config: Config, world: World):
-        self._is_sharded = config.update.zero_stage == 3
-        model = load_for_training(config.model, on_demand=self._is_sharded)
-        self._model = split_sequences(model, config.update, world).requires_grad_(False)
-        self._module: nn.Module = TeacherModule(self._model).eval()
-        if self._is_sharded:
-            settings = teacher_config(config, world.size)
-            placed = place(self._module, self._model, settings, world.device)
-            self._module, *_ = deepspeed.initialize(model=placed, config=settings)
-        else:
-            self._module.to(world.device)
+    def __init__(self, start: StartPolicy, distill: DistillConfig):
+        self._is_sharded = start.is_sharded
+        self._model = start.load(on_demand=start.is_sharded)
+        settings = teacher_config(dtype=start.model.dtype, world_size=start.parallel.world.size)
+        self._module = start.freeze(TeacherModule(self._model), self._model, settings)
 
     @contextmanager
     def rows(self, microbatch: DeviceMicrobatch) -> Iterator[TeacherRows]:
-        """As Teacher says; under ZeRO-3 the teacher's head is whole within the context."""
+        """What these weights make of the teacher's prompts; under ZeRO-3 their head is whole within the
+        context."""
         head = self._model.get_output_embeddings()
         with torch.no_grad():
             hidden = self._module(microbatch=microbatch)
@@ -107,14 +97,14 @@ class FrozenTeacher:
             yield TeacherRows(hidden, (head.weight.detach(), None if bias is None else bias.detach()))
 
     def follow(self, student: NamedParameters) -> None:
-        """As Teacher says."""
+        """Nothing: it stays where training began."""
 
     def save(self, directory: Path, world: World) -> Seals:
-        """As Teacher says."""
+        """No file: a resumed run finds the start policy where it was."""
         return {}
 
     def load(self, directory: Path, world: World) -> None:
-        """As Teacher says."""
+        """Nothing was saved."""
 
 
 class EmaTeacher(FrozenTeacher):
@@ -124,21 +114,21 @@ class EmaTeacher(FrozenTeacher):
     Each rank averages what it owns: two engines shard the same parameters alike.
     """
 
-    def __init__(self, config: Config, world: World):
-        super().__init__(config, world)
-        self._decay = config.distill.ema_decay
+    def __init__(self, start: StartPolicy, distill: DistillConfig):
+        super().__init__(start, distill)
+        self._decay = distill.ema_decay
         self._parts = {name: _own_part(parameter) for name, parameter in self._model.named_parameters()}
         self._average = {name: part.detach().float().clone() for name, part in self._parts.items()}
 
     @torch.no_grad()
     def follow(self, student: NamedParameters) -> None:
-        """As Teacher says."""
+        """Move this rank's part of the average towards the student's."""
         for name, parameter in student:
             self._average[name].lerp_(_own_part(parameter).float(), 1.0 - self._decay)
         self._publish()
 
     def save(self, directory: Path, world: World) -> Seals:
-        """As Teacher says."""
+        """This rank's part of the average, float32."""
         path = _path(directory, world)
         return {
             path.name: write_tensors(path, {name: part.cpu() for name, part in self._average.items()}, {})
@@ -146,7 +136,8 @@ class EmaTeacher(FrozenTeacher):
 
     @torch.no_grad()
     def load(self, directory: Path, world: World) -> None:
-        """As Teacher says."""
+        """Go on with the saved average. Raises CheckpointError when it is missing, or of another number of
+        ranks or ZeRO stage."""
         path = _path(directory, world)
         if not path.is_file():
             raise CheckpointError(
@@ -180,7 +171,7 @@ class TeacherModule(nn.Module):
         return teacher_hidden_rows(self.model, microbatch)
 
 
-TEACHERS: dict[str, Callable[[Config, World], Teacher]] = {
+TEACHERS: dict[str, Callable[[StartPolicy, DistillConfig], Teacher]] = {
     "live": LiveTeacher,
     "ema": EmaTeacher,
     "frozen": FrozenTeacher,

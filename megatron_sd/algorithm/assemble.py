@@ -1,0 +1,47 @@
+"""From a step's groups and blocks to this rank's batch: what of it is a choice of the configuration."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+
+from megatron_sd.algorithm.hindsight import Blocks
+from megatron_sd.algorithm.packing import pack
+from megatron_sd.algorithm.samples import GATES, TeacherPrompts, apply_gate
+from megatron_sd.config import DistillConfig, UpdateConfig
+from megatron_sd.records import Batch, RolloutGroup, TokenIds, TrainingSample
+
+
+def teacher_prompts(
+    groups: Sequence[RolloutGroup],
+    blocks: Blocks,
+    *,
+    prompt_ids: Callable[[str, str], TokenIds],
+    config: DistillConfig,
+) -> TeacherPrompts:
+    """The teacher's prompts of every rollout; none where the block is empty or the gate is closed.
+
+    prompt_ids: of a question and the hindsight block in front of it (search.Environment.prompt_ids).
+    """
+    encode = functools.lru_cache(maxsize=None)(prompt_ids)  # rollouts of a group share their block
+    prompts = [
+        [tuple(encode(group.question.text, text) if text else None for text in texts) for texts in own]
+        for group, own in zip(groups, blocks, strict=True)
+    ]
+    return apply_gate(groups, prompts, GATES[config.gate], config.correct_above)
+
+
+def own_batch(
+    samples: Sequence[TrainingSample], *, config: UpdateConfig, aggregation: str, place: tuple[int, int]
+) -> Batch:
+    """This rank's part of the step's samples. place: the rank's number among those that read other
+    microbatches, and how many they are (distributed.Parallel.batch)."""
+    number, num_batches = place
+    batches = pack(
+        samples,
+        max_tokens=config.max_microbatch_tokens,
+        world_size=num_batches,
+        aggregation=aggregation,
+        one_row=config.pack_sequences,
+    )
+    return batches[number]

@@ -1,0 +1,89 @@
+"""The composition root's part for the trained policy: configuration in, a policy under DeepSpeed out."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+from megatron_sd.algorithm.learning_rate import learning_rate
+from megatron_sd.config import Config
+from megatron_sd.distributed.parallel import Parallel
+from megatron_sd.errors import ConfigError
+from megatron_sd.ops.head.types import HeadOptions
+from megatron_sd.ops.jsd import check_options
+from megatron_sd.training.lora import with_adapters
+from megatron_sd.training.parallel.tensor import check_model, head_shard
+from megatron_sd.training.placement import check_disk_offload, reads_shards
+from megatron_sd.training.policy import Policy, under_deepspeed
+from megatron_sd.training.policy_module import PolicyModule
+from megatron_sd.training.start_policy import StartPolicy
+from megatron_sd.training.state.identity import check_same_model
+from megatron_sd.training.teacher_side.reference import ReferencePolicy
+from megatron_sd.training.teacher_side.teacher import TEACHERS
+
+
+def build_policy(config: Config, parallel: Parallel) -> Policy:
+    """The policy of config.model.path under DeepSpeed; beside it the frozen start policy when
+    policy_loss.kl_weight asks for one, and the teacher. Collective. Raises ConfigError or DataError."""
+    head = head_options(config)
+    _check(config)
+    check_same_model(config.model.path, parallel.world)
+    start = StartPolicy(model=config.model, update=config.update, parallel=parallel)
+    reference = ReferencePolicy(start, head) if config.policy_loss.kl_weight > 0.0 else None
+    has_blocks = config.distill.block != "none"
+    teacher = TEACHERS[config.distill.teacher if has_blocks else "live"](start, config.distill)
+    module = _policy_module(start, head, config)
+    return Policy(
+        under_deepspeed(module, start, config.optimizer),
+        parallel,
+        zero_stage=config.update.zero_stage,
+        learning_rate_of=functools.partial(
+            learning_rate, num_steps=config.num_steps, config=config.optimizer
+        ),
+        reference=reference,
+        teacher=teacher,
+    )
+
+
+def head_options(config: Config) -> HeadOptions:
+    """The head's part of the configuration, checked. Rollouts sampled greedily (temperature 0) are scored
+    at temperature 1."""
+    distill = config.distill
+    check_options(
+        divergence=distill.divergence,
+        beta=distill.beta,
+        temperature=distill.temperature,
+        top_k=distill.top_k,
+        tail_bucket=distill.tail_bucket,
+        impl="auto",
+    )
+    return HeadOptions(
+        sampling_temperature=config.rollout.temperature or 1.0,
+        divergence=distill.divergence,
+        beta=distill.beta,
+        temperature=distill.temperature,
+        top_k=distill.top_k,
+        tail_bucket=distill.tail_bucket,
+        teacher_logits=distill.teacher_logits,
+        chunk_rows=config.update.head_chunk_rows,
+        target=config.distill.target,
+    )
+
+
+def _check(config: Config) -> None:
+    if config.update.zero_stage == 0 and config.model.dtype != "float32":
+        raise ConfigError(
+            "update.zero_stage 0 keeps no float32 master weights: expected model.dtype float32, or a stage 1"
+            " to 3"
+        )
+    check_disk_offload(config.update)
+
+
+def _policy_module(start: StartPolicy, head: HeadOptions, config: Config) -> PolicyModule:
+    """The start policy with adapters where it has some, and this rank's part of the head."""
+    model = start.load(on_demand=reads_shards(config.update))
+    model = with_adapters(model, config.model.lora, seed=config.seed)
+    check_model(model, config.update)
+    vocabulary = model.get_output_embeddings().weight.shape[0]
+    shard = head_shard(start.parallel.tensor, vocabulary)
+    return PolicyModule(model, dataclasses.replace(head, shard=shard), config.policy_loss)

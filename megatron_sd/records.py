@@ -69,6 +69,24 @@ class Question:
     supporting: tuple[tuple[str, ...], ...] = ()
 
 
+SEARCH = "search"  # the tool that every protocol has
+
+
+@dataclass(frozen=True, kw_only=True)
+class Action:
+    """What a completion asks the environment for, when it does not answer.
+
+    tool: which of the protocol's tools. text: the plain text between the tool's tags (control tags removed).
+    span: [start, stop) offsets into completion_ids of the tokens strictly between the tags; a token that
+    straddles a tag boundary is outside. Empty (start == stop) when no token lies fully inside; None where
+    the text came from elsewhere.
+    """
+
+    tool: str
+    text: str
+    span: tuple[int, int] | None = None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Turn:
     """One completion of the policy and what the environment appended to it.
@@ -76,11 +94,7 @@ class Turn:
     completion_ids / completion_logprobs: [C] sampled ids and their log-probabilities under the sampling
     distribution (nats).
     observation_ids: [O] ids the environment appended (empty on the last turn).
-    query: the plain text between the search tags (control tags removed), or None if the turn did not
-    search.
-    query_span: [start, stop) offsets into completion_ids of the tokens strictly between the search tags; a
-    token that
-        straddles a tag boundary is outside. Empty (start == stop) when no token lies fully inside.
+    action: what it asked for and was served; None if it answered, or asked for nothing that is served.
     hits: what the retriever returned, best first. policy_version: optimiser step whose weights sampled this
     turn.
     well_formed: the completion is thoughts and then exactly one closed search or answer, nothing else
@@ -90,11 +104,20 @@ class Turn:
     completion_ids: TokenIds
     completion_logprobs: tuple[float, ...]
     observation_ids: TokenIds = ()
-    query: str | None = None
-    query_span: tuple[int, int] | None = None
+    action: Action | None = None
     hits: tuple[Hit, ...] = ()
     policy_version: int = 0
     well_formed: bool = True
+
+    @property
+    def query(self) -> str | None:
+        """What it searched for, None if it did not search."""
+        return self.action.text if self.action is not None and self.action.tool == SEARCH else None
+
+    @property
+    def query_span(self) -> tuple[int, int] | None:
+        """Where the query's tokens are among the completion's (Action.span); None if it did not search."""
+        return self.action.span if self.action is not None and self.action.tool == SEARCH else None
 
 
 @dataclass(frozen=True, kw_only=True)

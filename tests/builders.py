@@ -4,7 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megatron_sd.records import Hit, Passage, Question, Rollout, RolloutGroup, Scores, StopReason, Turn
+from megatron_sd.records import (
+    SEARCH,
+    Action,
+    Hit,
+    Passage,
+    Question,
+    Rollout,
+    RolloutGroup,
+    Scores,
+    StopReason,
+    Turn,
+)
 
 
 def question(
@@ -41,8 +52,7 @@ def rollout(
             completion_ids=(5, 10 + i, 6),
             completion_logprobs=(-0.1, -0.2, -0.3),
             observation_ids=(7, 8),
-            query=q,
-            query_span=(1, 2),
+            action=Action(tool=SEARCH, text=q, span=(1, 2)),
         )
         for i, q in enumerate(queries)
     ]

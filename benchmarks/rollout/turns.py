@@ -131,11 +131,11 @@ async def lock_step(
         searching = {
             name: (ids + c.ids, v)
             for (name, ids), c, v in zip(live.items(), completions, verdicts)
-            if v.query
+            if v.action
         }
         if not searching:
             return
-        found = await retriever.search([v.query for _, v in searching.values()], 1)
+        found = await retriever.search([v.action.text for _, v in searching.values()], 1)
         live = {
             name: ids + environment.observation_ids(h)
             for (name, (ids, _)), h in zip(searching.items(), found)

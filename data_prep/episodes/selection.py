@@ -16,7 +16,7 @@ from typing import Literal
 
 from megatron_sd.algorithm.blocks import BLOCKS
 from megatron_sd.algorithm.hindsight import RENDERERS, BlockContext, is_correct
-from megatron_sd.records import Question, Rollout, RolloutGroup, TokenIds, Turn
+from megatron_sd.records import SEARCH, Action, Question, Rollout, RolloutGroup, TokenIds, Turn
 
 Kind = Literal["plain", "linked", "shuffled", "wrong_question"]
 Prompt = Callable[[str, str], TokenIds]  # question, block ("" without one) -> prompt
@@ -83,7 +83,10 @@ def without_tokens(group: RolloutGroup) -> RolloutGroup:
     """What a block needs of a group: queries, scores, why it ended."""
 
     def bare(rollout: Rollout) -> Rollout:
-        turns = (Turn(completion_ids=(), completion_logprobs=(), query=query) for query in rollout.queries)
+        turns = (
+            Turn(completion_ids=(), completion_logprobs=(), action=Action(tool=SEARCH, text=query))
+            for query in rollout.queries
+        )
         return replace(rollout, prompt_ids=(), turns=tuple(turns))
 
     return RolloutGroup(question=group.question, rollouts=tuple(map(bare, group.rollouts)))

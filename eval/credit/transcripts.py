@@ -26,7 +26,7 @@ from megatron_sd.errors import DataError
 from megatron_sd.records import Hit, Passage, Question, Rollout, RolloutGroup, StopReason, Turn
 from megatron_sd.rollout.stored import rollout_of
 from megatron_sd.search.environment import Environment
-from megatron_sd.search.protocol import parse_action
+from megatron_sd.search.protocol import parse_completion
 
 _RESPONSE_NAMES = ("response", "output", "completion", "sequence", "text")
 _GOLD_NAMES = ("golden_answers", "answers", "answer", "target", "ground_truth", "gts")
@@ -166,20 +166,21 @@ def _rollout(question: Question, response: str, index: int, environment: Environ
     turns = []
     for completion, observation in zip(parts[::2], [*parts[1::2], ""], strict=True):
         ids = environment.codec.encode(completion)
-        action = parse_action(ids, environment.protocol, environment.codec)
-        query = None if action.query is None else environment.sanitizer.clean(action.query).strip()
+        found = parse_completion(ids, environment.protocol, environment.codec)
+        action = found.action
+        if action is not None:
+            action = replace(action, text=environment.sanitizer.clean(action.text).strip())
         turns.append(
             Turn(
                 completion_ids=ids,
                 completion_logprobs=(0.0,) * len(ids),
                 observation_ids=environment.codec.encode(observation),
-                query=query,
-                query_span=action.query_span if query is not None else None,
+                action=action,
                 hits=_hits(observation),
                 well_formed=bool(ids) and environment.is_well_formed(ids, turn=len(turns)),
             )
         )
-    answer = action.answer
+    answer = found.answer
     return Rollout(
         question_id=question.id,
         index=index,

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
 from megatron_sd.errors import RolloutError
-from megatron_sd.records import Hit, Question, Rollout, StopReason, TokenIds, Turn
+from megatron_sd.records import SEARCH, Action, Hit, Question, Rollout, StopReason, TokenIds, Turn
 from megatron_sd.retrieval.retriever import Retriever
 from megatron_sd.rollout.engine import Completion, GenerationRequest, InferenceEngine
 from megatron_sd.search.environment import Environment
@@ -75,7 +75,8 @@ class Conversation:
         (self.hits,) = await self._tools.retriever.search([query], self._tools.top_k)
         if not self._turns:
             self._turns.append(Turn(completion_ids=(), completion_logprobs=()))
-        self._turns[-1] = dataclasses.replace(self._turns[-1], query=query, hits=self.hits)
+        action = Action(tool=SEARCH, text=query)
+        self._turns[-1] = dataclasses.replace(self._turns[-1], action=action, hits=self.hits)
         return self.passages(self.hits)
 
     def passages(self, hits: Sequence[Hit]) -> str:

@@ -79,17 +79,19 @@ def _segment(writer: str, text: str) -> list[str]:
 def group_record(group: RolloutGroup, blocks: Sequence[str], decode: Decode) -> dict[str, Any]:
     """One group as JSON-ready data: the records as they are, with the text of every segment beside its ids.
 
-    query_parts: the completion's text before, in and after its query tokens, where a search has any.
+    query, query_span: of a turn that searches, else None. query_parts: the completion's text before, in and
+    after its query tokens, where a search has any.
     """
     record = dataclasses.asdict(group)
-    for rollout, block in zip(record["rollouts"], blocks, strict=True):
-        rollout["hindsight"] = block
-        rollout["prompt_text"] = decode(rollout["prompt_ids"])
-        for turn in rollout["turns"]:
-            turn["completion_text"] = decode(turn["completion_ids"])
-            turn["observation_text"] = decode(turn["observation_ids"])
-            if turn["query_span"] is not None:
-                start, stop = turn["query_span"]
-                ids = turn["completion_ids"]
-                turn["query_parts"] = [decode(ids[:start]), decode(ids[start:stop]), decode(ids[stop:])]
+    for rollout, fields, block in zip(group.rollouts, record["rollouts"], blocks, strict=True):
+        fields["hindsight"] = block
+        fields["prompt_text"] = decode(rollout.prompt_ids)
+        for turn, own in zip(rollout.turns, fields["turns"], strict=True):
+            ids = turn.completion_ids
+            own["completion_text"] = decode(ids)
+            own["observation_text"] = decode(turn.observation_ids)
+            own["query"], own["query_span"] = turn.query, turn.query_span
+            if turn.query_span is not None:
+                start, stop = turn.query_span
+                own["query_parts"] = [decode(ids[:start]), decode(ids[start:stop]), decode(ids[stop:])]
     return record

@@ -195,8 +195,8 @@ class Rollouter:
             return
         hits: tuple[Hit, ...] = ()
         observation = verdict.observation_ids
-        if verdict.query is not None:
-            (hits,) = await self._retriever.search([verdict.query], self._top_k)
+        if verdict.action is not None:
+            (hits,) = await self._retriever.search([verdict.action.text], self._top_k)
             observation = environment.observation_ids(hits)
         if environment.turn_budget(len(episode.ids) + len(observation)) == 0:
             observation, episode.stop = (), StopReason.TOKEN_LIMIT
@@ -247,8 +247,7 @@ class _Episode:
             Turn(
                 completion_ids=completion.ids,
                 completion_logprobs=completion.logprobs,
-                query=verdict.query,
-                query_span=verdict.query_span,
+                action=verdict.action,
                 policy_version=completion.policy_version,
                 well_formed=well_formed,
             )

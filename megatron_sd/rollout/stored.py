@@ -18,7 +18,18 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sd.errors import DataError
-from megatron_sd.records import Hit, Passage, Question, Rollout, RolloutGroup, Scores, StopReason, Turn
+from megatron_sd.records import (
+    SEARCH,
+    Action,
+    Hit,
+    Passage,
+    Question,
+    Rollout,
+    RolloutGroup,
+    Scores,
+    StopReason,
+    Turn,
+)
 
 ROLLOUTS_NAME = "rollouts.jsonl"
 SAMPLE_NAME = "report.json"  # of a finished sample
@@ -130,5 +141,16 @@ def _turn_of(fields: dict[str, Any]) -> Turn:
     tuples = {
         name: tuple(fields[name]) for name in ("completion_ids", "completion_logprobs", "observation_ids")
     }
-    span = fields["query_span"]
-    return Turn(**{**fields, **tuples, "hits": hits, "query_span": None if span is None else tuple(span)})
+    own = {"policy_version": fields["policy_version"], "well_formed": fields["well_formed"]}
+    return Turn(**own, **tuples, hits=hits, action=_action_of(fields))
+
+
+def _action_of(fields: dict[str, Any]) -> Action | None:
+    """Files from before there were tools have a search's `query` and `query_span`."""
+    action = fields.get("action")
+    if action is None and fields.get("query") is not None:
+        action = {"tool": SEARCH, "text": fields["query"], "span": fields["query_span"]}
+    if action is None:
+        return None
+    span = action["span"]
+    return Action(tool=action["tool"], text=action["text"], span=None if span is None else tuple(span))

@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_sd.config import RolloutConfig
 from megatron_sd.errors import ConfigError
-from megatron_sd.records import Hit, StopReason, TokenIds
+from megatron_sd.records import Action, Hit, StopReason, TokenIds
 from megatron_sd.retrieval.queries import fit_query
-from megatron_sd.search.protocol import Protocol, fill, parse_action
+from megatron_sd.search.protocol import Protocol, fill, parse_completion
 from megatron_sd.search.reward import completion_is_well_formed
 from megatron_sd.search.sanitize import Sanitizer
 from megatron_sd.search.tokens import TextCodec
@@ -19,12 +19,11 @@ from megatron_sd.search.tokens import TextCodec
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """What follows a completion: a search to serve (query, query_span), a message and another turn
-    (observation_ids), or the end (stop, with the answer if there is one). Exactly one of the three holds: a
-    search that is not served is no query."""
+    """What follows a completion: an action to serve, a message and another turn (observation_ids), or the
+    end (stop, with the answer if there is one). Exactly one of the three holds: a search that is not served
+    is no action."""
 
-    query: str | None = None
-    query_span: tuple[int, int] | None = None
+    action: Action | None = None
     answer: str | None = None
     observation_ids: TokenIds = ()
     stop: StopReason | None = None
@@ -116,17 +115,13 @@ class Environment:
         Turns 0 .. max_search_turns - 1 may search; turn max_search_turns is the last, in which a search is
         not served.
         """
-        action = parse_action(completion_ids, self.protocol, self.codec)
-        if action.answer is not None:
-            return Verdict(answer=action.answer.strip(), stop=StopReason.ANSWERED)
+        found = parse_completion(completion_ids, self.protocol, self.codec)
+        if found.answer is not None:
+            return Verdict(answer=found.answer.strip(), stop=StopReason.ANSWERED)
         is_last = turn >= self.limits.max_search_turns
-        query = (
-            ""
-            if action.query is None
-            else fit_query(self.sanitizer.clean_query(action.query), self.limits.max_query_bytes)
-        )
-        if query and not is_last:
-            return Verdict(query=query, query_span=action.query_span)
+        action = None if found.action is None else self._servable(found.action)
+        if action is not None and not is_last:
+            return Verdict(action=action)
         if truncated:
             return Verdict(stop=StopReason.TOKEN_LIMIT)
         if is_last:
@@ -134,6 +129,11 @@ class Environment:
         if not self._retry_ids:
             return Verdict(stop=StopReason.NO_ACTION)
         return Verdict(observation_ids=self._retry_ids)
+
+    def _servable(self, search: Action) -> Action | None:
+        """The search as the retriever gets it; None where nothing is left of its query."""
+        query = fit_query(self.sanitizer.clean_query(search.text), self.limits.max_query_bytes)
+        return replace(search, text=query) if query else None
 
     def is_well_formed(self, completion_ids: TokenIds, turn: int = 0) -> bool:
         """reward.completion_is_well_formed of the text of 0-based `turn`; an end-of-sequence id is left

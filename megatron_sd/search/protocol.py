@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from megatron_sd.config import ProtocolConfig
 from megatron_sd.errors import ConfigError
+from megatron_sd.records import SEARCH, Action
 from megatron_sd.search.sanitize import Sanitizer
 from megatron_sd.search.tokens import TextCodec, fill
 
@@ -224,22 +225,16 @@ def _refuse_unread_tags(protocol: Protocol) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Action:
-    """What a completion does: a search (query and query_span), an answer, or neither (all None).
+class ParsedCompletion:
+    """What a completion does: an action, an answer, or neither. Both texts as sampled, not yet sanitised."""
 
-    query, answer: the text between the tags, as sampled (not yet sanitised). query_span: [start, stop)
-    token offsets into the completion of the tokens strictly between the search tags; empty (start == stop)
-    when no token lies fully inside.
-    """
-
-    query: str | None = None
-    query_span: tuple[int, int] | None = None
+    action: Action | None = None
     answer: str | None = None
 
 
-def parse_action(completion_ids: Sequence[int], protocol: Protocol, codec: TextCodec) -> Action:
-    """Read the first complete action of one completion: the first closing search or answer tag that has its
-    opening before it.
+def parse_completion(completion_ids: Sequence[int], protocol: Protocol, codec: TextCodec) -> ParsedCompletion:
+    """Read the first complete action or answer of one completion: the first closing search or answer tag
+    that has its opening before it.
 
     Works on the raw bytes of the ids, so that no id is ever decoded and encoded again; the last opening tag
     before the closing one counts. Bytes that are no UTF-8 read as U+FFFD.
@@ -253,8 +248,9 @@ def parse_action(completion_ids: Sequence[int], protocol: Protocol, codec: TextC
     search = _first_enclosed(text, protocol.search_tags)
     answer = _first_enclosed(text, protocol.answer_tags)
     if search is not None and (answer is None or search[1] < answer[1]):
-        return Action(query=_decode(text, search), query_span=_tokens_inside(offsets, search))
-    return Action(answer=None if answer is None else _decode(text, answer))
+        span = _tokens_inside(offsets, search)
+        return ParsedCompletion(action=Action(tool=SEARCH, text=_decode(text, search), span=span))
+    return ParsedCompletion(answer=None if answer is None else _decode(text, answer))
 
 
 def _first_enclosed(text: bytes, tags: Tags) -> tuple[int, int] | None:

@@ -152,11 +152,11 @@ def _holds_tag(text: str, protocol: Protocol) -> bool:
 
 
 def format_valid(rollout: Rollout) -> float:
-    """1.0 when every turn is well-formed, all but the last search, and the last one answers; else 0.0."""
+    """1.0 when every turn is well-formed, all but the last act, and the last one answers; else 0.0."""
     if rollout.stop_reason is not StopReason.ANSWERED or not rollout.answer or not rollout.turns:
         return 0.0
-    *searches, last = rollout.turns
-    in_order = all(turn.query is not None for turn in searches) and last.query is None
+    *before, last = rollout.turns
+    in_order = all(turn.action is not None for turn in before) and last.action is None
     return float(in_order and all(turn.well_formed for turn in rollout.turns))
 
 

@@ -4,15 +4,29 @@ import pytest
 
 from megatron_sd.algorithm.samples import GATES, SCOPES, apply_gate, to_samples
 from megatron_sd.errors import BarrenStepError, RolloutError
-from megatron_sd.records import StopReason, Turn
+from megatron_sd.records import SEARCH, Action, StopReason, Turn
 from tests.fakes_groups import make_group, make_rollout
 
+
+def searched(text, start, stop):
+    return Action(tool=SEARCH, text=text, span=(start, stop))
+
+
 TURNS = (
-    Turn(completion_ids=(10, 11, 12, 13), completion_logprobs=(-1.0, -2.0, -3.0, -4.0), observation_ids=(20, 21), query="x",
-         query_span=(1, 3)),
-    Turn(completion_ids=(14, 15), completion_logprobs=(-5.0, -6.0), observation_ids=(22,), query="", query_span=(1, 1)),
+    Turn(
+        completion_ids=(10, 11, 12, 13),
+        completion_logprobs=(-1.0, -2.0, -3.0, -4.0),
+        observation_ids=(20, 21),
+        action=searched("x", 1, 3),
+    ),
+    Turn(
+        completion_ids=(14, 15),
+        completion_logprobs=(-5.0, -6.0),
+        observation_ids=(22,),
+        action=searched("", 1, 1),
+    ),
     Turn(completion_ids=(16,), completion_logprobs=(-7.0,)),
-)  # fmt: skip
+)
 
 
 def group_of(*rollouts):
@@ -71,7 +85,7 @@ def test_a_step_without_a_single_token_is_an_error_unless_all_rollouts_failed():
             "2 sampled ids, 1 log-probabilities",
         ),
         (
-            {"turns": (Turn(completion_ids=(1,), completion_logprobs=(-1.0,), query_span=(0, 2)),)},
+            {"turns": (Turn(completion_ids=(1,), completion_logprobs=(-1.0,), action=searched("", 0, 2)),)},
             r"query span \(0, 2\)",
         ),
     ],
@@ -89,7 +103,7 @@ def test_records_that_do_not_fit(changes, words):
 def test_scopes_name_the_tokens_that_distil(scope, ids):
     turns = (
         *TURNS[:2],
-        Turn(completion_ids=(16, 17, 18), completion_logprobs=(-7.0,) * 3, query="y", query_span=(1, 2)),
+        Turn(completion_ids=(16, 17, 18), completion_logprobs=(-7.0,) * 3, action=searched("y", 1, 2)),
     )
     (sample,) = samples_of(group_of(make_rollout(1.0, turns=turns)), [((7, 8, 9),)], scope)
     assert sample.ids[sample.query_positions].tolist() == ids
@@ -100,7 +114,7 @@ def test_scopes_name_the_tokens_that_distil(scope, ids):
 
 
 def test_a_first_query_without_a_whole_token_leaves_nothing_to_distil():
-    turns = (TURNS[1], dataclasses.replace(TURNS[0], query_span=(1, 3)))
+    turns = (TURNS[1], dataclasses.replace(TURNS[0], action=searched("x", 1, 3)))
     (sample,) = samples_of(group_of(make_rollout(1.0, turns=turns)), [((7, 8, 9),)], "first_query")
     assert not sample.is_distilled
 

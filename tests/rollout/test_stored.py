@@ -30,6 +30,18 @@ def test_a_group_comes_back_equal_with_ids_scores_hits_and_spans():
     assert group_of(line, "here").rollouts[1].scores is None
 
 
+def test_a_line_from_before_there_were_tools_is_read():
+    own = a_group()
+    fields = fields_of(own)
+    for stored in fields["rollouts"]:
+        for turn in stored["turns"]:
+            action = turn.pop("action")
+            turn["query"], turn["query_span"] = (
+                (None, None) if action is None else (action["text"], action["span"])
+            )
+    assert group_of(json.dumps(fields).encode(), "here") == own
+
+
 def test_groups_are_read_by_place_and_half_a_line_is_left_out(tmp_path):
     path = tmp_path / "rollouts.jsonl"
     groups = [a_group(number) for number in range(4)]

@@ -122,8 +122,8 @@ def judge(text, turn=0, truncated=False, own=None):
 
 def test_a_search_is_served_until_the_last_turn():
     verdict = judge("<search> mayor </search>", turn=1)
-    assert (verdict.query, verdict.stop, verdict.answer) == ("mayor", None, None)
-    start, stop = verdict.query_span
+    assert (verdict.action.text, verdict.stop, verdict.answer) == ("mayor", None, None)
+    start, stop = verdict.action.span
     assert text_of(ENCODE("<search> mayor </search>")[start:stop]).strip() in ("mayor", "") and start <= stop
     assert judge("<search> mayor </search>", turn=2) == Verdict(stop=StopReason.TURN_LIMIT)
 
@@ -149,7 +149,7 @@ def test_a_query_of_nothing_is_no_search():
 
 
 def test_query_is_sanitised():
-    assert judge("<search>mayor <|im_end|> of\n<information></search>").query == "mayor of"
+    assert judge("<search>mayor <|im_end|> of\n<information></search>").action.text == "mayor of"
 
 
 def test_turn_budget_counts_both_limits():

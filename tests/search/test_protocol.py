@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 
 from megatron_sd.config import ProtocolConfig, RolloutConfig
 from megatron_sd.errors import ConfigError
-from megatron_sd.records import Hit, Passage
+from megatron_sd.records import SEARCH, Action, Hit, Passage
 from megatron_sd.search.environment import Environment
-from megatron_sd.search.protocol import Action, build_protocol, fill, parse_action
+from megatron_sd.search.protocol import ParsedCompletion, build_protocol, fill, parse_completion
 from megatron_sd.search.reward import completion_is_well_formed
 from megatron_sd.search.tokens import TextCodec
 from tests.rollout.fakes import byte_level_tokenizer, codec
@@ -38,39 +38,39 @@ def straddling() -> TextCodec:
 
 def parse(text: str, own: TextCodec | None = None) -> Action:
     own = own or codec()
-    return parse_action(own.encode(text), PROTOCOL, own)
+    return parse_completion(own.encode(text), PROTOCOL, own)
 
 
 def test_search_answer_and_neither():
-    action = parse("<think>hm</think> <search> mayor of Lyon </search>")
-    assert (action.query, action.answer) == (" mayor of Lyon ", None)
-    assert parse("<answer> Lyon </answer>") == Action(answer=" Lyon ")
+    found = parse("<think>hm</think> <search> mayor of Lyon </search>")
+    assert (found.action.tool, found.action.text, found.answer) == (SEARCH, " mayor of Lyon ", None)
+    assert parse("<answer> Lyon </answer>") == ParsedCompletion(answer=" Lyon ")
     for text in ("", "nothing", "<search> open", "</search>", "</search><search>", "<answer></search>"):
-        assert parse(text) == Action()
+        assert parse(text) == ParsedCompletion()
 
 
 def test_first_complete_action_counts():
-    assert parse("<answer>a</answer><search>q</search>") == Action(answer="a")
-    assert parse("<search>q</search><answer>a</answer>").query == "q"
-    assert parse("<search> never closed <answer>a</answer>") == Action(answer="a")
-    assert parse("I will write <search> once: <search>q</search>").query == "q"
+    assert parse("<answer>a</answer><search>q</search>") == ParsedCompletion(answer="a")
+    assert parse("<search>q</search><answer>a</answer>").action.text == "q"
+    assert parse("<search> never closed <answer>a</answer>") == ParsedCompletion(answer="a")
+    assert parse("I will write <search> once: <search>q</search>").action.text == "q"
 
 
 def test_query_span_is_the_tokens_strictly_between_the_tags():
     completion = ids_of(
         "<", "s", "e", "a", "r", "c", "h", ">", "m", "a", "y", "<", "/", "s", "e", "a", "r", "c", "h", ">"
     )
-    assert parse_action(completion, PROTOCOL, straddling()).query_span == (8, 11)
+    assert parse_completion(completion, PROTOCOL, straddling()).action.span == (8, 11)
 
 
 def test_a_token_that_straddles_a_tag_boundary_is_outside():
     own = straddling()
     whole = own.encode("x<search> mayor </search>y")
-    action = parse_action(whole, PROTOCOL, own)
-    start, stop = action.query_span
+    action = parse_completion(whole, PROTOCOL, own).action
+    start, stop = action.span
     inside = own.bytes_of(whole[start:stop])
     # one token or more was cut off
-    assert action.query == " mayor " and inside in b" mayor " and inside != b" mayor "
+    assert action.text == " mayor " and inside in b" mayor " and inside != b" mayor "
 
 
 def test_a_single_token_over_both_boundaries_leaves_an_empty_span():
@@ -78,20 +78,20 @@ def test_a_single_token_over_both_boundaries_leaves_an_empty_span():
     own = TextCodec(byte_level_tokenizer(texts * 3, vocab_size=300, use_regex=False), chat_template=False)
     ids = own.encode(texts[0])
     assert len(ids) == 1  # the whole action is one token
-    assert parse_action(ids, PROTOCOL, own) == Action(query="q", query_span=(1, 1))
+    assert parse_completion(ids, PROTOCOL, own).action == Action(tool=SEARCH, text="q", span=(1, 1))
 
 
 def test_invalid_utf8_reads_as_replacement():
     tokens = {raw: n for n, raw in enumerate(codec().token_bytes)}
     ids = [*codec().encode("<search>a"), tokens[b"\xe6"], *codec().encode("b</search>")]
-    assert parse_action(ids, PROTOCOL, codec()).query == "a�b"
+    assert parse_completion(ids, PROTOCOL, codec()).action.text == "a�b"
 
 
 def test_a_character_may_straddle_tokens():
     tokens = {raw: n for n, raw in enumerate(codec().token_bytes)}
     ids = [*codec().encode("<search>"), tokens[b"\xc3"], tokens[b"\xa9"], *codec().encode("</search>")]
-    action = parse_action(ids, PROTOCOL, codec())
-    assert action.query == "é" and codec().bytes_of(ids[slice(*action.query_span)]) == "é".encode()
+    action = parse_completion(ids, PROTOCOL, codec()).action
+    assert action.text == "é" and codec().bytes_of(ids[slice(*action.span)]) == "é".encode()
 
 
 PIECES = st.sampled_from(
@@ -131,16 +131,15 @@ def test_spans_over_random_texts_and_random_cuts(pieces, random):
         size = random.choice(choices)
         ids.append(vocabulary[text[place : place + size]])
         place += size
-    action = parse_action(ids, PROTOCOL, own)
-    if action.query is None:
-        assert action.query_span is None
+    action = parse_completion(ids, PROTOCOL, own).action
+    if action is None:
         return
     close = text.index(b"</search>", text.index(b"<search>"))
     open_ = text.rindex(b"<search>", 0, close) + len(b"<search>")
-    assert action.query.encode() == text[open_:close]
+    assert action.text.encode() == text[open_:close]
     offsets = own.offsets(ids)
     expected = [n for n in range(len(ids)) if offsets[n] >= open_ and offsets[n + 1] <= close]
-    assert list(range(*action.query_span)) == expected
+    assert list(range(*action.span)) == expected
 
 
 def test_prompt_is_filled_in_one_pass():
@@ -175,9 +174,10 @@ def test_few_shot_shows_actions_and_results_as_the_environment_reads_and_shows_t
     question, *turns = observation.sub("\0", example).split("\n", 1)[1].split("\0")
     texts = [text.strip() for text in (question, *turns)]
     assert [completion_is_well_formed(text, own) for text in texts] == [True, True, True]
-    queries = [parse_action(codec().encode(text), own, codec()).query for text in texts]
-    assert queries == [" painter of The Harbour Wall birthplace ", " river through Dunmere ", None]
-    assert parse_action(codec().encode(texts[2]), own, codec()).answer == " Asel "
+    first, second, last = (parse_completion(codec().encode(text), own, codec()) for text in texts)
+    queries = [first.action.text, second.action.text]
+    assert queries == [" painter of The Harbour Wall birthplace ", " river through Dunmere "]
+    assert (last.action, last.answer) == (None, " Asel ")
     environment = Environment(codec(), own, RolloutConfig())
     town = Hit(
         passage=Passage(id="d", title="Dunmere", text="Dunmere is a market town on the river Asel."),

@@ -8,7 +8,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_sd.config import ProtocolConfig, RewardConfig
-from megatron_sd.records import Hit, Passage, Question, Rollout, RolloutGroup, StopReason, Turn
+from megatron_sd.records import (
+    SEARCH,
+    Action,
+    Hit,
+    Passage,
+    Question,
+    Rollout,
+    RolloutGroup,
+    StopReason,
+    Turn,
+)
 from megatron_sd.search.protocol import build_protocol
 from megatron_sd.search.reward import (
     completion_is_well_formed,
@@ -172,7 +182,7 @@ def _turn(query=None, hits=(), **changes):
     return Turn(
         completion_ids=(1,),
         completion_logprobs=(-0.1,),
-        query=query,
+        action=None if query is None else Action(tool=SEARCH, text=query),
         hits=tuple(Hit(passage=_passage(h), score=1.0) for h in hits),
         **changes,
     )

@@ -25,8 +25,8 @@ from megatron_sd.distributed.world import World
 from megatron_sd.durable.directories import Seals
 from megatron_sd.errors import ConfigError, GradientSpikeError, NonFiniteError
 from megatron_sd.machine import give_back_memory
+from megatron_sd.ops.divergence import Divergence
 from megatron_sd.ops.head.types import HeadOptions
-from megatron_sd.ops.jsd import check_options
 from megatron_sd.records import Batch, Microbatch, Totals, UpdateResult
 from megatron_sd.training.clipped_adamw import ClippedAdamW
 from megatron_sd.training.deepspeed_config import deepspeed_config
@@ -302,25 +302,19 @@ def _optimizer(module: nn.Module, config: Config) -> torch.optim.Optimizer:
 
 
 def head_options(config: Config) -> HeadOptions:
-    """The head's part of the configuration, checked. Rollouts sampled greedily (temperature 0) are scored
-    at temperature 1."""
+    """The head's part of the configuration. Rollouts sampled greedily (temperature 0) are scored at
+    temperature 1. Raises ConfigError where the divergence's values are out of range."""
     distill = config.distill
-    check_options(
-        divergence=distill.divergence,
-        beta=distill.beta,
-        temperature=distill.temperature,
-        top_k=distill.top_k,
-        tail_bucket=distill.tail_bucket,
-        impl="auto",
-    )
     return HeadOptions(
         sampling_temperature=config.rollout.temperature or 1.0,
-        divergence=distill.divergence,
-        beta=distill.beta,
-        temperature=distill.temperature,
-        top_k=distill.top_k,
-        tail_bucket=distill.tail_bucket,
+        divergence=Divergence(
+            kind=distill.divergence,
+            beta=distill.beta,
+            temperature=distill.temperature,
+            top_k=distill.top_k,
+            tail_bucket=distill.tail_bucket,
+        ),
         teacher_logits=distill.teacher_logits,
         chunk_rows=config.update.head_chunk_rows,
-        target=config.distill.target,
+        target=distill.target,
     )

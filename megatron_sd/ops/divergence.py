@@ -11,13 +11,14 @@ DIVERGENCES = ("jsd", "forward_kl", "reverse_kl", "mse")
 
 @dataclass(frozen=True, kw_only=True)
 class Divergence:
-    """A divergence of two rows of logits, the teacher's and the student's; formulas: jsd_reference.py.
+    """A divergence of the teacher's P = softmax(logits / temperature) and the student's Q, row by row.
 
-    kind: one of DIVERGENCES. beta: the teacher's share of the mixture M = beta P + (1 - beta) Q, 0 < beta <
-    1; it counts for "jsd" alone. temperature: both distributions are softmax(logits / temperature). top_k:
-    both are restricted to the teacher's k likeliest tokens and renormalised; None: the full vocabulary.
-    tail_bucket: with top_k, all other tokens together are one more event, instead of nothing. Raises
-    ConfigError for a value out of range, or a tail bucket without top_k.
+    kind: "jsd" is beta KL(P || M) + (1 - beta) KL(Q || M) with M = beta P + (1 - beta) Q and 0 < beta < 1
+    (TRL's generalised JSD; at beta = 0.5 the paper's), "forward_kl" KL(P || Q), "reverse_kl" KL(Q || P),
+    "mse" the sum of (P - Q)^2; jsd_reference.py has the gradients too. beta counts for "jsd" alone. top_k:
+    both are restricted to the teacher's k likeliest tokens and renormalised, as the paper does; None: the
+    full vocabulary. tail_bucket: with top_k, all other tokens together are one more event (SDPO), instead
+    of nothing. Raises ConfigError for a value out of range, and for a tail bucket without top_k.
     """
 
     kind: str

@@ -9,8 +9,8 @@ from megatron_sd.algorithm.learning_rate import learning_rate
 from megatron_sd.config import Config
 from megatron_sd.distributed.parallel import Parallel
 from megatron_sd.errors import ConfigError
+from megatron_sd.ops.divergence import Divergence
 from megatron_sd.ops.head.types import HeadOptions
-from megatron_sd.ops.jsd import check_options
 from megatron_sd.training.lora import with_adapters
 from megatron_sd.training.parallel.tensor import check_model, head_shard
 from megatron_sd.training.placement import check_disk_offload, reads_shards
@@ -46,27 +46,21 @@ def build_policy(config: Config, parallel: Parallel) -> Policy:
 
 
 def head_options(config: Config) -> HeadOptions:
-    """The head's part of the configuration, checked. Rollouts sampled greedily (temperature 0) are scored
-    at temperature 1."""
+    """The head's part of the configuration. Rollouts sampled greedily (temperature 0) are scored at
+    temperature 1. Raises ConfigError where the divergence's values are out of range."""
     distill = config.distill
-    check_options(
-        divergence=distill.divergence,
-        beta=distill.beta,
-        temperature=distill.temperature,
-        top_k=distill.top_k,
-        tail_bucket=distill.tail_bucket,
-        impl="auto",
-    )
     return HeadOptions(
         sampling_temperature=config.rollout.temperature or 1.0,
-        divergence=distill.divergence,
-        beta=distill.beta,
-        temperature=distill.temperature,
-        top_k=distill.top_k,
-        tail_bucket=distill.tail_bucket,
+        divergence=Divergence(
+            kind=distill.divergence,
+            beta=distill.beta,
+            temperature=distill.temperature,
+            top_k=distill.top_k,
+            tail_bucket=distill.tail_bucket,
+        ),
         teacher_logits=distill.teacher_logits,
         chunk_rows=config.update.head_chunk_rows,
-        target=config.distill.target,
+        target=distill.target,
     )
 
 

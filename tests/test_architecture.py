@@ -78,6 +78,7 @@ MAX_TRAINER_LINES = 220
 MAX_POSITIONAL = 4
 FIXED_SIGNATURES = {  # whose parameters are decided elsewhere
     "jsd_rows": "its five aligned tensors are the signature of the native op",
+    "divergence_op": "an operator's schema: these five and plain numbers, by position",
     "row_attention": "transformers calls it with these five",
     "packed_attention": "transformers calls it with these five",
 }

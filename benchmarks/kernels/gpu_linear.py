@@ -22,10 +22,11 @@ NUM_ROWS = (1024, 4096)
 
 def fused(hidden: Tensor, teacher: Tensor, weight: Tensor) -> Callable[[], object]:
     """linear_jsd with every row a query row. Raises ImportError where this version has none."""
+    from megatron_sd.ops.divergence import Divergence
     from megatron_sd.ops.head.one_pass import HeadOptions, HeadRows, linear_jsd
 
     options = HeadOptions(
-        sampling_temperature=1.0, divergence="jsd", beta=BETA, temperature=1.0, top_k=None, tail_bucket=False,
+        sampling_temperature=1.0, divergence=Divergence(kind="jsd", beta=BETA, temperature=1.0),
         teacher_logits="delta", chunk_rows=2048, target="teacher",
     )  # fmt: skip
     num_rows = len(hidden)

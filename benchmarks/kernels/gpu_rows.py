@@ -14,6 +14,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from benchmarks.kernels.gpu_timing import median_ms, peak_mib
+from megatron_sd.ops.divergence import Divergence
 from megatron_sd.ops.native import calls
 
 VOCABULARY, BETA = 151_936, 0.5
@@ -66,14 +67,13 @@ def native(pair: tuple[Tensor, Tensor], kind: tuple, divergence: str) -> Callabl
     """Values and gradients of every row, in one visit."""
     student, teacher = pair
     rows = torch.arange(len(student), device="cuda")
-    return lambda: calls.jsd_rows(
+    chosen = Divergence(kind=divergence, beta=BETA, temperature=1.0)
+    return lambda: calls.native_divergence(
         student,
         teacher,
         rows,
         rows,
-        divergence=divergence,
-        beta=BETA,
-        temperature=1.0,
+        divergence=chosen,
         with_gradient=True,
         gradient_dtype=kind[3],
         teacher_is_difference=kind[2],

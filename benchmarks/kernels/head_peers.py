@@ -10,6 +10,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from megatron_sd.ops.divergence import Divergence
 from megatron_sd.ops.jsd import jsd_rows
 
 
@@ -67,9 +68,8 @@ def _chunk(
         _entropy(teacher)
     every = torch.arange(len(query_rows))
     ones = torch.ones(len(query_rows))
-    return logprobs, jsd_rows(
-        logits, teacher, query_rows, every, ones, divergence="jsd", beta=0.5, temperature=1.0
-    ).values
+    divergence = Divergence(kind="jsd", beta=0.5, temperature=1.0)
+    return logprobs, jsd_rows(logits, teacher, query_rows, every, ones, divergence=divergence).values
 
 
 def _entropy(logits: Tensor) -> Tensor:

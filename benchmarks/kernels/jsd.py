@@ -29,6 +29,7 @@ import torch.nn.functional as F  # noqa: N812
 from benchmarks.baseline import Comparison, report
 from benchmarks.resident import extra_mib
 from megatron_sd.ops import build_info
+from megatron_sd.ops.divergence import Divergence
 from megatron_sd.ops.jsd import jsd_rows
 
 NUM_ROWS, VOCABULARY, BETA = 64, 151_936, 0.5
@@ -55,11 +56,10 @@ def upcast(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
 def through_the_door(impl: str) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
     """jsd_rows of every row with weight 1, summed."""
     rows, weights = torch.arange(NUM_ROWS), torch.ones(NUM_ROWS)
+    divergence = Divergence(kind="jsd", beta=BETA, temperature=1.0)
 
     def loss(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-        return jsd_rows(
-            student, teacher, rows, rows, weights, divergence="jsd", beta=BETA, temperature=1.0, impl=impl
-        ).values.sum()
+        return jsd_rows(student, teacher, rows, rows, weights, divergence=divergence, impl=impl).values.sum()
 
     return loss
 

@@ -30,6 +30,7 @@ from benchmarks.baseline import Comparison, report
 from benchmarks.kernels.head_peers import checkpointed, whole_logits
 from benchmarks.resident import extra_mib
 from megatron_sd.algorithm.policy_loss import policy_rows
+from megatron_sd.ops.divergence import Divergence
 from megatron_sd.ops.head.one_pass import linear_jsd
 from megatron_sd.ops.head.types import HeadOptions, HeadRows, RowValues
 
@@ -92,7 +93,7 @@ def loss_of(inputs: Inputs, logprobs: Tensor, divergences: Tensor, rows: slice =
 def fused(inputs: Inputs, shape: Shape) -> Tensor:
     """ops/head/one_pass.py."""
     options = HeadOptions(
-        sampling_temperature=1.0, divergence="jsd", beta=0.5, temperature=1.0, top_k=None, tail_bucket=False,
+        sampling_temperature=1.0, divergence=Divergence(kind="jsd", beta=0.5, temperature=1.0),
         teacher_logits="delta", chunk_rows=shape.chunk_rows, target="teacher",
     )  # fmt: skip
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.baseline import Comparison, report
+from megatron_sd.ops.divergence import Divergence
 from megatron_sd.ops.head.one_pass import linear_jsd
 from megatron_sd.ops.head.types import TEACHER_LOGITS, HeadOptions, HeadRows
 
@@ -31,7 +32,7 @@ def value_and_gradient(hidden: Tensor, teacher: Tensor, weight: Tensor, choice: 
     every = np.arange(NUM_ROWS)
     rows = HeadRows(torch.zeros(NUM_ROWS, dtype=torch.long), torch.from_numpy(every), every)
     options = HeadOptions(
-        sampling_temperature=1.0, divergence="jsd", beta=0.5, temperature=1.0, top_k=None, tail_bucket=False,
+        sampling_temperature=1.0, divergence=Divergence(kind="jsd", beta=0.5, temperature=1.0),
         teacher_logits=choice, chunk_rows=NUM_ROWS, target="teacher",
     )  # fmt: skip
     leaf = hidden.clone().requires_grad_()

@@ -16,6 +16,7 @@ from eval.credit.queries import QueryCredit, query_facts
 from eval.gate.lift import group_kind
 from megatron_sd.algorithm.hindsight import is_correct
 from megatron_sd.algorithm.samples import query_tokens, scoped_positions, to_samples
+from megatron_sd.ops.divergence import Divergence
 from megatron_sd.ops.jsd import jsd_rows
 from megatron_sd.records import Rollout, RolloutGroup, TrainingSample
 from megatron_sd.search.environment import Environment
@@ -116,8 +117,9 @@ def _at_query_tokens(
         torch.arange(len(logits), device=logits.device),
         torch.ones(len(logits), device=logits.device),
     )
-    own = {"divergence": "jsd", "beta": options.beta, "temperature": options.temperature}
-    return ratios.cpu(), jsd_rows(logits, teacher_logits, rows, rows, weights, **own).values.cpu()
+    divergence = Divergence(kind="jsd", beta=options.beta, temperature=options.temperature)
+    divergences = jsd_rows(logits, teacher_logits, rows, rows, weights, divergence=divergence).values
+    return ratios.cpu(), divergences.cpu()
 
 
 def _of_rollout(

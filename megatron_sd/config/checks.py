@@ -118,10 +118,7 @@ _RANGES: dict[str, tuple[str, ...]] = {
         "selection.wrong_question_share",
         "selection.validation_share",
     ),
-    "strictly between 0 and 1 (for its limits use divergence forward_kl or reverse_kl)": (
-        "distill.beta",
-        "beta",
-    ),
+    "strictly between 0 and 1": ("beta",),
 }
 _IN_RANGE: dict[str, Callable[[Any], bool]] = {
     "0": lambda value: 0 <= value < math.inf,
@@ -164,18 +161,7 @@ def check_ranges(config: Any) -> None:
 def check(config: Config) -> None:
     """Raise ConfigError for a value out of range, and for values that do not go together."""
     check_ranges(config)
-    distill = config.distill
-    measures = distill.block != "none" and distill.measure_every > 0
-    if distill.alpha.mode == "grad_ratio" and distill.measure_every == 0:
-        raise ConfigError(
-            "distill.alpha.mode: found 'grad_ratio' with distill.measure_every 0, expected fixed, or"
-            " measure_every above 0: the ratio has to be measured"
-        )
-    if measures and config.update.zero_stage != 3:
-        raise ConfigError(
-            f"update.zero_stage: found {config.update.zero_stage}, expected 3, where the gradient ratio can"
-            " be measured; or set distill.measure_every to 0 with distill.alpha.mode fixed"
-        )
+    _check_distill(config)
     if (
         config.rollout.max_lag
         and config.rollout.engine == "vllm"
@@ -209,6 +195,26 @@ def check(config: Config) -> None:
         raise ConfigError(
             "distill.teacher: found ema with model.lora.rank above 0, expected live or frozen: W does not"
             " move"
+        )
+
+
+def _check_distill(config: Config) -> None:
+    distill = config.distill
+    if distill.divergence == "jsd" and not 0 < distill.beta < 1:
+        raise ConfigError(
+            f"distill.beta: found {distill.beta!r} with distill.divergence jsd, expected strictly between 0"
+            " and 1; for its limits use divergence forward_kl or reverse_kl"
+        )
+    if distill.alpha.mode == "grad_ratio" and distill.measure_every == 0:
+        raise ConfigError(
+            "distill.alpha.mode: found 'grad_ratio' with distill.measure_every 0, expected fixed, or"
+            " measure_every above 0: the ratio has to be measured"
+        )
+    measures = distill.block != "none" and distill.measure_every > 0
+    if measures and config.update.zero_stage != 3:
+        raise ConfigError(
+            f"update.zero_stage: found {config.update.zero_stage}, expected 3, where the gradient ratio can"
+            " be measured; or set distill.measure_every to 0 with distill.alpha.mode fixed"
         )
 
 

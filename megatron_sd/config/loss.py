@@ -63,7 +63,7 @@ class DistillConfig:
     teacher: Literal["live", "ema", "frozen"] = "live"
     ema_decay: float = 0.99  # teacher = decay * teacher + (1 - decay) * student after each step
     divergence: Literal["jsd", "forward_kl", "reverse_kl", "mse"] = "jsd"
-    beta: float = 0.5
+    beta: float = 0.5  # of jsd alone: 0 < beta < 1
     temperature: float = 1.0
     top_k: int | None = None  # None: the full vocabulary; the paper: 50, the teacher's, renormalised
     tail_bucket: bool = False  # with top_k: all other tokens together are one more event, instead of nothing

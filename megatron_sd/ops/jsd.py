@@ -9,31 +9,26 @@ import torch
 from torch import Tensor
 
 from megatron_sd.errors import ConfigError
+from megatron_sd.ops.divergence import Divergence
 from megatron_sd.ops.jsd_in_place import in_place_rows
 from megatron_sd.ops.jsd_reference import RowDivergence, divergence_rows
 from megatron_sd.ops.native import calls, cpu_library, cuda_library, torch_ops
 
 _LOG = logging.getLogger(__name__)
 
-DIVERGENCES = ("jsd", "forward_kl", "reverse_kl", "mse")
-NATIVE_DIVERGENCES = ("jsd", "forward_kl", "reverse_kl")
 ROW_DTYPES = (torch.int64, torch.int32)
 IMPLEMENTATIONS = ("auto", "torch", "cpp", "cuda")
 NATIVE_DEVICES = {"cpp": "cpu", "cuda": "cuda"}
 
 
-def jsd_rows(  # noqa: PLR0913 (five tensors and the divergence's options: the whole operation)
+def jsd_rows(
     student_logits: Tensor,
     teacher_logits: Tensor,
     student_rows: Tensor,
     teacher_rows: Tensor,
     weights: Tensor,
     *,
-    divergence: str,
-    beta: float,
-    temperature: float,
-    top_k: int | None = None,
-    tail_bucket: bool = False,
+    divergence: Divergence,
     in_place: bool = False,
     impl: str = "auto",
 ) -> RowDivergence:
@@ -42,96 +37,66 @@ def jsd_rows(  # noqa: PLR0913 (five tensors and the divergence's options: the w
     student_logits [S, V], teacher_logits [T, V]: any floating dtype, arithmetic in float32 (float64 stays
     float64). student_rows, teacher_rows: [N] integer; only these rows are touched. weights: [N] floating,
     no gradient. Returns [N] values in the arithmetic's dtype, differentiable in student_logits alone, and
-    the [N] truncated masses. N = 0 is fine. top_k: both restricted to the teacher's k likeliest tokens,
-    renormalised; tail_bucket: what lies outside is one more event. in_place: the gradient takes the place
-    of student_logits, which are lost (rows not listed become 0), and the backward can run once; without a
-    gradient nothing is written. That saves the [S, V] gradient, and is refused where it would corrupt
-    something. impl: "cpp" and "cuda" are the native code of kernels/csrc (float32 or bfloat16, full
-    vocabulary) on CPU and on CUDA tensors, "torch" is the reference, "auto" the native code where it can
-    and otherwise the reference, said once in the log. Raises ConfigError for options and ValueError for
-    tensors that do not fit; row indices are checked only where that costs no device synchronisation (on the
-    CPU; the CUDA code makes rows out of range NaN). NaN in a row's logits is NaN in its value, and on the
-    CPU a warning with the row's number.
+    the [N] truncated masses. N = 0 is fine. divergence: D, and what it is taken with. in_place: the
+    gradient takes the place of student_logits, which are lost (rows not listed become 0), and the backward
+    can run once; without a gradient nothing is written. That saves the [S, V] gradient, and is refused
+    where it would corrupt something. impl: "cpp" and "cuda" are the native code of kernels/csrc (float32 or
+    bfloat16, full vocabulary) on CPU and on CUDA tensors, "torch" is the reference, "auto" the native code
+    where it can and otherwise the reference, said once in the log. Raises ConfigError for an impl that this
+    build has not or a top_k above V, and ValueError for tensors that do not fit; row indices are checked
+    only where that costs no device synchronisation (on the CPU; the CUDA code makes rows out of range NaN).
+    NaN in a row's logits is NaN in its value, and on the CPU a warning with the row's number.
     """
-    check_options(
-        divergence=divergence,
-        beta=beta,
-        temperature=temperature,
-        top_k=top_k,
-        tail_bucket=tail_bucket,
-        impl=impl,
-    )
+    _check_impl(impl)
     _check_tensors(student_logits, teacher_logits, student_rows, teacher_rows, weights)
-    if top_k is not None and top_k > student_logits.shape[-1]:
+    vocabulary = student_logits.shape[-1]
+    if divergence.top_k is not None and divergence.top_k > vocabulary:
         raise ConfigError(
-            f"distill.top_k is {top_k}, expected at most the vocabulary size {student_logits.shape[-1]}"
+            f"distill.top_k is {divergence.top_k}, expected at most the vocabulary size {vocabulary}"
         )
-    chosen = _chosen(impl, student_logits, teacher_logits, divergence=divergence, top_k=top_k)
-    compute = functools.partial(
-        _reference_rows if chosen == "torch" else _native_rows,
-        divergence=divergence,
-        beta=beta,
-        temperature=temperature,
-        top_k=top_k,
-        tail_bucket=tail_bucket,
-    )
+    chosen = _chosen(impl, student_logits, teacher_logits, divergence)
+    compute = functools.partial(_reference_rows if chosen == "torch" else _native_rows, divergence=divergence)
     lists = (student_rows, teacher_rows, weights.detach())
     if in_place and student_logits.requires_grad and torch.is_grad_enabled():
         return in_place_rows(compute, student_logits, teacher_logits.detach(), lists)
     return compute(student_logits, teacher_logits.detach(), *lists)
 
 
-def _native_rows(  # noqa: PLR0913, PLR0917 (as jsd_rows)
+def _native_rows(
     student: Tensor,
     teacher: Tensor,
     student_rows: Tensor,
     teacher_rows: Tensor,
     weights: Tensor,
     *,
-    divergence: str,
-    beta: float,
-    temperature: float,
-    top_k: int | None,
-    tail_bucket: bool,
+    divergence: Divergence,
 ) -> RowDivergence:
     wants_gradient = student.requires_grad and torch.is_grad_enabled()
-    values, _ = torch_ops.jsd_rows(
+    values, _ = torch_ops.divergence_op(
         student,
         teacher,
         student_rows,
         teacher_rows,
         weights.float(),
-        divergence,
-        beta,
-        temperature,
+        divergence.kind,
+        divergence.beta,
+        divergence.temperature,
         wants_gradient,
     )
     return RowDivergence(values, torch.zeros_like(values))
 
 
-def _reference_rows(  # noqa: PLR0913, PLR0917 (as jsd_rows)
+def _reference_rows(
     student: Tensor,
     teacher: Tensor,
     student_rows: Tensor,
     teacher_rows: Tensor,
     weights: Tensor,
     *,
-    divergence: str,
-    beta: float,
-    temperature: float,
-    top_k: int | None,
-    tail_bucket: bool,
+    divergence: Divergence,
 ) -> RowDivergence:
     dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
-    result = divergence_rows(
-        student[student_rows].to(dtype),
-        teacher[teacher_rows].to(dtype),
-        divergence=divergence,
-        beta=beta,
-        temperature=temperature,
-        top_k=top_k,
-        tail_bucket=tail_bucket,
-    )
+    result = divergence_rows(student[student_rows].to(dtype), teacher[teacher_rows].to(dtype), divergence)
     if student.device.type == "cpu" and not torch.compiler.is_compiling() and result.values.isnan().any():
         index = int(result.values.isnan().nonzero()[0, 0])
         pair = f"student row {int(student_rows[index])} and teacher row {int(teacher_rows[index])}"
@@ -144,18 +109,12 @@ def _reference_rows(  # noqa: PLR0913, PLR0917 (as jsd_rows)
     return RowDivergence(result.values * weights.to(dtype), result.truncated_mass)
 
 
-def _chosen(impl: str, student: Tensor, teacher: Tensor, *, divergence: str, top_k: int | None) -> str:
-    """ "cpp", "cuda" or "torch". Raises ValueError if impl is a native one and these tensors or options are
-    not for it."""
+def _chosen(impl: str, student: Tensor, teacher: Tensor, divergence: Divergence) -> str:
+    """ "cpp", "cuda" or "torch". Raises ValueError if impl is a native one and these tensors or this
+    divergence are not for it."""
     if impl == "torch":
         return impl
-    obstacle = (
-        f"top_k={top_k}"
-        if top_k is not None
-        else calls.obstacle(student, teacher, teacher_is_difference=False)
-    )
-    if divergence not in NATIVE_DIVERGENCES:
-        obstacle = f"divergence={divergence!r}"
+    obstacle = calls.obstacle(student, teacher, divergence, teacher_is_difference=False)
     if impl != "auto" and student.device.type != NATIVE_DEVICES[impl]:
         obstacle = f"tensors on {student.device}"
     if impl != "auto" and obstacle:
@@ -180,25 +139,7 @@ def _say_once(chosen: str, reason: str) -> None:
     _LOG.info("divergence of rows: impl='auto' takes %r (%s)", chosen, reason)
 
 
-def check_options(
-    *, divergence: str, beta: float, temperature: float, top_k: int | None, tail_bucket: bool, impl: str
-) -> None:
-    """Raises ConfigError naming the option, what was found and what was expected."""
-    if divergence not in DIVERGENCES:
-        raise ConfigError(f"distill.divergence is {divergence!r}, expected one of {DIVERGENCES}")
-    if divergence == "jsd" and not 0.0 < beta < 1.0:
-        raise ConfigError(
-            f"distill.beta is {beta}, expected 0 < beta < 1: the generalised JSD vanishes at both ends; "
-            "for the KL divergences set distill.divergence to forward_kl or reverse_kl"
-        )
-    if not temperature > 0.0:
-        raise ConfigError(f"distill.temperature is {temperature}, expected more than 0")
-    if top_k is not None and top_k < 1:
-        raise ConfigError(f"distill.top_k is {top_k}, expected at least 1, or null for the full vocabulary")
-    if tail_bucket and top_k is None:
-        raise ConfigError(
-            "distill.tail_bucket is true with distill.top_k null, expected a top_k: all tokens leave no tail"
-        )
+def _check_impl(impl: str) -> None:
     if impl not in IMPLEMENTATIONS:
         raise ConfigError(f"impl is {impl!r}, expected one of {IMPLEMENTATIONS}")
     libraries = {"cpp": cpu_library, "cuda": cuda_library}

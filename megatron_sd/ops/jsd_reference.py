@@ -33,6 +33,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron_sd.ops.divergence import Divergence
+
 MASKED = -1e30  # what -inf logits become: finite, so that no inf - inf arises
 
 
@@ -45,32 +47,23 @@ class RowDivergence(NamedTuple):
     truncated_mass: Tensor
 
 
-def divergence_rows(  # noqa: PLR0913 (two matrices and the divergence's options)
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    *,
-    divergence: str,
-    beta: float,
-    temperature: float,
-    top_k: int | None,
-    tail_bucket: bool = False,
-) -> RowDivergence:
+def divergence_rows(student_logits: Tensor, teacher_logits: Tensor, divergence: Divergence) -> RowDivergence:
     """Divergence of each row of two [N, V] logit matrices of the same floating dtype; values keep that dtype.
 
-    beta is read for "jsd" alone. top_k: both distributions are restricted to the teacher's k likeliest
-    tokens and renormalised; the student gets no gradient on its mass outside, unless a tail_bucket holds
-    the rest as one more event. A row that is all -inf, or holds a NaN, gives NaN.
+    With a top_k, the student gets no gradient on its mass outside, unless a tail_bucket holds it. A row that
+    is all -inf, or holds a NaN, gives NaN.
     """
+    top_k, temperature = divergence.top_k, divergence.temperature
     teacher_logits = teacher_logits.detach()
     truncated_mass = student_logits.new_zeros(len(student_logits))
     if top_k is not None:
         support = teacher_logits.topk(top_k, dim=-1).indices
         truncated_mass = _mass_outside(student_logits.detach(), support, temperature)
-        events = _events_with_tail if tail_bucket and top_k < student_logits.shape[-1] else _events
+        events = _events_with_tail if divergence.tail_bucket and top_k < student_logits.shape[-1] else _events
         student_logits = events(student_logits, support, temperature)
         teacher_logits = events(teacher_logits, support, temperature)
     wants_gradient = student_logits.requires_grad and torch.is_grad_enabled()
-    values = _Divergence.apply(student_logits, teacher_logits, divergence, beta, temperature, wants_gradient)
+    values = _Divergence.apply(student_logits, teacher_logits, divergence, wants_gradient)
     return RowDivergence(values.masked_fill(truncated_mass.isnan(), torch.nan), truncated_mass)
 
 
@@ -98,17 +91,12 @@ class _Divergence(torch.autograd.Function):
     """Values in the forward, with the student's gradient beside them when somebody will ask for it."""
 
     @staticmethod
-    def forward(  # noqa: PLR0913, PLR0917 (autograd hands everything on by position)
-        ctx,
-        student: Tensor,
-        teacher: Tensor,
-        divergence: str,
-        beta: float,
-        temperature: float,
-        wants_gradient: bool,
+    def forward(
+        ctx, student: Tensor, teacher: Tensor, divergence: Divergence, wants_gradient: bool
     ) -> Tensor:
+        temperature = divergence.temperature
         log_q, log_p = log_softmax(student, temperature), log_softmax(teacher, temperature)
-        terms = divergence_terms(log_p, log_q, divergence=divergence, beta=beta)
+        terms = divergence_terms(log_p, log_q, divergence)
         values = terms.values.sum(-1)
         if wants_gradient:
             gradient = terms.slopes.addcmul_(terms.q, terms.slopes.sum(-1, keepdim=True), value=-1.0)
@@ -119,7 +107,7 @@ class _Divergence(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_values: Tensor):
         (gradient,) = ctx.saved_tensors
-        return gradient * grad_values[:, None], None, None, None, None, None
+        return gradient * grad_values[:, None], None, None, None
 
 
 def log_softmax(logits: Tensor, temperature: float) -> Tensor:
@@ -139,12 +127,12 @@ class Terms(NamedTuple):
     q: Tensor
 
 
-def divergence_terms(log_p: Tensor, log_q: Tensor, *, divergence: str, beta: float) -> Terms:
-    """From log-probabilities of the teacher and the student; entries of a row may be a part of its
-    vocabulary."""
-    if divergence == "jsd":
-        return _jsd(log_p, log_q, beta)
-    return {"forward_kl": _forward_kl, "reverse_kl": _reverse_kl, "mse": _mse}[divergence](log_p, log_q)
+def divergence_terms(log_p: Tensor, log_q: Tensor, divergence: Divergence) -> Terms:
+    """From log-probabilities [N, V] of the teacher and the student, of which kind and beta make the terms;
+    entries of a row may be a part of its vocabulary."""
+    if divergence.kind == "jsd":
+        return _jsd(log_p, log_q, divergence.beta)
+    return {"forward_kl": _forward_kl, "reverse_kl": _reverse_kl, "mse": _mse}[divergence.kind](log_p, log_q)
 
 
 def _jsd(log_p: Tensor, log_q: Tensor, beta: float) -> Terms:

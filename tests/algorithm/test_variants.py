@@ -19,7 +19,7 @@ from megatron_sd.build import build_trainer
 from megatron_sd.config import DistillConfig
 from megatron_sd.config.load import load
 from megatron_sd.distributed.world import join_world
-from megatron_sd.ops.jsd import DIVERGENCES
+from megatron_sd.ops.divergence import DIVERGENCES
 
 START_POLICY = Path(str(files("data_prep"))) / "coldstart_model"
 VOCABULARY = json.loads((START_POLICY / "config.json").read_text())["vocab_size"]

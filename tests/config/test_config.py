@@ -57,7 +57,7 @@ def test_resolved_yaml_reads_back_equal(tmp_path):
         ("--model.pth=x", ["model.pth", "unknown", "model.path"]),
         ("--rollout.group_size=five", ["rollout.group_size", "int", "five"]),
         ("--distill.block=papers", ["distill.block", "papers", "paper"]),
-        ("--distill.beta=1.0", ["distill.beta", "1.0", "between 0 and 1"]),
+        ("--distill.beta=1.0", ["distill.beta", "1.0", "divergence jsd", "between 0 and 1"]),
         ("--num_steps=1.5", ["num_steps", "int", "1.5"]),
         ("--config=nowhere.yaml", ["nowhere.yaml"]),
     ],
@@ -67,6 +67,13 @@ def test_bad_argument_names_key_found_expected(argument, fragments):
         load([*REQUIRED, argument])
     for fragment in fragments:
         assert fragment in str(caught.value)
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "mse"])
+@pytest.mark.parametrize("beta", [0.0, 1.0])
+def test_beta_is_checked_where_it_counts(divergence, beta):
+    config = load([*REQUIRED, f"--distill.divergence={divergence}", f"--distill.beta={beta}"])
+    assert (config.distill.divergence, config.distill.beta) == (divergence, beta)
 
 
 def test_typo_in_yaml_names_the_nearest_key(tmp_path):

@@ -5,6 +5,7 @@ import torch
 
 from megatron_sd.ops.jsd_reference import divergence_rows
 from megatron_sd.ops.native import calls
+from tests.ops.divergences import JSD
 
 BF16, FP32 = torch.bfloat16, torch.float32
 # four hardware powers of 2^-22 meet in a result; two roundings of the stored gradient
@@ -22,14 +23,14 @@ def pair(num_rows, vocabulary, kind, *, distance=0.5, seed=0, device="cpu"):
     return student, teacher, student.double() * kind[2] + teacher.double()
 
 
-def value_and_gradient(student, teacher, kind, rows=None, **options):
+def value_and_gradient(student, teacher, kind, divergence=JSD, *, rows=None, **options):
     """Of the native code; rows: all in order unless given."""
     rows = rows or (torch.arange(len(student), device=student.device),) * 2
-    options = {"divergence": "jsd", "beta": 0.5, "temperature": 1.0} | options
-    return calls.jsd_rows(
+    return calls.native_divergence(
         student,
         teacher,
         *rows,
+        divergence=divergence,
         with_gradient=True,
         gradient_dtype=kind[3],
         teacher_is_difference=kind[2],
@@ -37,11 +38,10 @@ def value_and_gradient(student, teacher, kind, rows=None, **options):
     )
 
 
-def reference(student, teacher, **options):
+def reference(student, teacher, divergence=JSD):
     """(values, gradient) by autograd, in the dtype of the logits."""
     student = student.clone().requires_grad_()
-    options = {"divergence": "jsd", "beta": 0.5, "temperature": 1.0} | options
-    values = divergence_rows(student, teacher, top_k=None, **options).values
+    values = divergence_rows(student, teacher, divergence).values
     values.sum().backward()
     return values.detach(), student.grad
 
@@ -50,11 +50,11 @@ def relative_error(found, exact):
     return ((found.double() - exact).norm() / exact.norm()).item()
 
 
-def check(found, student, logits, kind, distance, **options):
+def check(found, student, logits, kind, distance, divergence=JSD):
     """err(kernel) <= 2 err(torch in float32) + eps. Below a hundred entries one hardware power's error does
     not average out."""
-    exact, exact_gradient = reference(student.double(), logits, **options)
-    torch_value, torch_gradient = reference(student.float(), logits.float(), **options)
+    exact, exact_gradient = reference(student.double(), logits, divergence)
+    torch_value, torch_gradient = reference(student.float(), logits.float(), divergence)
     assert found[0].dtype == FP32 and found[1].dtype == kind[3]
     few = student.shape[1] < 100
     value_eps = EPS[FP32] + 2e-8 / distance + few * 2**-22 / exact.norm().item()

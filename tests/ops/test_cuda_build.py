@@ -14,6 +14,7 @@ from megatron_sd.errors import ConfigError
 from megatron_sd.ops import build_info
 from megatron_sd.ops.jsd import jsd_rows
 from megatron_sd.ops.native import calls, cuda_library
+from tests.ops.divergences import JSD
 
 ROOT = Path(__file__).resolve().parents[2]
 NVCC = shutil.which("nvcc") or (
@@ -109,10 +110,9 @@ def test_without_a_driver_the_library_loads_and_says_what_is_missing():
     ) and cuda_library.architectures() in cuda_library.obstacle(0)
 
 
-def call(impl, **changes):
+def call(impl):
     logits, rows = torch.tensor([[1.0, 2.0, 4.0], [0.0, 1.0, 0.5]]), torch.tensor([0])
-    options = {"divergence": "jsd", "beta": 0.5, "temperature": 1.0} | changes
-    return jsd_rows(logits, logits.flip(0), rows, rows, torch.ones(1), impl=impl, **options)
+    return jsd_rows(logits, logits.flip(0), rows, rows, torch.ones(1), divergence=JSD, impl=impl)
 
 
 def test_cuda_without_its_library_or_on_cpu_tensors_is_refused(monkeypatch):
@@ -145,10 +145,10 @@ def test_a_failed_call_carries_cudas_words(monkeypatch):
     monkeypatch.setattr(cuda_library, "place", lambda device: (0, None))
     monkeypatch.setattr(calls, "_backend", lambda device: cuda_library)
     logits, rows = torch.zeros(1, 4), torch.tensor([0])
-    options = {"divergence": "jsd", "beta": 0.5, "temperature": 1.0, "with_gradient": False}
+    options = {"divergence": JSD, "with_gradient": False}
     with pytest.raises(
         RuntimeError, match=r"jsd_rows on cpu failed: an illegal memory access was encountered \(700\)"
     ):
-        calls.jsd_rows(logits, logits, rows, rows, **options)
+        calls.native_divergence(logits, logits, rows, rows, **options)
     with pytest.raises(ValueError, match="instruction_set is 'avx2', expected None"):
-        calls.jsd_rows(logits, logits, rows, rows, instruction_set="avx2", **options)
+        calls.native_divergence(logits, logits, rows, rows, instruction_set="avx2", **options)

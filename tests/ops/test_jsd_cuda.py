@@ -1,11 +1,14 @@
 """The divergence on a GPU, against float64 and against torch in float32. Needs a CUDA device, the CUDA
 library, torch, pytest."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from megatron_sd.ops.jsd import jsd_rows
 from megatron_sd.ops.native import calls, cuda_library, torch_ops
+from tests.ops.divergences import JSD, each_divergence
 from tests.ops.jsd_cases import BF16, FP32, check, pair, reference, value_and_gradient
 
 if not torch.cuda.is_available():
@@ -23,7 +26,6 @@ KINDS = {
     "bf16 with bf16 differences": (BF16, BF16, True, BF16),
 }
 each_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS.keys())
-each_divergence = pytest.mark.parametrize("divergence", ["jsd", "forward_kl", "reverse_kl"])
 
 
 @each_divergence
@@ -34,8 +36,9 @@ each_divergence = pytest.mark.parametrize("divergence", ["jsd", "forward_kl", "r
 )
 def test_error_is_at_most_twice_torchs(divergence, kind, distance, vocabulary, temperature, beta):
     student, teacher, logits = pair(4, vocabulary, kind, distance=distance, device="cuda")
-    options = {"divergence": divergence, "temperature": temperature, "beta": beta}
-    check(value_and_gradient(student, teacher, kind, **options), student, logits, kind, distance, **options)
+    divergence = replace(divergence, beta=beta, temperature=temperature)
+    found = value_and_gradient(student, teacher, kind, divergence)
+    check(found, student, logits, kind, distance, divergence)
 
 
 @each_divergence
@@ -44,8 +47,8 @@ def test_error_is_at_most_twice_torchs(divergence, kind, distance, vocabulary, t
 def test_any_vocabulary(divergence, dtype, vocabulary):
     kind = (dtype, dtype, False, dtype)
     student, teacher, logits = pair(2, vocabulary, kind, device="cuda")
-    found = value_and_gradient(student, teacher, kind, divergence=divergence)
-    exact = reference(student.double(), logits, divergence=divergence)
+    found = value_and_gradient(student, teacher, kind, divergence)
+    exact = reference(student.double(), logits, divergence)
     torch.testing.assert_close(found[0].double(), exact[0], rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(found[1].double(), exact[1], rtol=2e-2, atol=1e-6)
 
@@ -54,14 +57,14 @@ def test_any_vocabulary(divergence, dtype, vocabulary):
 @each_kind
 def test_equal_rows_give_exactly_zero_and_bits_repeat(divergence, kind):
     student, teacher, _ = pair(3, 20_003, kind, distance=0.0, device="cuda")
-    values, gradient = value_and_gradient(student, teacher, kind, divergence=divergence, beta=0.3)
+    values, gradient = value_and_gradient(student, teacher, kind, replace(divergence, beta=0.3))
     assert torch.count_nonzero(values) == 0 and torch.count_nonzero(gradient) == 0
     student, teacher, _ = pair(300, 20_000, kind, device="cuda")
-    first = value_and_gradient(student, teacher, kind, divergence=divergence)
+    first = value_and_gradient(student, teacher, kind, divergence)
     for _ in range(5):
-        again = value_and_gradient(student, teacher, kind, divergence=divergence)
+        again = value_and_gradient(student, teacher, kind, divergence)
         assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
-    alone = value_and_gradient(student[17:18], teacher[17:18], kind, divergence=divergence)
+    alone = value_and_gradient(student[17:18], teacher[17:18], kind, divergence)
     assert torch.equal(alone[0], first[0][17:18]) and torch.equal(alone[1], first[1][17:18])
 
 
@@ -72,13 +75,13 @@ def test_minus_infinity_and_nan(divergence, dtype):
     student, teacher, _ = pair(4, 10_000, kind, device="cuda")
     student[:, 8000:], teacher[:, 8000:] = -torch.inf, -torch.inf
     student[0, :300], teacher[0, 300:700] = -torch.inf, -torch.inf
-    values, gradient = value_and_gradient(student, teacher, kind, divergence=divergence)
-    expected = reference(student.float(), teacher.float(), divergence=divergence)
+    values, gradient = value_and_gradient(student, teacher, kind, divergence)
+    expected = reference(student.float(), teacher.float(), divergence)
     torch.testing.assert_close(values, expected[0], rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(gradient.float(), expected[1], rtol=2e-2, atol=1e-5)
     assert torch.count_nonzero(gradient[:, 8000:]) == 0
     student[1], student[2, 5], teacher[3, 9999] = -torch.inf, torch.nan, torch.inf
-    values, gradient = value_and_gradient(student, teacher, kind, divergence=divergence)
+    values, gradient = value_and_gradient(student, teacher, kind, divergence)
     assert values.isnan().tolist() == gradient.isnan().any(-1).tolist() == [False, True, True, True]
 
 
@@ -107,19 +110,17 @@ def test_layouts_scales_in_place_and_rows_out_of_range(dtype):
 def test_shards_add_up_to_the_whole(divergence, kind):
     student, teacher, logits = pair(3, 30_000, kind, device="cuda")
     rows = (torch.arange(3, device="cuda"),) * 2
-    options, shared = (
-        {"divergence": divergence, "beta": 0.3, "temperature": 0.8},
-        {"teacher_is_difference": kind[2]},
-    )
+    divergence = replace(divergence, beta=0.3, temperature=0.8)
+    shared = {"divergence": divergence, "teacher_is_difference": kind[2]}
     parts = [
         (student[:, s], teacher[:, s]) for s in (slice(0, 7000), slice(7000, 20_011), slice(20_011, 30_000))
     ]
-    local = [calls.jsd_normalisers(*part, *rows, temperature=0.8, **shared) for part in parts]
+    local = [calls.jsd_normalisers(*part, *rows, **shared) for part in parts]
     normalisers = torch.stack(local).logsumexp(0)
-    sums = sum(calls.jsd_sums(*part, *rows, normalisers=normalisers, **options, **shared) for part in parts)
-    steps = options | shared | {"normalisers": normalisers, "sums": sums, "gradient_dtype": kind[3]}
+    sums = sum(calls.jsd_sums(*part, *rows, normalisers=normalisers, **shared) for part in parts)
+    steps = shared | {"normalisers": normalisers, "sums": sums, "gradient_dtype": kind[3]}
     gradient = torch.cat([calls.jsd_gradient(*part, *rows, **steps) for part in parts], -1)
-    check((sums[:, 0].float(), gradient), student, logits, kind, 0.5, **options)
+    check((sums[:, 0].float(), gradient), student, logits, kind, 0.5, divergence)
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP32])
@@ -127,12 +128,10 @@ def test_through_the_door(dtype):
     student, teacher, _ = pair(8, 5000, (dtype, dtype, False, dtype), distance=1.0, device="cuda")
     rows = torch.tensor([6, 1, 6, 3], device="cuda"), torch.tensor([0, 4, 4, 7], device="cuda")
     weights = torch.tensor([2.0, 0.0, 0.5, -1.0], device="cuda")
-    found = {}
+    divergence, found = replace(JSD, beta=0.4, temperature=1.1), {}
     for impl in ("cuda", "auto", "torch"):
         logits = student.clone().requires_grad_()
-        values = jsd_rows(
-            logits, teacher, *rows, weights, divergence="jsd", beta=0.4, temperature=1.1, impl=impl
-        ).values
+        values = jsd_rows(logits, teacher, *rows, weights, divergence=divergence, impl=impl).values
         values.sum().backward()
         found[impl] = values.detach(), logits.grad
     assert torch.equal(found["cuda"][0], found["auto"][0]) and torch.equal(found["cuda"][1], found["auto"][1])
@@ -141,9 +140,7 @@ def test_through_the_door(dtype):
     nothing = torch.zeros(0, dtype=torch.long, device="cuda")
     logits = student.clone().requires_grad_()
     empty = torch.zeros(0, device="cuda")
-    jsd_rows(
-        logits, teacher, nothing, nothing, empty, divergence="jsd", beta=0.5, temperature=1.0
-    ).values.sum().backward()
+    jsd_rows(logits, teacher, nothing, nothing, empty, divergence=JSD).values.sum().backward()
     assert torch.count_nonzero(logits.grad) == 0
 
 
@@ -160,7 +157,7 @@ def test_operators_pass_torchs_own_check_and_compile():
         1.0,
         True,
     )
-    torch.library.opcheck(torch_ops.jsd_rows, arguments)
+    torch.library.opcheck(torch_ops.divergence_op, arguments)
     torch.library.opcheck(torch_ops.scatter_rows, (teacher[:3], rows[0], torch.ones(3, device="cuda"), 6))
 
 
@@ -170,9 +167,7 @@ def test_nothing_waits_for_the_device():
     logits = student.clone().requires_grad_()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        values = jsd_rows(
-            logits, teacher, *rows, weights, divergence="jsd", beta=0.5, temperature=1.0, impl="cuda"
-        ).values
+        values = jsd_rows(logits, teacher, *rows, weights, divergence=JSD, impl="cuda").values
         values.sum().backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")

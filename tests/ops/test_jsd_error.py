@@ -1,15 +1,16 @@
 """How far the native divergence is from float64, against how far torch's own formula is in the same dtype."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 from megatron_sd.ops.native import cpu_library
+from tests.ops.divergences import each_divergence
 from tests.ops.test_jsd_native import (
     EPS,
-    each_divergence,
     each_dtype,
     pair,
     relative_error,
@@ -31,10 +32,10 @@ def test_error_is_at_most_twice_the_references(divergence, dtype, distance, voca
     """Over many rows: in a few, where a value is the rest of two normalisers' rounding, either may be the
     luckier."""
     student, teacher = pair(100, vocabulary, distance=distance, dtype=dtype)
-    options = {"divergence": divergence, "temperature": temperature, "beta": beta}
-    exact, exact_gradient = value_and_gradient(student.double(), teacher.double(), impl="torch", **options)
-    torch_value, torch_gradient = value_and_gradient(student, teacher, impl="torch", **options)
-    value, gradient = value_and_gradient(student, teacher, impl="cpp", **options)
+    divergence = replace(divergence, beta=beta, temperature=temperature)
+    exact, exact_gradient = value_and_gradient(student.double(), teacher.double(), divergence, impl="torch")
+    torch_value, torch_gradient = value_and_gradient(student, teacher, divergence, impl="torch")
+    value, gradient = value_and_gradient(student, teacher, divergence, impl="cpp")
     assert value.dtype == torch.float32 and gradient.dtype == dtype
     # terms of the first order in the distance cancel, leaving those of the second
     eps = EPS[torch.float32] + 2e-8 / distance

@@ -2,17 +2,20 @@
 autograd; compile."""
 
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_sd.errors import ConfigError
 from megatron_sd.ops import jsd
+from megatron_sd.ops.divergence import Divergence
 from megatron_sd.ops.jsd import jsd_rows
 from megatron_sd.ops.jsd_reference import divergence_rows
 from megatron_sd.ops.native import calls, cpu_library, torch_ops
+from megatron_sd.ops.native.structs import NATIVE_DIVERGENCES
+from tests.ops.divergences import JSD, each_divergence
 
 pytestmark = pytest.mark.skipif(
     cpu_library.LIBRARY is None, reason=f"no native library: {cpu_library.MISSING}"
@@ -21,7 +24,6 @@ pytestmark = pytest.mark.skipif(
 AVAILABLE = cpu_library.INSTRUCTION_SETS[
     : cpu_library.INSTRUCTION_SETS.index(cpu_library.INSTRUCTION_SET) + 1
 ]
-each_divergence = pytest.mark.parametrize("divergence", ["jsd", "forward_kl", "reverse_kl"])
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 EPS = {torch.float32: 2e-7, torch.bfloat16: 4e-3}  # one rounding of the gradient as it is stored, twice
 
@@ -35,13 +37,12 @@ def pair(num_rows, vocabulary, *, distance, dtype, seed=0):
     return student.to(dtype), teacher.to(dtype)
 
 
-def value_and_gradient(student, teacher, *, impl, rows=None, weights=None, **options):
+def value_and_gradient(student, teacher, divergence=JSD, *, impl, rows=None, weights=None):
     """Through the door; rows default to every row in order."""
     student = student.clone().requires_grad_()
     rows = rows or (torch.arange(len(student)),) * 2
     weights = torch.ones(len(rows[0])) if weights is None else weights
-    options = {"divergence": "jsd", "beta": 0.5, "temperature": 1.0} | options
-    values = jsd_rows(student, teacher, *rows, weights, impl=impl, **options).values
+    values = jsd_rows(student, teacher, *rows, weights, divergence=divergence, impl=impl).values
     values.sum().backward()
     return values.detach(), student.grad
 
@@ -56,19 +57,19 @@ def relative_error(found, exact):
 def test_every_instruction_set_meets_the_error_bound(divergence, dtype, instruction_set):
     student, teacher = pair(5, 1333, distance=0.5, dtype=dtype)
     rows = torch.tensor([4, 0, 2]), torch.tensor([1, 3, 2])
-    options = {"divergence": divergence, "beta": 0.3, "temperature": 0.8}
-    common = options | {"with_gradient": True, "instruction_set": instruction_set}
-    values, gradient = calls.jsd_rows(student, teacher, *rows, **common)
+    divergence = replace(divergence, beta=0.3, temperature=0.8)
+    common = {"divergence": divergence, "with_gradient": True, "instruction_set": instruction_set}
+    values, gradient = calls.native_divergence(student, teacher, *rows, **common)
     chosen, other = student[rows[0]], teacher[rows[1]]
-    exact, exact_gradient = value_and_gradient(chosen.double(), other.double(), impl="torch", **options)
-    torch_value, torch_gradient = value_and_gradient(chosen, other, impl="torch", **options)
+    exact, exact_gradient = value_and_gradient(chosen.double(), other.double(), divergence, impl="torch")
+    torch_value, torch_gradient = value_and_gradient(chosen, other, divergence, impl="torch")
     assert relative_error(values, exact) <= 2 * relative_error(torch_value, exact) + EPS[torch.float32]
     assert (
         relative_error(gradient, exact_gradient)
         <= 2 * relative_error(torch_gradient, exact_gradient) + EPS[dtype]
     )
     every = (torch.arange(3),) * 2
-    same = calls.jsd_rows(chosen, chosen, *every, **common)
+    same = calls.native_divergence(chosen, chosen, *every, **common)
     assert torch.count_nonzero(same[0]) == 0 and torch.count_nonzero(same[1]) == 0
 
 
@@ -107,10 +108,9 @@ def test_threads_and_neighbours_do_not_change_a_row(dtype):
 )
 def test_equal_rows_give_exactly_zero(seed, scale, vocabulary, dtype):
     student = (scale * torch.randn(3, vocabulary, generator=torch.Generator().manual_seed(seed))).to(dtype)
-    for divergence in ("jsd", "forward_kl", "reverse_kl"):
-        values, gradient = value_and_gradient(
-            student, student.clone(), impl="cpp", divergence=divergence, beta=0.3, temperature=0.7
-        )
+    for kind in NATIVE_DIVERGENCES:
+        divergence = replace(JSD, kind=kind, beta=0.3, temperature=0.7)
+        values, gradient = value_and_gradient(student, student.clone(), divergence, impl="cpp")
         assert torch.count_nonzero(values) == 0 and torch.count_nonzero(gradient) == 0
 
 
@@ -118,7 +118,7 @@ def test_equal_rows_give_exactly_zero(seed, scale, vocabulary, dtype):
 @given(st.integers(0, 2**31), st.floats(0.01, 100.0), st.integers(1, 1100), st.floats(0.01, 0.99))
 def test_value_is_finite_and_bounded_and_the_gradient_sums_to_zero(seed, distance, vocabulary, beta):
     student, teacher = pair(3, vocabulary, distance=distance, dtype=torch.float32, seed=seed)
-    values, gradient = value_and_gradient(student, teacher, impl="cpp", beta=beta)
+    values, gradient = value_and_gradient(student, teacher, replace(JSD, beta=beta), impl="cpp")
     bound = -(beta * torch.tensor(beta).log() + (1 - beta) * torch.tensor(1 - beta).log()).item()
     assert (values >= -1e-7).all() and (values <= bound * (1 + 1e-5)).all()
     assert gradient.sum(-1).abs().max() <= 1e-6 + 2e-7 * distance  # normalisers of that size, in float32
@@ -173,22 +173,22 @@ def test_minus_infinity(divergence, dtype):
     """Masked in both: a smaller vocabulary. In one: as the reference. All masked, a NaN or +inf: NaN, in
     that row alone."""
     student, teacher = pair(4, 530, distance=0.5, dtype=dtype)
-    small = value_and_gradient(student[:, :400], teacher[:, :400], impl="cpp", divergence=divergence)
+    small = value_and_gradient(student[:, :400], teacher[:, :400], divergence, impl="cpp")
     student[:, 400:], teacher[:, 400:] = -torch.inf, -torch.inf
-    values, gradient = value_and_gradient(student, teacher, impl="cpp", divergence=divergence)
+    values, gradient = value_and_gradient(student, teacher, divergence, impl="cpp")
     torch.testing.assert_close(values, small[0], rtol=1e-6, atol=0)
     torch.testing.assert_close(
         gradient[:, :400], small[1], rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-9
     )
     assert torch.count_nonzero(gradient[:, 400:]) == 0
     student[0, :30], teacher[1, 30:60] = -torch.inf, -torch.inf
-    found = value_and_gradient(student, teacher, impl="cpp", divergence=divergence)
-    expected = value_and_gradient(student, teacher, impl="torch", divergence=divergence)
+    found = value_and_gradient(student, teacher, divergence, impl="cpp")
+    expected = value_and_gradient(student, teacher, divergence, impl="torch")
     torch.testing.assert_close(found[0], expected[0], rtol=1e-4, atol=1e-7)
     student[1] = -torch.inf
     student[2, 7] = torch.nan
     teacher[3, 2] = torch.inf
-    values, gradient = value_and_gradient(student, teacher, impl="cpp", divergence=divergence)
+    values, gradient = value_and_gradient(student, teacher, divergence, impl="cpp")
     assert values.isnan().tolist() == [False, True, True, True]
     assert gradient.isnan().any(-1).tolist() == [False, True, True, True]
 
@@ -206,8 +206,8 @@ def test_nan_rows_are_named_in_the_log(caplog):
 def test_huge_logits_are_the_references(divergence, dtype):
     student = torch.tensor([[1e4, -1e4, 0.0], [3e4, 0.0, -3e4], [200.0, 0.0, 0.0]], dtype=dtype)
     teacher = torch.tensor([[-1e4, 1e4, 0.0], [3e4, 0.0, -3e4], [0.0, 200.0, 0.0]], dtype=dtype)
-    found = value_and_gradient(student, teacher, impl="cpp", divergence=divergence)
-    expected = value_and_gradient(student, teacher, impl="torch", divergence=divergence)
+    found = value_and_gradient(student, teacher, divergence, impl="cpp")
+    expected = value_and_gradient(student, teacher, divergence, impl="torch")
     torch.testing.assert_close(found[0], expected[0], rtol=1e-6, atol=0)
     torch.testing.assert_close(found[1], expected[1], rtol=1e-5, atol=1e-30)
     assert torch.isfinite(found[0]).all() and torch.isfinite(found[1]).all()
@@ -229,7 +229,7 @@ def test_operators_pass_torchs_own_check(dtype):
             1.0,
             with_gradient,
         )
-        torch.library.opcheck(torch_ops.jsd_rows, arguments)
+        torch.library.opcheck(torch_ops.divergence_op, arguments)
     torch.library.opcheck(torch_ops.scatter_rows, (teacher[:3], rows[0], torch.tensor([1.0, 2.0, 3.0]), 6))
 
 
@@ -241,10 +241,8 @@ def test_compiles_into_one_graph(student_rows):
 
     def loss(logits):
         scaled = logits * 1.25
-        values = jsd_rows(
-            scaled, teacher, *rows, weights, divergence="jsd", beta=0.4, temperature=1.1, impl="auto"
-        ).values
-        return values.sum()
+        divergence = Divergence(kind="jsd", beta=0.4, temperature=1.1)  # also made inside of the graph
+        return jsd_rows(scaled, teacher, *rows, weights, divergence=divergence, impl="auto").values.sum()
 
     eager, compiled = (student.clone().requires_grad_() for _ in range(2))
     loss(eager).backward()
@@ -258,16 +256,15 @@ def test_the_gradient_itself_is_handed_on_where_nothing_is_left_to_do():
     student, teacher = pair(4, 90, distance=0.5, dtype=torch.float32)
     rows, weights = torch.arange(4), torch.tensor([1.0, 0.5, 2.0, 0.0])
     leaf = student.clone().requires_grad_()
-    divergences = jsd_rows(
-        leaf, teacher, rows, rows, weights, divergence="jsd", beta=0.4, temperature=1.1, impl="cpp"
-    ).values
+    divergence = replace(JSD, beta=0.4, temperature=1.1)
+    divergences = jsd_rows(leaf, teacher, rows, rows, weights, divergence=divergence, impl="cpp").values
     for _ in range(2):
         divergences.sum().backward(retain_graph=True)
     kept = divergences.grad_fn.saved_tensors[0].data_ptr()
     (tripled,) = torch.autograd.grad(divergences.sum() * 3.0, leaf, retain_graph=True)
     (found,) = torch.autograd.grad(divergences.sum(), leaf)
     assert found.data_ptr() == kept != tripled.data_ptr()
-    _, expected = value_and_gradient(student, teacher, impl="cpp", beta=0.4, temperature=1.1)
+    _, expected = value_and_gradient(student, teacher, divergence, impl="cpp")
     torch.testing.assert_close(found, expected * weights[:, None])
     torch.testing.assert_close(tripled, 3.0 * found)
     torch.testing.assert_close(leaf.grad, 2.0 * found)
@@ -276,10 +273,10 @@ def test_the_gradient_itself_is_handed_on_where_nothing_is_left_to_do():
 def test_finite_differences():
     student, teacher = pair(2, 40, distance=1.0, dtype=torch.float32)
     direction = torch.randn(2, 40, generator=torch.Generator().manual_seed(9))
-    _, gradient = value_and_gradient(student, teacher, impl="cpp", beta=0.2, temperature=1.3)
-    options = {"divergence": "jsd", "beta": 0.2, "temperature": 1.3, "top_k": None}
+    divergence = replace(JSD, beta=0.2, temperature=1.3)
+    _, gradient = value_and_gradient(student, teacher, divergence, impl="cpp")
     moved = [student.double() + step * direction for step in (1e-4, -1e-4)]
-    up, down = (divergence_rows(logits, teacher.double(), **options).values.sum().item() for logits in moved)
+    up, down = (divergence_rows(logits, teacher.double(), divergence).values.sum().item() for logits in moved)
     assert (gradient * direction).sum().item() == pytest.approx((up - down) / 2e-4, rel=1e-5)
 
 
@@ -289,7 +286,7 @@ def test_auto_says_once_what_runs(caplog):
     with caplog.at_level(logging.INFO):
         for _ in range(3):
             value_and_gradient(student, teacher, impl="auto")
-        value_and_gradient(student, teacher, impl="auto", top_k=3)
+        value_and_gradient(student, teacher, replace(JSD, top_k=3), impl="auto")
         value_and_gradient(student.double(), teacher.double(), impl="auto")
     said = [record.getMessage() for record in caplog.records]
     assert said == [
@@ -306,19 +303,17 @@ def test_cpp_refuses_what_it_cannot_do():
     ):
         value_and_gradient(student, teacher.double(), impl="cpp")
     with pytest.raises(ValueError, match="cannot serve top_k=4"):
-        value_and_gradient(student, teacher, impl="cpp", top_k=4)
+        value_and_gradient(student, teacher, replace(JSD, top_k=4), impl="cpp")
     with pytest.raises(ValueError, match=r"student's vocabulary has 20 entries and the teacher's 19"):
         value_and_gradient(student, teacher[:, :19], impl="cpp")
-    with pytest.raises(ConfigError, match="distill.beta is 1.0"):
-        value_and_gradient(student, teacher, impl="cpp", beta=1.0)
 
 
 def test_operators_refuse_rows_out_of_range_by_themselves():
     student, teacher = pair(3, 20, distance=1.0, dtype=torch.float32)
     inside, outside = torch.tensor([0, 2]), torch.tensor([0, 3])
     with pytest.raises(ValueError, match=r"student_rows spans 0\.\.3, expected 0\.\.2"):
-        torch_ops.jsd_rows(student, teacher, outside, inside, torch.ones(2), "jsd", 0.5, 1.0, False)
+        torch_ops.divergence_op(student, teacher, outside, inside, torch.ones(2), "jsd", 0.5, 1.0, False)
     with pytest.raises(ValueError, match=r"teacher_rows spans -2\.\.0, expected 0\.\.2"):
-        torch_ops.jsd_rows(student, teacher, inside, -inside, torch.ones(2), "jsd", 0.5, 1.0, False)
+        torch_ops.divergence_op(student, teacher, inside, -inside, torch.ones(2), "jsd", 0.5, 1.0, False)
     with pytest.raises(ValueError, match=r"rows spans 0\.\.3, expected 0\.\.2"):
         torch_ops.scatter_rows(student[:2], outside, torch.ones(2), 3)

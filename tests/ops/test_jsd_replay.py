@@ -9,20 +9,20 @@ speed.
 import ctypes
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from megatron_sd.ops.native import calls, cuda_library
+from tests.ops.divergences import each_divergence
 from tests.ops.jsd_cases import BF16, FP32, check, pair, reference, value_and_gradient
 
 REPLAY = Path(__file__).parent / "replay/replay.cpp"
 COMPILER = shutil.which("c++") or shutil.which("g++")
-DIVERGENCES = ["jsd", "forward_kl", "reverse_kl"]
 KINDS = [(BF16, BF16, False, BF16), (FP32, FP32, False, FP32), (FP32, FP32, False, BF16), (BF16, BF16, False, FP32),
          (FP32, BF16, True, FP32), (FP32, BF16, True, BF16), (BF16, BF16, True, BF16)]  # fmt: skip
-each_divergence = pytest.mark.parametrize("divergence", DIVERGENCES)
 each_kind = pytest.mark.parametrize(
     "kind", KINDS, ids=lambda k: f"{k[0]}-{k[1]}{'-difference' * k[2]}-{k[3]}".replace("torch.", "")
 )
@@ -66,8 +66,9 @@ def test_error_is_at_most_twice_torchs(replay, divergence, kind, distance, tempe
     replay(part_bytes=16 * 1024)
     vocabulary = 4104 if kind[0] == BF16 else 2568
     student, teacher, logits = pair(2, vocabulary, kind, distance=distance)
-    options = {"divergence": divergence, "temperature": temperature, "beta": beta}
-    check(value_and_gradient(student, teacher, kind, **options), student, logits, kind, distance, **options)
+    divergence = replace(divergence, beta=beta, temperature=temperature)
+    found = value_and_gradient(student, teacher, kind, divergence)
+    check(found, student, logits, kind, distance, divergence)
 
 
 @each_divergence
@@ -80,11 +81,11 @@ def test_any_vocabulary_and_any_cut_give_the_same_within_rounding(replay, diverg
     cuts = [{}, {"part_bytes": 3000 + 2 * vocabulary}, {"clusters": False}]
     for cut in cuts:
         replay(**cut)
-        found = value_and_gradient(student, teacher, kind, divergence=divergence)
+        found = value_and_gradient(student, teacher, kind, divergence)
         if vocabulary == 1:
             assert found[0].abs().max() <= 1e-6 and found[1].abs().max() <= 1e-6
         else:
-            check(found, student, logits, kind, 0.5, divergence=divergence)
+            check(found, student, logits, kind, 0.5, divergence)
 
 
 @pytest.mark.parametrize("clusters", [True, False])
@@ -108,7 +109,7 @@ def test_equal_rows_give_exactly_zero(replay, divergence, kind, clusters):
     replay(clusters=clusters, part_bytes=6000)
     student, teacher, _ = pair(2, 1003, kind, distance=0.0)
     values, gradient = value_and_gradient(
-        student, teacher, kind, divergence=divergence, beta=0.3, temperature=0.7
+        student, teacher, kind, replace(divergence, beta=0.3, temperature=0.7)
     )
     assert torch.count_nonzero(values) == 0 and torch.count_nonzero(gradient) == 0
 
@@ -122,10 +123,10 @@ def test_minus_infinity(replay, divergence, kind, clusters):
     replay(clusters=clusters, part_bytes=4000)
     student, teacher, _ = pair(5, 1030, kind)
     smaller = value_and_gradient(
-        student[:, :800].contiguous(), teacher[:, :800].contiguous(), kind, divergence=divergence
+        student[:, :800].contiguous(), teacher[:, :800].contiguous(), kind, divergence
     )
     student[:, 800:], teacher[:, 800:] = -torch.inf, -torch.inf
-    values, gradient = value_and_gradient(student, teacher, kind, divergence=divergence)
+    values, gradient = value_and_gradient(student, teacher, kind, divergence)
     torch.testing.assert_close(values, smaller[0], rtol=2e-6, atol=0)
     torch.testing.assert_close(
         gradient[:, :800], smaller[1], rtol=2e-2 if kind[3] == BF16 else 1e-5, atol=1e-9
@@ -133,14 +134,14 @@ def test_minus_infinity(replay, divergence, kind, clusters):
     assert torch.count_nonzero(gradient[:, 800:]) == 0
     # the first vectors of some threads: their sums start again
     student[0, :40], teacher[1, 40:90] = -torch.inf, -torch.inf
-    found = value_and_gradient(student, teacher, kind, divergence=divergence)
-    expected = reference(student.float(), teacher.float(), divergence=divergence)
+    found = value_and_gradient(student, teacher, kind, divergence)
+    expected = reference(student.float(), teacher.float(), divergence)
     torch.testing.assert_close(found[0], expected[0], rtol=1e-4, atol=1e-7)
     torch.testing.assert_close(found[1].float(), expected[1], rtol=2e-2, atol=1e-5)
     student[1] = -torch.inf
     student[2, 7] = torch.nan
     teacher[3, 1029] = torch.inf
-    values, gradient = value_and_gradient(student, teacher, kind, divergence=divergence)
+    values, gradient = value_and_gradient(student, teacher, kind, divergence)
     assert values.isnan().tolist() == [False, True, True, True, False]
     assert gradient.isnan().any(-1).tolist() == [False, True, True, True, False]
 
@@ -158,10 +159,10 @@ def test_huge_logits_are_float64s(replay, divergence, kind):
     )
     teacher = (logits - student.float() if kind[2] else logits).to(kind[1])
     logits = teacher.double() + student.double() if kind[2] else teacher.double()
-    expected = reference(student.double(), logits, divergence=divergence)
+    expected = reference(student.double(), logits, divergence)
     for clusters in (True, False):
         replay(clusters=clusters, part_bytes=4000)
-        found = value_and_gradient(student, teacher, kind, divergence=divergence)
+        found = value_and_gradient(student, teacher, kind, divergence)
         torch.testing.assert_close(found[0].double(), expected[0], rtol=3e-5, atol=1e-6)
         rounding = 1e-8 * expected[0].max().item()  # of scores as large as the value, in float32
         torch.testing.assert_close(found[1].double(), expected[1], rtol=1e-2, atol=1e-5 + rounding)
@@ -204,19 +205,15 @@ def test_listed_rows_scales_layouts_and_in_place(replay, divergence, clusters, d
     kind = (dtype, dtype, False, dtype)
     student, teacher, _ = pair(6, 1003, kind)
     rows = torch.tensor([5, 0, 2]), torch.tensor([1, 4, 4])
-    expected = value_and_gradient(student[rows[0]], teacher[rows[1]], kind, divergence=divergence)
+    expected = value_and_gradient(student[rows[0]], teacher[rows[1]], kind, divergence)
     scales = torch.tensor([2.0, 0.0, -0.5])
     padded = torch.full((6, 1100), torch.nan).to(dtype)
     padded[:, 3:1006] = teacher
-    found = value_and_gradient(
-        student, padded[:, 3:1006], kind, rows=rows, divergence=divergence, scales=scales
-    )
+    found = value_and_gradient(student, padded[:, 3:1006], kind, divergence, rows=rows, scales=scales)
     assert torch.equal(found[0], expected[0])
     assert torch.equal(found[1], (expected[1].float() * scales[:, None]).to(dtype))
     own = student.clone()
-    values, gradient = value_and_gradient(
-        own, padded[:, 3:1006], kind, rows=rows, divergence=divergence, in_place=True
-    )
+    values, gradient = value_and_gradient(own, padded[:, 3:1006], kind, divergence, rows=rows, in_place=True)
     assert torch.equal(values, expected[0]) and gradient.data_ptr() == own.data_ptr()
     assert torch.equal(own[rows[0]], expected[1]) and torch.equal(own[[1, 3, 4]], student[[1, 3, 4]])
 
@@ -237,22 +234,22 @@ def test_shards_add_up_to_the_whole(replay, divergence, kind):
     """The three steps of a sharded vocabulary, three shards of unequal size, against the whole at once."""
     student, teacher, logits = pair(3, 1500, kind)
     rows = (torch.arange(3),) * 2
-    options = {"divergence": divergence, "beta": 0.3, "temperature": 0.8}
-    shared = {"teacher_is_difference": kind[2]}
+    divergence = replace(divergence, beta=0.3, temperature=0.8)
+    shared = {"divergence": divergence, "teacher_is_difference": kind[2]}
     shards = [slice(0, 700), slice(700, 1203), slice(1203, 1500)]
     parts = [(student[:, s], teacher[:, s]) for s in shards]
-    local = [calls.jsd_normalisers(*part, *rows, temperature=0.8, **shared) for part in parts]
+    local = [calls.jsd_normalisers(*part, *rows, **shared) for part in parts]
     normalisers = torch.stack(local).logsumexp(0)
     torch.testing.assert_close(
         normalisers[:, 0], (student.double() / 0.8).logsumexp(-1), rtol=1e-7, atol=1e-7
     )
     torch.testing.assert_close(normalisers[:, 1], (logits / 0.8).logsumexp(-1), rtol=1e-7, atol=1e-7)
-    sums = sum(calls.jsd_sums(*part, *rows, normalisers=normalisers, **options, **shared) for part in parts)
+    sums = sum(calls.jsd_sums(*part, *rows, normalisers=normalisers, **shared) for part in parts)
     gradient = torch.cat([
-        calls.jsd_gradient(*part, *rows, normalisers=normalisers, sums=sums, gradient_dtype=kind[3], **options, **shared)
+        calls.jsd_gradient(*part, *rows, normalisers=normalisers, sums=sums, gradient_dtype=kind[3], **shared)
         for part in parts
     ], -1)  # fmt: skip
-    check((sums[:, 0].float(), gradient), student, logits, kind, 0.5, **options)
+    check((sums[:, 0].float(), gradient), student, logits, kind, 0.5, divergence)
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP32])

@@ -1,6 +1,8 @@
 """The fused head: the same values and gradients as whole logits, whatever the chunk size, and nothing kept
 of them."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -10,20 +12,18 @@ from megatron_sd.ops.head import one_pass as module
 from megatron_sd.ops.head.one_pass import linear_jsd
 from megatron_sd.ops.head.types import TEACHER_LOGITS, HeadOptions, HeadRows
 from megatron_sd.ops.jsd_reference import divergence_rows
+from tests.ops.divergences import JSD
 
 NUM_ROWS, NUM_QUERIES, WIDTH, VOCABULARY = 11, 5, 16, 53
 QUERY_ROWS = np.array([1, 2, 6, 7, 10])
 ADVANTAGES, ALPHA = torch.linspace(-1, 1, NUM_ROWS), 3 * torch.arange(1.0, 6.0)
+WARM = replace(JSD, temperature=1.5)
 
 
 def options(**changes):
     fields = {
         "sampling_temperature": 0.8,
-        "divergence": "jsd",
-        "beta": 0.5,
-        "temperature": 1.5,
-        "top_k": None,
-        "tail_bucket": False,
+        "divergence": WARM,
         "teacher_logits": "delta",
         "chunk_rows": 4,
         "target": "teacher",
@@ -71,10 +71,7 @@ def definition(bias=True, dtype=torch.float32, **changes):
     log_probs, teacher_log_probs = (
         torch.log_softmax(z / o.sampling_temperature, -1) for z in (logits, teacher_logits)
     )
-    chosen = {
-        name: getattr(o, name) for name in ("divergence", "beta", "temperature", "top_k", "tail_bucket")
-    }
-    result = divergence_rows(logits[rows.query_rows], teacher_logits, **chosen)
+    result = divergence_rows(logits[rows.query_rows], teacher_logits, o.divergence)
     logprobs = log_probs.gather(-1, rows.targets[:, None])[:, 0]
     values = module.RowValues(
         torch.zeros(()),
@@ -91,11 +88,12 @@ def definition(bias=True, dtype=torch.float32, **changes):
 
 @pytest.mark.parametrize("teacher_logits", TEACHER_LOGITS)
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("changes", [{}, {"divergence": "forward_kl"}, {"divergence": "reverse_kl"}, {"top_k": 7},
+@pytest.mark.parametrize("changes", [{}, {"kind": "forward_kl"}, {"kind": "reverse_kl"}, {"top_k": 7},
                                      {"top_k": 7, "tail_bucket": True}])  # fmt: skip
 def test_equals_whole_logits_in_float64(changes, bias, teacher_logits):
-    values, gradients = run(4, bias=bias, teacher_logits=teacher_logits, **changes)
-    expected, expected_gradients = definition(bias=bias, **changes)
+    divergence = replace(WARM, **changes)
+    values, gradients = run(4, bias=bias, teacher_logits=teacher_logits, divergence=divergence)
+    expected, expected_gradients = definition(bias=bias, divergence=divergence)
     for found, exact in zip(values, expected, strict=True):
         assert found.dtype == torch.float32
         torch.testing.assert_close(found.double(), exact.detach().double(), rtol=2e-5, atol=2e-6)
@@ -273,7 +271,8 @@ def gradient_error(teacher_logits, distance):
         leaf = hidden.to(dtype, copy=True).requires_grad_()
         values = linear_jsd(
             leaf, teacher.to(dtype), (weight.to(dtype), None), rows,
-            row_loss=lambda v, *_: v.divergences.sum(), options=options(teacher_logits=chosen, temperature=1.0),
+            row_loss=lambda v, *_: v.divergences.sum(),
+            options=options(teacher_logits=chosen, divergence=JSD),
         )  # fmt: skip
         values.loss.backward()
         found.append(leaf.grad.double())

@@ -13,6 +13,7 @@ import torch
 from megatron_sd.errors import ConfigError
 from megatron_sd.ops import build_info, jsd
 from megatron_sd.ops.native import calls, cpu_library
+from tests.ops.divergences import JSD
 
 ROOT = Path(__file__).resolve().parents[2]
 HAS_COMPILER = shutil.which("c++") or shutil.which("g++")
@@ -68,26 +69,25 @@ def test_without_a_library_auto_is_the_reference_and_cpp_is_refused(monkeypatch)
     monkeypatch.setattr(cpu_library, "MISSING", "the file does not exist")
     assert build_info().library is None and build_info().missing == "the file does not exist"
     logits, rows = torch.tensor([[1.0, 2.0, 4.0], [0.0, 1.0, 0.5]]), torch.tensor([0])
-    options = {"divergence": "jsd", "beta": 0.5, "temperature": 1.0}
     teacher = logits.flip(0)
     values = [
-        jsd.jsd_rows(logits, teacher, rows, rows, torch.ones(1), impl=i, **options).values
+        jsd.jsd_rows(logits, teacher, rows, rows, torch.ones(1), divergence=JSD, impl=i).values
         for i in ("auto", "torch")
     ]
     assert torch.equal(*values) and values[0].item() > 0.01
     with pytest.raises(ConfigError, match="impl='cpp' is not part of this build, .* the file does not exist"):
-        jsd.jsd_rows(logits, logits, rows, rows, torch.ones(1), impl="cpp", **options)
+        jsd.jsd_rows(logits, logits, rows, rows, torch.ones(1), divergence=JSD, impl="cpp")
 
 
 @pytest.mark.skipif(cpu_library.LIBRARY is None, reason=f"no native library: {cpu_library.MISSING}")
 def test_a_newer_instruction_set_than_the_processors_is_refused(monkeypatch):
     monkeypatch.setattr(cpu_library, "INSTRUCTION_SET", "baseline")
     logits, rows = torch.zeros(1, 3), torch.tensor([0])
-    options = {"divergence": "jsd", "beta": 0.5, "temperature": 1.0, "with_gradient": False}
+    options = {"divergence": JSD, "with_gradient": False}
     with pytest.raises(
         ValueError, match="instruction_set is 'avx2', expected at most 'baseline' on this processor"
     ):
-        calls.jsd_rows(logits, logits, rows, rows, instruction_set="avx2", **options)
+        calls.native_divergence(logits, logits, rows, rows, instruction_set="avx2", **options)
 
 
 def test_the_operations_need_torch_alone():

@@ -6,7 +6,7 @@ import torch
 
 from megatron_sd.config import DistillConfig
 from megatron_sd.ops.head.one_pass import linear_jsd
-from megatron_sd.ops.head.targets import TARGETS
+from megatron_sd.ops.head.targets import TARGETS, target_logits
 from megatron_sd.ops.jsd_reference import divergence_rows
 from tests.ops.test_linear_jsd import curved_loss, inputs, options
 
@@ -35,6 +35,15 @@ def test_a_shuffled_vocabulary_keeps_entropy_and_moves_tokens_alike_in_every_row
     assert torch.equal(TARGETS["shuffled_vocabulary"](LOGITS[2:4]), shuffled[2:4]), "the same at every call"
 
 
+def test_a_difference_is_added_to_the_students_logits():
+    student, teacher = LOGITS.flip(0), (LOGITS - LOGITS.flip(0)).bfloat16()
+    kept = teacher.clone()
+    for name, target in TARGETS.items():
+        added = target_logits(teacher.clone(), student, name, is_difference=True)
+        assert torch.equal(added, target(kept.float() + student)) and added.dtype == torch.float32
+        assert torch.equal(target_logits(teacher, student, name, is_difference=False), target(kept.float()))
+
+
 def test_the_head_pulls_towards_the_target():
     """Values and gradient of the whole pass, against the divergence of plain logits."""
     hidden, teacher, weight, bias, rows = inputs()
@@ -46,10 +55,7 @@ def test_the_head_pulls_towards_the_target():
         expected = divergence_rows(
             student_logits.double(),
             target(teacher_logits).double(),
-            divergence="jsd",
-            beta=0.5,
-            temperature=1.5,
-            top_k=None,
+            chosen.divergence,
         ).values
         torch.testing.assert_close(values.divergences.double(), expected, rtol=1e-4, atol=1e-6)
     entropies = linear_jsd(
@@ -65,14 +71,7 @@ def test_a_teacher_with_a_head_of_its_own_is_read_through_it():
     own = weight.detach().flip(0) * 0.7, bias.detach() + 0.1
     teacher_logits = torch.nn.functional.linear(teacher, *own)
     student_logits = torch.nn.functional.linear(hidden, weight, bias).detach()[rows.query_rows]
-    expected = divergence_rows(
-        student_logits.double(),
-        teacher_logits.double(),
-        divergence="jsd",
-        beta=0.5,
-        temperature=1.5,
-        top_k=None,
-    ).values
+    expected = divergence_rows(student_logits.double(), teacher_logits.double(), options().divergence).values
     for teacher_logits_mode in ("delta", "float32", "same_dtype"):
         chosen = options(teacher_logits=teacher_logits_mode)
         call = {"row_loss": curved_loss, "options": chosen}

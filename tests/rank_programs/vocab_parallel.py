@@ -6,6 +6,7 @@ files.
 
 import functools
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ import torch.nn.functional as F  # noqa: N812
 
 from megatron_sd.distributed.collectives import gather_tensors
 from megatron_sd.distributed.world import end_process, leave_world
+from megatron_sd.ops.divergence import Divergence
 from megatron_sd.ops.head.vocab_parallel import (
     VocabShard,
     replicated,
@@ -24,7 +26,8 @@ from megatron_sd.ops.head.vocab_parallel import (
 NUM_RANKS, NUM_ROWS, WIDTH, VOCABULARY, TEMPERATURE = 4, 9, 12, 53, 1.3
 LAYOUTS = {"two": (30, 23), "three": (20, 20, 13), "four": (16, 16, 16, 5), "empty_shards": (28, 0, 25, 0)}
 PADDING = 7  # columns after each rank's own
-DIVERGENCES = ("jsd", "forward_kl", "reverse_kl")
+KINDS = ("jsd", "forward_kl", "reverse_kl")
+SKEWED = Divergence(kind="jsd", beta=0.3, temperature=TEMPERATURE)
 
 
 def inputs():
@@ -38,21 +41,20 @@ def inputs():
 
 
 def one_rank(rank: int, sizes: tuple[int, ...], gather) -> dict[str, list[torch.Tensor]]:
-    """divergence -> values, log-probabilities, entropies, gradient of hidden and of this rank's weight."""
+    """kind -> values, log-probabilities, entropies, gradient of hidden and of this rank's weight."""
     hidden, teacher, weight, targets, divergence_slopes, logprob_slopes = inputs()
     start = sum(sizes[:rank])
     padding = torch.full((PADDING, WIDTH), 3.0)
     found = {}
-    for divergence in DIVERGENCES:
+    for kind in KINDS:
         leaf = hidden.clone().requires_grad_()
         own = torch.cat([weight[start : start + sizes[rank]], padding]).requires_grad_()
         shard = VocabShard(start=start, num_real=sizes[rank], gather=gather)
         logits = F.linear(replicated(leaf, shard), own)
-        options = {"divergence": divergence, "beta": 0.3, "temperature": TEMPERATURE}
-        values = vocab_parallel_divergence(logits, F.linear(teacher, own), shard, **options)
+        values = vocab_parallel_divergence(logits, F.linear(teacher, own), shard, replace(SKEWED, kind=kind))
         logprobs, entropies = vocab_parallel_logprobs(logits, targets, shard, temperature=TEMPERATURE)
         ((values * divergence_slopes).sum() + (logprobs * logprob_slopes).sum()).backward()
-        found[divergence] = [values.detach(), logprobs.detach(), entropies, leaf.grad, own.grad]
+        found[kind] = [values.detach(), logprobs.detach(), entropies, leaf.grad, own.grad]
     return found
 
 

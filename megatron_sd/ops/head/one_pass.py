@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 from megatron_sd.ops.head.products import add_outer_product, head_logits
 from megatron_sd.ops.head.row_cuts import Cut, cut_rows
 from megatron_sd.ops.head.sharded_block import visit_sharded_block
-from megatron_sd.ops.head.targets import TARGETS
+from megatron_sd.ops.head.targets import target_logits
 from megatron_sd.ops.head.types import HeadOptions, HeadRows, RowLoss, RowValues
 from megatron_sd.ops.jsd import jsd_rows
 from megatron_sd.ops.row_softmax import RowSoftmax, working_dtype
@@ -215,13 +215,10 @@ def _visit_block(  # noqa: PLR0913 (two matrices and their row numbers)
     teacher_is_difference: bool,
 ) -> RowValues:
     """Values of a block of rows. With a row_loss, the gradient of the loss takes the place of `logits`."""
-    wants_gradient, dtype = row_loss is not None, working_dtype(logits.dtype)
-    scaled = logits.to(dtype)  # itself, when it has that dtype
+    wants_gradient = row_loss is not None
+    scaled = logits.to(working_dtype(logits.dtype))  # itself, when it has that dtype
     student = scaled[query_rows].requires_grad_(wants_gradient)
-    teacher = teacher.to(dtype)
-    if teacher_is_difference:
-        teacher = teacher.add_(student.detach())
-    teacher = TARGETS[options.target](teacher)
+    teacher = target_logits(teacher, student, options.target, is_difference=teacher_is_difference)
     with torch.set_grad_enabled(wants_gradient):
         divergences, truncated_masses = _divergences(student, teacher, options)
     teacher_entropies = RowSoftmax.of(teacher, options.sampling_temperature).entropies
@@ -253,10 +250,6 @@ def _divergences(student: Tensor, teacher: Tensor, options: HeadOptions) -> tupl
         every,
         student.new_ones(len(student)),
         divergence=options.divergence,
-        beta=options.beta,
-        temperature=options.temperature,
-        top_k=options.top_k,
-        tail_bucket=options.tail_bucket,
     )
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from megatron_sd.ops.head.targets import TARGETS
+from megatron_sd.ops.head.targets import target_logits
 from megatron_sd.ops.head.types import HeadOptions, RowValues
 from megatron_sd.ops.head.vocab_parallel import vocab_parallel_divergence, vocab_parallel_logprobs
 from megatron_sd.ops.row_softmax import working_dtype
@@ -26,23 +26,14 @@ def visit_sharded_block(  # noqa: PLR0913 (two matrices and their row numbers)
 ) -> RowValues:
     """Values of a block of rows, the same on every rank. logits [N, V_k], teacher [Q, V_k]: this rank's
     columns. With a row_loss, the gradient of the loss takes the place of `logits`."""
-    wants_gradient, dtype, shard = row_loss is not None, working_dtype(logits.dtype), options.shard
+    wants_gradient, shard = row_loss is not None, options.shard
     if shard is None:
         raise ValueError("options.shard is None, expected this rank's part of a sharded vocabulary")
-    scaled = logits.to(dtype).detach().requires_grad_(wants_gradient)
-    teacher = teacher.to(dtype)
-    if teacher_is_difference:
-        teacher = teacher.add_(scaled.detach()[query_rows])
-    teacher = TARGETS[options.target](teacher)
+    scaled = logits.to(working_dtype(logits.dtype)).detach().requires_grad_(wants_gradient)
     with torch.set_grad_enabled(wants_gradient):
-        divergences = vocab_parallel_divergence(
-            scaled[query_rows],
-            teacher,
-            shard,
-            divergence=options.divergence,
-            beta=options.beta,
-            temperature=options.temperature,
-        )
+        student = scaled[query_rows]
+        teacher = target_logits(teacher, student, options.target, is_difference=teacher_is_difference)
+        divergences = vocab_parallel_divergence(student, teacher, shard, options.divergence)
         logprobs, entropies = vocab_parallel_logprobs(
             scaled, targets, shard, temperature=options.sampling_temperature
         )

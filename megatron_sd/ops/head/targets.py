@@ -41,6 +41,16 @@ TARGETS: dict[str, Target] = {
 }
 
 
+def target_logits(teacher: Tensor, student: Tensor, target: str, *, is_difference: bool) -> Tensor:
+    """[Q, V] logits, in the student's dtype, that the student's [Q, V] are pulled to. teacher [Q, V]: the
+    teacher's logits, or with is_difference what they have more than the student's; may be written over.
+    target: one of TARGETS."""
+    teacher = teacher.to(student.dtype)
+    if is_difference:
+        teacher = teacher.add_(student.detach())
+    return TARGETS[target](teacher)
+
+
 @functools.lru_cache(maxsize=8)
 def _permutation(size: int) -> Tensor:
     """[size] int64, a function of the size alone."""

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
+from megatron_sd.ops.divergence import Divergence
 from megatron_sd.ops.head.vocab_parallel import VocabShard
 
 TEACHER_LOGITS = ("delta", "float32_delta", "float32", "same_dtype")
@@ -18,20 +19,16 @@ TEACHER_LOGITS = ("delta", "float32_delta", "float32", "same_dtype")
 class HeadOptions:
     """sampling_temperature: of the rollouts; log-probabilities and entropies are of softmax(logits / it).
 
-    teacher_logits: "delta": the student's, plus the head's product with the difference of hidden states,
-    each rounded to the model's dtype; "float32_delta": the same with unrounded (float32) logits of the
-    student; "float32": two unrounded products; "same_dtype": two rounded ones, which is wrong in bfloat16
-    when both are close. chunk_rows: student rows per chunk; the teacher's rows at their query positions
-    come on top. target: what is made of the teacher's logits (targets.py). shard: this rank's part of a
-    sharded vocabulary; None: it is whole. The rest: of the divergence (ops/jsd.py).
+    divergence: of student and teacher at the query rows. teacher_logits: "delta": the student's, plus the
+    head's product with the difference of hidden states, each rounded to the model's dtype; "float32_delta":
+    the same with unrounded (float32) logits of the student; "float32": two unrounded products;
+    "same_dtype": two rounded ones, which is wrong in bfloat16 when both are close. chunk_rows: student rows
+    per chunk; the teacher's rows at their query positions come on top. target: what is made of the
+    teacher's logits (targets.py). shard: this rank's part of a sharded vocabulary; None: it is whole.
     """
 
     sampling_temperature: float
-    divergence: str
-    beta: float
-    temperature: float
-    top_k: int | None
-    tail_bucket: bool
+    divergence: Divergence
     teacher_logits: str
     chunk_rows: int
     target: str

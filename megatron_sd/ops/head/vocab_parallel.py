@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_sd.errors import ConfigError
+from megatron_sd.ops.divergence import Divergence
 from megatron_sd.ops.jsd_reference import MASKED, Terms, divergence_terms
 from megatron_sd.ops.row_softmax import working_dtype
 
@@ -55,30 +56,27 @@ def own_rows(weight: Tensor, shard: VocabShard) -> Tensor:
 
 
 def vocab_parallel_divergence(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    shard: VocabShard,
-    *,
-    divergence: str,
-    beta: float,
-    temperature: float,
+    student_logits: Tensor, teacher_logits: Tensor, shard: VocabShard, divergence: Divergence
 ) -> Tensor:
-    """[N] divergences of rows of which this rank has columns [N, V_k]; formulas and meaning of the options:
-    ops/jsd_reference.py.
+    """[N] divergences of rows of which this rank has columns [N, V_k]; formulas: ops/jsd_reference.py.
 
     Differentiable in student_logits; every rank must hand in the same gradient. Arithmetic is float32
     (float64 stays). All ranks call together, with the same rows. A row of nothing but -inf gives NaN.
-    Raises ConfigError for mse.
+    Raises ConfigError for mse, and for a top_k.
     """
-    if divergence == "mse":
+    if divergence.kind == "mse":
         raise ConfigError(
             "distill.divergence is 'mse', expected jsd, forward_kl or reverse_kl where the vocabulary is"
             " sharded"
         )
+    if divergence.top_k is not None:
+        raise ConfigError(
+            f"distill.top_k is {divergence.top_k}, expected null where the vocabulary is sharded"
+        )
     columns = slice(0, shard.num_real)
     student, teacher = student_logits[:, columns], teacher_logits.detach()[:, columns]
     wants_gradient = student.requires_grad and torch.is_grad_enabled()
-    return _Divergence.apply(student, teacher, shard, (divergence, beta, temperature), wants_gradient)
+    return _Divergence.apply(student, teacher, shard, divergence, wants_gradient)
 
 
 def vocab_parallel_logprobs(
@@ -123,19 +121,19 @@ class _Divergence(torch.autograd.Function):
         student: Tensor,
         teacher: Tensor,
         shard: VocabShard,
-        options: tuple[str, float, float],
+        divergence: Divergence,
         wants_gradient: bool,
     ) -> Tensor:
-        divergence, beta, temperature = options
+        temperature = divergence.temperature
         z_s, z_t = _scaled(student, temperature), _scaled(teacher, temperature)
-        if divergence == "jsd":
+        if divergence.kind == "jsd":
             ends = shard.gather(torch.stack([_log_sum(z_s), _log_sum(z_t)]))
             lse_s, lse_t = torch.logsumexp(ends, 0)
-            terms = divergence_terms(_minus(z_t, lse_t), _minus(z_s, lse_s), divergence=divergence, beta=beta)
+            terms = divergence_terms(_minus(z_t, lse_t), _minus(z_s, lse_s), divergence)
             values, slope = shard.gather(torch.stack([_total(terms.values), _total(terms.slopes)])).sum(0)
         else:
             values, terms, (lse_s, lse_t) = _kl(z_s, z_t, shard, divergence)
-            slope = values if divergence == "reverse_kl" else torch.zeros_like(values)
+            slope = values if divergence.kind == "reverse_kl" else torch.zeros_like(values)
         if wants_gradient:
             gradient = terms.slopes.addcmul(terms.q, slope[:, None].to(terms.q.dtype), value=-1.0)
             ctx.save_for_backward(gradient.div_(temperature))
@@ -150,16 +148,17 @@ class _Divergence(torch.autograd.Function):
         return (gradient * grad_values[:, None]).to(ctx.dtype), None, None, None, None
 
 
-def _kl(z_s: Tensor, z_t: Tensor, shard: VocabShard, divergence: str) -> tuple[Tensor, Terms, Tensor]:
+def _kl(z_s: Tensor, z_t: Tensor, shard: VocabShard, divergence: Divergence) -> tuple[Tensor, Terms, Tensor]:
     """Values and this rank's terms of the KL divergence from its own side to the other, and both
     log-normalisers."""
-    own, other = (z_t, z_s) if divergence == "forward_kl" else (z_s, z_t)
+    is_forward = divergence.kind == "forward_kl"
+    own, other = (z_t, z_s) if is_forward else (z_s, z_t)
     parts = shard.gather(torch.stack([_log_sum(z_s), _log_sum(z_t), _mean(own, own - other)]))
     lse_s, lse_t = torch.logsumexp(parts[:, :2], 0)
-    lse_own, lse_other = (lse_t, lse_s) if divergence == "forward_kl" else (lse_s, lse_t)
-    shares = torch.exp(parts[:, 1 if divergence == "forward_kl" else 0] - lse_own)
+    lse_own, lse_other = (lse_t, lse_s) if is_forward else (lse_s, lse_t)
+    shares = torch.exp(parts[:, 1 if is_forward else 0] - lse_own)
     values = (shares * parts[:, 2]).sum(0) - (lse_own - lse_other)
-    terms = divergence_terms(_minus(z_t, lse_t), _minus(z_s, lse_s), divergence=divergence, beta=0.0)
+    terms = divergence_terms(_minus(z_t, lse_t), _minus(z_s, lse_s), divergence)
     return values, terms, torch.stack([lse_s, lse_t])
 
 

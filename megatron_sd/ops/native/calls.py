@@ -1,8 +1,8 @@
 """What the native libraries compute, on tensors: the same functions on CPUs and CUDA devices, without
-autograd.
+autograd. A divergence without native code, mse or one with a top_k, is a ValueError.
 
-jsd_rows does everything in one visit to a row. The other three are its steps, for a vocabulary in shards:
-normalisers of every shard, combined by logsumexp over shards; sums of every shard with the combined
+native_divergence does everything in one visit to a row. The other three are its steps, for a vocabulary in
+shards: normalisers of every shard, combined by logsumexp over shards; sums of every shard with the combined
 normalisers, added up; gradient of every shard with both. Row numbers must be in range: on CPUs the caller
 has looked, on CUDA such rows come out as NaN.
 """
@@ -14,6 +14,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from megatron_sd.ops.divergence import Divergence
 from megatron_sd.ops.native import cpu_library, cuda_library
 from megatron_sd.ops.native.structs import (
     ELEMENT_TYPES,
@@ -21,13 +22,16 @@ from megatron_sd.ops.native.structs import (
     RowPairs,
     RowsTask,
     ScatterTask,
+    divergence_obstacle,
     matrix,
     rows_in_memory,
 )
 
 
-def obstacle(student: Tensor, teacher: Tensor, *, teacher_is_difference: bool) -> str:
-    """What keeps the native libraries from these matrices, "" if nothing does."""
+def obstacle(student: Tensor, teacher: Tensor, divergence: Divergence, *, teacher_is_difference: bool) -> str:
+    """What keeps the native libraries from this divergence of these matrices, "" if nothing does."""
+    if unknown := divergence_obstacle(divergence):
+        return unknown
     for name, logits in (("student", student), ("teacher", teacher)):
         if logits.dtype not in ELEMENT_TYPES:
             return f"{name} logits of {logits.dtype}"
@@ -39,15 +43,13 @@ def obstacle(student: Tensor, teacher: Tensor, *, teacher_is_difference: bool) -
     return cpu_library.MISSING if student.device.type == "cpu" else f"tensors on {student.device}"
 
 
-def jsd_rows(  # noqa: PLR0913 (the whole operation)
+def native_divergence(  # noqa: PLR0913 (the whole operation)
     student: Tensor,
     teacher: Tensor,
     student_rows: Tensor,
     teacher_rows: Tensor,
     *,
-    divergence: str,
-    beta: float,
-    temperature: float,
+    divergence: Divergence,
     with_gradient: bool,
     gradient_dtype: torch.dtype | None = None,
     scales: Tensor | None = None,
@@ -67,7 +69,7 @@ def jsd_rows(  # noqa: PLR0913 (the whole operation)
         student, teacher, student_rows, teacher_rows, teacher_is_difference=teacher_is_difference
     )
     device, backend = student.device, _backend(student.device)
-    task = pairs.task(divergence=divergence, beta=beta, temperature=temperature)
+    task = pairs.task(divergence)
     values = torch.empty(pairs.num_rows, dtype=torch.float32, device=device)
     normalisers, sums = _pair_of_doubles(pairs), _pair_of_doubles(pairs)
     task.values, task.normalisers, task.sums = values.data_ptr(), normalisers.data_ptr(), sums.data_ptr()
@@ -76,7 +78,7 @@ def jsd_rows(  # noqa: PLR0913 (the whole operation)
     )
     scales = _set_scales(task, scales)
     needs_room = in_place or gradient.dtype != torch.float32
-    keeps_scores = with_gradient and divergence != "forward_kl" and needs_room
+    keeps_scores = with_gradient and divergence.kind != "forward_kl" and needs_room
     scratch = backend.scratch(pairs, task, keeps_scores=keeps_scores)
     task.scratch = None if scratch is None else scratch.data_ptr()
     if pairs.num_rows:
@@ -90,32 +92,30 @@ def jsd_normalisers(
     student_rows: Tensor,
     teacher_rows: Tensor,
     *,
-    temperature: float,
+    divergence: Divergence,
     teacher_is_difference: bool = False,
 ) -> Tensor:
     """Step 1: [N, 2] float64, log sum exp(logit / temperature) of the student's and the teacher's listed
-    rows, over the columns given. Combine shards with torch.logsumexp. A row of nothing but -inf gives -inf;
-    NaN or +inf in a row give NaN."""
+    rows, over the columns given; of the divergence the temperature alone counts. Combine shards with
+    torch.logsumexp. A row of nothing but -inf gives -inf; NaN or +inf in a row give NaN."""
     pairs = RowPairs.of(
         student, teacher, student_rows, teacher_rows, teacher_is_difference=teacher_is_difference
     )
-    task = pairs.task(divergence="jsd", beta=0.5, temperature=temperature)
+    task = pairs.task(divergence)
     normalisers = _pair_of_doubles(pairs)
     task.normalisers = normalisers.data_ptr()
     _run_step("jsd_normalisers", pairs, task)
     return normalisers
 
 
-def jsd_sums(  # noqa: PLR0913
+def jsd_sums(
     student: Tensor,
     teacher: Tensor,
     student_rows: Tensor,
     teacher_rows: Tensor,
     *,
     normalisers: Tensor,
-    divergence: str,
-    beta: float,
-    temperature: float,
+    divergence: Divergence,
     teacher_is_difference: bool = False,
 ) -> Tensor:
     """Step 2: [N, 2] float64, these columns' share of the divergence and of sum Q h, which the gradient
@@ -124,7 +124,7 @@ def jsd_sums(  # noqa: PLR0913
     pairs = RowPairs.of(
         student, teacher, student_rows, teacher_rows, teacher_is_difference=teacher_is_difference
     )
-    task = pairs.task(divergence=divergence, beta=beta, temperature=temperature)
+    task = pairs.task(divergence)
     normalisers, sums = normalisers.to(torch.float64).contiguous(), _pair_of_doubles(pairs)
     task.normalisers, task.sums = normalisers.data_ptr(), sums.data_ptr()
     _run_step("jsd_sums", pairs, task)
@@ -139,20 +139,18 @@ def jsd_gradient(  # noqa: PLR0913
     *,
     normalisers: Tensor,
     sums: Tensor,
-    divergence: str,
-    beta: float,
-    temperature: float,
+    divergence: Divergence,
     gradient_dtype: torch.dtype | None = None,
     scales: Tensor | None = None,
     in_place: bool = False,
     teacher_is_difference: bool = False,
 ) -> Tensor:
-    """Step 3: the gradient [N, V] of these columns, as jsd_rows gives it. normalisers, sums: [N, 2]
-    float64, of whole rows."""
+    """Step 3: the gradient [N, V] of these columns, as native_divergence gives it. normalisers, sums:
+    [N, 2] float64, of whole rows."""
     pairs = RowPairs.of(
         student, teacher, student_rows, teacher_rows, teacher_is_difference=teacher_is_difference
     )
-    task = pairs.task(divergence=divergence, beta=beta, temperature=temperature)
+    task = pairs.task(divergence)
     normalisers, sums = normalisers.to(torch.float64).contiguous(), sums.to(torch.float64).contiguous()
     task.normalisers, task.sums = normalisers.data_ptr(), sums.data_ptr()
     gradient = _gradient(

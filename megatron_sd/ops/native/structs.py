@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-DIVERGENCES = ("jsd", "forward_kl", "reverse_kl")  # the library's numbering
+from megatron_sd.ops.divergence import Divergence
+
+NATIVE_DIVERGENCES = ("jsd", "forward_kl", "reverse_kl")  # the library's numbering
 ELEMENT_TYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 
@@ -105,8 +107,11 @@ class RowPairs:
         """V."""
         return self.student.shape[1]
 
-    def task(self, *, divergence: str, beta: float, temperature: float) -> RowsTask:
-        """A task with the inputs filled in. The pointers are valid as long as this object lives."""
+    def task(self, divergence: Divergence) -> RowsTask:
+        """A task with the inputs filled in. The pointers are valid as long as this object lives. Raises
+        ValueError for a divergence that the library has not."""
+        if obstacle := divergence_obstacle(divergence):
+            raise ValueError(f"no native code for {obstacle}, expected one of {NATIVE_DIVERGENCES}, no top_k")
         return RowsTask(
             student=matrix(self.student),
             teacher=matrix(self.teacher),
@@ -114,11 +119,18 @@ class RowPairs:
             teacher_rows=self.teacher_rows.data_ptr(),
             num_rows=self.num_rows,
             vocabulary=self.vocabulary,
-            beta=beta,
-            temperature=temperature,
-            divergence=DIVERGENCES.index(divergence),
+            beta=divergence.beta,
+            temperature=divergence.temperature,
+            divergence=NATIVE_DIVERGENCES.index(divergence.kind),
             teacher_is_difference=self.teacher_is_difference,
         )
+
+
+def divergence_obstacle(divergence: Divergence) -> str:
+    """What of the divergence the library has not, "" if it has it."""
+    if divergence.kind not in NATIVE_DIVERGENCES:
+        return f"divergence={divergence.kind!r}"
+    return "" if divergence.top_k is None else f"top_k={divergence.top_k}"
 
 
 def rows_in_memory(tensor: Tensor) -> Tensor:

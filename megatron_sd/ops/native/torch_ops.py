@@ -13,24 +13,25 @@ import logging
 import torch
 from torch import Tensor
 
+from megatron_sd.ops.divergence import Divergence
 from megatron_sd.ops.native import calls
 
 _LOG = logging.getLogger(__name__)
 
 
 @torch.library.custom_op("megatron_sd::jsd_rows", mutates_args=(), device_types=("cpu", "cuda"))
-def jsd_rows(  # noqa: PLR0913, PLR0917 (an operator's schema)
+def divergence_op(  # noqa: PLR0913, PLR0917 (an operator's schema)
     student: Tensor,
     teacher: Tensor,
     student_rows: Tensor,
     teacher_rows: Tensor,
     weights: Tensor,
-    divergence: str,
+    kind: str,
     beta: float,
     temperature: float,
     with_gradient: bool,
 ) -> tuple[Tensor, Tensor]:
-    """calls.jsd_rows, values and gradients times weights [N].
+    """calls.native_divergence, values and gradients times weights [N].
 
     Checked: ValueError for row numbers out of range, and a warning that names rows that come out as NaN. On
     CUDA both would wait for the device: they happen only under torch.autograd.set_detect_anomaly(True), and
@@ -40,14 +41,12 @@ def jsd_rows(  # noqa: PLR0913, PLR0917 (an operator's schema)
     if checked:
         check_rows("student_rows", student_rows, len(student))
         check_rows("teacher_rows", teacher_rows, len(teacher))
-    values, gradient = calls.jsd_rows(
+    values, gradient = calls.native_divergence(
         student,
         teacher,
         student_rows,
         teacher_rows,
-        divergence=divergence,
-        beta=beta,
-        temperature=temperature,
+        divergence=Divergence(kind=kind, beta=beta, temperature=temperature),
         with_gradient=with_gradient,
         scales=weights,
     )
@@ -64,8 +63,8 @@ def jsd_rows(  # noqa: PLR0913, PLR0917 (an operator's schema)
     return values * weights, gradient
 
 
-@jsd_rows.register_fake
-def _(student, teacher, student_rows, teacher_rows, weights, divergence, beta, temperature, with_gradient):  # noqa: PLR0913, PLR0917
+@divergence_op.register_fake
+def _(student, teacher, student_rows, teacher_rows, weights, kind, beta, temperature, with_gradient):  # noqa: PLR0913, PLR0917
     num_rows = student_rows.shape[0]
     values = student.new_empty(num_rows, dtype=torch.float32)
     return values, student.new_empty(num_rows if with_gradient else 0, student.shape[1])
@@ -123,4 +122,4 @@ def _is_finished(gradient: Tensor, rows: Tensor, scales: Tensor, num_rows: int) 
     return torch.equal(rows, torch.arange(num_rows, dtype=rows.dtype)) and bool((scales == 1.0).all())
 
 
-jsd_rows.register_autograd(_backward, setup_context=_keep)
+divergence_op.register_autograd(_backward, setup_context=_keep)

@@ -1,0 +1,48 @@
+"""Which divergence of teacher and student: its kind, and what it is taken with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_sd.errors import ConfigError
+
+DIVERGENCES = ("jsd", "forward_kl", "reverse_kl", "mse")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Divergence:
+    """A divergence of the teacher's P = softmax(logits / temperature) and the student's Q, row by row.
+
+    kind: "jsd" is beta KL(P || M) + (1 - beta) KL(Q || M) with M = beta P + (1 - beta) Q and 0 < beta < 1
+    (TRL's generalised JSD; at beta = 0.5 the paper's), "forward_kl" KL(P || Q), "reverse_kl" KL(Q || P),
+    "mse" the sum of (P - Q)^2; jsd_reference.py has the gradients too. beta counts for "jsd" alone. top_k:
+    both are restricted to the teacher's k likeliest tokens and renormalised, as the paper does; None: the
+    full vocabulary. tail_bucket: with top_k, all other tokens together are one more event (SDPO), instead
+    of nothing. Raises ConfigError for a value out of range, and for a tail bucket without top_k.
+    """
+
+    kind: str
+    beta: float
+    temperature: float
+    top_k: int | None = None
+    tail_bucket: bool = False
+
+    def __post_init__(self) -> None:
+        if self.kind not in DIVERGENCES:
+            raise ConfigError(f"distill.divergence is {self.kind!r}, expected one of {DIVERGENCES}")
+        if self.kind == "jsd" and not 0.0 < self.beta < 1.0:
+            raise ConfigError(
+                f"distill.beta is {self.beta}, expected 0 < beta < 1: the generalised JSD vanishes at both"
+                " ends; for the KL divergences set distill.divergence to forward_kl or reverse_kl"
+            )
+        if not self.temperature > 0.0:
+            raise ConfigError(f"distill.temperature is {self.temperature}, expected more than 0")
+        if self.top_k is not None and self.top_k < 1:
+            raise ConfigError(
+                f"distill.top_k is {self.top_k}, expected at least 1, or null for the full vocabulary"
+            )
+        if self.tail_bucket and self.top_k is None:
+            raise ConfigError(
+                "distill.tail_bucket is true with distill.top_k null, expected a top_k: all tokens leave no"
+                " tail"
+            )

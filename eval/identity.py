@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import xxhash
 
 from megatron_sd.config import ModelConfig, ProtocolConfig, RetrieverConfig, RolloutConfig
+from megatron_sd.durable.files import write_whole
 from megatron_sd.errors import ConfigError, DataError
 from megatron_sd.records import Question
 from megatron_sd.retrieval.corpus.manifest import file_entry
@@ -98,9 +98,7 @@ def claim(output: Path, identity: Mapping[str, Any]) -> None:
                     f" {wanted.get(key)!r}: finish it as it was begun, or choose another directory"
                 )
         return
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(wanted, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_whole(path, json.dumps(wanted, indent=1, ensure_ascii=False) + "\n")
 
 
 def read_identity(output: Path) -> dict[str, Any]:

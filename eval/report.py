@@ -7,7 +7,6 @@ what a model or a passage says cannot act. Filtering is done by the style sheet.
 
 from __future__ import annotations
 
-import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -20,6 +19,7 @@ from eval.report_page.groups import OUTCOMES, Record, has_log_ratios, outcome, r
 from eval.report_page.text import element, plain
 from eval.samples import read_lines
 from megatron_sd.config.command_line import name_positionals, parse
+from megatron_sd.durable.files import write_whole
 from megatron_sd.errors import DataError
 from megatron_sd.observability.metrics_log import METRICS_NAME, read_metrics
 from megatron_sd.observability.recorder import CHANGES_NAME, TRANSCRIPTS_NAME
@@ -67,9 +67,7 @@ def make_report(config: ReportConfig) -> Path:
     curves = [_curves(*render_curves(runs, changes), len(runs), changes)] if runs else []
     page = _page(run_dir.resolve().name, [*map(_table, tables), *curves, _groups(groups)])
     path = Path(config.output) if config.output else run_dir / "report.html"
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(page, encoding="utf-8", errors="replace")
-    os.replace(temporary, path)
+    write_whole(path, page)
     return path
 
 

@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from eval.identity import check_causal, claim, questions_version, rollouts_identity
 from eval.overlap import Overlap, measure_overlap
-from eval.samples import SAMPLES_NAME, append_lines, append_results, cut_torn_line, read_results, to_result
+from eval.samples import SAMPLES_NAME, append_results, read_results, to_result
 from eval.strategies.runner import Strategy
 from eval.strategies.table import build_strategy, form_of
 from eval.summary import dumps, summarize, to_markdown
@@ -28,6 +28,7 @@ from megatron_sd.build import RolloutSide, build_rollout_side
 from megatron_sd.config import ModelConfig, ProtocolConfig, RetrieverConfig, RewardConfig, RolloutConfig
 from megatron_sd.config.checks import check_ranges
 from megatron_sd.config.command_line import parse
+from megatron_sd.durable.files import append_lines, cut_torn_line
 from megatron_sd.durable.run_lock import hold
 from megatron_sd.errors import RolloutError
 from megatron_sd.observability.transcripts import group_record, render_group

@@ -25,7 +25,6 @@ from typing import Any, Literal
 
 from eval.identity import check_causal, claim, questions_version, read_identity, rollouts_identity
 from eval.run import refuse_many_failures
-from eval.samples import append_lines, cut_torn_line
 from eval.strategies.table import build_strategy, form_of
 from megatron_sd.build import RolloutSide, build_rollout_side
 from megatron_sd.config import ModelConfig, ProtocolConfig, RetrieverConfig, RewardConfig, RolloutConfig
@@ -34,6 +33,7 @@ from megatron_sd.config.command_line import parse
 from megatron_sd.distributed.collectives import hold_together, shared_out, together
 from megatron_sd.distributed.world import World, end_process, lone_world, world_of_program
 from megatron_sd.door import exit_code_of
+from megatron_sd.durable.files import append_lines, cut_torn_line
 from megatron_sd.records import Question, Rollout, RolloutGroup
 from megatron_sd.rollout.stored import ROLLOUTS_NAME, SAMPLE_NAME, StoredGroups, fields_of
 from megatron_sd.search.questions import load_questions

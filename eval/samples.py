@@ -10,15 +10,14 @@ line, and the last line of a question counts.
 from __future__ import annotations
 
 import dataclasses
-import errno
 import json
-import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from eval.metrics import rollout_figures
+from megatron_sd.durable.files import append_lines
 from megatron_sd.errors import DataError
 from megatron_sd.records import Rollout, RolloutGroup, StopReason
 
@@ -77,28 +76,9 @@ def to_result(group: RolloutGroup, format_valid: Callable[[Rollout], float]) -> 
     )
 
 
-def append_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
-    """Append one JSON line a record, all of them by one write, and wait until the disk has them."""
-    lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    content = lines.encode("utf-8", errors="replace")
-    with path.open("ab", buffering=0) as file:
-        if file.write(content) != len(content):
-            raise OSError(errno.ENOSPC, "only part of a slice could be written", str(path))
-        os.fsync(file.fileno())
-
-
 def append_results(path: Path, results: Sequence[QuestionResult]) -> None:
     """Append the lines of some questions to samples.jsonl."""
     append_lines(path, map(dataclasses.asdict, results))
-
-
-def cut_torn_line(path: Path) -> None:
-    """Remove what follows the last line break: half a line, which a killed evaluation left. A missing file
-    is left alone."""
-    if not path.exists():
-        return
-    with path.open("r+b") as file:
-        file.truncate(file.read().rfind(b"\n") + 1)
 
 
 def read_lines(path: Path, *, is_ours: bool = True) -> list[dict[str, Any]]:

@@ -64,6 +64,12 @@ HOMES = {
     "torch.distributed": ("megatron_sd/distributed/", "megatron_sd/resharding/transport.py"),
     "os.environ": ("megatron_sd/distributed/world.py", "launch/"),
     "os.getenv": ("megatron_sd/distributed/world.py", "launch/"),
+    "os.replace": ("megatron_sd/durable/",),
+    "os.fsync": (
+        "megatron_sd/durable/",
+        "megatron_sd/rollout/bank.py",  # appends as rollouts end, and flushes once a second
+        "megatron_sd/training/state/tensor_file.py",  # seals what it writes, on the way
+    ),
     "trl": (),  # benchmarks only
 }
 # Who may take the whole configuration: who hands it out, and who is about it.

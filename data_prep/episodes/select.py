@@ -14,7 +14,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -34,6 +33,7 @@ from data_prep.sources.jsonl import write_rows
 from megatron_sd.config import ProtocolConfig, RolloutConfig
 from megatron_sd.config.checks import check_ranges
 from megatron_sd.config.command_line import parse
+from megatron_sd.durable.files import write_whole
 from megatron_sd.durable.run_lock import hold
 from megatron_sd.errors import ConfigError, DataError
 from megatron_sd.observability.progress import Work
@@ -199,6 +199,4 @@ def _describe(output: Path, config: SelectConfig, sampled: Mapping[str, Any], ta
         "kept": {f"{split} {kind}": count for (split, kind), count in sorted(tally.kept.items())},
         "dropped": dict(sorted(tally.dropped.items())),
     }
-    temporary = output / f"{EPISODES_NAME}.tmp"
-    temporary.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, output / EPISODES_NAME)
+    write_whole(output / EPISODES_NAME, json.dumps(record, indent=1, ensure_ascii=False) + "\n")

@@ -15,7 +15,6 @@ import faiss
 import pyarrow as pa
 
 from data_prep.passages.corpus import read_passages
-from data_prep.passages.partial import Plan, new_directory, whole_file, whole_part
 from data_prep.passages.sourced import to_batches
 from data_prep.passages.table import PassageTable, is_table
 from data_prep.vectors.vector_index import (
@@ -25,6 +24,8 @@ from data_prep.vectors.vector_index import (
     write_vector_index,
 )
 from data_prep.vectors.vectors import VectorShards
+from megatron_sd.durable.files import whole_file
+from megatron_sd.durable.resumable import Plan, new_directory, whole_part
 from megatron_sd.errors import ConfigError, DataError
 from megatron_sd.records import Passage
 from megatron_sd.retrieval.corpus.bm25 import BM25_DIRECTORY, Analyzer, Bm25Settings, write_bm25

@@ -20,11 +20,11 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from data_prep.passages.partial import whole_file
 from data_prep.passages.sourced import SourcedPassage, from_batch, to_batches
 from data_prep.sources.jsonl import Reject
+from megatron_sd.durable.files import whole_file, write_whole
 from megatron_sd.errors import DataError
-from megatron_sd.retrieval.corpus.manifest import FileEntry, file_entry, write_durably
+from megatron_sd.retrieval.corpus.manifest import FileEntry, file_entry
 from megatron_sd.retrieval.corpus.passages import ROWS_PER_BATCH, SCHEMA
 
 log = logging.getLogger(__name__)
@@ -130,7 +130,7 @@ class SortedRuns:
             rejects=tuple(own.reject for own in piece if own.reject is not None),
             file=file_entry(path),
         )
-        write_durably(path.with_suffix(".json"), json.dumps(dataclasses.asdict(run)).encode())
+        write_whole(path.with_suffix(".json"), json.dumps(dataclasses.asdict(run)))
         return run
 
     def merged(self, start: str | None) -> Iterator[SourcedPassage]:

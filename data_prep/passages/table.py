@@ -19,9 +19,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_prep.passages.partial import Plan, new_directory, whole_file
 from data_prep.passages.runs import ROWS_PER_RUN, SortedRuns, Taken
 from data_prep.passages.sourced import SourcedPassage, from_batch, to_batches
+from megatron_sd.durable.files import whole_file
+from megatron_sd.durable.resumable import Plan, new_directory
 from megatron_sd.errors import ConfigError, DataError
 from megatron_sd.retrieval.corpus.manifest import (
     MANIFEST_NAME,

@@ -6,7 +6,6 @@ import bz2
 import gzip
 import json
 import lzma
-import os
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import Any, BinaryIO, TypeVar
 
 import zstandard
 
+from megatron_sd.durable.files import whole_file
 from megatron_sd.errors import DataError
 
 Row = dict[str, Any]
@@ -169,13 +169,11 @@ def check_rejects(path: Path, rejects: list[Reject], num_rows: int, max_reject_s
 
 
 def write_rows(path: Path, rows: Iterable[Row]) -> None:
-    """Write plain JSON lines under a temporary name, then rename."""
+    """Plain JSON lines, all of them or no file of that name."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as handle:
+    with whole_file(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         for row in rows:
-            handle.write(json.dumps(row, ensure_ascii=False) + "\n")
-    os.replace(temporary, path)
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 def write_rejects(path: Path, rejects: list[Reject]) -> None:

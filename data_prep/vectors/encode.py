@@ -23,9 +23,10 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from data_prep.passages.partial import PLAN_NAME, Plan, begin, check_absent, locked, partial_of
 from data_prep.passages.sourced import SourcedPassage, from_batch
 from data_prep.passages.table import PassageTable
+from megatron_sd.durable.files import whole_file
+from megatron_sd.durable.resumable import PLAN_NAME, Plan, begin, check_absent, locked, partial_of
 from megatron_sd.errors import ConfigError, DataError
 from megatron_sd.retrieval.corpus.encoder import Encoder, EncoderSettings, choose_device
 from megatron_sd.retrieval.corpus.encoder_dense import copy_dense
@@ -275,12 +276,8 @@ def format_passage(passage_format: str, passage: SourcedPassage) -> str:
 
 def write_shard(path: Path, vectors: np.ndarray) -> None:
     """A whole shard, or none of that name."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "wb") as handle:
-        np.save(handle, vectors, allow_pickle=False)
-        handle.flush()
-        os.fsync(handle.fileno())
-    os.replace(temporary, path)
+    with whole_file(path, writer=str(os.getpid())) as temporary, temporary.open("wb") as file:
+        np.save(file, vectors, allow_pickle=False)
 
 
 def seal_vectors(

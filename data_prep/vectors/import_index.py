@@ -19,7 +19,6 @@ from pathlib import Path
 import faiss
 import numpy as np
 
-from data_prep.passages.partial import check_absent, locked, partial_of
 from data_prep.passages.sourced import SourcedPassage, from_batch
 from data_prep.passages.table import PassageTable
 from data_prep.sources.jsonl import RowError
@@ -35,6 +34,7 @@ from data_prep.vectors.encode import (
     seal_vectors,
     write_shard,
 )
+from megatron_sd.durable.resumable import check_absent, locked, partial_of
 from megatron_sd.errors import ConfigError, DataError
 from megatron_sd.retrieval.corpus.encoder import Encoder, choose_device
 from megatron_sd.retrieval.corpus.manifest import file_entry

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from eval.credit.queries import QueryCredit
-from eval.samples import append_lines, cut_torn_line, read_lines
+from eval.samples import read_lines
+from megatron_sd.durable.files import append_lines, cut_torn_line
 from megatron_sd.errors import DataError
 
 _PATTERN = "scored.rank_*.jsonl"

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from eval.samples import append_lines, cut_torn_line, read_lines
+from eval.samples import read_lines
+from megatron_sd.durable.files import append_lines, cut_torn_line
 from megatron_sd.errors import DataError
 from megatron_sd.records import Question, RolloutGroup
 from megatron_sd.rollout.stored import rollout_of

@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from eval.grid.plan import OUTCOMES
+from megatron_sd.durable.files import write_whole
 from megatron_sd.errors import DataError
 
 
@@ -39,13 +39,7 @@ class RunRecord:
 
 def write_record(path: Path, record: RunRecord) -> None:
     """Under its name only when it is complete and on disk."""
-    staging = path.with_suffix(".tmp")
-    with staging.open("w", encoding="utf-8") as file:
-        json.dump(dataclasses.asdict(record), file, indent=1)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(staging, path)
+    write_whole(path, json.dumps(dataclasses.asdict(record), indent=1) + "\n")
 
 
 def read_record(path: Path) -> RunRecord | None:

@@ -4,7 +4,6 @@ launch/doctor/checks.py."""
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import platform
 import resource
 import shutil
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.cluster.provenance import describe_software
+from megatron_sd.durable.files import write_whole
 
 COMPARED_PACKAGES = (
     "megatron-sd",
@@ -102,10 +102,7 @@ def unready_servers(urls: Sequence[str]) -> list[str]:
 def write_canary(directory: Path, number: int, nonce: str) -> None:
     """A file that every other node must see as it is."""
     directory.mkdir(parents=True, exist_ok=True)
-    with (directory / f"canary-{number}").open("w", encoding="utf-8") as file:
-        file.write(nonce)
-        file.flush()
-        os.fsync(file.fileno())
+    write_whole(directory / f"canary-{number}", nonce)
 
 
 def unseen_canaries(directory: Path, nonces: Sequence[str | None]) -> list[int]:

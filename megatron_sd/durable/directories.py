@@ -18,6 +18,8 @@ import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from megatron_sd.durable.files import sync_directory, write_whole
+
 MANIFEST = "manifest.json"
 LATEST = "latest"
 READ_BYTES = 1 << 22
@@ -47,13 +49,6 @@ def files_under(directory: Path) -> list[Path]:
     return sorted(path for path in directory.rglob("*") if path.is_file() and path != directory / MANIFEST)
 
 
-def flush(paths: Iterable[Path]) -> None:
-    """Flush files to disk. Whoever wrote a file must do it: on a shared file system others cannot."""
-    for path in paths:
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-
-
 def seal(directory: Path, known: Iterable[str] = ()) -> Seals:
     """Size and checksum of every file but those of `known` names, whose writers have sealed them."""
     names = {str(path.relative_to(directory)): path for path in files_under(directory)}
@@ -65,7 +60,7 @@ def seal(directory: Path, known: Iterable[str] = ()) -> Seals:
 
 def commit(staging: Path, directory: Path, seals: Seals) -> None:
     """Write the manifest and give the directory its name; after this returns a power cut cannot undo it."""
-    _write_flushed(staging / MANIFEST, _manifest_text(seals))
+    write_whole(staging / MANIFEST, _manifest_text(seals))
     for path in [*(p for p in staging.rglob("*") if p.is_dir()), staging]:
         sync_directory(path)
     os.rename(staging, directory)
@@ -76,9 +71,7 @@ def point_to(directory: Path) -> None:
     """Let `latest` name a committed directory: by replacing it, so that a reader finds the old name or the
     new one."""
     latest = directory.with_name(LATEST)
-    temporary = latest.with_name(f"{LATEST}.tmp")
-    _write_flushed(temporary, directory.name + "\n")
-    os.replace(temporary, latest)
+    write_whole(latest, directory.name + "\n")
     sync_directory(directory.parent)
 
 
@@ -145,19 +138,3 @@ def _manifest_text(seals: Seals) -> str:
     """The manifest, which also seals itself: there is one text for given seals."""
     digest = hashlib.sha256(json.dumps(seals, sort_keys=True).encode()).hexdigest()
     return json.dumps({"files": seals, "sha256": digest}, indent=1, sort_keys=True)
-
-
-def _write_flushed(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def sync_directory(path: Path) -> None:
-    """Flush a directory's entries to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -4,11 +4,11 @@ progress."""
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from megatron_sd.durable.files import write_whole
 from megatron_sd.observability.metrics_log import METRICS_NAME, MetricsLog
 from megatron_sd.observability.progress import Progress
 from megatron_sd.observability.tensorboard import TENSORBOARD_NAME, TensorBoard
@@ -58,7 +58,7 @@ class Recorder:
         if not self._enabled:
             return
         self._run_dir.mkdir(parents=True, exist_ok=True)
-        _write_text(self._run_dir / CONFIG_NAME, self._config_text)
+        write_whole(self._run_dir / CONFIG_NAME, self._config_text)
         log = MetricsLog(self._run_dir / METRICS_NAME, first_step=step + 1)
         board = TensorBoard(self._run_dir / TENSORBOARD_NAME, first_step=step + 1)
         board.text("config", self._config_text, step)
@@ -66,7 +66,7 @@ class Recorder:
             lines = (
                 json.dumps({"step": from_step, "words": words}) + "\n" for from_step, words in plan_changes
             )
-            _write_text(self._run_dir / CHANGES_NAME, "".join(lines))
+            write_whole(self._run_dir / CHANGES_NAME, "".join(lines))
             board.text("plan changes", "\n".join(words for _, words in plan_changes), step)
         self._open = (log, board, Progress(self._num_steps, step, sys.stderr))
 
@@ -86,11 +86,11 @@ class Recorder:
         path = self._run_dir / TRANSCRIPTS_NAME / f"step_{step:08}.txt"
         path.parent.mkdir(exist_ok=True)
         texts = [render_group(group, own, self._decode) for group, own in chosen]
-        _write_text(path, "\n\n".join(texts))
+        write_whole(path, "\n\n".join(texts))
         records = (
             json.dumps(group_record(group, own, self._decode), ensure_ascii=False) for group, own in chosen
         )
-        _write_text(path.with_suffix(".jsonl"), "".join(record + "\n" for record in records))
+        write_whole(path.with_suffix(".jsonl"), "".join(record + "\n" for record in records))
         _, board, _ = self._open
         for place, text in enumerate(texts):
             board.text(f"transcripts/{place}", text, step)
@@ -100,9 +100,3 @@ class Recorder:
         for part in self._open or ():
             part.close()
         self._open = None
-
-
-def _write_text(path: Path, content: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(content, encoding="utf-8", errors="replace")
-    os.replace(temporary, path)

@@ -15,10 +15,10 @@ import zstandard
 from data_prep.passages import runs as runs_module
 from data_prep.passages.chunk import ChunkConfig, chunk_passages
 from data_prep.passages.index import IndexConfig, build_index
-from data_prep.passages.partial import PLAN_NAME
 from data_prep.passages.sourced import SourcedPassage
 from data_prep.passages.table import Origin, PassageTable, write_table
 from data_prep.sources.questions import ImportConfig, import_file
+from megatron_sd.durable.resumable import PLAN_NAME
 from megatron_sd.errors import ConfigError, DataError
 from tests.data_prep.killed_stages import Start, contents, launch, run, small_pieces
 

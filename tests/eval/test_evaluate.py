@@ -17,11 +17,12 @@ import pytest
 from data_prep.world.world import WorldConfig
 from eval.compare import ALL, CompareConfig, compare
 from eval.run import EvalConfig, evaluate
-from eval.samples import append_lines, cut_torn_line, read_lines, read_results
+from eval.samples import read_lines, read_results
 from eval.strategies.table import PROMPTED
 from launch.cli import main as command
 from launch.programs import make_world
 from megatron_sd.config import ModelConfig, ProtocolConfig, RetrieverConfig, RolloutConfig
+from megatron_sd.durable.files import append_lines, cut_torn_line
 from megatron_sd.errors import ConfigError, DataError, RolloutError
 from megatron_sd.records import RolloutGroup, StopReason
 from megatron_sd.retrieval.choice import open_retriever

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from eval.samples import append_lines
+from megatron_sd.durable.files import append_lines
 from megatron_sd.errors import DataError
 from megatron_sd.records import StopReason
 from megatron_sd.rollout.stored import StoredGroups, check_tokenizer, fields_of, group_of, read_record

@@ -193,10 +193,14 @@ def test_latest_names_the_newest_and_a_failed_tidying_up_does_no_harm(
         checkpoints.save(policy, step=step, state=STATE)
     assert (tmp_path / "latest").read_text() == "step_00000003\n"
 
-    def broken(*_):
-        raise OSError(errno.EIO, os.strerror(errno.EIO), "latest")
+    replace = os.replace
 
-    monkeypatch.setattr(directories.os, "replace", broken)
+    def broken(source, target):
+        if target.name == "latest":
+            raise OSError(errno.EIO, os.strerror(errno.EIO), "latest")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", broken)
     with caplog.at_level(logging.ERROR):
         checkpoints.save(policy, step=4, state=STATE)
     assert "is committed, but what it replaces could not be tidied up" in caplog.text

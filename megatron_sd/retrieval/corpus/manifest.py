@@ -13,7 +13,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import stat
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from typing import Any, Literal
 
 import xxhash
 
+from megatron_sd.durable.files import write_whole
 from megatron_sd.errors import DataError
 
 Kind = Literal["passages", "vectors", "corpus"]
@@ -72,20 +72,10 @@ def file_entries(directory: Path) -> dict[str, FileEntry]:
     return {path.relative_to(directory).as_posix(): file_entry(path) for path in paths}
 
 
-def write_durably(path: Path, content: bytes) -> None:
-    """Temporary name, fsync, rename: after a crash the file is the old one or the new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as handle:
-        handle.write(content)
-        handle.flush()
-        os.fsync(handle.fileno())
-    os.replace(temporary, path)
-
-
 def write_manifest(directory: Path, manifest: Manifest) -> str:
     """Write manifest.json and return the version."""
     content = json.dumps(dataclasses.asdict(manifest), indent=1, sort_keys=True, ensure_ascii=False).encode()
-    write_durably(directory / MANIFEST_NAME, content)
+    write_whole(directory / MANIFEST_NAME, content)
     return hashlib.sha256(content).hexdigest()
 
 

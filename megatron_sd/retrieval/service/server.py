@@ -22,8 +22,8 @@ from pathlib import Path
 import uvicorn
 from fastapi import FastAPI, Request, Response
 
+from megatron_sd.durable.files import write_whole
 from megatron_sd.errors import ConfigError
-from megatron_sd.retrieval.corpus.manifest import write_durably
 from megatron_sd.retrieval.service.state import RetrievalService
 from megatron_sd.retrieval.service.wire import RequestError, parse_order
 
@@ -160,7 +160,7 @@ def serve(service: RetrievalService, port_file: Path | None, say: Callable[[str]
     )
     if port_file is not None:
         port_file.parent.mkdir(parents=True, exist_ok=True)
-        write_durably(port_file, f"{address}\n".encode())
+        write_whole(port_file, f"{address}\n")
     say(f"listening on {address}")
     server.run(sockets=[listener])
     if service.failure is not None:

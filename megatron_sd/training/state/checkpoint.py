@@ -29,6 +29,7 @@ from megatron_sd.config import Config
 from megatron_sd.distributed.collectives import gather_objects
 from megatron_sd.distributed.world import World
 from megatron_sd.durable import directories
+from megatron_sd.durable.files import flush
 from megatron_sd.errors import CheckpointError
 from megatron_sd.training.parallel.local_shards import full_numel
 from megatron_sd.training.policy import Policy
@@ -221,7 +222,7 @@ class Checkpoints:
         }
         (staging / "state.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
         others = [path for path in (staging / "model").iterdir() if path.suffix != ".safetensors"]
-        directories.flush([staging / "state.json", *others])
+        flush([staging / "state.json", *others])
 
     def _tidy(self, directory: Path) -> None:
         """What may fail without harm: the checkpoint stands."""

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_sd.durable.files import flush, write_whole
 from megatron_sd.errors import ConfigError, DataError
-from megatron_sd.retrieval.corpus.manifest import write_durably
 
 PLAN_NAME = "plan.json"
 _MAX_SHOWN = 3
@@ -97,7 +97,7 @@ def begin(partial: Path, plan: Plan | None) -> None:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         if plan is not None:
-            write_durably(path, json.dumps(plan.begun_from, indent=1, sort_keys=True).encode())
+            write_whole(path, json.dumps(plan.begun_from, indent=1, sort_keys=True))
         return
     try:
         begun = _flat(json.loads(path.read_bytes()))
@@ -128,16 +128,6 @@ def _flat(value: Any, name: str = "") -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """A temporary name to write to, in the same directory; the file gets the name `path` when it is whole
-    and on the disk."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    yield temporary
-    _to_disk(temporary)
-    os.replace(temporary, path)
-
-
-@contextlib.contextmanager
 def whole_part(directory: Path, name: str) -> Iterator[Path]:
     """A folder in which to make the folder `name`; that appears in `directory` when it is whole and on the
     disk."""
@@ -145,13 +135,6 @@ def whole_part(directory: Path, name: str) -> Iterator[Path]:
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir()
     yield building
-    for path in building.rglob("*"):
-        if path.is_file():
-            _to_disk(path)
+    flush(path for path in building.rglob("*") if path.is_file())
     os.rename(building / name, directory / name)
     building.rmdir()
-
-
-def _to_disk(path: Path) -> None:
-    with open(path, "rb") as handle:
-        os.fsync(handle.fileno())

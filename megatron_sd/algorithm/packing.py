@@ -143,9 +143,11 @@ def plan_bins(
     """Bins of sample indices; their number is a positive multiple of world_size (empty bins fill up)."""
     order = sorted(range(len(sizes)), key=lambda i: (-sizes[i].student, -sizes[i].continuations, i))
     num_bins = max(len(_fill(sizes, order, max_tokens, tally)), 1)
+    # Every rank takes as many: a collective runs in each microbatch. Bins that this adds may as well be
+    # used, so the capacity is searched for once more: the smallest that needs no more than num_bins.
     num_bins = -(-num_bins // world_size) * world_size
     low, high = 1, max_tokens
-    while low < high:  # the smallest capacity that needs no more than num_bins
+    while low < high:
         middle = (low + high) // 2
         low, high = (
             (low, middle) if len(_fill(sizes, order, middle, tally)) <= num_bins else (middle + 1, high)
@@ -214,6 +216,9 @@ def build_microbatch(samples: Sequence[TrainingSample], aggregation: str) -> Mic
     input_ids, lengths = _pad([s.ids for s in samples] or [np.zeros(1, dtype=np.int64)])
     positions = [np.flatnonzero(s.loss_mask) for s in samples]
     counts = [len(p) for p in positions]
+    # A row is a sampled token; the logits one position before it predict it, hence the p - 1 below. Query
+    # rows are numbers of rows: a query token's place among its sample's sampled tokens, after those of
+    # earlier samples.
     first_rows = np.cumsum([0, *counts])
     query_rows = [
         first + np.searchsorted(own, s.query_positions)
@@ -264,6 +269,8 @@ def distilled_part(microbatch: Microbatch, weights: TermWeights) -> Microbatch:
     aligned.
     """
     m = microbatch
+    # Without the policy term, rows that are no query row have no loss, and nothing to the right of the last
+    # query row of a sequence reaches it: under causal attention both can go.
     kept = np.where(m.query_in_spread, weights.distill_spread, weights.distill_no_spread) != 0.0
     rows = m.query_rows[kept]
     if len(rows) == 0:

@@ -133,6 +133,8 @@ def _by_prompt(
     """query_positions, teacher_prompt_ids and later_prompts of a sample (records.TrainingSample)."""
     if len(prompts) < 2:
         return positions, prompts[0] if prompts else None, ()
+    # A turn without a prompt is not distilled. Neighbouring queries under one prompt share a view of the
+    # teacher, so only the places where the prompt changes are kept.
     kept = np.array([prompts[turn] is not None for turn in turns], dtype=bool)
     read = [prompts[turn] for turn in turns[kept]]
     changes = [n for n, prompt in enumerate(read) if n == 0 or prompt != read[n - 1]]

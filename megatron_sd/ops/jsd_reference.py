@@ -138,6 +138,8 @@ def divergence_terms(log_p: Tensor, log_q: Tensor, divergence: Divergence) -> Te
 def _jsd(log_p: Tensor, log_q: Tensor, beta: float) -> Terms:
     """Overflow-safe: with L = log(M / max(P, Q)), log(P/M) and log(Q/M) are -L and -L -+ d, never a
     difference of logs of M."""
+    # M lies between P and Q, so log(M / larger) = log1p(share * (e^-distance - 1)) needs no sum of tiny
+    # numbers, and equal rows give a distance of 0 and with it exactly 0.
     difference = log_p - log_q
     teacher_larger = difference > 0
     distance = difference.abs()

@@ -190,10 +190,11 @@ def _cuts(
     top, bottom, left, right, at_row, at_column = corners
     if start == stop or top == bottom or left == right:
         return ()
+    # Owned elements are a run of the row-major matrix: part of a first row, whole rows, part of a last row.
     first, last = max(top, start // source_columns), min(bottom - 1, (stop - 1) // source_columns)
     if first > last:
         return ()
-    # in the rows at the ends
+    # columns of the rectangle that the run has in its first row (from low on) and in its last (up to high)
     low, high = max(start - first * source_columns, left), min(stop - last * source_columns, right)
     if first == last:
         blocks = [(first, 1, low, high)]
@@ -209,6 +210,7 @@ def _cuts(
         length = end - begin
         if num_rows < 1 or length < 1:
             continue
+        # whole rows in both lie in one piece: one copy in the place of one a row
         if length == source_columns == target_columns:
             num_rows, length = 1, length * num_rows
         at = (at_row + row - top) * target_columns + at_column + begin - left

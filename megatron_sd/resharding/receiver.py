@@ -61,11 +61,14 @@ class ShardReceiver:
                     f"{self._worker} was told to take version {policy_version}, the trainer sends version"
                     f" {found}"
                 )
+            # Into staging, not into the live tensors: whatever fails from here on, these are whole.
             connection.inbox.receive()
             sent = session.wait_for(ranks(connection.plan, f"{t}/sent"))
             self._verify(connection, sent)
             for padding in padding_views(connection.staged, connection.plan.layout_of(self._worker.number)):
                 padding.zero_()
+            # Two phases: all say that they have it, rank 0 decides for all, and only then does anyone
+            # commit. A worker that hears no decision waits longer than those who may still be staging.
             session.post_in(t, f"staged/{self._worker.number}")
             session.wait_for({f"{t}/decision": "trainer rank 0"}, patience=3)
             for name, value in connection.staged.items():

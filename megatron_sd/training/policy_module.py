@@ -198,9 +198,12 @@ def teacher_hidden_rows(model: PreTrainedModel, microbatch: DeviceMicrobatch) ->
     was_training = backbone.training
     backbone.eval()  # gradient checkpointing would drop the cache
     cache = backbone(input_ids=m.teacher_prompts, use_cache=True).past_key_values
+    # [U] prompts become [N] sequences: each rollout goes on from a copy of its prompt's keys and values
     cache.batch_select_indices(m.teacher_prompt_of)
     lengths = m.teacher_prompt_lengths[m.teacher_prompt_of][:, None]
     columns = torch.arange(m.teacher_prompts.shape[1] + m.teacher_ids.shape[1], device=lengths.device)
+    # Prompts of unequal length are padded on the right, in the middle of what the continuation attends to:
+    # the mask hides that, and positions go on from each prompt's own length.
     is_padding = (columns >= lengths) & (columns < m.teacher_prompts.shape[1])
     states = backbone(
         input_ids=m.teacher_ids,

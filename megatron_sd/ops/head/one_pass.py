@@ -162,13 +162,16 @@ def _visit_chunk(
     """The values of each block of the chunk."""
     hidden, rows = inputs.hidden[chunk.rows], inputs.rows
     query_rows = rows.query_rows[chunk.queries] - chunk.rows.start
+    # The chunk is as large as a matrix product needs to be fast; it stays in the product's dtype.
     logits = head_logits(
         hidden, inputs.weight, inputs.bias, unrounded=options.teacher_logits.startswith("float32")
     )
-    # two heads have no common product
+    # W h_t = W h_s + W (h_t - h_s): where both are close, a half-width product of the small difference
+    # keeps the digits that two rounded products would cancel. Two heads have no common product.
     is_difference = inputs.teacher_head is None and options.teacher_logits.endswith("delta")
     own, read = hidden[query_rows], inputs.teacher_hidden[chunk.queries]
     teacher = _teacher_product(inputs, own, read, options, is_difference=is_difference)
+    # A block is a few of the chunk's rows in float32: the only float32 logits that exist.
     block_rows = max(BLOCK_ELEMENTS.get(logits.device.type, BLOCK_ELEMENTS["cuda"]) // logits.shape[1], 1)
     parts = []
     for block in cut_rows(len(hidden), rows.host_query_rows[chunk.queries] - chunk.rows.start, block_rows):
@@ -186,7 +189,7 @@ def _visit_chunk(
             )
         )
     if gradients is not None:
-        gradients.add(chunk, logits)
+        gradients.add(chunk, logits)  # every block has put its gradient in the place of its logits
     return parts
 
 
@@ -217,6 +220,9 @@ def _visit_block(  # noqa: PLR0913 (two matrices and their row numbers)
     """Values of a block of rows. With a row_loss, the gradient of the loss takes the place of `logits`."""
     wants_gradient = row_loss is not None
     scaled = logits.to(working_dtype(logits.dtype))  # itself, when it has that dtype
+    # Two leaves, so that autograd stops here: `student`, the query rows' logits, takes the divergence's
+    # gradient, and `logprobs` the policy's. Both go into the logits' gradient by hand, below; no [rows, V]
+    # graph is kept.
     student = scaled[query_rows].requires_grad_(wants_gradient)
     teacher = target_logits(teacher, student, options.target, is_difference=teacher_is_difference)
     with torch.set_grad_enabled(wants_gradient):
@@ -232,6 +238,8 @@ def _visit_block(  # noqa: PLR0913 (two matrices and their row numbers)
         return values
     with torch.enable_grad():
         loss = row_loss(values)
+        # materialised: without a policy term, or without a query row, one of the two has no part in the
+        # loss
         slopes, student_gradient = torch.autograd.grad(loss, (logprobs, student), materialize_grads=True)
     gradient = softmax.gradient(slopes, targets, options.sampling_temperature)
     logits.copy_(gradient.index_add_(0, query_rows, student_gradient))

@@ -97,6 +97,8 @@ def _top_rows(terms, index, totals, top_k):
     best_scores = np.zeros(top_k, np.float32)  # every score is positive, so 0 marks a free place
     num_kept = 0
     worst = np.float32(0)
+    # An insertion into a short sorted list, and a whole block at a time where its largest score is too
+    # small: a partition of all N scores would write N entries for each query.
     for start in range(0, len(totals), _BLOCK_ROWS):
         block = totals[start : start + _BLOCK_ROWS]
         if _largest(block) <= worst:

@@ -178,6 +178,7 @@ class TorchEngine:
         yet."""
         if None not in self._owners and not self._decoder.lanes.active.any():
             self._evict()
+        # low rows first: a decode step computes rows up to the highest that is in use
         free = [row for row, owner in enumerate(self._owners) if owner is None][::-1]
         placed: dict[object, list[_Session]] = {}
         for name, job in list(self._waiting.items()):
@@ -187,6 +188,7 @@ class TorchEngine:
                 self._open(name, free.pop())
             del self._waiting[name]
             session = self._start(name, job.request)
+            # conversations that begin with the same prompt (a group's rollouts) are fed as one
             placed.setdefault(name if session.cached_ids else job.request.prompt_ids, []).append(session)
         feeds = [
             Feed(

@@ -103,6 +103,8 @@ def mask_in_group_order(is_token: Tensor, num_new: int, size: int) -> Tensor:
     Queries are the new positions, padded to a multiple of size. Keys come as the ranks hold them: the first
     rank's slice of the cache and its slice of the new positions, then the second's, and so on.
     """
+    # Keys arrive by rank, not by position: each rank's slice of the cache, then its slice of what is new.
+    # Padding of a slice is hidden like the padding of a prompt.
     cached, new = (_padded(part, size) for part in is_token.split((is_token.shape[1] - num_new, num_new), 1))
     causal = torch.ones(new.shape[1], new.shape[1], dtype=torch.bool, device=new.device).tril()
     seen_new = causal & new[:, None, None]

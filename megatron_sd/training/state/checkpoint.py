@@ -187,6 +187,7 @@ class Checkpoints:
         locations: dict[str, str] = {}
         writing: dict[str, Future[directories.Seal]] = {}
         with ThreadPoolExecutor(max_workers=1) as writer:
+            # Gathering is collective: every rank draws every bucket, whatever becomes of its own files.
             for number, bucket in enumerate(gathered_buckets(policy.named_parameters(), file_bytes)):
                 name = (
                     "model.safetensors"

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers.utils.logging import disable_progress_bar
 
-from megatron_sd.algorithm.advantage import ADVANTAGES
+from megatron_sd.algorithm.advantages.table import ADVANTAGES
 from megatron_sd.algorithm.assemble import own_batch, teacher_prompts
 from megatron_sd.algorithm.blocks import BLOCKS, BY_TURN
 from megatron_sd.algorithm.hindsight import RENDERERS, HindsightBlocks
@@ -169,7 +169,7 @@ def build_trainer(config: Config, world: World) -> Trainer:
         rollouter=side.rollouter,
         sampling=_sampling_order(config, world, questions, side),
         score=functools.partial(score, config=config.reward),
-        advantages=ADVANTAGES[config.policy_loss.advantage],
+        advantages=functools.partial(ADVANTAGES[config.advantage.estimator], config=config.advantage),
         hindsight=HindsightBlocks(
             first_step=config.distill.alpha.warmup_steps,
             build=BLOCKS[config.distill.block],

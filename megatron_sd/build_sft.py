@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_sd.algorithm.advantage import ADVANTAGES
+from megatron_sd.algorithm.advantages.from_rewards import GroupAdvantages
+from megatron_sd.algorithm.advantages.table import ADVANTAGES
 from megatron_sd.algorithm.assemble import own_batch
 from megatron_sd.algorithm.blocks import BLOCKS
 from megatron_sd.algorithm.hindsight import RENDERERS, Blocks, HindsightBlocks
@@ -105,7 +106,7 @@ def build_sft_trainer(config: Config, own: SftConfig, world: World) -> Trainer:
         evaluation=functools.partial(measured, evaluations) if evaluations else None,
         sampling=InStep(stored),
         score=list,  # what an episode earned was stored with it
-        advantages=ADVANTAGES[config.policy_loss.advantage],
+        advantages=functools.partial(ADVANTAGES[config.advantage.estimator], config=config.advantage),
         hindsight=HindsightBlocks(
             first_step=0,
             build=BLOCKS["none"],
@@ -199,7 +200,7 @@ def _stored(config: Config, world: World) -> Callable[[int], list[RolloutGroup]]
     return lambda step: list(share(world, stream.batch(step)))
 
 
-def _no_teacher(groups: Groups, _blocks: Blocks) -> TeacherPrompts:
+def _no_teacher(groups: Groups, _blocks: Blocks, _advantages: Sequence[GroupAdvantages]) -> TeacherPrompts:
     return [[()] * len(group.rollouts) for group in groups]
 
 
@@ -211,8 +212,8 @@ def _validation(config: Config, parallel: Parallel, policy: Policy) -> Evaluatio
         return None
     samples = to_samples(
         held_out,
-        [ADVANTAGES[config.policy_loss.advantage](group) for group in held_out],
-        _no_teacher(held_out, ()),
+        ADVANTAGES[config.advantage.estimator](held_out, config.advantage),
+        _no_teacher(held_out, (), ()),
         scope=SCOPES[config.distill.scope],
     )
     batch = own_batch(samples, config=config.update, aggregation="token", place=parallel.batch)

@@ -175,11 +175,13 @@ class TrainingSample:
 
     ids: [L] int64, prompt and everything after it. loss_mask: [L] bool, True where the policy sampled the
     token. rollout_logprobs: [L] float32, the engine's log-probability where loss_mask, else 0.
+    advantages: [L] float32, what the turn that a token was sampled in is worth (one number a turn), 0 where
+    not sampled.
     query_positions: [Q] int64, increasing positions in `ids` of search-query tokens; the logits at p-1
     predict the token at p. teacher_prompt_ids: the prompt with the hindsight block, or None when this
     sample is not distilled (no block, gated off). later_prompts: where the block differs from turn to turn,
     (n, prompt): this one is read from the n-th query position on. group: index of its question in the step.
-    group_has_spread: the group's rewards differ, so GRPO has a gradient there.
+    group_has_spread: some advantage of the group is not 0, so that L_GRPO has a gradient there.
     """
 
     ids: np.ndarray
@@ -187,7 +189,7 @@ class TrainingSample:
     loss_mask: np.ndarray
     rollout_logprobs: np.ndarray
     query_positions: np.ndarray
-    advantage: float
+    advantages: np.ndarray
     group: int
     group_has_spread: bool
     teacher_prompt_ids: TokenIds | None = None

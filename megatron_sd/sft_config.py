@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_sd.config import (
+    AdvantageConfig,
     CheckpointConfig,
     Config,
     DataConfig,
@@ -140,9 +141,8 @@ def _as_training(own: SftConfig, num_steps: int) -> Config:
         num_steps=num_steps,
         seed=own.seed,
         rollout=RolloutConfig(questions_per_step=own.episodes_per_step, group_size=1),
-        policy_loss=PolicyLossConfig(
-            objective="likelihood", advantage="one", kl_weight=0.0, aggregation=own.aggregation
-        ),
+        advantage=AdvantageConfig(estimator="one"),
+        policy_loss=PolicyLossConfig(objective="likelihood", kl_weight=0.0, aggregation=own.aggregation),
         distill=DistillConfig(block="none", measure_every=0),
         optimizer=own.optimizer,
         update=own.update,

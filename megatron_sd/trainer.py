@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_sd.algorithm.advantage import Advantages
+from megatron_sd.algorithm.advantages.from_rewards import GroupAdvantages
 from megatron_sd.algorithm.hindsight import Blocks, HindsightBlocks, shown
 from megatron_sd.algorithm.packing import padding_share
 from megatron_sd.algorithm.samples import TeacherPrompts
@@ -67,10 +67,10 @@ class Trainer:
     evaluation: Callable[[int], Mapping[str, float]] | None
     sampling: SamplingOrder
     score: Callable[[Groups], list[RolloutGroup]]
-    advantages: Advantages
+    advantages: Callable[[Groups], list[GroupAdvantages]]
     hindsight: HindsightBlocks
-    teacher_prompts: Callable[[Groups, Blocks], TeacherPrompts]
-    to_samples: Callable[[Groups, Sequence[Sequence[float]], TeacherPrompts], list[TrainingSample]]
+    teacher_prompts: Callable[[Groups, Blocks, list[GroupAdvantages]], TeacherPrompts]
+    to_samples: Callable[[Groups, list[GroupAdvantages], TeacherPrompts], list[TrainingSample]]
     pack: Callable[[Sequence[TrainingSample]], Batch]
     alpha: AlphaController
     policy: Policy
@@ -120,8 +120,9 @@ class Trainer:
         with self.timers.phase("assemble"):
             groups = self.score(groups)
             blocks = self.hindsight(groups, self.step)
-            advantages = [self.advantages(group) for group in groups]
-            batch = self.pack(self.to_samples(groups, advantages, self.teacher_prompts(groups, blocks)))
+            advantages = self.advantages(groups)
+            prompts = self.teacher_prompts(groups, blocks, advantages)
+            batch = self.pack(self.to_samples(groups, advantages, prompts))
         with self.timers.phase("update"):
             # one pass; three on a step that measures the gradient ratio
             for weights in self.alpha.passes(self.step):

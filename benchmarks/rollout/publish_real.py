@@ -36,6 +36,8 @@ NUM_REQUESTS, NUM_NEW = 4, 24
 SHIFT = 0.02  # of a weight's size, each round: other weights, and still a model
 MARK = "FIGURES "
 
+Sampled = list[tuple[tuple[int, ...], Any]]  # prompt ids and completion
+
 
 def run_here(model_dir: str, tp_size: int, rounds: int, output: Path) -> None:
     """One rank: rank 0 prints seconds and MiB by way, and the largest gaps."""
@@ -66,21 +68,19 @@ def run_here(model_dir: str, tp_size: int, rounds: int, output: Path) -> None:
         "gather": GatherPublisher(),
     }
     model_mib = sum(p.ds_numel for _, p in policy.named_parameters()) * 4 / 2**20
+    judge = Judge(policy, model_dir)
     found: dict[str, Any] = {way: {"seconds": [], "gap": [], "stale": []} for way in WAYS}
-    version = 0
-    for _ in range(rounds + 1):  # the first warms up
-        for way in WAYS:
-            stale = sample(engine, codec, version) if version else []
-            move_weights(policy, version)
-            version += 1
-            gather_objects(world, None)
-            started = time.perf_counter()
-            publishers[way].publish(policy, engine, version)
-            gather_objects(world, None)
-            found[way]["seconds"].append(time.perf_counter() - started)
-            fresh = sample(engine, codec, version)
-            found[way]["gap"].append(largest_gap(policy, model_dir, fresh))
-            found[way]["stale"].append(largest_gap(policy, model_dir, stale))
+    for version in range(1, 2 * rounds + 3):  # the first of each way warms up
+        way = WAYS[version % 2]
+        stale = sample(engine, codec, version) if version > 1 else []
+        move_weights(policy, version)
+        gather_objects(world, None)
+        started = time.perf_counter()
+        publishers[way].publish(policy, engine, version)
+        gather_objects(world, None)
+        found[way]["seconds"].append(time.perf_counter() - started)
+        for name, gap in zip(("gap", "stale"), judge.gaps(sample(engine, codec, version), stale)):
+            found[way][name].append(gap)
     sent_mib = sum_floats(world, [publishers["shards"].num_bytes])[0] / 2**20
     # gathered: each rank gets what the others have; loaded: each worker gets all of it
     gathered_mib = model_mib * (world.size - 1 + tp_size * engine.num_replicas)
@@ -101,7 +101,7 @@ def move_weights(policy: Any, seed: int) -> None:
         shard.add_(torch.randn(shard.shape, generator=noise) * shard.abs(), alpha=SHIFT)
 
 
-def sample(engine: Any, codec: Any, seed: int) -> list[tuple[tuple[int, ...], Any]]:
+def sample(engine: Any, codec: Any, seed: int) -> Sampled:
     """(prompt ids, completion) of a few prompts."""
     from megatron_sd.rollout.engine import GenerationRequest
 
@@ -126,27 +126,40 @@ def sample(engine: Any, codec: Any, seed: int) -> list[tuple[tuple[int, ...], An
     return [(request.prompt_ids, done) for request, done in zip(requests, asyncio.run(serve()), strict=True)]
 
 
-@torch.no_grad()
-def largest_gap(policy: Any, model_dir: str, sampled: list[tuple[tuple[int, ...], Any]]) -> float:
-    """Nats between the engine's log-probabilities and those of transformers on the policy's weights. All ranks
-    gather; rank 0 compares, others give 0."""
-    from transformers import AutoModelForCausalLM
+class Judge:
+    """The policy's weights in transformers, on rank 0."""
 
-    from megatron_sd.training.publisher import BUCKET_BYTES, gathered_buckets
+    def __init__(self, policy: Any, model_dir: str):
+        from transformers import AutoModelForCausalLM
 
-    is_first = policy.world.is_first
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval() if is_first else None
-    parameters = dict(model.named_parameters()) if model else {}
-    for bucket in gathered_buckets(policy.named_parameters(), BUCKET_BYTES):
-        for name, value in bucket if model else ():
-            parameters[name].copy_(value)
-    gap = 0.0
-    for prompt_ids, completion in sampled if model else ():
-        ids = torch.tensor([[*prompt_ids, *completion.ids]])
-        logits = model(ids).logits[0, len(prompt_ids) - 1 : -1]
+        self._policy = policy
+        self._model = None
+        if policy.world.is_first:
+            self._model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
+
+    @torch.no_grad()
+    def gaps(self, *samples: Sampled) -> list[float]:
+        """Nats between the engine's log-probabilities and those of the policy's weights as they are now, the
+        largest of each sample. All ranks gather; other ranks than 0 give 0."""
+        from megatron_sd.training.publisher import BUCKET_BYTES, gathered_buckets
+
+        parameters = dict(self._model.named_parameters()) if self._model else {}
+        for bucket in gathered_buckets(self._policy.named_parameters(), BUCKET_BYTES):
+            for name, value in bucket if parameters else ():
+                parameters[name].copy_(value)
+        return [
+            max([0.0, *map(self._gap, *zip(*sampled, strict=True))]) if sampled else 0.0
+            for sampled in samples
+        ]
+
+    def _gap(self, prompt_ids: tuple[int, ...], completion: Any) -> float:
+        if self._model is None:
+            return 0.0
+        logits = self._model(torch.tensor([[*prompt_ids, *completion.ids]])).logits[
+            0, len(prompt_ids) - 1 : -1
+        ]
         own = logits.log_softmax(-1).gather(1, torch.tensor(completion.ids)[:, None])[:, 0]
-        gap = max(gap, (own - torch.tensor(completion.logprobs)).abs().max().item())
-    return gap
+        return (own - torch.tensor(completion.logprobs)).abs().max().item()
 
 
 def measure(model_dir: str, tp_size: int, rounds: int) -> dict[str, Any]:

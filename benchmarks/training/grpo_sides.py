@@ -97,7 +97,7 @@ class OurStep:
 
     def __call__(self) -> None:
         """One whole step."""
-        from megatron_sd.algorithm.advantage import group_advantages
+        from megatron_sd.algorithm.advantages.from_rewards import grpo
         from megatron_sd.algorithm.distill_loss import TermWeights
         from megatron_sd.algorithm.packing import pack
         from megatron_sd.algorithm.samples import query_tokens, to_samples
@@ -106,9 +106,8 @@ class OurStep:
         prompts = prompts_of(self.model, self.work.num_prompts, self.work.prompt_tokens, seed=self.step)
         groups = shared_out(self.world, list(enumerate(prompts)), self.roll_out)
         nothing = [[()] * self.work.group_size for _ in groups]
-        samples = to_samples(
-            groups, [group_advantages(group) for group in groups], nothing, scope=query_tokens
-        )
+        advantages = grpo(groups, self.config.advantage)
+        samples = to_samples(groups, advantages, nothing, scope=query_tokens)
         limits = {"max_tokens": self.config.update.max_microbatch_tokens, "world_size": self.world.size}
         batch = pack(samples, aggregation="token", **limits)[self.world.rank]
         for microbatch in batch:

@@ -48,7 +48,7 @@ def samples() -> list:
             loss_mask=mask,
             rollout_logprobs=np.where(mask, -10.0, 0.0).astype(np.float32),
             query_positions=np.arange(PROMPT_LENGTH + 10, PROMPT_LENGTH + 10 + NUM_QUERY_TOKENS),
-            advantage=1.0 - index % 3,
+            advantages=np.float32(1.0 - index % 3) * mask,
             group=0,
             group_has_spread=True,
             teacher_prompt_ids=tuple(rng.integers(VOCABULARY, size=BLOCK_LENGTH + PROMPT_LENGTH).tolist()),
@@ -93,7 +93,7 @@ def naive(model: Path) -> float:
     ids = torch.from_numpy(np.stack([sample.ids for sample in batch]))
     prompts = torch.tensor([sample.teacher_prompt_ids for sample in batch])
     teacher_ids = torch.cat([prompts, ids[:, PROMPT_LENGTH:]], dim=1)
-    advantages = torch.tensor([sample.advantage for sample in batch])[:, None]
+    advantages = torch.tensor([sample.advantages[-1] for sample in batch])[:, None]
     before = peak_gib()
     student = torch.log_softmax(policy(ids).logits[:, :-1], -1)
     with torch.no_grad():

@@ -31,7 +31,7 @@ def samples(num_questions: int, vocabulary: int, *, scale: float) -> list:
                 loss_mask=mask,
                 rollout_logprobs=np.where(mask, -10.0, 0.0).astype(np.float32),
                 query_positions=positions,
-                advantage=1.0 - index % 3,
+                advantages=np.float32(1.0 - index % 3) * mask,
                 group=group,
                 group_has_spread=True,
                 teacher_prompt_ids=teacher_prompt,

@@ -5,9 +5,10 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 
+from megatron_sd.algorithm.advantages.from_rewards import GroupAdvantages
 from megatron_sd.algorithm.hindsight import Blocks
 from megatron_sd.algorithm.packing import pack
-from megatron_sd.algorithm.samples import GATES, TeacherPrompts, apply_gate
+from megatron_sd.algorithm.samples import GATES, GateContext, TeacherPrompts, apply_gate
 from megatron_sd.config import DistillConfig, UpdateConfig
 from megatron_sd.records import Batch, RolloutGroup, TokenIds, TrainingSample
 
@@ -15,6 +16,7 @@ from megatron_sd.records import Batch, RolloutGroup, TokenIds, TrainingSample
 def teacher_prompts(
     groups: Sequence[RolloutGroup],
     blocks: Blocks,
+    advantages: Sequence[GroupAdvantages],
     *,
     prompt_ids: Callable[[str, str], TokenIds],
     config: DistillConfig,
@@ -28,7 +30,11 @@ def teacher_prompts(
         [tuple(encode(group.question.text, text) if text else None for text in texts) for texts in own]
         for group, own in zip(groups, blocks, strict=True)
     ]
-    return apply_gate(groups, prompts, GATES[config.gate], config.correct_above)
+    contexts = [
+        GateContext(group=group, advantages=own, correct_above=config.correct_above)
+        for group, own in zip(groups, advantages, strict=True)
+    ]
+    return apply_gate(contexts, prompts, GATES[config.gate])
 
 
 def own_batch(

@@ -233,7 +233,7 @@ def build_microbatch(samples: Sequence[TrainingSample], aggregation: str) -> Mic
         row_index=_join([b * input_ids.shape[1] + p - 1 for b, p in enumerate(positions)], np.int64),
         targets=_join([s.ids[p] for s, p in zip(samples, positions)], np.int64),
         rollout_logprobs=_join([s.rollout_logprobs[p] for s, p in zip(samples, positions)], np.float32),
-        advantages=_spread([s.advantage for s in samples], counts, np.float32),
+        advantages=_join([s.advantages[p] for s, p in zip(samples, positions)], np.float32),
         row_weights=_spread([_row_weight(s, aggregation) for s in samples], counts, np.float32),
         **_teacher_arrays(distilled),
         query_rows=_join(query_rows, np.int64),

@@ -4,15 +4,27 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_sd.algorithm.advantage import has_spread
+from megatron_sd.algorithm.advantages.from_rewards import GroupAdvantages
 from megatron_sd.algorithm.hindsight import is_correct
 from megatron_sd.errors import BarrenStepError, RolloutError
 from megatron_sd.records import Rollout, RolloutGroup, TokenIds, TrainingSample
 
-Gate = Callable[[RolloutGroup, float], bool]
+
+@dataclass(frozen=True, kw_only=True)
+class GateContext:
+    """What a gate looks at. advantages: the group's, by rollout and turn. correct_above: a rollout is CORRECT
+    when its answer's token F1 exceeds it."""
+
+    group: RolloutGroup
+    advantages: GroupAdvantages
+    correct_above: float
+
+
+Gate = Callable[[GateContext], bool]  # whether the group distils
 # Per group, per rollout in index order: no prompt, one for all turns, or one a turn (None: that turn is not
 # distilled).
 TeacherPrompts = Sequence[Sequence[tuple[TokenIds | None, ...]]]
@@ -20,24 +32,24 @@ TeacherPrompts = Sequence[Sequence[tuple[TokenIds | None, ...]]]
 Scope = Callable[[Rollout], list[tuple[int, int]]]
 
 
-def every_group(_group: RolloutGroup, _correct_above: float) -> bool:
+def every_group(_: GateContext) -> bool:
     """No gate."""
     return True
 
 
-def groups_with_correct(group: RolloutGroup, correct_above: float) -> bool:
+def groups_with_correct(context: GateContext) -> bool:
     """Groups in which at least one attempt is CORRECT."""
-    return any(is_correct(rollout, correct_above) for rollout in group.usable)
+    return any(is_correct(rollout, context.correct_above) for rollout in context.group.usable)
 
 
-def mixed_groups(group: RolloutGroup, correct_above: float) -> bool:
+def mixed_groups(context: GateContext) -> bool:
     """Groups with CORRECT and INCORRECT attempts."""
-    return len({is_correct(rollout, correct_above) for rollout in group.usable}) == 2
+    return len({is_correct(rollout, context.correct_above) for rollout in context.group.usable}) == 2
 
 
-def groups_with_spread(group: RolloutGroup, _correct_above: float) -> bool:
-    """Groups whose rewards differ, so that GRPO has a gradient there; the others are skipped."""
-    return has_spread(group)
+def groups_with_spread(context: GateContext) -> bool:
+    """Groups in which L_GRPO has a gradient; the others are skipped."""
+    return has_gradient(context.advantages)
 
 
 GATES: dict[str, Gate] = {
@@ -68,33 +80,39 @@ def all_tokens(rollout: Rollout) -> list[tuple[int, int]]:
 SCOPES: dict[str, Scope] = {"query": query_tokens, "all": all_tokens, "first_query": first_query_tokens}
 
 
+def has_gradient(advantages: GroupAdvantages) -> bool:
+    """Some advantage of the group is not 0."""
+    return any(number != 0.0 for numbers in advantages for number in numbers)
+
+
 def apply_gate(
-    groups: Sequence[RolloutGroup], teacher_prompts: TeacherPrompts, gate: Gate, correct_above: float
+    contexts: Sequence[GateContext], teacher_prompts: TeacherPrompts, gate: Gate
 ) -> TeacherPrompts:
     """The teacher prompts without those of groups that the gate closes."""
     return [
-        prompts if gate(group, correct_above) else [()] * len(prompts)
-        for group, prompts in zip(groups, teacher_prompts, strict=True)
+        prompts if gate(context) else [()] * len(prompts)
+        for context, prompts in zip(contexts, teacher_prompts, strict=True)
     ]
 
 
 def to_samples(
     groups: Sequence[RolloutGroup],
-    advantages: Sequence[Sequence[float]],
+    advantages: Sequence[GroupAdvantages],
     teacher_prompts: TeacherPrompts,
     *,
     scope: Scope,
 ) -> list[TrainingSample]:
     """One sample per rollout that is data, in group and index order.
 
-    advantages, teacher_prompts: per group, per rollout. scope: which tokens are distilled. Infrastructure
-    failures and rollouts without a sampled token are left out. Raises RolloutError for a rollout whose
-    records do not fit together, and BarrenStepError when none of the usable rollouts has a token.
+    advantages: per group, per rollout, per turn. teacher_prompts: per group, per rollout. scope: which tokens
+    are distilled. Infrastructure failures and rollouts without a sampled token are left out. Raises
+    RolloutError for a rollout whose records do not fit together, and BarrenStepError when none of the usable
+    rollouts has a token.
     """
     samples = []
     for number, group in enumerate(groups):
-        spread = has_spread(group)
-        for rollout, advantage, prompts in zip(
+        spread = has_gradient(advantages[number])
+        for rollout, by_turn, prompts in zip(
             group.rollouts, advantages[number], teacher_prompts[number], strict=True
         ):
             if rollout.stop_reason.is_infrastructure or not any(
@@ -102,6 +120,9 @@ def to_samples(
             ):
                 continue
             ids, mask, logprobs = rollout_arrays(rollout)
+            counts = [len(turn.completion_ids) for turn in rollout.turns]
+            spread_out = np.zeros(len(ids), dtype=np.float32)
+            spread_out[mask] = np.repeat(np.array(by_turn, dtype=np.float32), counts)
             query_positions, query_turns = scoped_positions(rollout, scope)
             query_positions, teacher_prompt, later_prompts = _by_prompt(prompts, query_positions, query_turns)
             samples.append(
@@ -111,7 +132,7 @@ def to_samples(
                     loss_mask=mask,
                     rollout_logprobs=logprobs,
                     query_positions=query_positions,
-                    advantage=advantage,
+                    advantages=spread_out,
                     group=number,
                     group_has_spread=spread,
                     teacher_prompt_ids=teacher_prompt,

@@ -5,7 +5,7 @@ says what values are in range and which go together. A typo, a wrong type, a val
 section is a `ConfigError` that names the key, what was found and what was expected.
 """
 
-from megatron_sd.config.loss import AlphaConfig, DistillConfig, PolicyLossConfig
+from megatron_sd.config.loss import AdvantageConfig, AlphaConfig, DistillConfig, PolicyLossConfig
 from megatron_sd.config.model import LoraConfig, ModelConfig
 from megatron_sd.config.retriever import (
     ClientConfig,
@@ -19,6 +19,7 @@ from megatron_sd.config.run import CheckpointConfig, Config, DataConfig, LogConf
 from megatron_sd.config.update import OptimizerConfig, PublishConfig, UpdateConfig
 
 __all__ = [
+    "AdvantageConfig",
     "AlphaConfig",
     "CheckpointConfig",
     "ClientConfig",

@@ -7,13 +7,36 @@ from typing import Literal
 
 
 @dataclass(frozen=True, kw_only=True)
+class AdvantageConfig:
+    """What the tokens of a turn are worth to the policy loss. Settings are read by the estimators that are
+    named beside them."""
+
+    # algorithm/advantages/; one: of stored rollouts
+    estimator: Literal[
+        "grpo",
+        "dr_grpo",
+        "rloo",
+        "reinforce_baseline",
+        "max_rl",
+        "batch_std",
+        "gigpo",
+        "graph_hca",
+        "one",
+    ] = "grpo"
+    discount: float = 0.95  # gigpo, graph_hca: a turn earlier, the reward counts so much less
+    weight: float = 1.0  # gigpo, graph_hca: of the turn's own part beside the rollout's
+    # gigpo, graph_hca: when turns stand in the same place (algorithm/advantages/states.py)
+    state: Literal["seen", "observation", "similar"] = "seen"
+    normalize: Literal["mean", "mean_std"] = "mean"  # gigpo: centred, or standardised too
+
+
+@dataclass(frozen=True, kw_only=True)
 class PolicyLossConfig:
     """GRPO. `aggregation`: token (mean over all completion tokens of the step) or rollout (mean of rollout
     means)."""
 
     # algorithm/policy_loss.py; likelihood: of stored rollouts
     objective: Literal["clipped", "likelihood"] = "clipped"
-    advantage: Literal["group", "one"] = "group"  # algorithm/advantage.py
     clip: float = 0.2
     # truncated importance sampling: bound on a token's ratio to the engine; None: off
     importance_cap: float | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from megatron_sd.config.loss import DistillConfig, PolicyLossConfig
+from megatron_sd.config.loss import AdvantageConfig, DistillConfig, PolicyLossConfig
 from megatron_sd.config.model import ModelConfig
 from megatron_sd.config.retriever import RetrieverConfig
 from megatron_sd.config.rollout import ProtocolConfig, RewardConfig, RolloutConfig
@@ -77,6 +77,7 @@ class Config:
     protocol: ProtocolConfig = field(default_factory=ProtocolConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
+    advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
     policy_loss: PolicyLossConfig = field(default_factory=PolicyLossConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

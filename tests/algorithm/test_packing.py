@@ -76,7 +76,7 @@ def test_rows_carry_every_completion_token_once_with_its_own_values(case):
     for s in samples:
         share = np.float32(1 / s.loss_mask.sum())
         for p in np.flatnonzero(s.loss_mask):
-            expected.append((s.ids[p], s.rollout_logprobs[p], np.float32(s.advantage), share))
+            expected.append((s.ids[p], s.rollout_logprobs[p], s.advantages[p], share))
         if s.is_distilled:
             share = np.float32(1 / len(s.query_positions))
             expected_queries += [(s.ids[p], share, s.group_has_spread) for p in s.query_positions]
@@ -119,10 +119,16 @@ def test_the_largest_microbatch_is_as_small_as_the_number_allows():
 
 
 def plain_sample(length):
+    zeros = np.zeros(length, np.float32)
     return dataclasses.replace(
-        make_samples(1)[0], ids=np.zeros(length, np.int64), loss_mask=np.arange(length) >= 3,
-        rollout_logprobs=np.zeros(length, np.float32), prompt_length=3, teacher_prompt_ids=None,
-    )  # fmt: skip
+        make_samples(1)[0],
+        ids=np.zeros(length, np.int64),
+        loss_mask=np.arange(length) >= 3,
+        rollout_logprobs=zeros,
+        advantages=zeros,
+        prompt_length=3,
+        teacher_prompt_ids=None,
+    )
 
 
 def test_sorting_by_length_wastes_little():

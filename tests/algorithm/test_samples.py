@@ -2,7 +2,9 @@ import dataclasses
 
 import pytest
 
-from megatron_sd.algorithm.samples import GATES, SCOPES, apply_gate, to_samples
+from megatron_sd.algorithm.advantages.from_rewards import grpo
+from megatron_sd.algorithm.samples import GATES, SCOPES, GateContext, apply_gate, to_samples
+from megatron_sd.config import AdvantageConfig
 from megatron_sd.errors import BarrenStepError, RolloutError
 from megatron_sd.records import SEARCH, Action, StopReason, Turn
 from tests.fakes_groups import make_group, make_rollout
@@ -34,7 +36,8 @@ def group_of(*rollouts):
 
 
 def samples_of(group, prompts, scope="query"):
-    advantages = [0.5, -0.5][: len(group.rollouts)]
+    by_turn = ((0.5, 0.25, -0.125, -0.125), (-0.5,) * 4)
+    advantages = [own[: len(rollout.turns)] for own, rollout in zip(by_turn, group.rollouts)]
     return to_samples([group], [advantages], [prompts], scope=SCOPES[scope])
 
 
@@ -45,12 +48,8 @@ def test_every_array_of_a_rollout():
     assert sample.loss_mask.tolist() == [False] * 3 + [True] * 4 + [False] * 2 + [True] * 2 + [False, True]
     assert sample.rollout_logprobs.tolist() == [0, 0, 0, -1, -2, -3, -4, 0, 0, -5, -6, 0, -7]
     assert sample.query_positions.tolist() == [4, 5]
-    assert (sample.advantage, sample.group, sample.group_has_spread, sample.prompt_length) == (
-        0.5,
-        0,
-        True,
-        3,
-    )
+    assert sample.advantages.tolist() == [0] * 3 + [0.5] * 4 + [0] * 2 + [0.25] * 2 + [0, -0.125]
+    assert (sample.group, sample.group_has_spread, sample.prompt_length) == (0, True, 3)
     (view,) = sample.teacher_views
     assert view.prompt_ids == (7, 8, 9, 9)
     assert view.continuation.tolist() == [9, 10, 11]
@@ -62,7 +61,7 @@ def test_failures_and_empty_rollouts_are_left_out_and_group_numbers_stay():
     empty = make_rollout(0.0, index=1, turns=())
     nothing = make_rollout(0.0, index=2, turns=(Turn(completion_ids=(), completion_logprobs=()),))
     groups = [group_of(make_rollout(1.0, failed=True), empty, nothing), make_group([0.5, 0.5])]
-    samples = to_samples(groups, [[0.0] * 3, [0.0] * 2], [[()] * 3, [()] * 2], scope=SCOPES["query"])
+    samples = to_samples(groups, [[(0.0,)] * 3, [(0.0,)] * 2], [[()] * 3, [()] * 2], scope=SCOPES["query"])
     assert [(s.group, s.group_has_spread) for s in samples] == [(1, False), (1, False)]
 
 
@@ -151,7 +150,11 @@ def test_gates():
     prompts = [[((1,),), ((2,),)] for _ in groups]
 
     def kept(gate, rho):
-        return [own != [(), ()] for own in apply_gate(groups, prompts, GATES[gate], rho)]
+        contexts = [
+            GateContext(group=group, advantages=own, correct_above=rho)
+            for group, own in zip(groups, grpo(groups, AdvantageConfig()), strict=True)
+        ]
+        return [own != [(), ()] for own in apply_gate(contexts, prompts, GATES[gate])]
 
     assert kept("none", 0.0) == [True] * 4
     assert kept("has_correct", 0.0) == [False, True, True, False]

@@ -48,7 +48,7 @@ def samples(num: int, length: int, vocabulary: int) -> list[TrainingSample]:
             loss_mask=mask,
             rollout_logprobs=np.where(mask, -10.0, 0.0).astype(np.float32),
             query_positions=np.arange(start + 2, start + 2 + max(length // 20, 1)),
-            advantage=1.0 - index % 3,
+            advantages=np.float32(1.0 - index % 3) * mask,
             group=0,
             group_has_spread=True,
             teacher_prompt_ids=tuple(rng.integers(vocabulary, size=BLOCK_TOKENS + start).tolist()),

@@ -121,7 +121,7 @@ def make_samples(
                 loss_mask=np.array(mask),
                 rollout_logprobs=np.where(mask, rng.normal(-3.0, 0.7, len(ids)), 0.0).astype(np.float32),
                 query_positions=np.array(query_positions, dtype=np.int64),
-                advantage=0.0 if group == groups - 1 else float(rng.normal()),
+                advantages=np.float32(0.0 if group == groups - 1 else rng.normal()) * np.array(mask),
                 group=group,
                 group_has_spread=group != groups - 1,
                 teacher_prompt_ids=None if number % 5 == 4 else own if number % 2 else shared[group % 3],

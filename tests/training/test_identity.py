@@ -71,6 +71,15 @@ def test_a_knob_may_always_be_another(paths, override):
     assert not found(saved(configured(paths)), configured(paths, override))
 
 
+def test_a_key_that_was_renamed_is_read_under_its_name_of_today(paths):
+    state = saved(configured(paths))
+    del state["config"]["advantage"]
+    state["config"]["policy_loss"]["advantage"] = "group"
+    assert not found(state, configured(paths))
+    change = found(state, configured(paths, "--advantage.estimator=rloo"))
+    assert [str(c) for c in change.plan] == ["advantage.estimator was 'grpo' and is now 'rloo'"]
+
+
 @pytest.mark.parametrize(
     ("override", "line"),
     [

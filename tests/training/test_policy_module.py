@@ -67,7 +67,7 @@ def test_loss_equals_the_definition(model_path):
         log_probs = torch.log_softmax(logits, -1)
         for p in np.flatnonzero(s.loss_mask):
             ratio = torch.exp(log_probs[p - 1, s.ids[p]] - float(s.rollout_logprobs[p]))
-            policy_terms.append(-min(ratio * s.advantage, ratio.clamp(0.8, 1.2) * s.advantage))
+            policy_terms.append(-min(ratio * s.advantages[p], ratio.clamp(0.8, 1.2) * s.advantages[p]))
         if s.is_distilled:
             teacher_ids = torch.tensor([*s.teacher_prompt_ids, *s.ids[s.prompt_length :]])
             shift = len(s.teacher_prompt_ids) - s.prompt_length

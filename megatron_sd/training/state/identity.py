@@ -48,8 +48,10 @@ KNOBS = (
     ),
     *("update.max_microbatch_tokens", "update.head_chunk_rows"),
 )
+# Keys of older checkpoints: today's key, and today's words for values.
+_RENAMED = {"policy_loss.advantage": ("advantage.estimator", {"group": "grpo"})}
 PLAN = (
-    *("optimizer.", "policy_loss.", "distill.alpha.", "distill.measure_every"),
+    *("optimizer.", "policy_loss.", "advantage.", "distill.alpha.", "distill.measure_every"),
     *("rollout.questions_per_step", "rollout.group_size", "rollout.temperature", "rollout.max_"),
 )
 _SAMPLED = (".safetensors", ".bin")
@@ -142,7 +144,7 @@ def differences(
 ) -> Differences:
     """saved: a checkpoint's state.json."""
     defaults = _values(_defaults())
-    before, after = defaults | _flat(saved["config"]), defaults | _values(config)
+    before, after = defaults | _in_todays_words(_flat(saved["config"])), defaults | _values(config)
     decays = before["optimizer.schedule"] != "constant" or config.optimizer.decays
     then = _decisive(before, decays=decays) | {"corpus_version": saved["corpus_version"]}
     now = _decisive(after, decays=decays) | {"corpus_version": corpus_version}
@@ -173,6 +175,16 @@ def why_refused(found: Differences, *, allow_changes: bool) -> str | None:
             " the new one by --checkpoint.allow_changes true, which is recorded"
         )
     return None
+
+
+def _in_todays_words(values: Mapping[str, Any]) -> dict[str, Any]:
+    """An old configuration, whose keys or values may have had other names."""
+    found = dict(values)
+    for old, (new, words) in _RENAMED.items():
+        if old in found:
+            value = found.pop(old)
+            found[new] = words.get(value, value)
+    return found
 
 
 def _defaults() -> Config:

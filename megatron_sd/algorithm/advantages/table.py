@@ -1,0 +1,22 @@
+"""The estimators by name: from a step's scored groups to one number a turn."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from megatron_sd.algorithm.advantages import from_rewards
+from megatron_sd.algorithm.advantages.from_rewards import Estimator
+from megatron_sd.algorithm.advantages.gigpo import gigpo
+from megatron_sd.algorithm.advantages.graph_hca import graph_hca
+
+ADVANTAGES: Mapping[str, Estimator] = {
+    "grpo": from_rewards.grpo,
+    "dr_grpo": from_rewards.dr_grpo,
+    "rloo": from_rewards.rloo,
+    "reinforce_baseline": from_rewards.reinforce_baseline,
+    "max_rl": from_rewards.max_rl,
+    "batch_std": from_rewards.batch_std,
+    "gigpo": gigpo,
+    "graph_hca": graph_hca,
+    "one": from_rewards.one,
+}

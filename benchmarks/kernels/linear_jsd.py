@@ -30,6 +30,7 @@ from benchmarks.baseline import Comparison, report
 from benchmarks.kernels.head_peers import checkpointed, whole_logits
 from benchmarks.resident import extra_mib
 from megatron_sd.algorithm.policy_loss import policy_rows
+from megatron_sd.config import PolicyLossConfig
 from megatron_sd.ops.divergence import Divergence
 from megatron_sd.ops.head.one_pass import linear_jsd
 from megatron_sd.ops.head.types import HeadOptions, HeadRows, RowValues
@@ -86,7 +87,9 @@ def make_inputs(shape: Shape, dtype: torch.dtype) -> Inputs:
 
 def loss_of(inputs: Inputs, logprobs: Tensor, divergences: Tensor, rows: slice = slice(None)) -> Tensor:
     """Clipped policy gradient of all rows and divergence of the query rows."""
-    policy = policy_rows(logprobs, inputs.rollout_logprobs[rows], inputs.advantages[rows], None, clip=0.2)
+    policy = policy_rows(
+        logprobs, inputs.rollout_logprobs[rows], inputs.advantages[rows], None, config=PolicyLossConfig()
+    )
     return policy.losses.sum() / len(inputs.hidden) + 0.1 * divergences.sum() / len(inputs.teacher)
 
 

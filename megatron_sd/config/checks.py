@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_sd.errors import ConfigError
 
 if TYPE_CHECKING:
+    from megatron_sd.config.loss import PolicyLossConfig
     from megatron_sd.config.run import Config
     from megatron_sd.config.update import UpdateConfig
 
@@ -97,6 +98,7 @@ _RANGES: dict[str, tuple[str, ...]] = {
         "rollout.vllm.request_timeout_s",
         "model.lora.alpha",
         "policy_loss.clip",
+        "policy_loss.clip_high",
         "policy_loss.importance_cap",
         "distill.temperature",
         "distill.alpha.target_ratio",
@@ -173,6 +175,7 @@ def check(config: Config) -> None:
             f"rollout.max_lag: found {config.rollout.max_lag} with rollout.vllm.placement colocated, expected"
             " 0, since such ranks sample and train in turns; or placement process or server"
         )
+    _check_policy_loss(config.policy_loss)
     _check_offload(config)
     if config.update.tensor_parallel_size > 1:
         _check_tensor_parallel(config)
@@ -218,6 +221,21 @@ def _check_distill(config: Config) -> None:
             f"update.zero_stage: found {config.update.zero_stage}, expected 3, where the gradient ratio can"
             " be measured; or set distill.measure_every to 0 with distill.alpha.mode fixed"
         )
+
+
+def _check_policy_loss(loss: PolicyLossConfig) -> None:
+    """What bounds ratios: the cap, or the clips, which it takes the place of."""
+    if loss.dual_clip is not None and not loss.dual_clip > 1.0:
+        raise ConfigError(
+            f"policy_loss.dual_clip: found {loss.dual_clip}, expected more than 1: a loss at a ratio of 1 is one"
+            " advantage already"
+        )
+    for key in ("clip_high", "dual_clip"):
+        if loss.importance_cap is not None and getattr(loss, key) is not None:
+            raise ConfigError(
+                f"policy_loss.{key}: found {getattr(loss, key)} with policy_loss.importance_cap"
+                f" {loss.importance_cap}, expected one of the two: the cap takes the place of all clips"
+            )
 
 
 def _check_offload(config: Config) -> None:

@@ -38,9 +38,14 @@ class PolicyLossConfig:
     # algorithm/policy_loss.py; likelihood: of stored rollouts
     objective: Literal["clipped", "likelihood"] = "clipped"
     clip: float = 0.2
+    clip_high: float | None = None  # of ratios above 1; None: as clip (DAPO: 0.28)
+    dual_clip: float | None = (
+        None  # of negative advantages: bound of the loss, in advantages (verl: 3); None: off
+    )
     # truncated importance sampling: bound on a token's ratio to the engine; None: off
     importance_cap: float | None = None
-    kl_weight: float = 1e-3  # k3 KL to the start policy; 0 builds no reference policy
+    kl_weight: float = 1e-3  # of the KL to the start policy; 0 builds no reference policy
+    kl: Literal["k3", "k2", "k3_ratio"] = "k3"  # its estimate (algorithm/policy_loss.py)
     aggregation: Literal["token", "rollout"] = "token"
 
 

@@ -94,8 +94,7 @@ class MicrobatchLoss:
             m.rollout_logprobs[rows],
             m.advantages[rows],
             None if reference is None else reference[rows],
-            clip=self.config.clip,
-            importance_cap=self.config.importance_cap,
+            config=self.config,
         )
 
     @property

@@ -7,16 +7,16 @@ from hypothesis import strategies as st
 
 from megatron_sd.algorithm.distill_loss import TermWeights, query_row_weights
 from megatron_sd.algorithm.policy_loss import POLICY_LOSSES, policy_rows
+from megatron_sd.config import PolicyLossConfig
 
 
-def rows(ratio, advantage, reference=None, clip=0.2, importance_cap=None):
+def rows(ratio, advantage, reference=None, **settings):
     logprob = torch.tensor([math.log(ratio) - 1.0], dtype=torch.float64, requires_grad=True)
     known = torch.tensor([-1.0], dtype=torch.float64)
     reference = None if reference is None else torch.tensor([reference], dtype=torch.float64)
     advantages = torch.tensor([advantage], dtype=torch.float64)
-    return logprob, policy_rows(
-        logprob, known, advantages, reference, clip=clip, importance_cap=importance_cap
-    )
+    config = PolicyLossConfig(**settings)
+    return logprob, policy_rows(logprob, known, advantages, reference, config=config)
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,9 @@ def test_truncated_importance_sampling_bounds_the_weight_of_every_token_and_drop
 def test_k3_is_never_negative_and_its_gradient_vanishes_at_the_reference(now, reference):
     logprob = torch.tensor([now], dtype=torch.float64, requires_grad=True)
     zero = torch.zeros(1, dtype=torch.float64)
-    kl = policy_rows(logprob, zero, zero, torch.tensor([reference], dtype=torch.float64), clip=0.2).kl
+    kl = policy_rows(
+        logprob, zero, zero, torch.tensor([reference], dtype=torch.float64), config=PolicyLossConfig()
+    ).kl
     ratio = math.exp(reference - now)
     assert kl.item() == pytest.approx(ratio - math.log(ratio) - 1, rel=1e-9, abs=1e-12)
     assert kl.item() >= 0
@@ -89,7 +91,7 @@ def test_the_likelihood_of_stored_rollouts_knows_no_ratio(now, advantage):
         torch.tensor([-1.0], dtype=torch.float64),
         torch.tensor([advantage], dtype=torch.float64),
     )
-    found = POLICY_LOSSES["likelihood"](logprob, known, advantages, None, clip=0.2)
+    found = POLICY_LOSSES["likelihood"](logprob, known, advantages, None, config=PolicyLossConfig())
     found.losses.sum().backward()
     assert found.losses.item() == pytest.approx(-advantage * now, abs=1e-12)
     assert logprob.grad.item() == pytest.approx(-advantage, abs=1e-12), (
@@ -97,3 +99,69 @@ def test_the_likelihood_of_stored_rollouts_knows_no_ratio(now, advantage):
     )
     assert (found.kl.item(), found.clipped.item()) == (0, 0)
     assert found.logprob_gap.item() == pytest.approx(abs(now + 1.0), abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "loss", "gradient"),
+    [
+        (1.5, 1.0, -1.28, 0.0),
+        (1.25, 1.0, -1.25, -1.25),
+        (0.5, 1.0, -0.5, -0.5),
+        (1.5, -1.0, 1.5, 1.5),
+        (0.5, -1.0, 0.8, 0.0),
+    ],
+)
+def test_a_higher_clip_above_one_leaves_room_for_unlikely_tokens(ratio, advantage, loss, gradient):
+    logprob, found = rows(ratio, advantage, clip_high=0.28)
+    assert found.losses.item() == pytest.approx(loss, abs=1e-12)
+    found.losses.sum().backward()
+    assert logprob.grad.item() == pytest.approx(gradient, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "loss", "gradient", "clipped"),
+    [
+        (5.0, -1.0, 3.0, 0.0, 1),
+        (2.5, -1.0, 2.5, 2.5, 0),
+        (0.5, -1.0, 0.8, 0.0, 1),
+        (5.0, 1.0, -1.2, 0.0, 1),
+        (5.0, 0.0, 0.0, 0.0, 0),
+    ],
+)
+def test_a_dual_clip_bounds_the_loss_of_negative_advantages(ratio, advantage, loss, gradient, clipped):
+    logprob, found = rows(ratio, advantage, dual_clip=3.0)
+    assert found.losses.item() == pytest.approx(loss, abs=1e-12) and found.clipped.item() == clipped
+    found.losses.sum().backward()
+    assert logprob.grad.item() == pytest.approx(gradient, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("difference", "k2", "k3"), [(0.2, 0.02, 0.01873), (-0.2, 0.02, 0.02140), (0.0, 0.0, 0.0)]
+)
+def test_estimates_of_the_kl(difference, k2, k3):
+    """The policy's log-probability is log 1.5 - 1; the reference's lies `difference` below it."""
+    reference = math.log(1.5) - 1.0 - difference
+    for kind, expected in (("k2", k2), ("k3", k3), ("k3_ratio", 1.5 * k3)):
+        _, found = rows(1.5, 1.0, reference, kl=kind)
+        assert found.kl.item() == pytest.approx(expected, abs=1e-5), kind
+
+
+def test_gradients_of_the_kl_estimates_are_those_of_the_kl():
+    """Summed over all tokens by their probability under the sampling policy, which is another one for k3_ratio."""
+    generator = torch.Generator().manual_seed(0)
+    draw = [torch.randn(5, generator=generator, dtype=torch.float64) for _ in range(3)]
+    logits, reference, sampling = draw[0].requires_grad_(), draw[1].log_softmax(-1), draw[2].log_softmax(-1)
+
+    def gradient(kind, sampled):
+        logprobs = logits.log_softmax(-1)
+        found = policy_rows(logprobs, sampled, torch.zeros(5), reference, config=PolicyLossConfig(kl=kind)).kl
+        (own,) = torch.autograd.grad((sampled.exp() * found).sum(), logits)
+        return own
+
+    policy = logits.log_softmax(-1)
+    (forward,) = torch.autograd.grad((policy.exp() * (policy - reference)).sum(), logits)
+    own = logits.detach().log_softmax(-1)
+    torch.testing.assert_close(gradient("k2", own), forward)
+    torch.testing.assert_close(gradient("k3_ratio", sampling), forward)
+    (backward,) = torch.autograd.grad((reference.exp() * (reference - logits.log_softmax(-1))).sum(), logits)
+    torch.testing.assert_close(gradient("k3", own), backward)

@@ -60,6 +60,9 @@ def test_resolved_yaml_reads_back_equal(tmp_path):
         ("--distill.beta=1.0", ["distill.beta", "1.0", "divergence jsd", "between 0 and 1"]),
         ("--num_steps=1.5", ["num_steps", "int", "1.5"]),
         ("--config=nowhere.yaml", ["nowhere.yaml"]),
+        ("--policy_loss.dual_clip=0.9", ["policy_loss.dual_clip", "0.9", "more than 1"]),
+        ("--advantage.discount=1.2", ["advantage.discount", "1.2", "between 0 and 1"]),
+        ("--advantage.estimator=gigp0", ["advantage.estimator", "gigp0", "did you mean gigpo"]),
     ],
 )
 def test_bad_argument_names_key_found_expected(argument, fragments):
@@ -67,6 +70,15 @@ def test_bad_argument_names_key_found_expected(argument, fragments):
         load([*REQUIRED, argument])
     for fragment in fragments:
         assert fragment in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["clip_high", "dual_clip"])
+def test_a_cap_and_a_clip_are_refused_together(key):
+    both = [f"--policy_loss.{key}=3", "--policy_loss.importance_cap=5"]
+    with pytest.raises(
+        ConfigError, match=rf"policy_loss.{key}: found 3.0 with policy_loss.importance_cap 5.0"
+    ):
+        load([*REQUIRED, *both])
 
 
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "mse"])

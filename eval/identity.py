@@ -11,7 +11,7 @@ from typing import Any
 
 import xxhash
 
-from megatron_sd.config import ModelConfig, ProtocolConfig, RetrieverConfig, RolloutConfig
+from megatron_sd.config import ModelConfig, ProtocolConfig, RetrieverConfig, RewardConfig, RolloutConfig
 from megatron_sd.durable.files import write_whole
 from megatron_sd.errors import ConfigError, DataError
 from megatron_sd.records import Question
@@ -41,6 +41,13 @@ def model_version(path: str) -> str:
         if file.is_file() and file.suffix in (".json", ".safetensors", ".bin", ".model", ".txt")
     }
     return xxhash.xxh3_128(json.dumps(entries).encode()).hexdigest()
+
+
+# Sections of the configuration that an identity holds whole.
+_SECTIONS: dict[str, dict[str, Any]] = {
+    "reward": json.loads(json.dumps(dataclasses.asdict(RewardConfig()))),
+    "protocol": json.loads(json.dumps(dataclasses.asdict(ProtocolConfig()))),
+}
 
 
 def rollouts_identity(
@@ -91,6 +98,9 @@ def claim(output: Path, identity: Mapping[str, Any]) -> None:
     wanted = json.loads(json.dumps(identity))
     if path.exists():
         found = read_identity(output)
+        for name, defaults in _SECTIONS.items():  # keys that are newer than the evaluation
+            if isinstance(found.get(name), dict):
+                found[name] = defaults | found[name]
         for key in wanted.keys() | found.keys():
             if found.get(key) != wanted.get(key):
                 raise ConfigError(

@@ -57,7 +57,8 @@ def score_group(
     left out.
     """
     prompts = [[(environment.prompt_ids(group.question.text, block),) if block else () for block in blocks]]
-    samples = to_samples([group], [[0.0] * len(group.rollouts)], prompts, scope=query_tokens)
+    nothing = [(0.0,) * len(rollout.turns) for rollout in group.rollouts]  # no policy loss is taken
+    samples = to_samples([group], [nothing], prompts, scope=query_tokens)
     usable = [rollout for rollout in group.usable if any(turn.completion_ids for turn in rollout.turns)]
     distilled = [
         (rollout, sample) for rollout, sample in zip(usable, samples, strict=True) if sample.is_distilled

@@ -10,6 +10,7 @@ from megatron_sd.errors import ConfigError
 
 if TYPE_CHECKING:
     from megatron_sd.config.loss import PolicyLossConfig
+    from megatron_sd.config.rollout import RewardConfig
     from megatron_sd.config.run import Config
     from megatron_sd.config.update import UpdateConfig
 
@@ -18,6 +19,10 @@ _RANGES: dict[str, tuple[str, ...]] = {
         "num_steps",
         "rollout.max_search_turns",
         "reward.format_weight",
+        "reward.structure",
+        "reward.final",
+        "reward.retrieval",
+        "reward.overlong_buffer",
         "policy_loss.kl_weight",
         "advantage.weight",
         "distill.measure_every",
@@ -175,6 +180,7 @@ def check(config: Config) -> None:
             f"rollout.max_lag: found {config.rollout.max_lag} with rollout.vllm.placement colocated, expected"
             " 0, since such ranks sample and train in turns; or placement process or server"
         )
+    _check_reward(config.reward)
     _check_policy_loss(config.policy_loss)
     _check_offload(config)
     if config.update.tensor_parallel_size > 1:
@@ -220,6 +226,14 @@ def _check_distill(config: Config) -> None:
         raise ConfigError(
             f"update.zero_stage: found {config.update.zero_stage}, expected 3, where the gradient ratio can"
             " be measured; or set distill.measure_every to 0 with distill.alpha.mode fixed"
+        )
+
+
+def _check_reward(reward: RewardConfig) -> None:
+    if reward.overlong_buffer > reward.overlong_limit:
+        raise ConfigError(
+            f"reward.overlong_limit: found {reward.overlong_limit} with reward.overlong_buffer"
+            f" {reward.overlong_buffer}, expected at least as many sampled tokens: rollouts lose 1 there"
         )
 
 

@@ -88,8 +88,15 @@ class RolloutConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RewardConfig:
-    """reward = answer score (+ format_weight if the rollout's form is valid)."""
+    """plain: answer score (+ format_weight if the rollout's form is valid); structured: Search-R1's reward with
+    structure. Less what a rollout near overlong_limit sampled tokens loses (DAPO)."""
 
     answer: Literal["em", "f1", "sub_em"] = "f1"
     normalization: Literal["search_r1", "strict"] = "search_r1"
-    format_weight: float = 0.0
+    format_weight: float = 0.0  # of plain
+    shape: Literal["plain", "structured"] = "plain"  # search/reward_shapes.py
+    structure: float = 0.2  # of structured: a valid form without an exact match, and what a broken one loses
+    final: float = 0.1  # of structured: a wrong answer in a broken form
+    retrieval: float = 0.0  # of structured: a gold answer was found, in a valid form
+    overlong_limit: int = 0  # sampled tokens at which a rollout loses 1
+    overlong_buffer: int = 0  # over how many tokens before that the loss grows; 0: none

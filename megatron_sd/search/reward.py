@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from megatron_sd.config import RewardConfig
 from megatron_sd.records import Rollout, RolloutGroup, Scores, StopReason
+from megatron_sd.search.reward_shapes import REWARD_SHAPES, RewardParts, overlong_penalty
 
 if TYPE_CHECKING:  # the protocol needs tokenizers, and those who only compare answers need none
     from megatron_sd.search.protocol import Protocol
@@ -170,20 +171,38 @@ def hop_hit_rate(rollout: Rollout, supporting: Sequence[Sequence[str]]) -> float
 
 
 def score_rollout(rollout: Rollout, group: RolloutGroup, config: RewardConfig) -> Scores:
-    """What one rollout earned: reward = answer score + format_weight * format_valid. No answer scores 0."""
+    """What one rollout earned, by the shape that the configuration names (reward_shapes.py). No answer scores
+    0."""
     normalize = NORMALIZERS[config.normalization]
     golds = group.question.golden_answers
     answer = dict.fromkeys(ANSWER_SCORES, 0.0)
     if rollout.answer is not None:
         answer = {name: compare(rollout.answer, golds, normalize) for name, compare in ANSWER_SCORES.items()}
     valid = format_valid(rollout)
+    parts = RewardParts(
+        answer=answer[config.answer],
+        em=answer["em"],
+        has_answer=rollout.answer is not None,
+        format_valid=valid,
+        found_gold=_found_gold(rollout, golds, normalize),
+        num_sampled=sum(len(turn.completion_ids) for turn in rollout.turns),
+    )
+    penalty = overlong_penalty(parts.num_sampled, config)
     return Scores(
-        reward=answer[config.answer] + config.format_weight * valid,
+        reward=REWARD_SHAPES[config.shape](parts, config) + penalty,
         em=answer["em"],
         f1=answer["f1"],
         format_valid=valid,
         hop_hit_rate=hop_hit_rate(rollout, group.question.supporting),
     )
+
+
+def _found_gold(rollout: Rollout, golden_answers: Sequence[str], normalize: Normalizer) -> bool:
+    """Some passage that a search found holds a gold answer, as sub_em has it; one of which nothing is left
+    counts as held by none."""
+    golds = [gold for gold in golden_answers if normalize(gold)]
+    passages = (hit.passage for turn in rollout.turns for hit in turn.hits)
+    return any(sub_em(f"{p.title} {p.text}", golds, normalize) == 1.0 for p in passages)
 
 
 def score(groups: Sequence[RolloutGroup], config: RewardConfig) -> list[RolloutGroup]:

@@ -151,7 +151,8 @@ def test_sixty_hostile_passages_reach_the_policy_as_plain_text(tmp_path):
         assert not [tag for tag in forbidden if tag in body], ATTACKS[number][:80]
         assert "\x00" not in text
         assert (rollout.answer, rollout.scores.reward) == (None, 0.0)
-    samples = to_samples(groups, [[1.0] * 60], [[()] * 60], scope=query_tokens)
+    advantages = [[(1.0,) * len(rollout.turns) for rollout in groups[0].rollouts]]
+    samples = to_samples(groups, advantages, [[()] * 60], scope=query_tokens)
     for sample, rollout in zip(samples, groups[0].rollouts, strict=True):
         completions = sum(len(turn.completion_ids) for turn in rollout.turns)
         assert sample.loss_mask.sum() == completions  # observations are out of the loss

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.local import free_port
+from megatron_sd.errors import MegatronSdError
 
 START_LIMIT_S = 300
 POLL_S = 0.05
@@ -54,8 +55,12 @@ def run_ranks(
 
 
 def start_forked(num_ranks: int, argv: Sequence[str], remarks: Sequence[str] = (), *, program: str) -> None:
-    """In the place of launch.local.start_ranks: the same ranks, forked."""
-    run_ranks(f"{program}:main", list(argv), ranks=num_ranks)
+    """In the place of launch.local.start_ranks: the same ranks, forked. Raises MegatronSdError with what they
+    printed when one fails."""
+    try:
+        print(run_ranks(f"{program}:main", list(argv), ranks=num_ranks))
+    except AssertionError as error:
+        raise MegatronSdError(str(error)) from error
 
 
 class Nursery:

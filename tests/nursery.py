@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from launch.local import free_port
+from launch.local import TRAIN, free_port
 from megatron_sd.errors import MegatronSdError
 
 START_LIMIT_S = 300
@@ -54,7 +54,9 @@ def run_ranks(
     return nursery().start(call, argument, ranks=ranks, environment=environment).succeed(limit_s)
 
 
-def start_forked(num_ranks: int, argv: Sequence[str], remarks: Sequence[str] = (), *, program: str) -> None:
+def start_forked(
+    num_ranks: int, argv: Sequence[str], remarks: Sequence[str] = (), *, program: str = TRAIN
+) -> None:
     """In the place of launch.local.start_ranks: the same ranks, forked. Raises MegatronSdError with what they
     printed when one fails."""
     try:

@@ -17,6 +17,8 @@ BIN    := .venv/bin
 READY  := .venv/ready
 # Processes that share the tests; each takes a GiB, and as much for each rank that it starts.
 JOBS   ?= 2
+# A file's tests stay together, so that what they share is made once; tests/conftest.py puts the longest files first.
+PYTEST  = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 BENCH  := .venv/ready-bench
 # Benchmark figures of this machine, to compare with later.
 JSON   ?= runs/bench.json
@@ -41,11 +43,11 @@ demo: $(READY)
 
 test: lint
 	@echo "== tests"
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not slow"
+	@$(PYTEST) -m "not slow"
 
-test-all: test
-	@echo "== slow tests"
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m slow
+test-all: lint
+	@echo "== all tests"
+	@$(PYTEST)
 
 trust: $(READY)
 	@$(BIN)/python -m tests.trust

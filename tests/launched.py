@@ -1,10 +1,8 @@
-"""Starts programs of rank_programs/ on several real ranks by DeepSpeed's launcher."""
+"""Programs of rank_programs/ on several real ranks: forked ones, or by DeepSpeed's launcher."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +12,7 @@ import pytest
 import torch
 
 from launch.local import free_port
+from tests.nursery import run_ranks
 
 LIMIT_S = 900
 
@@ -27,20 +26,9 @@ def rank_command(program: str, num_ranks: int, *arguments: str) -> list[str]:
 
 
 def outcomes_on(num_ranks: int, orders: Mapping[str, dict], directory: Path) -> dict[str, list[Any]]:
-    """By the order's name: what each rank made of it. All orders run in one launch."""
+    """By the order's name: what each rank made of it. All orders run in one start of forked ranks."""
     work = [{**fields, "output": str(directory / name)} for name, fields in orders.items()]
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(num_ranks)]
-    command = [
-        *launcher,
-        "--master_port",
-        str(free_port()),
-        "--module",
-        "tests.rank_programs.update_steps",
-        json.dumps(work),
-    ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=LIMIT_S)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    run_ranks("tests.rank_programs.update_steps:run", json.dumps(work), ranks=num_ranks, limit_s=LIMIT_S)
     return {name: [torch.load(directory / f"{name}.{rank}") for rank in range(num_ranks)] for name in orders}
 
 

@@ -5,8 +5,7 @@ import json
 import pickle
 import random
 import shutil
-import subprocess
-import sys
+import signal
 import time
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from data_prep.vectors.vectors import VectorShards
 from megatron_sd.errors import ConfigError, DataError
 from megatron_sd.retrieval.corpus.encoder import Encoder, choose_device
 from megatron_sd.retrieval.corpus.manifest import MANIFEST_NAME, file_entries, read_manifest, write_manifest
+from tests.nursery import nursery
 from tests.retrieval.fakes import START_S, WORDS
 from tests.retrieval.fakes_encoder import tiny_encoder
 
@@ -114,41 +114,40 @@ def test_several_processes_write_the_same_bytes(passages, encoder_path, tmp_path
     assert encode_passages(_config(passages, encoder_path, tmp_path / "two", devices=("cpu", "cpu"))) == one
 
 
-def _interrupted(command, partial, rng):
+def _interrupted(argument, partial, rng):
     """Start, kill -9 at a random moment after the first file has appeared; the names of the shards that are
     whole then."""
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    process = nursery().start("launch.cli:main", argument, ranks=1)
     before = len(list(partial.glob("vectors-*")))
     deadline = time.monotonic() + START_S
     while (
         len(list(partial.glob("vectors-*"))) == before
-        and process.poll() is None
+        and process.code(0, 0) is None
         and time.monotonic() < deadline
     ):
         time.sleep(0.002)
     time.sleep(rng.random() * 0.02)
-    process.kill()
+    process.signal(signal.SIGKILL)
     process.wait()
     return {path.name: path.stat().st_mtime_ns for path in partial.glob("vectors-*")}
 
 
 @pytest.mark.slow
-def test_killed_again_and_again_the_bytes_are_the_same(passages, encoder_path, tmp_path, monkeypatch):
+def test_killed_again_and_again_the_bytes_are_the_same(passages, encoder_path, tmp_path):
     expected = encode_passages(_config(passages, encoder_path, tmp_path / "whole"))
     config = _config(passages, encoder_path, tmp_path / "killed")
-    command = [sys.executable, "-m", "launch.cli", "data", "encode"]
-    command += [
+    argument = ["data", "encode"]
+    argument += [
         f"--{name}={getattr(config, name)}"
         for name in ("passages", "encoder", "output", "max_tokens", "rows_per_shard")
     ]
-    command += ["--batch_size=4", "--devices=[cpu]"]
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    argument += ["--batch_size=4", "--devices=[cpu]"]
     partial, rng = tmp_path / "killed.partial", random.Random(0)
     kept = {}
     for _ in range(2):
         if (tmp_path / "killed").exists():
             break
-        now = _interrupted(command, partial, rng)
+        now = _interrupted(argument, partial, rng)
         if partial.exists():
             assert {name: now[name] for name in kept} == kept  # whole shards are never written again
         kept = now

@@ -1,8 +1,3 @@
-import os
-import socket
-import subprocess
-import sys
-
 import pytest
 import torch.distributed as dist
 from hypothesis import given
@@ -11,6 +6,7 @@ from hypothesis import strategies as st
 from megatron_sd.distributed.collectives import broadcast_object, gather_objects, share, sum_floats
 from megatron_sd.distributed.world import World, join_world
 from megatron_sd.errors import ConfigError
+from tests.nursery import nursery
 
 
 def test_plain_python_is_a_world_of_one(monkeypatch):
@@ -45,24 +41,7 @@ def test_shares_partition_in_order_and_are_even(num, size):
 @pytest.mark.ranks
 def test_an_error_on_one_rank_is_raised_on_every_rank():
     """A rank that waited in a collective for one that has left would wait for hours under NCCL."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    shared = os.environ | {
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-        "CUDA_VISIBLE_DEVICES": "",
-    }
-    program = [sys.executable, "-m", "tests.rank_programs.failing_rollouts"]
-    ranks = [
-        subprocess.Popen(
-            program,
-            env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
+    ranks = nursery().start("tests.rank_programs.failing_rollouts:run", None, ranks=2)
     expected = "['groups of rank 0', 'groups of rank 1']\nRolloutError: rank 1: 3 of 4 rollouts failed\n"
-    assert [rank.communicate(timeout=60)[0] for rank in ranks] == [expected, expected]
+    ranks.succeed(60)
+    assert [ranks.output_of(rank) for rank in range(2)] == [expected, expected]

@@ -16,7 +16,7 @@ from eval.credit.scorer import ScoreOptions, score_group
 from eval.credit.transcripts import read_groups
 from eval.report import ReportConfig, make_report
 from eval.samples import read_lines
-from launch.local import credit as credit_on_ranks
+from launch import local
 from megatron_sd.config import ModelConfig, ProtocolConfig, RewardConfig, RolloutConfig
 from megatron_sd.errors import ConfigError, DataError
 from megatron_sd.rollout.embedded.weights import load_model
@@ -25,6 +25,7 @@ from megatron_sd.search.protocol import build_protocol
 from megatron_sd.search.reward import score
 from megatron_sd.search.tokens import load_codec
 from tests.builders import group, hit, question, rollout
+from tests.nursery import start_forked
 
 MODEL = str(Path(__file__).parents[2] / "data_prep/coldstart_model")
 COMPACT = ProtocolConfig(preset="compact")
@@ -203,7 +204,7 @@ def test_a_killed_scoring_goes_on_and_reports_the_same(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.ranks
-def test_two_ranks_score_what_one_does(tmp_path):
+def test_two_ranks_score_what_one_does(tmp_path, monkeypatch):
     path = many_groups(tmp_path / "t.jsonl")
     shared = {"model": EXACT, "transcripts": str(path), "protocol": COMPACT}
     one = credit(CreditConfig(output=str(tmp_path / "one"), **shared))
@@ -213,7 +214,8 @@ def test_two_ranks_score_what_one_does(tmp_path):
         f"--transcripts={path}",
         "--protocol.preset=compact",
     ]
-    credit_on_ranks(["--num-ranks=2", *options, f"--output={tmp_path / 'two'}"])
+    monkeypatch.setattr(local, "start_ranks", start_forked)
+    local.credit(["--num-ranks=2", *options, f"--output={tmp_path / 'two'}"])
     shares = [
         len((tmp_path / "two" / f"scored.rank_{rank}.jsonl").read_text().splitlines()) for rank in (0, 1)
     ]

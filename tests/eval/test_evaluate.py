@@ -4,10 +4,7 @@ input that is bad."""
 import asyncio
 import dataclasses
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from importlib.resources import files
 from pathlib import Path
@@ -28,6 +25,7 @@ from megatron_sd.records import RolloutGroup, StopReason
 from megatron_sd.retrieval.choice import open_retriever
 from megatron_sd.search.questions import load_questions
 from tests import builders
+from tests.nursery import nursery
 
 LIMITS = RolloutConfig(
     questions_per_step=3,
@@ -199,20 +197,20 @@ def test_killed_at_random_and_resumed_it_reports_the_same(agent, world, tmp_path
             "--train_split=eval",
         ),
     ]
-    program = [sys.executable, "-m", "launch.cli", "eval", *arguments]
+    program = {"call": "launch.cli:main", "argument": ["eval", *arguments], "ranks": 1}
     for num_lines in (0, 3):  # killed while the first slice runs, and as soon as it stands
-        running = subprocess.Popen(program, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        running = nursery().start(**program)
         samples, started = tmp_path / "samples.jsonl", tmp_path / "evaluation.json"
         deadline = time.monotonic() + 300
-        while running.poll() is None and time.monotonic() < deadline:
+        while running.code(0, 0) is None and time.monotonic() < deadline:
             if num_lines == 0 and started.exists():
                 break
             if num_lines and samples.exists() and len(samples.read_bytes().splitlines()) >= num_lines:
                 break
             time.sleep(0.01)
-        os.kill(running.pid, signal.SIGKILL)
+        running.signal(signal.SIGKILL)
         running.wait()
-    assert subprocess.run(program, capture_output=True, check=False).returncode == 0
+    nursery().start(**program).succeed()
     assert reports(tmp_path) == reports(agent)
 
 

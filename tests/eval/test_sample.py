@@ -14,6 +14,7 @@ from data_prep.world.tokenizer import save_tokenizer, train_tokenizer
 from data_prep.world.world import WorldConfig
 from eval.sample import SampleConfig, sample
 from eval.samples import read_lines
+from launch import local
 from launch.cli import main as command
 from launch.programs import make_world
 from megatron_sd.algorithm.samples import rollout_arrays
@@ -25,6 +26,7 @@ from megatron_sd.rollout.stored import StoredGroups
 from megatron_sd.search.environment import Environment
 from megatron_sd.search.protocol import PRESETS, build_protocol
 from megatron_sd.search.tokens import load_codec
+from tests.nursery import start_forked
 
 MODEL = str(files("data_prep") / "coldstart_model")
 LIMITS = RolloutConfig(
@@ -144,13 +146,14 @@ def test_a_question_without_a_rollout_that_is_data_is_asked_once_more(world, tmp
 
 @pytest.mark.slow
 @pytest.mark.ranks
-def test_two_ranks_sample_what_one_does(world, tmp_path, sampled):
+def test_two_ranks_sample_what_one_does(world, tmp_path, sampled, monkeypatch):
     options = {
         "model.path": MODEL, "model.dtype": "float32", "retriever.corpus": world / "corpus", "retriever.top_k": 1,
         "questions": world / "questions.jsonl", "split": "train", "limit": 3, "num_samples": 2, "protocol.preset": "compact",
         "reward.answer": "em", "output": tmp_path, "rollout.questions_per_step": 3, "rollout.max_turn_tokens": 24,
         "rollout.max_observation_tokens": 48, "rollout.max_rollout_tokens": 640,
     }  # fmt: skip
+    monkeypatch.setattr(local, "start_ranks", start_forked)
     assert (
         command(["sample", "--num-ranks=2", *(f"--{name}={value}" for name, value in options.items())]) == 0
     )

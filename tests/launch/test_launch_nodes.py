@@ -3,10 +3,7 @@ processes."""
 
 import dataclasses
 import json
-import os
 import socket
-import subprocess
-import sys
 import time
 from importlib.resources import files
 from pathlib import Path
@@ -21,6 +18,7 @@ from launch.doctor.checks import DoctorConfig, driver_problem, judge
 from launch.programs import make_world
 from megatron_sd.distributed.preflight import neighbour
 from megatron_sd.distributed.world import EXPECTED_SIZE
+from tests.nursery import nursery
 
 pytestmark = pytest.mark.ranks
 NUM_STEPS = 2
@@ -88,39 +86,22 @@ def test_two_machines_train_as_one_does(world, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("asked", "code"), [("2", 0), ("4", 3)])
 def test_another_number_of_ranks_than_was_asked_for_is_refused(asked, code):
-    program = (
-        "from megatron_sd.distributed.world import *; from megatron_sd.errors import ConfigError\n"
-        "try: join_world(); end_process(0)\n"
-        "except ConfigError as error: print(error, flush=True); end_process(3)"
-    )
-    ranks = {
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-        EXPECTED_SIZE: asked,
-    }
-    command, environments = (
-        [sys.executable, "-c", program],
-        [os.environ | ranks | {"RANK": str(rank)} for rank in range(2)],
-    )
-    started = [
-        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
-        for environment in environments
-    ]
-    outputs = [process.communicate(timeout=LIMIT_S)[0] for process in started]
-    assert [process.returncode for process in started] == [code, code]
+    ranks = nursery().start("tests.rank_programs.join:run", None, ranks=2, environment={EXPECTED_SIZE: asked})
+    assert ranks.wait(LIMIT_S) == [code, code]
     assert code == 0 or all(
-        "WORLD_SIZE is 2, expected 4, which MEGATRON_SD_WORLD_SIZE asks for" in text for text in outputs
+        "WORLD_SIZE is 2, expected 4, which MEGATRON_SD_WORLD_SIZE asks for" in ranks.output_of(rank)
+        for rank in range(2)
     )
 
 
 def doctors(run_dir: Path, present: list[int], *options: str) -> list[tuple[int, str]]:
-    command = [sys.executable, "-m", "launch.doctor.checks", f"--run_dir={run_dir}", "--hosts=[ant,bee,cat]"]
-    command += ["--min_free_gib=0.1", f"--address=127.0.0.1:{free_port()}", "--min_open_files=16", *options]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    started = [subprocess.Popen([*command, f"--number={number}"], **pipes) for number in present]
-    outputs = [process.communicate(timeout=LIMIT_S)[0] for process in started]
-    return [(process.returncode, output) for process, output in zip(started, outputs)]
+    argv = [f"--run_dir={run_dir}", "--hosts=[ant,bee,cat]"]
+    argv += ["--min_free_gib=0.1", f"--address=127.0.0.1:{free_port()}", "--min_open_files=16", *options]
+    started = [
+        nursery().start("tests.rank_programs.join:doctor", [*argv, f"--number={number}"], ranks=1)
+        for number in present
+    ]
+    return [(*one.wait(LIMIT_S), one.output()) for one in started]
 
 
 def test_three_nodes_that_are_well(tmp_path):

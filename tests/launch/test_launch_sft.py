@@ -21,8 +21,8 @@ from megatron_sd.config.command_line import parse
 from megatron_sd.errors import ConfigError, DataError
 from megatron_sd.sft_config import SftConfig
 from tests.launch.test_launch import free_port
-from tests.whole_runs.runs import parameters, without_clocks
-from tests.whole_runs.sft_runs import arguments, looking, make_episodes
+from tests.whole_runs.runs import parameters, run, without_clocks
+from tests.whole_runs.sft_runs import SFT, arguments, looking, make_episodes
 
 LOOKING = (
     "--eval.questions=q.jsonl",
@@ -151,8 +151,8 @@ def test_what_the_nodes_say_of_each_other_is_understood(asked):
 @pytest.mark.slow
 @pytest.mark.ranks
 def test_two_machines_warm_up_as_one_does(tmp_path, monkeypatch):
-    """Two of DeepSpeed's launchers, one rank each, with an evaluation, against one launcher of two ranks: the
-    same bits."""
+    """Two of DeepSpeed's launchers, one rank each, with an evaluation, against two forked ranks: the same
+    bits."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     episodes = make_episodes(tmp_path / "sft")
     shell = tmp_path / "shell"
@@ -166,9 +166,9 @@ def test_two_machines_warm_up_as_one_does(tmp_path, monkeypatch):
         f"--hostfile={tmp_path / 'hosts'}",
         f"--remote_shell={shell}",
     )
-    for name, layout in (("one", ("--ranks_per_node=2",)), ("two", (*two, *looking(episodes)))):
-        own = arguments(episodes, tmp_path / name, "--num_steps=2", f"--master_port={free_port()}")
-        main(["--program=sft", "--gpus_per_node=0", "--doctor=false", *own, *layout])
+    run(2, arguments(episodes, tmp_path / "one", "--num_steps=2"), SFT)
+    own = arguments(episodes, tmp_path / "two", "--num_steps=2", f"--master_port={free_port()}")
+    main(["--program=sft", "--gpus_per_node=0", "--doctor=false", *own, *two, *looking(episodes)])
     expected, found = (parameters(tmp_path / name, "step_00000002") for name in ("one", "two"))
     assert all(np.array_equal(expected[name], found[name]) for name in expected)
     attempt = tmp_path / "two" / "attempts" / "0001"

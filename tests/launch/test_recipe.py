@@ -11,13 +11,14 @@ import yaml
 from safetensors.numpy import load_file
 
 from data_prep.world.world import WorldConfig
-from launch import recipe
+from launch import local, recipe
 from launch.cli import main as command
 from launch.programs import make_world
 from launch.recipe import STAGES, Stage, merged, overrides, read_recipe
 from megatron_sd.durable.directories import committed
 from megatron_sd.errors import ConfigError
 from megatron_sd.observability.metrics_log import read_metrics
+from tests.nursery import start_forked
 
 SMALL = """
 output: OUT
@@ -54,6 +55,7 @@ train:
 @pytest.mark.slow
 @pytest.mark.ranks
 def test_stages_run_once_and_the_same_command_goes_on(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(local, "start_ranks", start_forked)
     make_world(WorldConfig(output=str(tmp_path / "world"), num_train_questions=30, num_eval_questions=5))
     model, output, path = files("data_prep") / "coldstart_model", tmp_path / "out", tmp_path / "own.yaml"
     path.write_text(

@@ -1,8 +1,5 @@
 """A sharded vocabulary against a whole one: values and gradients, on two to four real ranks and on one."""
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -12,6 +9,7 @@ import torch.nn.functional as F  # noqa: N812
 from megatron_sd.errors import ConfigError
 from megatron_sd.ops.head.vocab_parallel import VocabShard, vocab_parallel_divergence, vocab_parallel_logprobs
 from megatron_sd.ops.jsd_reference import divergence_rows
+from tests.nursery import run_ranks
 from tests.ops.divergences import JSD, each_divergence, each_of
 from tests.ops.test_jsd import logits, textbook, value_and_gradient
 from tests.rank_programs.vocab_parallel import (
@@ -32,16 +30,7 @@ ALONE = VocabShard(start=0, num_real=83, gather=lambda value: value[None])
 def directory(tmp_path_factory):
     """Files of the four ranks."""
     directory = tmp_path_factory.mktemp("vocab_parallel")
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    program = [sys.executable, "-m", "tests.rank_programs.vocab_parallel"]
-    ranks = [
-        subprocess.Popen(
-            [*program, str(rank), str(directory)], env=environment, stderr=subprocess.PIPE, text=True
-        )
-        for rank in range(NUM_RANKS)
-    ]
-    errors = [rank.communicate(timeout=300)[1] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0] * NUM_RANKS, errors
+    run_ranks("tests.rank_programs.vocab_parallel:run", str(directory), ranks=NUM_RANKS, limit_s=300)
     return directory
 
 

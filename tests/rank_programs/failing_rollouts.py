@@ -1,12 +1,11 @@
-"""Rank 1's rollouts fail; what each rank then raises: `python -m tests.rank_programs.failing_rollouts`
-under a launcher."""
+"""Rank 1's rollouts fail; what each rank then raises."""
 
 from megatron_sd.distributed.collectives import together
-from megatron_sd.distributed.world import end_process, join_world, leave_world
+from megatron_sd.distributed.world import join_world, leave_world
 from megatron_sd.errors import RolloutError
 
 
-def main() -> None:
+def run(_: None) -> None:
     world = join_world()
 
     def rollouts(failing_rank: int) -> str:
@@ -20,8 +19,3 @@ def main() -> None:
     except RolloutError as error:
         print(f"RolloutError: {error}")
     leave_world()
-    end_process(0)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,13 +1,9 @@
-"""Publishes shards from the ranks of a launcher to worker processes, and writes what came of it.
-
-python -m tests.rank_programs.publish_shards '[{"model": DIR, "output": FILE, ...}, ...]'     (keys: class Scene)
-"""
+"""Publishes shards from the ranks that call it to worker processes, and writes what came of it."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +13,7 @@ import torch
 from megatron_sd.algorithm.distill_loss import TermWeights
 from megatron_sd.algorithm.packing import pack
 from megatron_sd.distributed.collectives import gather_objects
-from megatron_sd.distributed.world import World, end_process, join_world, leave_world
+from megatron_sd.distributed.world import World, join_world, leave_world
 from megatron_sd.errors import ReshardError
 from megatron_sd.resharding.layout import WorkerId
 from megatron_sd.resharding.staging import num_staged
@@ -154,9 +150,10 @@ def fail_and_recover(fault: str, policy: Policy, publisher: ShardPublisher, grou
     return lines
 
 
-def main(argv: list[str]) -> None:
+def run(work: str) -> None:
+    """work: JSON objects, each with the keys of a Scene."""
     world = join_world()
-    scenes = [Scene(**fields) for fields in json.loads(argv[-1])]
+    scenes = [Scene(**fields) for fields in json.loads(work)]
     num_workers = max(scene.tp_size * scene.num_replicas for scene in scenes)
     all_workers = WorkerGroup(num_workers if world.is_first else 0)
     for scene in scenes:
@@ -165,8 +162,3 @@ def main(argv: list[str]) -> None:
         all_workers.workers[: len(group.workers)] = group.workers  # some may have been restarted
     all_workers.stop()
     leave_world()
-    end_process(0)
-
-
-if __name__ == "__main__":
-    main(sys.argv)

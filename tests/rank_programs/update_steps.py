@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import resource
-import sys
 import tempfile
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 
 from megatron_sd.algorithm.packing import pack
-from megatron_sd.distributed.world import World, end_process, join_world, leave_world
+from megatron_sd.distributed.world import World, join_world, leave_world
 from megatron_sd.errors import MegatronSdError
 from megatron_sd.records import Batch
 from megatron_sd.training.policy import Policy
@@ -127,17 +126,9 @@ def take_steps(order: Order, world: World) -> dict[str, Any]:
 
 
 def run(orders: str) -> None:
+    """orders: JSON objects, each with the keys of an Order."""
     world = join_world()
     for fields in json.loads(orders):
         order = Order(**fields)
         torch.save(take_steps(order, world), f"{order.output}.{world.rank}")
     leave_world()
-
-
-def main(argv: list[str]) -> None:
-    run(argv[-1])
-    end_process(0)
-
-
-if __name__ == "__main__":
-    main(sys.argv)

@@ -1,11 +1,7 @@
 """One of four gloo ranks: losses over a sharded head, by groups of two, three and four ranks; results go to
-files.
-
-    python -m tests.rank_programs.vocab_parallel RANK DIRECTORY
-"""
+files."""
 
 import functools
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +10,7 @@ import torch.distributed as dist
 import torch.nn.functional as F  # noqa: N812
 
 from megatron_sd.distributed.collectives import gather_tensors
-from megatron_sd.distributed.world import end_process, leave_world
+from megatron_sd.distributed.world import join_world, leave_world
 from megatron_sd.ops.divergence import Divergence
 from megatron_sd.ops.head.vocab_parallel import (
     VocabShard,
@@ -58,12 +54,9 @@ def one_rank(rank: int, sizes: tuple[int, ...], gather) -> dict[str, list[torch.
     return found
 
 
-def main() -> None:
-    """Every rank takes part in the groups that have a place for it."""
-    rank, directory = int(sys.argv[1]), Path(sys.argv[2])
-    dist.init_process_group(
-        "gloo", init_method=f"file://{directory}/rendezvous", rank=rank, world_size=NUM_RANKS
-    )
+def run(output: str) -> None:
+    """Every rank takes part in the groups that have a place for it. output: a directory."""
+    rank, directory = join_world().rank, Path(output)
     for name, sizes in LAYOUTS.items():
         group = dist.new_group(list(range(len(sizes))))
         if rank < len(sizes):
@@ -73,8 +66,3 @@ def main() -> None:
             )
     dist.barrier()
     leave_world()
-    end_process(0)
-
-
-if __name__ == "__main__":
-    main()

@@ -30,7 +30,8 @@ class WorkerProcess:
 
     def __init__(self):
         self.worker = WorkerId(replica=0, tp_rank=0, tp_size=1)
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")  # which imports once, whatever their number
+        context.set_forkserver_preload(["tests.resharding.fakes"])
         self._pipe, child = context.Pipe()
         self._process = context.Process(target=_serve, args=(child,), daemon=True)
         self._process.start()

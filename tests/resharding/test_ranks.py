@@ -1,17 +1,13 @@
-"""Two and three real ranks under ZeRO-3, started by DeepSpeed's launcher, publish to worker processes; one
-launch a world."""
+"""Two and three real ranks under ZeRO-3 publish to worker processes; one start a world."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
 
+from tests.nursery import run_ranks
 from tests.training.fakes import write_model
-from tests.training.test_ranks import free_port
 
 pytestmark = [pytest.mark.ranks, pytest.mark.slow]
 LIMIT_S = 600
@@ -50,13 +46,8 @@ def outcomes(tmp_path_factory):
             }
             for name, scene in scenes.items()
         ]
-        launcher = [
-            sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(world_size), "--master_port", str(free_port()),
-            "--module", "tests.rank_programs.publish_shards", json.dumps(work),
-        ]  # fmt: skip
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-        done = subprocess.run(launcher, env=environment, capture_output=True, text=True, timeout=LIMIT_S)
-        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+        program = "tests.rank_programs.publish_shards:run"
+        run_ranks(program, json.dumps(work), ranks=world_size, limit_s=LIMIT_S)
         for name in scenes:
             found[world_size, name] = [
                 torch.load(directory / f"{world_size} {name}.{rank}") for rank in range(world_size)

@@ -2,21 +2,19 @@
 that trains."""
 
 import json
-import os
-import subprocess
 from importlib.resources import files
 from pathlib import Path
 
 import pytest
 
 from data_prep.world.world import WorldConfig
-from launch.local import command_line, free_port
 from launch.programs import make_world
 from megatron_sd.observability.metrics_log import METRICS_NAME, read_metrics
 from tests.slurm.jobs import Job
+from tests.whole_runs.runs import run
 
 pytestmark = [pytest.mark.slow, pytest.mark.ranks]
-NUM_STEPS = 24
+NUM_STEPS = 12
 MODULE = "megatron_sd.train"
 FIGURES = ("reward/em", "rollout/searches", "optim/grad_norm", "loss/policy")
 
@@ -64,10 +62,7 @@ def test_a_run_that_was_requeued_ends_as_one_that_was_not(cluster, arguments, tm
     assert 2 <= first["last_step"] < last["last_step"] == NUM_STEPS
 
     straight = [*arguments, f"--run_dir={tmp_path / 'straight'}"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    command = command_line(2, free_port(), straight)
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    run(2, straight)
     assert figures(job.run_dir) == figures(tmp_path / "straight")
 
 

@@ -1,13 +1,7 @@
-"""Two real processes, started by DeepSpeed's launcher, against one: the same step. One launch serves every
-test here."""
+"""Two real processes against one: the same step. One start serves every test here."""
 
-import json
-import os
 import re
 import shutil
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,12 +10,12 @@ from transformers import AutoModelForCausalLM
 
 from megatron_sd.distributed.world import join_world
 from megatron_sd.durable import directories
+from tests.launched import outcomes_on
 from tests.rank_programs.update_steps import Order, take_steps
 from tests.training.fakes import write_model
 from tests.training.same_steps import assert_same_steps
 
 pytestmark = pytest.mark.ranks
-LIMIT_S = 900
 ALONE_TOO = ("steps", "untied", "rollout_mean", "one_sample", "no_query_on_one_rank", "ema_teacher")
 
 
@@ -51,12 +45,6 @@ def orders(directory: Path) -> dict[str, dict]:
     }
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
     """name -> (of a world of one, of rank 0 of two, of rank 1 of two)."""
@@ -64,20 +52,10 @@ def outcomes(tmp_path_factory):
     write_model(directory / "model")
     write_model(directory / "untied", tied=False, seed=1)
     wanted = orders(directory)
-    work = [{**fields, "output": str(directory / name)} for name, fields in wanted.items()]
-    launcher = [
-        sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", str(free_port()),
-        "--module", "tests.rank_programs.update_steps", json.dumps(work),
-    ]  # fmt: skip
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    done = subprocess.run(launcher, env=environment, capture_output=True, text=True, timeout=LIMIT_S)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    both = outcomes_on(2, wanted, directory)
     world = join_world()
     alone = {name: take_steps(Order(**wanted[name]), world) for name in ALONE_TOO}
-    return {
-        name: (alone.get(name), *(torch.load(directory / f"{name}.{rank}") for rank in range(2)))
-        for name in wanted
-    } | {"directory": directory}
+    return {name: (alone.get(name), *both[name]) for name in wanted} | {"directory": directory}
 
 
 @pytest.mark.parametrize("name", ALONE_TOO)

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from random import Random
 
-from tests.retrieval.nursery import Nursery
+from tests.nursery import Nursery
 from tests.trust.disk import damages, faults, killed_commits
 from tests.trust.faults import KINDS, PLACES, not_finite, refusals, spikes, stuck_ranks
 from tests.trust.kills import kills, newest, stops, straight_or_killed
@@ -72,7 +72,7 @@ def main(argv: list[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="trust") as name:
         directory = Path(name)
         world = make_small_world(directory / "world")
-        with Nursery(world / "corpus") as nursery:
+        with Nursery() as nursery:
             bench = Bench(directory=directory, world=world, nursery=nursery, random=Random(0))
             for test, makers in tests(options.share).items():
                 for make in makers if not chosen or test in chosen else ():

@@ -8,7 +8,7 @@ from random import Random
 
 from data_prep.world.world import WorldConfig
 from launch.programs import make_world
-from tests.retrieval.nursery import Nursery
+from tests.nursery import Nursery
 from tests.whole_runs.test_training import arguments
 
 SMALL = (

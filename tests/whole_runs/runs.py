@@ -1,4 +1,4 @@
-"""Runs through the real door, as processes of their own, and what they left behind."""
+"""Whole runs, as processes of their own, and what they left behind."""
 
 from __future__ import annotations
 
@@ -12,21 +12,30 @@ from safetensors.numpy import load_file
 
 from launch.local import TRAIN, command_line, free_port
 from megatron_sd.observability.metrics_log import read_metrics
+from tests.nursery import Ranks, nursery
+
+LIMIT_S = 300
 
 
-def start(num_ranks: int, argv: Sequence[str], program: str = TRAIN) -> subprocess.Popen:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = command_line(num_ranks, free_port(), argv, program)
-    return subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+def start(num_ranks: int, argv: Sequence[str], program: str = TRAIN) -> Ranks:
+    """Forked ranks, as a launcher would start them."""
+    return nursery().start(f"{program}:main", list(argv), ranks=num_ranks)
 
 
 def run(num_ranks: int, argv: Sequence[str], program: str = TRAIN) -> str:
-    process = start(num_ranks, argv, program)
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
-    return output
+    """What forked ranks of a whole run printed."""
+    return start(num_ranks, argv, program).succeed(LIMIT_S)
+
+
+def run_launched(num_ranks: int, argv: Sequence[str], program: str = TRAIN) -> str:
+    """The same through the real door: python for one rank, DeepSpeed's launcher for several."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = command_line(num_ranks, free_port(), argv, program)
+    done = subprocess.run(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=LIMIT_S
+    )
+    assert done.returncode == 0, done.stdout
+    return done.stdout
 
 
 def parameters(run_dir: Path, step: str) -> dict[str, np.ndarray]:

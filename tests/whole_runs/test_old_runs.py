@@ -3,11 +3,11 @@ there."""
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.whole_runs.runs import run
 
 OLD = Path(__file__).parents[1] / "fixtures/run_055d05d"
 # of step 2, at that commit
@@ -21,10 +21,7 @@ def test_a_run_of_long_ago_goes_on(tmp_path):
     shutil.copytree(OLD / "step_00000001", tmp_path / "run/checkpoints/step_00000001")
     (tmp_path / "run/checkpoints/latest").write_text("step_00000001\n")
     options = [f"--config={tmp_path / 'config.yaml'}", f"--run_dir={tmp_path / 'run'}", "--num_steps=2"]
-    done = subprocess.run(
-        [sys.executable, "-m", "megatron_sd.train", *options], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    run(1, options)
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     steps = {line["step"]: line["metrics"] for line in lines if "metrics" in line}
     assert list(steps) == [2]

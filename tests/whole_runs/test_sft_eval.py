@@ -44,10 +44,10 @@ def test_rollouts_are_looked_at_first_every_so_often_and_last_and_change_nothing
     straight = tmp_path / "straight"
     run(1, arguments(episodes, straight), SFT)
     argv = arguments(episodes, tmp_path / "run", "--checkpoint.every=2", *looking(episodes))
-    process = start(1, argv, SFT)
+    ranks = start(1, argv, SFT)
     wait_for_step(3, tmp_path / "run")
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    ranks.signal(signal.SIGKILL)
+    assert ranks.wait() == [-signal.SIGKILL]
     said = run(1, argv, SFT)
     assert "resumed from" in said and "protocol." not in said
     steps = without_clocks(tmp_path / "run")

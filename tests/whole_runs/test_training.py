@@ -18,7 +18,7 @@ from safetensors.numpy import load_file
 from data_prep.world.world import WorldConfig
 from launch.programs import make_world
 from tests.training.same_steps import assert_same_moments, assert_same_movement, saved_moments
-from tests.whole_runs.runs import parameters, run, start, without_clocks
+from tests.whole_runs.runs import parameters, run, run_launched, start, without_clocks
 
 NUM_STEPS = 4
 LAST = f"step_{NUM_STEPS:08}"
@@ -54,7 +54,7 @@ def arguments(world: Path, run_dir: Path, *overrides: str) -> list[str]:
 @pytest.fixture(scope="module")
 def straight(world, tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("straight")
-    run(1, arguments(world, run_dir))
+    run_launched(1, arguments(world, run_dir))
     return run_dir
 
 
@@ -88,15 +88,15 @@ def test_a_run_trains_distils_and_measures(straight):
 @pytest.mark.slow
 def test_killed_and_resumed_equals_straight_bit_for_bit(world, straight, tmp_path):
     argv = arguments(world, tmp_path, "--checkpoint.every=2")
-    process = start(1, argv)
+    ranks = start(1, argv)
     deadline = time.monotonic() + 240
     while time.monotonic() < deadline:
         log = tmp_path / "metrics.jsonl"
         if log.exists() and '"step": 3' in log.read_text():
             break
         time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    ranks.signal(signal.SIGKILL)
+    assert ranks.wait() == [-signal.SIGKILL]
     assert not (tmp_path / "checkpoints" / "step_00000004").exists()
     assert "resumed from" in run(1, argv)
     expected, found = parameters(straight, LAST), parameters(tmp_path, LAST)
@@ -113,8 +113,10 @@ def test_killed_and_resumed_equals_straight_bit_for_bit(world, straight, tmp_pat
     "sharing", [(), ("--update.sequence_parallel_size=2",), ("--update.tensor_parallel_size=2",)]
 )
 def test_two_ranks_equal_one(world, straight, tmp_path, sharing):
-    """Each with its own microbatches, or both with the same, of which they share sequences or layers."""
-    run(2, arguments(world, tmp_path, *sharing))
+    """Each with its own microbatches, started by DeepSpeed's launcher, or both with the same, of which they
+    share sequences or layers."""
+    run_two = run if sharing else run_launched
+    run_two(2, arguments(world, tmp_path, *sharing))
     assert sampled_ids(tmp_path) == sampled_ids(straight), (
         "the same questions, seeds and weights give the same rollouts"
     )

@@ -5,7 +5,7 @@ from random import Random
 
 import pytest
 
-from tests.retrieval.nursery import Nursery
+from tests.nursery import nursery
 from tests.trust import disk, faults, kills, resize
 from tests.trust.rows import Bench, make_small_world
 
@@ -17,8 +17,7 @@ TIMEOUT_S = 12.0  # of the watchdog: a step may take a few seconds on a busy mac
 def bench(tmp_path_factory):
     directory = tmp_path_factory.mktemp("trust")
     world = make_small_world(directory / "world")
-    with Nursery(world / "corpus") as nursery:
-        yield Bench(directory=directory, world=world, nursery=nursery, random=Random(0))
+    return Bench(directory=directory, world=world, nursery=nursery(), random=Random(0))
 
 
 def check(row):

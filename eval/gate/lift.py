@@ -75,6 +75,8 @@ class Estimate:
     num_questions: int
 
     def __str__(self) -> str:
+        if self.num_questions == 0:
+            return "no question"
         return f"{self.mean:+.3f} [{self.low:+.3f}, {self.high:+.3f}] n={self.num_questions}"
 
 

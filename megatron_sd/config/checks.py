@@ -25,6 +25,7 @@ _RANGES: dict[str, tuple[str, ...]] = {
         "reward.overlong_buffer",
         "policy_loss.kl_weight",
         "advantage.weight",
+        "advantage.step_scale",
         "distill.measure_every",
         "distill.alpha.value",
         "distill.alpha.warmup_steps",

@@ -21,6 +21,7 @@ class AdvantageConfig:
         "batch_std",
         "gigpo",
         "graph_hca",
+        "stepsearch",
         "one",
     ] = "grpo"
     discount: float = 0.95  # gigpo, graph_hca: a turn earlier, the reward counts so much less
@@ -28,6 +29,7 @@ class AdvantageConfig:
     # gigpo, graph_hca: when turns stand in the same place (algorithm/advantages/states.py)
     state: Literal["seen", "observation", "similar"] = "seen"
     normalize: Literal["mean", "mean_std"] = "mean"  # gigpo: centred, or standardised too
+    step_scale: float = 0.6  # stepsearch: of a search's own reward beside the answer's
 
 
 @dataclass(frozen=True, kw_only=True)

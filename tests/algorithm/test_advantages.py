@@ -7,9 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_sd.algorithm.advantages import stepsearch
 from megatron_sd.algorithm.advantages.from_rewards import grpo, has_spread
 from megatron_sd.algorithm.advantages.graph_hca import success_chances, turn_credits
 from megatron_sd.algorithm.advantages.states import STATES
+from megatron_sd.algorithm.advantages.stepsearch import step_rewards
 from megatron_sd.algorithm.advantages.table import ADVANTAGES
 from megatron_sd.config import AdvantageConfig
 from megatron_sd.records import SEARCH, Action, Turn
@@ -124,6 +126,31 @@ def test_two_rollouts_through_every_rule():
     credits = turn_credits(two_searches().rollouts, AdvantageConfig())
     assert [credits[i, 0] for i in (0, 1)] == [0.0, 0.0], "both first searches lead to one place"
     assert [credits[0, 1], credits[1, 1]] == near(0.7071, -0.7071)
+
+
+def with_hops(group, *supporting):
+    return dataclasses.replace(group, question=dataclasses.replace(group.question, supporting=supporting))
+
+
+def test_stepsearch_pays_for_what_is_new_and_takes_for_what_is_found_again():
+    group = with_hops(two_searches(), ("p17",), ("p90", "p91"))
+    hops = group.question.supporting
+    right, wrong = group.rollouts
+    assert step_rewards(right, hops) == [0.5, 0.0, 0.0], "half is new, but so is half of it old"
+    assert step_rewards(wrong, hops) == [0.5, 0.0]
+    twice = dataclasses.replace(wrong, turns=(turn("p17", "p17"), turn("p91", "p3"), turn()))
+    assert step_rewards(twice, hops) == [0.0, 0.5, 0.0]
+    assert step_rewards(right, ()) == [0.0, 0.0, 0.0], "hops are unknown"
+    (found,) = of("stepsearch", group, step_scale=1.0)  # G: (1.5, 1, 1) and (.5, 0)
+    assert found == [tuple(near(1.0, 1.0, 0.0)), tuple(near(-1.0, -1.0))]
+
+
+def test_stepsearchs_returns(monkeypatch):
+    """Step rewards .45 and -.25 (gains .45 and .25, half of the second's passages seen), reward 1, scale 1."""
+    monkeypatch.setattr(stepsearch, "step_rewards", lambda rollout, supporting: [0.45, -0.25, 0.0])
+    rollout = make_rollout(1.0, turns=(turn("a"), turn("b"), turn()))
+    assert stepsearch.returns(rollout, (), 1.0) == near(1.2, 0.75, 1.0)
+    assert stepsearch.returns(rollout, (), 0.6) == near(1.12, 0.85, 1.0)
 
 
 def test_when_turns_stand_in_the_same_place():

@@ -8,6 +8,7 @@ from megatron_sd.algorithm.advantages import from_rewards
 from megatron_sd.algorithm.advantages.from_rewards import Estimator
 from megatron_sd.algorithm.advantages.gigpo import gigpo
 from megatron_sd.algorithm.advantages.graph_hca import graph_hca
+from megatron_sd.algorithm.advantages.stepsearch import stepsearch
 
 ADVANTAGES: Mapping[str, Estimator] = {
     "grpo": from_rewards.grpo,
@@ -18,5 +19,6 @@ ADVANTAGES: Mapping[str, Estimator] = {
     "batch_std": from_rewards.batch_std,
     "gigpo": gigpo,
     "graph_hca": graph_hca,
+    "stepsearch": stepsearch,
     "one": from_rewards.one,
 }

@@ -36,7 +36,7 @@ def group_of(*rollouts):
 
 
 def of(name, *groups, **settings):
-    return ADVANTAGES[name](groups, AdvantageConfig(estimator=name, **settings))
+    return ADVANTAGES[name](groups, config=AdvantageConfig(estimator=name, **settings))  # as build.py asks
 
 
 def near(*values):

@@ -35,18 +35,18 @@ def has_spread(group: RolloutGroup) -> bool:
     return len(rewards) > 1 and min(rewards) != max(rewards)
 
 
-def grpo(groups: Sequence[RolloutGroup], _config: AdvantageConfig) -> list[GroupAdvantages]:
+def grpo(groups: Sequence[RolloutGroup], config: AdvantageConfig) -> list[GroupAdvantages]:
     """(r - m) / (s + 1e-6) (GRPO, equation 3). A group without spread, or with one usable rollout, gets zeros.
     A group's usable numbers sum to zero."""
     return [_over_turns(group, _standardised(group)) for group in groups]
 
 
-def dr_grpo(groups: Sequence[RolloutGroup], _config: AdvantageConfig) -> list[GroupAdvantages]:
+def dr_grpo(groups: Sequence[RolloutGroup], config: AdvantageConfig) -> list[GroupAdvantages]:
     """r - m (Dr. GRPO, arXiv 2503.20783); the paper also sums tokens over a constant length."""
     return [_over_turns(group, _centred(group)) for group in groups]
 
 
-def rloo(groups: Sequence[RolloutGroup], _config: AdvantageConfig) -> list[GroupAdvantages]:
+def rloo(groups: Sequence[RolloutGroup], config: AdvantageConfig) -> list[GroupAdvantages]:
     """r minus the mean of the group's others, n / (n - 1) (r - m) (RLOO, arXiv 2402.14740); alone: 0."""
     found = []
     for group in groups:
@@ -55,7 +55,7 @@ def rloo(groups: Sequence[RolloutGroup], _config: AdvantageConfig) -> list[Group
     return found
 
 
-def max_rl(groups: Sequence[RolloutGroup], _config: AdvantageConfig) -> list[GroupAdvantages]:
+def max_rl(groups: Sequence[RolloutGroup], config: AdvantageConfig) -> list[GroupAdvantages]:
     """(r - m) / m (MaxRL); a group that earned nothing gets zeros."""
     found = []
     for group in groups:
@@ -64,7 +64,7 @@ def max_rl(groups: Sequence[RolloutGroup], _config: AdvantageConfig) -> list[Gro
     return found
 
 
-def batch_std(groups: Sequence[RolloutGroup], _config: AdvantageConfig) -> list[GroupAdvantages]:
+def batch_std(groups: Sequence[RolloutGroup], config: AdvantageConfig) -> list[GroupAdvantages]:
     """(r - m) / (deviation of all the step's usable rewards + 1e-6): TRL's scale_rewards batch, Lite PPO."""
     rewards = [reward_of(rollout) for group in groups for rollout in group.usable]
     deviation = stdev(rewards) if len(rewards) > 1 else 0.0
@@ -72,7 +72,7 @@ def batch_std(groups: Sequence[RolloutGroup], _config: AdvantageConfig) -> list[
     return [_over_turns(group, [scale * number for number in _centred(group)]) for group in groups]
 
 
-def reinforce_baseline(groups: Sequence[RolloutGroup], _config: AdvantageConfig) -> list[GroupAdvantages]:
+def reinforce_baseline(groups: Sequence[RolloutGroup], config: AdvantageConfig) -> list[GroupAdvantages]:
     """r - m, then whitened over the step's sampled tokens, with the unbiased variance (REINFORCE++-baseline,
     arXiv 2501.03262). Zeros where all tokens have one number."""
     centred = [_centred(group) for group in groups]
@@ -94,7 +94,7 @@ def reinforce_baseline(groups: Sequence[RolloutGroup], _config: AdvantageConfig)
     ]
 
 
-def one(groups: Sequence[RolloutGroup], _config: AdvantageConfig) -> list[GroupAdvantages]:
+def one(groups: Sequence[RolloutGroup], config: AdvantageConfig) -> list[GroupAdvantages]:
     """1, whatever a rollout earned: of stored rollouts that were selected."""
     return [_over_turns(group, [1.0] * len(group.rollouts)) for group in groups]
 

@@ -1,8 +1,7 @@
 """How well a retriever finds what questions need, when the query is the question itself.
 
     sd-search data recall --retriever.corpus CORPUS --questions QUESTIONS.jsonl [--split eval]
-    [--retriever.top_k 3] sd-search data recall --retriever.endpoints '[http://127.0.0.1:8741]' --questions
-    QUESTIONS.jsonl
+    sd-search data recall --retriever.endpoints '[http://127.0.0.1:8741]' --questions QUESTIONS.jsonl
 
 Per data set: `sup`, the mean share of hops of which a serving passage is among the top k, and `all`, the
 share of questions with every hop found.
@@ -17,6 +16,7 @@ from dataclasses import dataclass
 
 from megatron_sd.config import RetrieverConfig
 from megatron_sd.config.checks import check_ranges
+from megatron_sd.errors import DataError
 from megatron_sd.records import Hit, Question
 from megatron_sd.retrieval.choice import open_retriever
 from megatron_sd.retrieval.retriever import Retriever
@@ -52,6 +52,11 @@ def hop_recall(hits: Sequence[Hit], supporting: Sequence[Sequence[str]]) -> floa
 async def measure(retriever: Retriever, questions: Sequence[Question], top_k: int) -> list[RetrievalFigures]:
     """Figures per `Question.source`, in order of name; questions without known hops are left out."""
     asked = [question for question in questions if question.supporting]
+    if not asked:
+        raise DataError(
+            f"none of the {len(questions)} questions names a passage that it needs (supporting), expected some:"
+            " import them with --passages, which finds the ids of hops that are given by title"
+        )
     found = await retriever.search([question.text for question in asked], top_k)
     recalls = defaultdict(list)
     for question, hits in zip(asked, found, strict=True):

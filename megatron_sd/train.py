@@ -62,6 +62,8 @@ def train_run(config: Config, stop: StopRequest, build: Callable[[Config, World]
 def _train_alone(config: Config, world: World, build: Callable[[Config, World], Trainer]) -> int:
     """Train in a run directory that nothing else writes to; the exit code."""
     trainer = build(config, world)
+    if world.is_first:  # where anybody may put STOP
+        (Path(config.run_dir) / "control").mkdir(parents=True, exist_ok=True)
     from megatron_sd.build import build_watchdog
     from megatron_sd.distributed.collectives import gather_objects
 

@@ -1,4 +1,4 @@
-"""What values of the configuration tree (config.py) are in range, and which go together."""
+"""What values of the configuration (config/) are in range, and which go together."""
 
 from __future__ import annotations
 
@@ -93,6 +93,8 @@ _RANGES: dict[str, tuple[str, ...]] = {
     ),
     "more than 0": (
         "retriever.client.deadline_s",
+        "retriever.qdrant.deadline_s",
+        "retriever.opensearch.deadline_s",
         "retriever.client.try_timeout_s",
         "retriever.client.first_pause_s",
         "retriever.client.max_pause_s",

@@ -34,6 +34,7 @@ def load_questions(
             " world`"
         )
     questions: list[Question] = []
+    splits: set[str] = set()
     first_lines: dict[str, int] = {}
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
@@ -42,12 +43,15 @@ def load_questions(
                 raise DataError(
                     f"{path}:{number}: id {question.id!r} repeats that of line {first_lines[question.id]}"
                 )
+            splits.add(question.split)
             if split is None or question.split == split:
                 questions.append(question)
             if limit is not None and len(questions) == limit:
                 break
     if not questions:
-        raise DataError(f"{path} holds no question" + (f" of split {split!r}" if split is not None else ""))
+        found = f", found {', '.join(map(repr, sorted(splits)))}" if splits else ""
+        hint = f" of split {split!r}{found}: name a split that is there, or import with --split {split}"
+        raise DataError(f"{path} holds no question{hint if split is not None else ''}")
     return tuple(questions)
 
 

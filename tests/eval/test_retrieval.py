@@ -2,9 +2,12 @@
 
 import asyncio
 
+import pytest
+
 from data_prep.passages.index import IndexConfig, Labels, bm25_settings, write_corpus
 from eval.retrieval import RetrievalFigures, measure, render
 from megatron_sd.config import SearchConfig
+from megatron_sd.errors import DataError
 from megatron_sd.records import Passage, Question
 from megatron_sd.retrieval.corpus.directory import CorpusRetriever
 
@@ -32,3 +35,5 @@ def test_measure(tmp_path):
         RetrievalFigures(source="two", num_questions=1, sup=0.0, all=0.0),
     ]
     assert "| one | 2 | 0.750 | 0.500 |" in render(figures)
+    with pytest.raises(DataError, match=r"none of the 1 questions names a passage .* with --passages"):
+        asyncio.run(measure(CorpusRetriever(tmp_path / "corpus", SearchConfig()), questions[3:], 2))

@@ -75,7 +75,9 @@ def test_bytes_that_are_not_utf8_are_named(tmp_path):
 def test_missing_file_and_empty_split_say_what_to_do(tmp_path):
     with pytest.raises(DataError, match="nowhere.jsonl does not exist"):
         load_questions(tmp_path / "nowhere.jsonl")
-    with pytest.raises(DataError, match="no question of split 'dev'"):
+    with pytest.raises(
+        DataError, match=r"no question of split 'dev', found '\w*': name a split .* with --split dev"
+    ):
         load_questions(write(tmp_path, [record(0)]), split="dev")
 
 

@@ -199,7 +199,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["megatron_sd*", "data_prep*", "eval*", "launch*"]),
     package_data={
-        "launch": ["configs/*.yaml", "configs/recipes/*.yaml", "*.sh", "slurm/*"],
+        "launch": ["configs/*.yaml", "configs/recipes/*.yaml", "configs/as/*.yaml", "*.sh", "slurm/*"],
         "data_prep": ["coldstart_model/*"],
         "eval": ["report_page/*.css"],
     },

@@ -37,7 +37,8 @@ COMMANDS: dict[str, Command] = {
         "launch.demo:main", "the whole story on a CPU: world, start policy, GRPO against SD-Search, table"
     ),
     "train": _command(
-        "launch.local:main", "train a policy: --config FILE.yaml [--section.key value ...] [--num-ranks N]"
+        "launch.local:main",
+        "train a policy: --config FILE.yaml [--as METHOD] [--section.key value ...] [--num-ranks N]; --list",
     ),
     "eval": _command(
         "eval.run:main", "evaluate a model directory on a questions file, by the agent or another strategy"

@@ -18,6 +18,7 @@ from types import FrameType
 
 import psutil
 
+from launch.presets import expand, listing
 from megatron_sd.config import Config
 from megatron_sd.config.load import load
 from megatron_sd.distributed.control import STARTER, STOPPED_EXIT_CODE
@@ -34,10 +35,16 @@ _PARENT_DIED = 1  # PR_SET_PDEATHSIG of prctl(2)
 
 
 def main(argv: Sequence[str]) -> None:
-    """`sd-search train`: check the configuration here, then start the ranks. Raises what the ranks' failure
-    means."""
+    """`sd-search train`: check the configuration here, then start the ranks; `--list`: the methods that
+    `--as` knows. Raises what the ranks' failure means."""
+    if "--list" in argv:
+        print(listing())
+        return
     num_ranks, rest = split_num_ranks(argv)
+    rest, preset = expand(rest)
     config = load(rest)  # a typo ends here, once, before any process starts
+    if preset is not None:
+        print(f"as {preset.name}: {preset.about}; differs: {preset.differs}", flush=True)
     refuse_held(Path(config.run_dir))
     remarks = check_memory(config, num_ranks)
     start_ranks(num_ranks, rest, remarks)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from launch.presets import expand
 from megatron_sd.config import Config
 from megatron_sd.config.load import dump, load
 from megatron_sd.errors import ConfigError
@@ -56,7 +57,7 @@ def sft_job(own: SftConfig, config: Config) -> Job:
 
 def _read_training(argv: Sequence[str]) -> Job:
     try:
-        return training_job(load(argv))
+        return training_job(load(expand(argv)[0]))
     except ConfigError as error:
         key = str(error).partition(":")[0]
         if key in _KEYS_OF_SFT:

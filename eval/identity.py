@@ -43,7 +43,8 @@ def model_version(path: str) -> str:
     return xxhash.xxh3_128(json.dumps(entries).encode()).hexdigest()
 
 
-# Sections of the configuration that an identity holds whole.
+# Sections of the configuration that an identity holds whole: a key that is newer than an evaluation counts as its
+# default there.
 _SECTIONS: dict[str, dict[str, Any]] = {
     "reward": json.loads(json.dumps(dataclasses.asdict(RewardConfig()))),
     "protocol": json.loads(json.dumps(dataclasses.asdict(ProtocolConfig()))),
@@ -92,15 +93,20 @@ def check_causal(path: str) -> None:
         )
 
 
-def claim(output: Path, identity: Mapping[str, Any]) -> None:
-    """Make `output` the directory of this evaluation. Raises ConfigError when it is that of another one."""
+def claim(
+    output: Path, identity: Mapping[str, Any], sections: Mapping[str, Mapping[str, Any]] | None = None
+) -> None:
+    """Make `output` the directory of this evaluation. Raises ConfigError when it is that of another one.
+
+    sections: defaults of further sections of the identity, for keys that are newer than the evaluation.
+    """
     path = output / IDENTITY_NAME
     wanted = json.loads(json.dumps(identity))
     if path.exists():
         found = read_identity(output)
-        for name, defaults in _SECTIONS.items():  # keys that are newer than the evaluation
+        for name, defaults in (_SECTIONS | dict(sections or {})).items():
             if isinstance(found.get(name), dict):
-                found[name] = defaults | found[name]
+                found[name] = dict(defaults) | found[name]
         for key in wanted.keys() | found.keys():
             if found.get(key) != wanted.get(key):
                 raise ConfigError(

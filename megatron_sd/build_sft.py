@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_sd.algorithm.advantages.from_rewards import GroupAdvantages
+from megatron_sd.algorithm.advantages.estimator import GroupAdvantages
 from megatron_sd.algorithm.advantages.table import ADVANTAGES
 from megatron_sd.algorithm.assemble import own_batch
 from megatron_sd.algorithm.blocks import BLOCKS

@@ -254,7 +254,7 @@ class Microbatch:
         positions b * St + i in the continuations' hidden states.
     query_rows: [Q] increasing indices into the R rows, of the same tokens; query_weights: [Q] per-row
     weight (1 / tokens of the
-        rollout's queries); query_in_spread: [Q] bool, the row's group has reward spread.
+        rollout's queries); query_in_spread: [Q] bool, the row's group_has_spread.
     is_packed: sequences are read one after the other in one row, without their padding
     (algorithm/packed.py). An empty microbatch has B = 1, S = 1 and R = Q = 0: it still runs, so that
     collectives stay aligned across ranks. For the same reason a microbatch without query rows may carry a

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_sd.algorithm.advantages.from_rewards import GroupAdvantages
+from megatron_sd.algorithm.advantages.estimator import GroupAdvantages
 from megatron_sd.algorithm.hindsight import Blocks, HindsightBlocks, shown
 from megatron_sd.algorithm.packing import padding_share
 from megatron_sd.algorithm.samples import TeacherPrompts

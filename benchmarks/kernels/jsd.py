@@ -73,6 +73,19 @@ def cpu_seconds(loss: Callable, student: torch.Tensor, teacher: torch.Tensor) ->
     return elapsed
 
 
+def make_inputs() -> tuple[float, dict[str, tuple[torch.Tensor, torch.Tensor]]]:
+    """The exact divergence of the rounded logits, and student and teacher by the dtype they come in."""
+    generator = torch.Generator().manual_seed(0)
+    student = 3.0 * torch.randn(NUM_ROWS, VOCABULARY, generator=generator)
+    teacher = student + 0.5 * torch.randn(NUM_ROWS, VOCABULARY, generator=generator)
+    pairs = zip(student.split(8), teacher.split(8), strict=True)
+    exact = sum(trl_formula(a.bfloat16().double(), b.bfloat16().double()).item() for a, b in pairs)
+    return exact, {
+        "bf16": (student.bfloat16().requires_grad_(), teacher.bfloat16()),
+        "fp32": (student.bfloat16().float().requires_grad_(), teacher.bfloat16().float()),
+    }
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -80,15 +93,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--no-compile", action="store_true")
     options = parser.parse_args()
-    generator = torch.Generator().manual_seed(0)
-    student = 3.0 * torch.randn(NUM_ROWS, VOCABULARY, generator=generator)
-    teacher = student + 0.5 * torch.randn(NUM_ROWS, VOCABULARY, generator=generator)
-    pairs = zip(student.split(8), teacher.split(8), strict=True)
-    exact = sum(trl_formula(a.bfloat16().double(), b.bfloat16().double()).item() for a, b in pairs)
-    inputs = {
-        "bf16": (student.bfloat16().requires_grad_(), teacher.bfloat16()),
-        "fp32": (student.bfloat16().float().requires_grad_(), teacher.bfloat16().float()),
-    }
+    exact, inputs = make_inputs()
     variants = {
         "native, bf16": (through_the_door("cpp"), "bf16"),
         "native, fp32": (through_the_door("cpp"), "fp32"),

@@ -5,8 +5,9 @@ gathered and loaded.
 
 float32 on both sides. Every round moves all weights a little, publishes them by both ways in turn, and
 after each samples a few completions, whose log-probabilities are compared with those of transformers on the
-gathered weights. Seconds are of `publish`, from every rank's call to the last one's return; MiB are what
-crosses from one process to another. Run it where vLLM is installed (make .venv-vllm/ready).
+gathered weights. Seconds are of `publish`, from every rank's call to the last one's return. MiB are what
+crosses from one process to another: of shards counted as they are sent, of the other way reckoned. Run it
+where vLLM is installed (make .venv-vllm/ready).
 """
 
 from __future__ import annotations

@@ -143,19 +143,15 @@ def _measure(config: GateConfig, questions: Sequence[Question], world: World) ->
 
 def _begin(output: Path, identity: Mapping[str, Any], draws: Draws) -> None:
     """Make the output this gate's, or go on with it."""
-    claim(output, identity)
+    claim(output, identity, {"gate": _section(LiftConfig())})
     draws.mend()
 
 
 def _identity(config: GateConfig, questions: Sequence[Question], side: RolloutSide) -> dict[str, Any]:
     """What two starts must have in common to be one gate."""
-    lift = dataclasses.asdict(config.lift)
-    del lift["num_resamples"]
-    if not lift["only_mixed"]:  # as a gate was that did not know the choice
-        del lift["only_mixed"]
     own = config.model, config.retriever, config.protocol, config.rollout
     return {
-        "gate": lift | {"variants": list(config.lift.variants)},
+        "gate": _section(config.lift),
         "questions_version": questions_version(questions),
         "num_questions": len(questions),
         "group_size": config.rollout.group_size,
@@ -165,6 +161,11 @@ def _identity(config: GateConfig, questions: Sequence[Question], side: RolloutSi
         "reward": dataclasses.asdict(config.reward),
         **rollouts_identity(*own, corpus_version=side.retriever.corpus_version),
     }
+
+
+def _section(lift: LiftConfig) -> dict[str, Any]:
+    """What of it decides what is sampled, as JSON values."""
+    return dataclasses.asdict(lift) | {"variants": list(lift.variants), "num_resamples": None}
 
 
 def _record(path: Path, config: GateConfig, num_questions: int, report: LiftReport) -> None:

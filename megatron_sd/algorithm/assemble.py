@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 
-from megatron_sd.algorithm.advantages.from_rewards import GroupAdvantages
+from megatron_sd.algorithm.advantages.estimator import GroupAdvantages
 from megatron_sd.algorithm.hindsight import Blocks
 from megatron_sd.algorithm.packing import pack
 from megatron_sd.algorithm.samples import GATES, GateContext, TeacherPrompts, apply_gate

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_sd.algorithm.advantages.from_rewards import GroupAdvantages
+from megatron_sd.algorithm.advantages.estimator import GroupAdvantages
 from megatron_sd.algorithm.hindsight import is_correct
 from megatron_sd.errors import BarrenStepError, RolloutError
 from megatron_sd.records import Rollout, RolloutGroup, TokenIds, TrainingSample

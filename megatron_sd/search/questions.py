@@ -49,9 +49,12 @@ def load_questions(
             if limit is not None and len(questions) == limit:
                 break
     if not questions:
-        found = f", found {', '.join(map(repr, sorted(splits)))}" if splits else ""
-        hint = f" of split {split!r}{found}: name a split that is there, or import with --split {split}"
-        raise DataError(f"{path} holds no question{hint if split is not None else ''}")
+        if not splits or split is None:
+            raise DataError(f"{path} holds no question")
+        raise DataError(
+            f"{path} holds no question of split {split!r}, found {', '.join(map(repr, sorted(splits)))}: name a"
+            f" split that is there, or import with --split {split}"
+        )
     return tuple(questions)
 
 

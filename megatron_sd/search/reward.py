@@ -184,7 +184,7 @@ def score_rollout(rollout: Rollout, group: RolloutGroup, config: RewardConfig) -
         em=answer["em"],
         has_answer=rollout.answer is not None,
         format_valid=valid,
-        found_gold=_found_gold(rollout, golds, normalize),
+        found_gold=lambda: _found_gold(rollout, golds, normalize),
         num_sampled=sum(len(turn.completion_ids) for turn in rollout.turns),
     )
     penalty = overlong_penalty(parts.num_sampled, config)

@@ -11,14 +11,14 @@ from megatron_sd.config import RewardConfig
 @dataclass(frozen=True, kw_only=True)
 class RewardParts:
     """What a reward is made of. answer: the score that reward.answer names. em: 1.0 for an exact match.
-    has_answer: an answer was closed. format_valid: 1.0 for a valid form. found_gold: a gold answer stands in
-    what a search found. num_sampled: tokens that the policy sampled."""
+    has_answer: an answer was closed. format_valid: 1.0 for a valid form. found_gold: whether a gold answer
+    stands in what a search found, looked for when it is asked. num_sampled: tokens that the policy sampled."""
 
     answer: float
     em: float
     has_answer: bool
     format_valid: float
-    found_gold: bool
+    found_gold: Callable[[], bool]
     num_sampled: int
 
 
@@ -34,7 +34,8 @@ def structured(parts: RewardParts, config: RewardConfig) -> float:
     if parts.em:
         return 1.0 if parts.format_valid else 1.0 - config.structure
     if parts.format_valid:
-        return config.structure + (config.retrieval if parts.found_gold else 0.0)
+        is_paid = config.retrieval > 0.0 and parts.found_gold()
+        return config.structure + (config.retrieval if is_paid else 0.0)
     return config.final if parts.has_answer else 0.0
 
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_sd.algorithm.advantages import stepsearch
-from megatron_sd.algorithm.advantages.from_rewards import grpo, has_spread
+from megatron_sd.algorithm.advantages.from_rewards import grpo
 from megatron_sd.algorithm.advantages.graph_hca import success_chances, turn_credits
 from megatron_sd.algorithm.advantages.states import STATES
 from megatron_sd.algorithm.advantages.stepsearch import step_rewards
@@ -180,7 +180,6 @@ def test_grpo_sums_to_zero_and_keeps_the_order_of_rewards(values):
 @pytest.mark.parametrize("values", [[0.3], [0.1, 0.1, 0.1], [0.0, 0.0], [1.0] * 5])
 def test_equal_rewards_give_exactly_zero(name, values):
     assert of(name, make_group(values)) == [[(0.0,)] * len(values)]
-    assert not has_spread(make_group(values))
 
 
 @pytest.mark.parametrize("name", RELATIVE)

@@ -13,24 +13,41 @@ import pytest
 
 from data_prep.world.world import WorldConfig
 from launch.programs import make_world
+from megatron_sd.algorithm.advantages.states import STATES
+from megatron_sd.algorithm.advantages.table import ADVANTAGES
+from megatron_sd.algorithm.blocks import BLOCKS
 from megatron_sd.algorithm.hindsight import RENDERERS
+from megatron_sd.algorithm.policy_loss import POLICY_LOSSES
 from megatron_sd.algorithm.samples import GATES, SCOPES
 from megatron_sd.build import build_trainer
-from megatron_sd.config import DistillConfig
+from megatron_sd.config import AdvantageConfig, DistillConfig, PolicyLossConfig, RewardConfig
 from megatron_sd.config.load import load
 from megatron_sd.distributed.world import join_world
 from megatron_sd.ops.divergence import DIVERGENCES
+from megatron_sd.search.reward import ANSWER_SCORES
+from megatron_sd.search.reward_shapes import REWARD_SHAPES
 
 START_POLICY = Path(str(files("data_prep"))) / "coldstart_model"
 VOCABULARY = json.loads((START_POLICY / "config.json").read_text())["vocab_size"]
 
 
 @pytest.mark.parametrize(
-    ("key", "table"),
-    [("scope", SCOPES), ("gate", GATES), ("divergence", DIVERGENCES), ("block_format", RENDERERS)],
+    ("section", "key", "table"),
+    [
+        (DistillConfig, "block", [*BLOCKS, "none"]),
+        (DistillConfig, "scope", SCOPES),
+        (DistillConfig, "gate", GATES),
+        (DistillConfig, "divergence", DIVERGENCES),
+        (DistillConfig, "block_format", RENDERERS),
+        (AdvantageConfig, "estimator", ADVANTAGES),
+        (AdvantageConfig, "state", STATES),
+        (PolicyLossConfig, "objective", POLICY_LOSSES),
+        (RewardConfig, "shape", REWARD_SHAPES),
+        (RewardConfig, "answer", ANSWER_SCORES),
+    ],
 )
-def test_every_choice_of_the_configuration_exists(key, table):
-    assert set(get_args(get_type_hints(DistillConfig)[key])) == set(table)
+def test_every_choice_of_the_configuration_exists(section, key, table):
+    assert set(get_args(get_type_hints(section)[key])) == set(table)
 
 
 @pytest.fixture(scope="module")

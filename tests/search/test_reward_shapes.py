@@ -12,7 +12,9 @@ from megatron_sd.search.reward_shapes import RewardParts, overlong_penalty, plai
 from tests.builders import group, hit, rollout
 
 STRUCTURED = RewardConfig(answer="em", shape="structured", structure=0.2, final=0.1, retrieval=0.1)
-PARTS = RewardParts(answer=0.0, em=0.0, has_answer=True, format_valid=1.0, found_gold=False, num_sampled=10)
+PARTS = RewardParts(
+    answer=0.0, em=0.0, has_answer=True, format_valid=1.0, found_gold=lambda: False, num_sampled=10
+)
 
 
 @pytest.mark.parametrize(
@@ -20,15 +22,24 @@ PARTS = RewardParts(answer=0.0, em=0.0, has_answer=True, format_valid=1.0, found
     [
         ({"em": 1.0}, 1.0),
         ({"em": 1.0, "format_valid": 0.0}, 0.8),
-        ({"found_gold": True}, 0.3),
+        ({"found_gold": lambda: True}, 0.3),
         ({}, 0.2),
         ({"format_valid": 0.0}, 0.1),
-        ({"format_valid": 0.0, "found_gold": True}, 0.1),
+        ({"format_valid": 0.0, "found_gold": lambda: True}, 0.1),
         ({"format_valid": 0.0, "has_answer": False}, 0.0),
     ],
 )
 def test_the_structured_reward_is_a_substitution(changes, reward):
     assert structured(dataclasses.replace(PARTS, **changes), STRUCTURED) == pytest.approx(reward)
+
+
+def test_passages_are_not_read_for_a_reward_that_does_not_ask():
+    def looked() -> bool:
+        raise AssertionError("the passages were read")
+
+    parts = dataclasses.replace(PARTS, found_gold=looked)
+    assert plain(parts, RewardConfig()) == 0.0
+    assert structured(parts, dataclasses.replace(STRUCTURED, retrieval=0.0)) == pytest.approx(0.2)
 
 
 def test_the_plain_reward_is_a_sum():

@@ -74,6 +74,7 @@ def sampled_ids(run_dir: Path) -> list[list[int]]:
 
 @pytest.mark.slow
 def test_a_run_trains_distils_and_measures(straight):
+    assert (straight / "control").is_dir(), "where anybody may put STOP"
     steps = without_clocks(straight)
     assert list(steps) == [1, 2, 3, 4]
     assert steps[1]["distill/alpha"] == 0.0, "warm-up"

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Hashable, Sequence
-from statistics import fmean, stdev
 
-from megatron_sd.algorithm.advantages.from_rewards import STD_EPSILON, GroupAdvantages, reward_of
+from megatron_sd.algorithm.advantages.estimator import GroupAdvantages, relative, rewards_of
 from megatron_sd.algorithm.advantages.states import STATES
 from megatron_sd.config import AdvantageConfig
 from megatron_sd.records import RolloutGroup
@@ -27,8 +26,8 @@ def gigpo(groups: Sequence[RolloutGroup], config: AdvantageConfig) -> list[Group
 
 def _of_group(group: RolloutGroup, config: AdvantageConfig) -> GroupAdvantages:
     rollouts = group.usable
-    rewards = [reward_of(rollout) for rollout in rollouts]
-    whole = _relative(rewards, config.normalize)
+    rewards, scaled = rewards_of(group), config.normalize == "mean_std"
+    whole = relative(rewards, scaled=scaled)
     members: dict[Hashable, list[tuple[int, int]]] = defaultdict(list)  # (rollout, turn) by place
     for i, places in enumerate(STATES[config.state](rollouts)):
         for k in range(len(rollouts[i].turns)):
@@ -36,18 +35,9 @@ def _of_group(group: RolloutGroup, config: AdvantageConfig) -> GroupAdvantages:
     by_turn: dict[tuple[int, int], float] = {}
     for turns in members.values():
         returns = [config.discount ** (len(rollouts[i].turns) - 1 - k) * rewards[i] for i, k in turns]
-        by_turn |= zip(turns, _relative(returns, config.normalize), strict=True)
+        by_turn |= zip(turns, relative(returns, scaled=scaled), strict=True)
     own = {
         rollout.index: tuple(whole[i] + config.weight * by_turn[i, k] for k in range(len(rollout.turns)))
         for i, rollout in enumerate(rollouts)
     }
     return [own.get(rollout.index, (0.0,) * len(rollout.turns)) for rollout in group.rollouts]
-
-
-def _relative(values: Sequence[float], normalize: str) -> list[float]:
-    """Less their mean, and over their deviation for mean_std; exactly 0 where all are equal, or one is alone."""
-    if len(values) < 2 or min(values) == max(values):
-        return [0.0] * len(values)
-    mean = fmean(values)
-    scale = 1.0 / (stdev(values) + STD_EPSILON) if normalize == "mean_std" else 1.0
-    return [scale * (value - mean) for value in values]

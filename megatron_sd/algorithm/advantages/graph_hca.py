@@ -6,9 +6,9 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Mapping, Sequence
-from statistics import fmean, stdev
 
-from megatron_sd.algorithm.advantages.from_rewards import GroupAdvantages, grpo
+from megatron_sd.algorithm.advantages.estimator import GroupAdvantages, relative
+from megatron_sd.algorithm.advantages.from_rewards import grpo
 from megatron_sd.algorithm.advantages.states import STATES
 from megatron_sd.config import AdvantageConfig
 from megatron_sd.records import Rollout, RolloutGroup
@@ -26,7 +26,7 @@ def graph_hca(groups: Sequence[RolloutGroup], config: AdvantageConfig) -> list[G
     Places (states.py) and the turns between them make a graph; a rollout's last turn leads to success (exact
     match) or failure. The chance of success from a place is phi(s) = discount * sum over its turns of phi(next) /
     number of turns, 1 and 0 at the ends. A turn's raw credit is ln max(phi(next), .01) - ln max(phi(s), .01),
-    standardised (sample deviation) among the turns taken from the same place: alone there, or without spread, 0.
+    standardised (sample deviation + 1e-6) among the turns taken from the same place: alone there, or without spread, 0.
     w: config.weight; 0 is GRPO bit for bit. Which deviation the authors take is not known to us.
     """
     found = []
@@ -85,7 +85,6 @@ def _log(chance: float) -> float:
 
 
 def _standardised(values: Sequence[float]) -> list[float]:
-    if len(values) < 2 or math.isclose(min(values), max(values), abs_tol=1e-9):
-        return [0.0] * len(values)
-    mean, deviation = fmean(values), stdev(values)
-    return [(value - mean) / deviation for value in values]
+    """Values that only the iteration's rounding tells apart count as equal."""
+    same = math.isclose(min(values), max(values), abs_tol=1e-9)
+    return [0.0] * len(values) if same else relative(values, scaled=True)

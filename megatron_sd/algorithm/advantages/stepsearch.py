@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import fmean
 
-from megatron_sd.algorithm.advantages.from_rewards import GroupAdvantages, reward_of
+from megatron_sd.algorithm.advantages.estimator import GroupAdvantages, reward_of
 from megatron_sd.config import AdvantageConfig
 from megatron_sd.records import Rollout, RolloutGroup
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from megatron_sd.algorithm.advantages import from_rewards
-from megatron_sd.algorithm.advantages.from_rewards import Estimator
+from megatron_sd.algorithm.advantages.estimator import Estimator
 from megatron_sd.algorithm.advantages.gigpo import gigpo
 from megatron_sd.algorithm.advantages.graph_hca import graph_hca
 from megatron_sd.algorithm.advantages.stepsearch import stepsearch

@@ -87,7 +87,7 @@ def test_two_machines_train_as_one_does(world, tmp_path, monkeypatch):
 @pytest.mark.parametrize(("asked", "code"), [("2", 0), ("4", 3)])
 def test_another_number_of_ranks_than_was_asked_for_is_refused(asked, code):
     ranks = nursery().start("tests.rank_programs.join:run", None, ranks=2, environment={EXPECTED_SIZE: asked})
-    assert ranks.wait(LIMIT_S) == [code, code]
+    assert ranks.wait(LIMIT_S) == [code, code], ranks.output()
     assert code == 0 or all(
         "WORLD_SIZE is 2, expected 4, which MEGATRON_SD_WORLD_SIZE asks for" in ranks.output_of(rank)
         for rank in range(2)

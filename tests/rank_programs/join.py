@@ -1,5 +1,7 @@
 """Ranks that join and say what was wrong: the world of a launcher, and the doctor's meeting of nodes."""
 
+import torch.distributed as dist
+
 from launch.doctor import checks
 from megatron_sd.distributed.world import join_world
 from megatron_sd.errors import ConfigError, MegatronSdError
@@ -12,6 +14,7 @@ def run(_: None) -> int:
     except ConfigError as error:
         print(error)
         return 3
+    dist.barrier()  # or rank 0 could end, and its store with it, while another is still joining
     return 0
 
 

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_sd.config import RetrieverConfig
-from megatron_sd.config.checks import check_ranges
+from megatron_sd.config.ranges import check_ranges
 from megatron_sd.errors import DataError
 from megatron_sd.records import Hit, Question
 from megatron_sd.retrieval.choice import open_retriever

@@ -26,8 +26,8 @@ from eval.strategies.table import build_strategy, form_of
 from eval.summary import dumps, summarize, to_markdown
 from megatron_sd.build import RolloutSide, build_rollout_side
 from megatron_sd.config import ModelConfig, ProtocolConfig, RetrieverConfig, RewardConfig, RolloutConfig
-from megatron_sd.config.checks import check_ranges
 from megatron_sd.config.command_line import parse
+from megatron_sd.config.ranges import check_ranges
 from megatron_sd.durable.files import append_lines, cut_torn_line
 from megatron_sd.durable.run_lock import hold
 from megatron_sd.errors import RolloutError

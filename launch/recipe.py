@@ -36,8 +36,9 @@ from eval.gate.command import GateConfig
 from eval.sample import SampleConfig
 from launch import local
 from megatron_sd.config import Config
-from megatron_sd.config.checks import check, check_ranges
+from megatron_sd.config.checks import check
 from megatron_sd.config.command_line import parse
+from megatron_sd.config.ranges import check_ranges
 from megatron_sd.durable.directories import committed
 from megatron_sd.durable.run_lock import hold
 from megatron_sd.errors import ConfigError, DataError, MegatronSdError

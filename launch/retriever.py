@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_sd.config import SearchConfig
-from megatron_sd.config.checks import check_ranges
 from megatron_sd.config.command_line import parse
+from megatron_sd.config.ranges import check_ranges
 from megatron_sd.retrieval.corpus.directory import CorpusRetriever
 from megatron_sd.retrieval.remote.client import read_token
 from megatron_sd.retrieval.service.server import serve

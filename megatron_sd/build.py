@@ -16,12 +16,20 @@ import torch
 from transformers.utils.logging import disable_progress_bar
 
 from megatron_sd.algorithm.advantages.table import ADVANTAGES
-from megatron_sd.algorithm.assemble import own_batch, teacher_prompts
+from megatron_sd.algorithm.assemble import own_minibatches, teacher_prompts
 from megatron_sd.algorithm.blocks import BLOCKS, BY_TURN
 from megatron_sd.algorithm.hindsight import RENDERERS, HindsightBlocks
+from megatron_sd.algorithm.refinements import refinements
 from megatron_sd.algorithm.samples import SCOPES, to_samples
 from megatron_sd.build_policy import build_policy
-from megatron_sd.config import Config, ModelConfig, ProtocolConfig, RetrieverConfig, RolloutConfig
+from megatron_sd.config import (
+    Config,
+    DistillConfig,
+    ModelConfig,
+    ProtocolConfig,
+    RetrieverConfig,
+    RolloutConfig,
+)
 from megatron_sd.config.checks import engine_reads_policy
 from megatron_sd.config.load import dump
 from megatron_sd.distributed.collectives import shared_out
@@ -56,6 +64,7 @@ from megatron_sd.training.publisher import (
     Publisher,
     sharded_or_gathering,
 )
+from megatron_sd.training.rereading import reread
 from megatron_sd.training.safety.stability import Stability
 from megatron_sd.training.safety.starts import ATTEMPTS_NAME, Attempts
 from megatron_sd.training.state.checkpoint import Checkpoints
@@ -170,23 +179,23 @@ def build_trainer(config: Config, world: World) -> Trainer:
         sampling=_sampling_order(config, world, questions, side),
         score=functools.partial(score, config=config.reward),
         advantages=functools.partial(ADVANTAGES[config.advantage.estimator], config=config.advantage),
-        hindsight=HindsightBlocks(
-            first_step=config.distill.alpha.warmup_steps,
-            build=BLOCKS[config.distill.block],
-            render=RENDERERS[config.distill.block_format],
-            correct_above=config.distill.correct_above,
-            seed=config.seed,
-            by_turn=config.distill.block in BY_TURN,
-        ),
+        hindsight=hindsight_of(config.distill, config.seed),
         teacher_prompts=functools.partial(
             teacher_prompts, prompt_ids=side.environment.prompt_ids, config=config.distill
         ),
         to_samples=functools.partial(to_samples, scope=SCOPES[config.distill.scope]),
         pack=functools.partial(
-            own_batch,
+            own_minibatches,
             config=config.update,
             aggregation=config.policy_loss.aggregation,
+            most_tokens=config.rollout.most_sampled_tokens,
             place=parallel.batch,
+        ),
+        reread=functools.partial(
+            reread,
+            refinements=refinements(config.policy_loss, config.advantage, config.update),
+            with_teacher=config.advantage.modulation != "none",
+            epochs=config.update.epochs,
         ),
         alpha=AlphaController(config.distill),
         policy=policy,
@@ -200,6 +209,18 @@ def build_trainer(config: Config, world: World) -> Trainer:
         work=side.work,
         stability=Stability(config.safety),
         attempts=Attempts(run_dir / ATTEMPTS_NAME, world, limit=config.safety.max_idle_attempts),
+    )
+
+
+def hindsight_of(distill: DistillConfig, seed: int) -> HindsightBlocks:
+    """What the teacher is shown of a group."""
+    return HindsightBlocks(
+        first_step=distill.alpha.warmup_steps,
+        build=BLOCKS[distill.block],
+        render=RENDERERS[distill.block_format],
+        correct_above=distill.correct_above,
+        seed=seed,
+        by_turn=distill.block in BY_TURN,
     )
 
 

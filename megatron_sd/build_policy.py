@@ -38,7 +38,9 @@ def build_policy(config: Config, parallel: Parallel) -> Policy:
         parallel,
         zero_stage=config.update.zero_stage,
         learning_rate_of=functools.partial(
-            learning_rate, num_steps=config.num_steps, config=config.optimizer
+            learning_rate,
+            num_steps=config.num_steps * config.update.updates_per_batch,
+            config=config.optimizer,
         ),
         reference=reference,
         teacher=teacher,

@@ -15,7 +15,7 @@ from typing import Any
 
 from megatron_sd.algorithm.advantages.estimator import GroupAdvantages
 from megatron_sd.algorithm.advantages.table import ADVANTAGES
-from megatron_sd.algorithm.assemble import own_batch
+from megatron_sd.algorithm.assemble import own_batch, own_minibatches
 from megatron_sd.algorithm.blocks import BLOCKS
 from megatron_sd.algorithm.hindsight import RENDERERS, Blocks, HindsightBlocks
 from megatron_sd.algorithm.samples import SCOPES, TeacherPrompts, to_samples
@@ -117,11 +117,12 @@ def build_sft_trainer(config: Config, own: SftConfig, world: World) -> Trainer:
         teacher_prompts=_no_teacher,
         to_samples=functools.partial(to_samples, scope=SCOPES[config.distill.scope]),
         pack=functools.partial(
-            own_batch,
+            own_minibatches,
             config=config.update,
             aggregation=config.policy_loss.aggregation,
             place=parallel.batch,
         ),
+        reread=lambda batches, policy: batches,  # nothing is known of episodes but what was stored
         alpha=AlphaController(config.distill),
         policy=policy,
         publisher=sampling.publisher,

@@ -176,7 +176,7 @@ class TrainingSample:
     ids: [L] int64, prompt and everything after it. loss_mask: [L] bool, True where the policy sampled the
     token. rollout_logprobs: [L] float32, the engine's log-probability where loss_mask, else 0.
     advantages: [L] float32, what the turn that a token was sampled in is worth (one number a turn), 0 where
-    not sampled.
+    not sampled. turns: [L] int64, the number of the turn that a token was sampled in, 0 where not sampled.
     query_positions: [Q] int64, increasing positions in `ids` of search-query tokens; the logits at p-1
     predict the token at p. teacher_prompt_ids: the prompt with the hindsight block, or None when this
     sample is not distilled (no block, gated off). later_prompts: where the block differs from turn to turn,
@@ -190,6 +190,7 @@ class TrainingSample:
     rollout_logprobs: np.ndarray
     query_positions: np.ndarray
     advantages: np.ndarray
+    turns: np.ndarray
     group: int
     group_has_spread: bool
     teacher_prompt_ids: TokenIds | None = None
@@ -246,7 +247,10 @@ class Microbatch:
     input_ids: [B, S]; lengths: [B]. row_index: [R] flat positions b * S + (p - 1) whose hidden state
     predicts a completion
         token; targets, rollout_logprobs, advantages, row_weights: [R] (weights already hold the per-row
-        part of the loss aggregation, see packing.py).
+        part of the loss aggregation, see packing.py). old_logprobs: [R], the denominators of the policy
+        loss's ratios: rollout_logprobs, unless they were read anew before the update.
+        rollouts, turns: [R], numbers of the rollout and of the turn that a row belongs to, counted from 0
+        over the microbatch; groups: [R], of its question, in the step.
     The teacher reads each distinct prompt once: teacher_prompts: [U, Sp], all but the last token of a
     prompt;
         teacher_prompt_lengths: [U]. Then each rollout as its continuation: teacher_ids: [Bt, St];
@@ -266,8 +270,12 @@ class Microbatch:
     row_index: np.ndarray
     targets: np.ndarray
     rollout_logprobs: np.ndarray
+    old_logprobs: np.ndarray
     advantages: np.ndarray
     row_weights: np.ndarray
+    rollouts: np.ndarray
+    turns: np.ndarray
+    groups: np.ndarray
     teacher_prompts: np.ndarray
     teacher_prompt_lengths: np.ndarray
     teacher_prompt_of: np.ndarray
@@ -318,7 +326,7 @@ class Microbatch:
 class Totals:
     """Global denominators of one optimiser step, summed over all ranks before the first backward."""
 
-    policy_weight: float  # sum of row_weights (tokens, or rollouts, by the aggregation)
+    policy_weight: float  # of the mean over rows: tokens, or rollouts, by the aggregation
     distilled_rollouts: float  # rollouts that have at least one query token and a teacher
 
 
@@ -340,3 +348,9 @@ class UpdateResult:
     grad_norm: float
     learning_rate: float
     metrics: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def scalars(self) -> dict[str, float]:
+        """All of it by TensorBoard name."""
+        own = {"optim/grad_norm": self.grad_norm, "optim/learning_rate": self.learning_rate}
+        return {**self.metrics, **own}

@@ -28,8 +28,9 @@ from megatron_sd.config import (
     UpdateConfig,
     VllmConfig,
 )
-from megatron_sd.config.checks import check, check_ranges
+from megatron_sd.config.checks import check
 from megatron_sd.config.command_line import parse
+from megatron_sd.config.ranges import check_ranges
 from megatron_sd.errors import ConfigError
 from megatron_sd.rollout.stored import EPISODES_NAME, TRAIN_NAME, VALIDATION_NAME, StoredGroups, read_record
 
@@ -106,6 +107,11 @@ def check_sft(own: SftConfig) -> None:
     """Raise ConfigError for a value out of range, and for an evaluation without what it needs. Reads no
     file."""
     check_ranges(own)
+    if own.update.updates_per_batch > 1:
+        raise ConfigError(
+            f"update.minibatches, update.epochs: found {own.update.minibatches} and {own.update.epochs}, expected"
+            " 1 and 1: episodes_per_step and num_epochs say how episodes are gone through"
+        )
     missing = [name for name in EVALUATION_SECTIONS if getattr(own, name) is None]
     if own.eval is not None and missing:
         raise ConfigError(

@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_sd.algorithm.advantages.estimator import GroupAdvantages
 from megatron_sd.algorithm.hindsight import Blocks, HindsightBlocks, shown
-from megatron_sd.algorithm.packing import padding_share
+from megatron_sd.algorithm.packing import packing_metrics
 from megatron_sd.algorithm.samples import TeacherPrompts
 from megatron_sd.distributed.collectives import agree_to_stop, together
 from megatron_sd.distributed.world import World
@@ -29,6 +29,7 @@ from megatron_sd.training.safety.stability import Stability
 from megatron_sd.training.safety.starts import Attempts
 from megatron_sd.training.state.checkpoint import Checkpoints
 from megatron_sd.training.teacher_side.gradient_ratio import AlphaController
+from megatron_sd.training.update_metrics import mean_of
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +72,8 @@ class Trainer:
     hindsight: HindsightBlocks
     teacher_prompts: Callable[[Groups, Blocks, list[GroupAdvantages]], TeacherPrompts]
     to_samples: Callable[[Groups, list[GroupAdvantages], TeacherPrompts], list[TrainingSample]]
-    pack: Callable[[Sequence[TrainingSample]], Batch]
+    pack: Callable[[Sequence[TrainingSample]], Sequence[Batch]]
+    reread: Callable[[Sequence[Batch], Policy], Sequence[Batch]]  # one batch an optimiser step, in order
     alpha: AlphaController
     policy: Policy
     publisher: Publisher[Any]
@@ -114,7 +116,7 @@ class Trainer:
         self.recorder.close()
 
     def take_step(self) -> None:
-        """One optimiser step: roll out, assemble, update, publish."""
+        """One step: roll out, assemble, update, publish."""
         with self.timers.phase("rollout"):
             groups = self.gather(lambda: self.sampling.take(self.step))
         with self.timers.phase("assemble"):
@@ -122,46 +124,40 @@ class Trainer:
             blocks = self.hindsight(groups, self.step)
             advantages = self.advantages(groups)
             prompts = self.teacher_prompts(groups, blocks, advantages)
-            batch = self.pack(self.to_samples(groups, advantages, prompts))
+            batches = self.pack(self.to_samples(groups, advantages, prompts))
         with self.timers.phase("update"):
-            # one pass; three on a step that measures the gradient ratio
-            for weights in self.alpha.passes(self.step):
-                with self.work.on("update", len(batch.microbatches), "microbatches") as task:
-                    for microbatch in batch:
-                        agree_to_stop(self.world)
-                        self.policy.accumulate(microbatch, batch.totals, weights)
-                        task.add(done=1, tokens=microbatch.num_tokens)
-                self.alpha.observe(self.policy)
-            update = self.policy.step(self.stability.norm_limit())
-        self.stability.taken(self.step, update.grad_norm)
+            updates = [self.update(batch) for batch in self.reread(batches, self.policy)]
         self.step += 1
         with self.timers.phase("publish"):
             self.sampling.settle()
             self.publisher.publish(self.policy, self.engine, self.step)
-        self.record(groups, shown(blocks), batch, update)
+        self.record(groups, shown(blocks), batches, mean_of(updates))
         self.side_work(groups, shown(blocks))
+
+    def update(self, batch: Batch) -> UpdateResult:
+        """One optimiser step."""
+        # one pass; three on a step that measures the gradient ratio
+        for weights in self.alpha.passes(self.step):
+            with self.work.on("update", len(batch.microbatches), "microbatches") as task:
+                for microbatch in batch:
+                    agree_to_stop(self.world)
+                    self.policy.accumulate(microbatch, batch.totals, weights)
+                    task.add(done=1, tokens=microbatch.num_tokens)
+            self.alpha.observe(self.policy)
+        update = self.policy.step(self.stability.norm_limit())
+        self.stability.taken(self.step, update.grad_norm)
+        return update
 
     def gather(self, sample: Callable[[], list[RolloutGroup]]) -> list[RolloutGroup]:
         """Every rank samples its share; every rank gets all groups, in question order, or the error of
         one."""
         return [group for part in together(self.world, sample) for group in part]
 
-    def record(self, groups: Groups, blocks: Texts, batch: Batch, update: UpdateResult) -> None:
+    def record(self, groups: Groups, blocks: Texts, batches: Sequence[Batch], update: UpdateResult) -> None:
         """One line of metrics for the step that just ended."""
-        metrics: dict[str, float] = {}
-        metrics |= (
-            rollout_metrics(groups)
-            | lag_metrics(groups, self.step - 1)
-            | block_metrics(groups, blocks)
-            | update.metrics
-        )
-        metrics |= {"optim/grad_norm": update.grad_norm, "optim/learning_rate": update.learning_rate}
-        metrics |= {
-            "update/microbatches": len(batch.microbatches),
-            "update/padding_share": padding_share(batch),
-        }
-        metrics |= self.alpha.metrics() | self.timers.metrics() | memory_metrics()
-        self.recorder.record(self.step, metrics)
+        metrics = rollout_metrics(groups) | lag_metrics(groups, self.step - 1) | block_metrics(groups, blocks)
+        metrics |= update.scalars | packing_metrics(batches) | self.alpha.metrics()
+        self.recorder.record(self.step, metrics | self.timers.metrics() | memory_metrics())
 
     def side_work(self, groups: Groups, blocks: Texts) -> None:
         """What is due after this step: transcripts, a checkpoint, and, next in the loop, an evaluation."""

@@ -29,7 +29,7 @@ from torch import Tensor
 from benchmarks.baseline import Comparison, report
 from benchmarks.kernels.head_peers import checkpointed, whole_logits
 from benchmarks.resident import extra_mib
-from megatron_sd.algorithm.policy_loss import policy_rows
+from megatron_sd.algorithm.policy_loss import KnownRows, policy_rows
 from megatron_sd.config import PolicyLossConfig
 from megatron_sd.ops.divergence import Divergence
 from megatron_sd.ops.head.one_pass import linear_jsd
@@ -88,7 +88,9 @@ def make_inputs(shape: Shape, dtype: torch.dtype) -> Inputs:
 def loss_of(inputs: Inputs, logprobs: Tensor, divergences: Tensor, rows: slice = slice(None)) -> Tensor:
     """Clipped policy gradient of all rows and divergence of the query rows."""
     policy = policy_rows(
-        logprobs, inputs.rollout_logprobs[rows], inputs.advantages[rows], None, config=PolicyLossConfig()
+        logprobs,
+        KnownRows(inputs.rollout_logprobs[rows], inputs.rollout_logprobs[rows], inputs.advantages[rows]),
+        config=PolicyLossConfig(),
     )
     return policy.losses.sum() / len(inputs.hidden) + 0.1 * divergences.sum() / len(inputs.teacher)
 

@@ -53,7 +53,11 @@ def load_here(model_dir: str, kind: str) -> None:
             models[0],
             models[0],
             deepspeed_config(
-                config.update, config.optimizer, dtype=config.model.dtype, world_size=world.size
+                config.update,
+                config.optimizer,
+                dtype=config.model.dtype,
+                world_size=world.size,
+                device_type=world.device.type,
             ),
             world.device,
         )

@@ -49,6 +49,7 @@ def samples() -> list:
             rollout_logprobs=np.where(mask, -10.0, 0.0).astype(np.float32),
             query_positions=np.arange(PROMPT_LENGTH + 10, PROMPT_LENGTH + 10 + NUM_QUERY_TOKENS),
             advantages=np.float32(1.0 - index % 3) * mask,
+            turns=np.zeros(len(mask), np.int64),
             group=0,
             group_has_spread=True,
             teacher_prompt_ids=tuple(rng.integers(VOCABULARY, size=BLOCK_LENGTH + PROMPT_LENGTH).tolist()),

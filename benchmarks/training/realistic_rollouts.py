@@ -32,6 +32,7 @@ def samples(num_questions: int, vocabulary: int, *, scale: float) -> list:
                 rollout_logprobs=np.where(mask, -10.0, 0.0).astype(np.float32),
                 query_positions=positions,
                 advantages=np.float32(1.0 - index % 3) * mask,
+                turns=np.zeros(len(mask), np.int64),
                 group=group,
                 group_has_spread=True,
                 teacher_prompt_ids=teacher_prompt,

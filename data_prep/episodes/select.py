@@ -31,8 +31,8 @@ from data_prep.episodes.selection import (
 )
 from data_prep.sources.jsonl import write_rows
 from megatron_sd.config import ProtocolConfig, RolloutConfig
-from megatron_sd.config.checks import check_ranges
 from megatron_sd.config.command_line import parse
+from megatron_sd.config.ranges import check_ranges
 from megatron_sd.durable.files import write_whole
 from megatron_sd.durable.run_lock import hold
 from megatron_sd.errors import ConfigError, DataError

@@ -17,8 +17,8 @@ from eval.gate.lift import LiftConfig, LiftReport, measure_lift
 from eval.identity import claim, questions_version, rollouts_identity
 from megatron_sd.build import RolloutSide, build_rollout_side
 from megatron_sd.config import ModelConfig, ProtocolConfig, RetrieverConfig, RewardConfig, RolloutConfig
-from megatron_sd.config.checks import check_ranges
 from megatron_sd.config.command_line import parse
+from megatron_sd.config.ranges import check_ranges
 from megatron_sd.distributed.collectives import hold_together, share, together
 from megatron_sd.distributed.world import World, end_process, lone_world, world_of_program
 from megatron_sd.door import exit_code_of

@@ -129,7 +129,10 @@ def _states(shape: DecoderSizes, config: Config, world_size: int) -> list[Part]:
         Part(name="float32 masters", num_bytes=4 * trained if has_masters else 0, where=stepped),
         Part(name="AdamW's moments", num_bytes=8 * trained, where=stepped),
         Part(name="gradients", num_bytes=4 * (trained if stage >= 2 else all_trained)),
-        Part(name="reduce bucket", num_bytes=item * min(REDUCE_BUCKET_ELEMENTS, all_trained) if stage else 0),
+        Part(
+            name="reduce bucket",
+            num_bytes=item * min(REDUCE_BUCKET_ELEMENTS["cuda"], all_trained) if stage else 0,
+        ),
         Part(name="optimiser step", num_bytes=at_once, phases=("step",), where=stepped),
     ]
     if config.policy_loss.kl_weight > 0.0:

@@ -28,6 +28,10 @@ class TermWeights:
         return self.distill_spread != 0.0 or self.distill_no_spread != 0.0
 
 
+POLICY_TERM = TermWeights(policy=1.0, distill_spread=0.0, distill_no_spread=0.0)
+EVERY_TERM = TermWeights(policy=1.0, distill_spread=1.0, distill_no_spread=1.0)
+
+
 def query_row_weights(query_weights: Tensor, in_spread: Tensor, weights: TermWeights) -> Tensor:
     """[Q] float32 weight of every query row: alpha of its group times 1 / query tokens of its rollout (0:
     not in this pass).

@@ -6,8 +6,9 @@ Losses are sums over rows divided by global totals, so any packing gives the sam
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +17,12 @@ from megatron_sd.algorithm.distill_loss import TermWeights
 from megatron_sd.records import Batch, Microbatch, TokenIds, Totals, TrainingSample
 
 Bin = list[int]  # indices of the samples of one microbatch
+RowWeight = Callable[[TrainingSample], float]  # what each of its sampled tokens counts
+# the arrays of a microbatch that have an entry a row
+BY_ROW = (
+    *("row_index", "targets", "rollout_logprobs", "old_logprobs", "advantages", "row_weights"),
+    *("rollouts", "turns", "groups"),
+)
 Packer = Callable[[Sequence[TrainingSample]], Batch]  # all samples of the step -> this rank's part
 
 
@@ -25,6 +32,7 @@ def pack(
     max_tokens: int,
     world_size: int,
     aggregation: str,
+    most_tokens: int = 1,
     one_row: bool = False,
 ) -> list[Batch]:
     """One batch per rank, from all samples of the step; deterministic.
@@ -33,16 +41,16 @@ def pack(
     world_size and keeps each under max_tokens positions (student and teacher, padding included); the cut
     then makes the largest one as small as possible. A sample longer than max_tokens gets a microbatch of
     its own. Microbatches at the same place on different ranks have similar costs, because ranks wait for
-    each other there. aggregation: "token" (every completion token weighs 1) or "rollout" (1 / completion
-    tokens of its rollout). one_row: sequences are read without padding, and positions are counted as they
-    are then read (algorithm/packed.py).
+    each other there. aggregation, most_tokens: see row_weight. one_row: sequences are read without padding,
+    and positions are counted as they are then read (algorithm/packed.py).
     """
     sizes, tally = sizes_of(samples), _OneRowTally if one_row else _Tally
     bins = plan_bins(sizes, max_tokens, world_size, tally=tally)
+    weight = partial(row_weight, aggregation=aggregation, most_tokens=most_tokens)
     totals = count_totals(samples, aggregation)
     batches = []
     for rank_bins in assign_bins(bins, [bin_cost(sizes, b, tally=tally) for b in bins], world_size):
-        microbatches = [build_microbatch([samples[i] for i in b], aggregation) for b in rank_bins]
+        microbatches = [build_microbatch([samples[i] for i in b], weight) for b in rank_bins]
         batches.append(
             Batch(microbatches=tuple(replace(m, is_packed=one_row) for m in microbatches), totals=totals)
         )
@@ -51,11 +59,23 @@ def pack(
 
 def count_totals(samples: Sequence[TrainingSample], aggregation: str) -> Totals:
     """Global denominators of the step."""
-    policy_weight = sum(float(_row_weight(s, aggregation)) * int(s.loss_mask.sum()) for s in samples)
+    if aggregation == "constant":
+        policy_weight = float(len(samples))
+    else:
+        weights = [row_weight(s, aggregation=aggregation) for s in samples]
+        policy_weight = sum(
+            weight * int(s.loss_mask.sum()) for weight, s in zip(weights, samples, strict=True)
+        )
     return Totals(policy_weight=policy_weight, distilled_rollouts=float(sum(s.is_distilled for s in samples)))
 
 
-def _row_weight(sample: TrainingSample, aggregation: str) -> float:
+def row_weight(sample: TrainingSample, *, aggregation: str = "token", most_tokens: int = 1) -> float:
+    """What each of a rollout's tokens counts: "token", 1, for the mean over all tokens (DAPO); "rollout",
+    1 / its tokens, for the mean over rollouts of their means (GRPO); "constant", 1 / most_tokens, whatever
+    its length, for the mean over rollouts of their sums (Dr. GRPO, arXiv 2503.20783). most_tokens: what any
+    rollout may sample."""
+    if aggregation == "constant":
+        return 1.0 / most_tokens
     return {"token": 1.0, "rollout": 1.0 / max(int(sample.loss_mask.sum()), 1)}[aggregation]
 
 
@@ -187,10 +207,19 @@ def assign_bins(bins: Sequence[Bin], costs: Sequence[int], world_size: int) -> l
     return ranks
 
 
-def padding_share(batch: Batch) -> float:
-    """Positions of the batch, student's and teacher's, that hold no token."""
-    padding = sum(microbatch.num_padding_tokens for microbatch in batch)
-    return padding / sum(microbatch.input_ids.size + microbatch.teacher_ids.size for microbatch in batch)
+def padding_share(microbatches: Iterable[Microbatch]) -> float:
+    """Positions, student's and teacher's, that hold no token."""
+    sizes = [(m.num_padding_tokens, m.input_ids.size + m.teacher_ids.size) for m in microbatches]
+    return sum(padding for padding, _ in sizes) / sum(size for _, size in sizes)
+
+
+def packing_metrics(batches: Iterable[Batch]) -> dict[str, float]:
+    """Of this rank's part of a step, by TensorBoard name."""
+    microbatches = [microbatch for batch in batches for microbatch in batch]
+    return {
+        "update/microbatches": len(microbatches),
+        "update/padding_share": padding_share(microbatches),
+    }
 
 
 def align_teachers(batches: Sequence[Batch]) -> list[Batch]:
@@ -210,7 +239,7 @@ def align_teachers(batches: Sequence[Batch]) -> list[Batch]:
     ]
 
 
-def build_microbatch(samples: Sequence[TrainingSample], aggregation: str) -> Microbatch:
+def build_microbatch(samples: Sequence[TrainingSample], weight: RowWeight = row_weight) -> Microbatch:
     """The arrays of one microbatch (records.Microbatch says what they hold); no samples give the empty
     one."""
     input_ids, lengths = _pad([s.ids for s in samples] or [np.zeros(1, dtype=np.int64)])
@@ -227,14 +256,21 @@ def build_microbatch(samples: Sequence[TrainingSample], aggregation: str) -> Mic
     ]
     distilled = [s for s in samples if s.is_distilled]
     num_queries = [len(s.query_positions) for s in distilled]
+    logprobs = _join([s.rollout_logprobs[p] for s, p in zip(samples, positions)], np.float32)
+    own_turns = [s.turns[p] for s, p in zip(samples, positions)]
+    first_turns = np.cumsum([0, *(int(turns.max(initial=-1)) + 1 for turns in own_turns)])
     return Microbatch(
         input_ids=input_ids,
         lengths=lengths,
         row_index=_join([b * input_ids.shape[1] + p - 1 for b, p in enumerate(positions)], np.int64),
         targets=_join([s.ids[p] for s, p in zip(samples, positions)], np.int64),
-        rollout_logprobs=_join([s.rollout_logprobs[p] for s, p in zip(samples, positions)], np.float32),
+        rollout_logprobs=logprobs,
+        old_logprobs=logprobs,
         advantages=_join([s.advantages[p] for s, p in zip(samples, positions)], np.float32),
-        row_weights=_spread([_row_weight(s, aggregation) for s in samples], counts, np.float32),
+        row_weights=_spread([weight(s) for s in samples], counts, np.float32),
+        rollouts=_spread(range(len(samples)), counts, np.int64),
+        groups=_spread([s.group for s in samples], counts, np.int64),
+        turns=_join([first + turns for first, turns in zip(first_turns, own_turns)], np.int64),
         **_teacher_arrays(distilled),
         query_rows=_join(query_rows, np.int64),
         query_weights=_spread([1.0 / n for n in num_queries], num_queries, np.float32),
@@ -274,16 +310,14 @@ def distilled_part(microbatch: Microbatch, weights: TermWeights) -> Microbatch:
     kept = np.where(m.query_in_spread, weights.distill_spread, weights.distill_no_spread) != 0.0
     rows = m.query_rows[kept]
     if len(rows) == 0:
-        empty = replace(build_microbatch([], "token"), is_packed=m.is_packed)
+        empty = replace(build_microbatch([]), is_packed=m.is_packed)
         return empty.with_dummy_teacher() if m.has_teacher else empty
     input_ids, lengths, row_index, _ = _cut(m.input_ids, m.lengths, m.row_index[rows])
     teacher_ids, teacher_lengths, teacher_rows, used = _cut(
         m.teacher_ids, m.teacher_lengths, m.teacher_rows[kept]
     )
     prompts, prompt_of = np.unique(m.teacher_prompt_of[used], return_inverse=True)
-    by_row = {
-        name: getattr(m, name)[rows] for name in ("targets", "rollout_logprobs", "advantages", "row_weights")
-    }
+    by_row = {name: getattr(m, name)[rows] for name in BY_ROW if name != "row_index"}
     by_query = {name: getattr(m, name)[kept] for name in ("query_weights", "query_in_spread")}
     return Microbatch(
         input_ids=input_ids,
@@ -307,12 +341,11 @@ def row_share(microbatch: Microbatch, rank: int, size: int) -> Microbatch:
     `size` ranks read the same sequences. The sequences stay."""
     m, rows = microbatch, np.arange(rank, len(microbatch.row_index), size)
     own = m.query_rows % size == rank
-    by_row = ("row_index", "targets", "rollout_logprobs", "advantages", "row_weights")
     by_query = ("teacher_rows", "query_weights", "query_in_spread")
     return replace(
         m,
         query_rows=m.query_rows[own] // size,
-        **{name: getattr(m, name)[rows] for name in by_row},
+        **{name: getattr(m, name)[rows] for name in BY_ROW},
         **{name: getattr(m, name)[own] for name in by_query},
     )
 

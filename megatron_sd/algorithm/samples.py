@@ -121,8 +121,9 @@ def to_samples(
                 continue
             ids, mask, logprobs = rollout_arrays(rollout)
             counts = [len(turn.completion_ids) for turn in rollout.turns]
-            spread_out = np.zeros(len(ids), dtype=np.float32)
+            spread_out, turns = np.zeros(len(ids), dtype=np.float32), np.zeros(len(ids), dtype=np.int64)
             spread_out[mask] = np.repeat(np.array(by_turn, dtype=np.float32), counts)
+            turns[mask] = np.repeat(np.arange(len(counts)), counts)
             query_positions, query_turns = scoped_positions(rollout, scope)
             query_positions, teacher_prompt, later_prompts = _by_prompt(prompts, query_positions, query_turns)
             samples.append(
@@ -133,6 +134,7 @@ def to_samples(
                     rollout_logprobs=logprobs,
                     query_positions=query_positions,
                     advantages=spread_out,
+                    turns=turns,
                     group=number,
                     group_has_spread=spread,
                     teacher_prompt_ids=teacher_prompt,

@@ -1,11 +1,11 @@
-"""What values of the configuration (config/) are in range, and which go together."""
+"""Which values of the configuration (config/) go together; ranges.py: what each may be."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from megatron_sd.config.ranges import check_ranges
 from megatron_sd.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -13,161 +13,6 @@ if TYPE_CHECKING:
     from megatron_sd.config.rollout import RewardConfig
     from megatron_sd.config.run import Config
     from megatron_sd.config.update import UpdateConfig
-
-_RANGES: dict[str, tuple[str, ...]] = {
-    "0 or more": (
-        "num_steps",
-        "rollout.max_search_turns",
-        "reward.format_weight",
-        "reward.structure",
-        "reward.final",
-        "reward.retrieval",
-        "reward.overlong_buffer",
-        "policy_loss.kl_weight",
-        "advantage.weight",
-        "advantage.step_scale",
-        "distill.measure_every",
-        "distill.alpha.value",
-        "distill.alpha.warmup_steps",
-        "optimizer.weight_decay",
-        "optimizer.warmup_steps",
-        "optimizer.max_grad_norm",
-        "model.lora.rank",
-        "checkpoint.every",
-        "safety.watchdog_s",
-        "safety.max_idle_attempts",
-        "safety.spike_sigmas",
-        "log.eval_every",
-        "log.transcripts_every",
-        "log.transcripts_per_step",
-        "num_transcripts",  # of an evaluation
-        "eval.every",  # of `sd-search sft`
-        "selection.min_searches",  # of `sd-search select`, as the next
-        "selection.blocks_per_question",
-    ),
-    "1 or more": (
-        "data.max_eval_questions",
-        "retriever.top_k",
-        "retriever.search.effort",
-        "retriever.search.fusion_depth",
-        "retriever.search.fusion_constant",
-        "search.effort",  # of `sd-search retriever serve`, as the next
-        "search.fusion_depth",
-        "search.fusion_constant",
-        "vector_index.effort",  # of `sd-search data index`
-        "retriever.client.max_request_queries",
-        "retriever.client.max_connections",
-        "retriever.client.breaker_failures",
-        "retriever.client.cache_size",
-        "rollout.questions_per_step",
-        "rollout.group_size",
-        "rollout.max_turn_tokens",
-        "rollout.max_observation_tokens",
-        "rollout.max_query_bytes",
-        "rollout.max_rollout_tokens",
-        "rollout.max_concurrent_sequences",
-        "rollout.vllm.num_replicas",
-        "publish.attempts",
-        "rollout.vllm.tensor_parallel_size",
-        "rollout.vllm.block_tokens",
-        "rollout.vllm.threads_per_worker",
-        "distill.top_k",
-        "update.max_microbatch_tokens",
-        "update.head_chunk_rows",
-        "update.sequence_parallel_size",
-        "update.tensor_parallel_size",
-        "checkpoint.keep",
-        "safety.roll_back_after_refusals",
-        "safety.stop_after_refusals",
-        "safety.spike_window",
-        "limit",  # of an evaluation, as the next three
-        "batch_tokens",
-        "num_samples",
-        "num_resamples",
-        "lift.num_resamples",
-        "selection.per_question",
-        "episodes_per_step",  # of `sd-search sft`, as the next
-        "max_validation_episodes",
-        "eval.limit",
-        "selection.max_tokens",
-    ),
-    "more than 0": (
-        "retriever.client.deadline_s",
-        "retriever.qdrant.deadline_s",
-        "retriever.opensearch.deadline_s",
-        "retriever.client.try_timeout_s",
-        "retriever.client.first_pause_s",
-        "retriever.client.max_pause_s",
-        "retriever.client.breaker_open_s",
-        "temperature",
-        "rollout.temperature",  # evaluation decodes greedily by itself
-        "rollout.vllm.kv_cache_gib",
-        "rollout.vllm.start_timeout_s",
-        "rollout.vllm.request_timeout_s",
-        "model.lora.alpha",
-        "policy_loss.clip",
-        "policy_loss.clip_high",
-        "policy_loss.importance_cap",
-        "distill.temperature",
-        "distill.alpha.target_ratio",
-        "distill.alpha.max_value",
-        "optimizer.learning_rate",
-        "num_epochs",
-        "safety.stop_after_s",
-        "publish.bucket_mib",
-        "publish.timeout_s",
-    ),
-    "between 0 and 1": (
-        "rollout.max_failed_share",
-        "rollout.vllm.gpu_memory_share",
-        "optimizer.betas",
-        "optimizer.final_ratio",
-        "distill.ema_decay",
-        "advantage.discount",
-        "selection.min_pass_rate",
-        "selection.max_pass_rate",
-        "selection.shuffled_share",
-        "selection.wrong_question_share",
-        "selection.validation_share",
-    ),
-    "strictly between 0 and 1": ("beta",),
-}
-_IN_RANGE: dict[str, Callable[[Any], bool]] = {
-    "0": lambda value: 0 <= value < math.inf,
-    "1": lambda value: 1 <= value < math.inf,
-    "more": lambda value: 0 < value < math.inf,
-    "between": lambda value: 0 <= value <= 1,
-    "strictly": lambda value: 0 < value < 1,
-}
-
-
-def check_ranges(config: Any) -> None:
-    """Raise ConfigError for a number out of its range, or passages from nowhere, in any record that has
-    some of the training configuration's keys."""
-    retriever = _value(config, "retriever")
-    if retriever is not None:
-        found = [name for name in ("corpus", "endpoints", "qdrant", "opensearch") if getattr(retriever, name)]
-        if len(found) != 1:
-            expected = (
-                "expected one: a corpus directory, its servers, a Qdrant collection, or an OpenSearch index"
-            )
-            names = "retriever.corpus, .endpoints, .qdrant, .opensearch"
-            raise ConfigError(f"{names}: found {' and '.join(found) or 'none'}, {expected}")
-    for expected, keys in _RANGES.items():
-        in_range = _IN_RANGE[expected.split()[0]]
-        for key in keys:
-            value = _value(config, key)
-            if not all(
-                map(in_range, value if isinstance(value, tuple) else [] if value is None else [value])
-            ):
-                raise ConfigError(f"{key}: found {value!r}, expected {expected}")
-    optimizer = _value(config, "optimizer")
-    if optimizer is not None and optimizer.final_ratio is not None and not optimizer.decays:
-        raise ConfigError(
-            f"optimizer.final_ratio: found {optimizer.final_ratio} with optimizer.schedule "
-            f"{optimizer.schedule}, expected none, since a constant rate has no end to fall to; or schedule "
-            "linear or cosine"
-        )
 
 
 def check(config: Config) -> None:
@@ -185,6 +30,7 @@ def check(config: Config) -> None:
         )
     _check_reward(config.reward)
     _check_policy_loss(config.policy_loss)
+    _check_reading(config)
     _check_offload(config)
     if config.update.tensor_parallel_size > 1:
         _check_tensor_parallel(config)
@@ -196,6 +42,11 @@ def check(config: Config) -> None:
     if config.model.attention == "varlen" and not config.update.pack_sequences:
         raise ConfigError(
             "model.attention: found varlen without update.pack_sequences, expected both, or sdpa"
+        )
+    if config.update.sequence_parallel_size > 1 and config.policy_loss.ratio != "token":
+        raise ConfigError(
+            f"policy_loss.ratio: found {config.policy_loss.ratio} with update.sequence_parallel_size above 1,"
+            " where no rank has all tokens of a sequence, expected token"
         )
     if config.update.sequence_parallel_size > 1 and config.model.attention != "sdpa":
         found = f"found {config.model.attention} with update.sequence_parallel_size above 1"
@@ -247,11 +98,48 @@ def _check_policy_loss(loss: PolicyLossConfig) -> None:
             f"policy_loss.dual_clip: found {loss.dual_clip}, expected more than 1: a loss at a ratio of 1 is one"
             " advantage already"
         )
+    if loss.ratio != "token" and loss.objective != "clipped":
+        raise ConfigError(
+            f"policy_loss.ratio: found {loss.ratio} with policy_loss.objective {loss.objective}, which has no"
+            " ratio, expected token"
+        )
     for key in ("clip_high", "dual_clip"):
         if loss.importance_cap is not None and getattr(loss, key) is not None:
             raise ConfigError(
                 f"policy_loss.{key}: found {getattr(loss, key)} with policy_loss.importance_cap"
                 f" {loss.importance_cap}, expected one of the two: the cap takes the place of all clips"
+            )
+
+
+def _check_reading(config: Config) -> None:
+    """What is read before a step's first update (algorithm/refinements.py), and in how many steps."""
+    update, loss, advantage = config.update, config.policy_loss, config.advantage
+    if update.minibatches > config.rollout.questions_per_step:
+        raise ConfigError(
+            f"update.minibatches: found {update.minibatches} with rollout.questions_per_step"
+            f" {config.rollout.questions_per_step}, expected at most as many: a batch is cut by question"
+        )
+    if advantage.modulation != "none" and config.distill.block == "none":
+        raise ConfigError(
+            f"advantage.modulation: found {advantage.modulation} with distill.block none, expected a block:"
+            " its teacher says how likely a query is in hindsight"
+        )
+    if advantage.modulation == "hca" and config.distill.block != "single":
+        raise ConfigError(
+            f"distill.block: found {config.distill.block} with advantage.modulation hca, expected single: the"
+            " teacher must know how this rollout ended, and nothing of the others"
+        )
+    asks = {
+        "update.minibatches times update.epochs": (update.updates_per_batch, update.updates_per_batch > 1),
+        "policy_loss.engine_cap": (loss.engine_cap, loss.engine_cap is not None),
+        "policy_loss.top_entropy_share": (loss.top_entropy_share, loss.top_entropy_share < 1.0),
+        "advantage.modulation": (advantage.modulation, advantage.modulation != "none"),
+    }
+    for key, (found, is_asked) in asks.items():
+        if is_asked and update.sequence_parallel_size > 1:
+            raise ConfigError(
+                f"{key}: found {found} with update.sequence_parallel_size above 1, expected one of the two: the"
+                " batch is read once more, by ranks that each have all rows of a sequence"
             )
 
 
@@ -336,13 +224,6 @@ def check_sequence_heads(update: UpdateConfig, *, num_heads: int, num_kv_heads: 
             f" {num_kv_heads} key-value heads, expected a divisor of the first that divides the second or is"
             " a multiple of it"
         )
-
-
-def _value(config: Any, key: str) -> Any:
-    """The value of a dotted key, None where the record has no such key."""
-    for name in key.split("."):
-        config = getattr(config, name, None)
-    return config
 
 
 def engine_reads_policy(config: Config, num_ranks: int) -> bool:

@@ -30,25 +30,37 @@ class AdvantageConfig:
     state: Literal["seen", "observation", "similar"] = "seen"
     normalize: Literal["mean", "mean_std"] = "mean"  # gigpo: centred, or standardised too
     step_scale: float = 0.6  # stepsearch: of a search's own reward beside the answer's
+    # of turns whose query the teacher of `distill` finds likelier than the policy does
+    # (algorithm/refinements.py); costs one more reading of the batch
+    modulation: Literal["none", "turnsight", "hca"] = "none"
+    modulation_weight: float = 0.5  # turnsight: 0 leaves the advantages as they are
 
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyLossConfig:
-    """GRPO. `aggregation`: token (mean over all completion tokens of the step) or rollout (mean of rollout
-    means)."""
+    """GRPO. `aggregation`: token (mean over all completion tokens of the step), rollout (mean of rollout
+    means) or constant (mean of rollout sums, over the most tokens that a rollout may sample)."""
 
     # algorithm/policy_loss.py; likelihood: of stored rollouts
     objective: Literal["clipped", "likelihood"] = "clipped"
     clip: float = 0.2
     clip_high: float | None = None  # of ratios above 1; None: as clip (DAPO: 0.28)
-    dual_clip: float | None = (
-        None  # of negative advantages: bound of the loss, in advantages (verl: 3); None: off
-    )
+    # of negative advantages: bound of the loss, in advantages (verl: 3); None: off
+    dual_clip: float | None = None
     # truncated importance sampling: bound on a token's ratio to the engine; None: off
     importance_cap: float | None = None
     kl_weight: float = 1e-3  # of the KL to the start policy; 0 builds no reference policy
     kl: Literal["k3", "k2", "k3_ratio"] = "k3"  # its estimate (algorithm/policy_loss.py)
-    aggregation: Literal["token", "rollout"] = "token"
+    aggregation: Literal["token", "rollout", "constant"] = "token"
+    # a token's own ratio to what sampled it, or the geometric mean of its rollout's, or of its turn's (GSPO,
+    # whose clips are 3e-4 and 4e-4: at 0.2 none binds)
+    ratio: Literal["token", "rollout", "turn"] = "token"
+    # with a reading before the first update: ratios to that, and advantages times min(old / engine's
+    # probability, cap), as the engine samples a little otherwise (verl: 2); None: without the weight
+    engine_cap: float | None = None
+    top_entropy_share: float = 1.0  # of the step's tokens: only the most uncertain ones have an advantage
+    # of the mean entropy of the sampled tokens, which is raised (Search-R1: 0.001)
+    entropy_weight: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)

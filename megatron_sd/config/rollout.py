@@ -85,6 +85,11 @@ class RolloutConfig:
     max_concurrent_sequences: int = 256  # in the engine at one time; further rollouts wait
     vllm: VllmConfig = field(default_factory=VllmConfig)
 
+    @property
+    def most_sampled_tokens(self) -> int:
+        """What a rollout may sample at most, all turns together."""
+        return min(self.max_turn_tokens * (self.max_search_turns + 1), self.max_rollout_tokens)
+
 
 @dataclass(frozen=True, kw_only=True)
 class RewardConfig:

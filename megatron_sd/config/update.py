@@ -29,6 +29,9 @@ class UpdateConfig:
     """How a batch is cut into microbatches and sharded."""
 
     max_microbatch_tokens: int = 16384  # student and teacher positions, padding included
+    # optimiser steps that a batch is cut into, by question, and how often it is gone through
+    minibatches: int = 1
+    epochs: int = 1
     head_chunk_rows: int = 1024  # hidden rows whose vocabulary logits exist at one time
     zero_stage: Literal[0, 1, 2, 3] = 3
     # masters and moments in host memory, stepped there, or on NVMe
@@ -41,6 +44,11 @@ class UpdateConfig:
     sequence_parallel_size: int = 1
     # neighbouring ranks that hold a part of each layer (training/parallel/tensor.py)
     tensor_parallel_size: int = 1
+
+    @property
+    def updates_per_batch(self) -> int:
+        """Optimiser steps that a step's rollouts are used for."""
+        return self.minibatches * self.epochs
 
     @property
     def ranks_per_batch(self) -> int:

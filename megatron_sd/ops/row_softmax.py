@@ -34,12 +34,29 @@ class RowSoftmax(NamedTuple):
         entropies = log_sums - logits.clamp_(min=MASKED).mul_(exponentials).sum(-1) / sums
         return cls(exponentials, sums, entropies, logprobs)
 
-    def gradient(self, slopes: Tensor, targets: Tensor, temperature: float) -> Tensor:
-        """[N, V]: of sum(slopes * logprobs) with respect to the logits, (onehot - softmax) slopes /
-        temperature. It takes the memory of the exponentials."""
+    def gradient(
+        self, slopes: Tensor, targets: Tensor, temperature: float, *, entropy_slopes: Tensor | None = None
+    ) -> Tensor:
+        """[N, V]: of sum(slopes * logprobs + entropy_slopes * entropies) with respect to the logits:
+        ((onehot - p) slopes - p (log p + entropy) entropy_slopes) / temperature, p the softmax. It takes the
+        memory of the exponentials."""
         slopes = slopes / temperature
+        of_entropies = (
+            None if entropy_slopes is None else self._entropy_gradient(entropy_slopes / temperature)
+        )
         gradient = self.exponentials.mul_(-(slopes / self.sums)[:, None])
-        return gradient.scatter_add_(-1, targets[:, None], slopes[:, None])
+        gradient = gradient.scatter_add_(-1, targets[:, None], slopes[:, None])
+        return gradient if of_entropies is None else gradient.add_(of_entropies)
+
+    def _entropy_gradient(self, slopes: Tensor) -> Tensor:
+        return entropy_gradient(self.exponentials / self.sums[:, None], self.entropies, slopes)
+
+
+def entropy_gradient(probabilities: Tensor, entropies: Tensor, slopes: Tensor) -> Tensor:
+    """[N, V]: -p (log p + H) slopes, of sum(slopes * H) with respect to the logits. A probability of 0 has
+    none. entropies H, slopes: [N]."""
+    logs = probabilities.log().clamp_(min=MASKED)
+    return logs.add_(entropies[:, None]).mul_(probabilities).mul_(-slopes[:, None])
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -8,16 +8,18 @@ from megatron_sd.config import OptimizerConfig, UpdateConfig
 from megatron_sd.training.parallel.tensor import autotp_settings
 
 PERSISTENT_PARAMETER_ELEMENTS = 100_000  # smaller parameters (norms, biases) stay gathered between steps
-REDUCE_BUCKET_ELEMENTS = 50_000_000
+# gradients reduced at one time, by kind of device: between GPUs a call costs, on hosts the bucket's memory does
+REDUCE_BUCKET_ELEMENTS = {"cuda": 50_000_000, "cpu": 16_000_000}
 # the optimiser steps over so many at a time (or over one parameter, if larger)
 SUB_GROUP_ELEMENTS = 50_000_000
 PREFETCH_ELEMENTS = 50_000_000  # gathered ahead of their use
 
 
 def deepspeed_config(
-    update: UpdateConfig, optimizer: OptimizerConfig, *, dtype: str, world_size: int
+    update: UpdateConfig, optimizer: OptimizerConfig, *, dtype: str, world_size: int, device_type: str
 ) -> dict[str, Any]:
     """What deepspeed.initialize gets for the trained policy. dtype: of its weights, as model.dtype.
+    device_type: "cuda" or "cpu".
 
     Accumulation is ours: any number of microbatches between two steps, losses already divided by global
     totals. Gradients accumulate in float32. DeepSpeed clips by the global norm and skips a step whose norm
@@ -29,25 +31,25 @@ def deepspeed_config(
         # else: ClippedAdamW
         "gradient_clipping": optimizer.max_grad_norm if update.zero_stage else 0.0,
         "data_types": {"grad_accum_dtype": "fp32"},
-        "zero_optimization": _zero(update.zero_stage) | _offload(update),
+        "zero_optimization": _zero(update.zero_stage, device_type) | _offload(update),
         **autotp_settings(update.tensor_parallel_size),
         # torch's AdamW steps in host memory, too: DeepSpeed's own needs a compiler
         "zero_force_ds_cpu_optimizer": False,
     }
 
 
-def reference_config(*, dtype: str, world_size: int) -> dict[str, Any]:
+def reference_config(*, dtype: str, world_size: int, device_type: str) -> dict[str, Any]:
     """What deepspeed.initialize gets for a frozen policy without optimiser; ZeRO-3 is the only stage that
     shards one."""
-    return {**_common(dtype, world_size), "zero_optimization": _zero(3)}
+    return {**_common(dtype, world_size), "zero_optimization": _zero(3, device_type)}
 
 
-def teacher_config(*, dtype: str, world_size: int) -> dict[str, Any]:
+def teacher_config(*, dtype: str, world_size: int, device_type: str) -> dict[str, Any]:
     """What deepspeed.initialize gets for a teacher with weights of its own; none is kept gathered, since an
     average moves."""
     return {
         **_common(dtype, world_size),
-        "zero_optimization": _zero(3) | {"stage3_param_persistence_threshold": 0},
+        "zero_optimization": _zero(3, device_type) | {"stage3_param_persistence_threshold": 0},
     }
 
 
@@ -73,7 +75,7 @@ def _common(dtype: str, world_size: int) -> dict[str, Any]:
     }
 
 
-def _zero(stage: int) -> dict[str, Any]:
+def _zero(stage: int, device_type: str) -> dict[str, Any]:
     sharded = {
         "stage3_prefetch_bucket_size": PREFETCH_ELEMENTS,
         "sub_group_size": SUB_GROUP_ELEMENTS,
@@ -86,6 +88,6 @@ def _zero(stage: int) -> dict[str, Any]:
         "stage": stage,
         "overlap_comm": False,
         "contiguous_gradients": True,
-        "reduce_bucket_size": REDUCE_BUCKET_ELEMENTS,
+        "reduce_bucket_size": REDUCE_BUCKET_ELEMENTS[device_type],
         **(sharded if stage == 3 else {}),
     }

@@ -43,8 +43,11 @@ class DeviceMicrobatch:
     input_ids: Tensor
     row_index: Tensor
     rollout_logprobs: Tensor
+    old_logprobs: Tensor
     advantages: Tensor
     row_weights: Tensor
+    rollouts: Tensor
+    turns: Tensor
     teacher_prompts: Tensor
     teacher_prompt_lengths: Tensor
     teacher_prompt_of: Tensor

@@ -15,7 +15,8 @@ import torch
 from deepspeed.utils import safe_get_local_grad
 from torch import Tensor, nn
 
-from megatron_sd.algorithm.distill_loss import TermWeights
+from megatron_sd.algorithm.distill_loss import EVERY_TERM, POLICY_TERM, TermWeights
+from megatron_sd.algorithm.refinements import Reading
 from megatron_sd.config import OptimizerConfig
 from megatron_sd.distributed.collectives import sum_floats
 from megatron_sd.distributed.parallel import Parallel
@@ -110,15 +111,37 @@ class Policy:
         self._sums = self._sums + sums / self._parallel.tensor.size
 
     @torch.no_grad()
+    def read(self, microbatch: Microbatch, totals: Totals, *, with_teacher: bool) -> Reading:
+        """What these weights, and with_teacher the teacher's, say of the microbatch's rows; nothing is
+        accumulated. Every rank reads as many microbatches."""
+        own = on_this_rank(microbatch, EVERY_TERM, self._parallel)
+        reads = own.has_teacher and with_teacher
+        with (
+            self._teacher.rows(own) if reads else nullcontext() as teacher,
+            self._linear(),
+            self.world.pulse.waiting(),
+        ):
+            values = self.engine(
+                microbatch=own,
+                totals=totals,
+                weights=EVERY_TERM if reads else POLICY_TERM,
+                reference_logprobs=None,
+                teacher=teacher,
+                reads_only=True,
+            )
+        self.engine.empty_partition_cache()  # ZeRO-3 gathers ahead for a backward that does not come
+        columns = (values.logprobs, values.entropies, values.teacher_logprobs)
+        return Reading(*(column.float().cpu().numpy() for column in columns))
+
+    @torch.no_grad()
     def loss_of(self, batch: Batch) -> float:
         """The policy's loss of a whole batch under these weights, over all ranks; nothing is accumulated."""
         total = torch.zeros((), device=self.world.device)
-        weights = TermWeights(policy=1.0, distill_spread=0.0, distill_no_spread=0.0)
         for microbatch in batch:
-            own = on_this_rank(microbatch, weights, self._parallel)
+            own = on_this_rank(microbatch, POLICY_TERM, self._parallel)
             with self._linear(), self.world.pulse.waiting():
                 _, sums = self.engine(
-                    microbatch=own, totals=batch.totals, weights=weights, reference_logprobs=None
+                    microbatch=own, totals=batch.totals, weights=POLICY_TERM, reference_logprobs=None
                 )
             total += sums[SUM_NAMES.index("policy_loss")] / self._parallel.tensor.size
         self.engine.empty_partition_cache()  # ZeRO-3 gathers ahead for a backward that does not come
@@ -250,7 +273,11 @@ def under_deepspeed(
     start.update asks. Collective."""
     parallel = start.parallel
     settings = deepspeed_config(
-        start.update, optimizer, dtype=start.model.dtype, world_size=parallel.world.size
+        start.update,
+        optimizer,
+        dtype=start.model.dtype,
+        world_size=parallel.world.size,
+        device_type=parallel.world.device.type,
     )
     module = place(module, module.model, settings, parallel.world.device)
     steps = _optimizer(module, optimizer, start.update.zero_stage)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from megatron_sd.algorithm.distill_loss import TermWeights, query_row_weights
-from megatron_sd.algorithm.policy_loss import POLICY_LOSSES, PolicyRows
+from megatron_sd.algorithm.policy_loss import POLICY_LOSSES, KnownRows, PolicyRows, sequence_means
 from megatron_sd.config import PolicyLossConfig
 from megatron_sd.ops.head.one_pass import linear_jsd
 from megatron_sd.ops.head.types import HeadOptions, HeadRows, RowLoss, RowValues
@@ -68,17 +68,21 @@ class MicrobatchLoss:
     microbatch: DeviceMicrobatch
     totals: Totals
     weights: TermWeights
-    reference_logprobs: Tensor | None
+    known: KnownRows
     config: PolicyLossConfig
     distils: bool
 
     def __call__(self, values: RowValues, rows: slice, queries: slice) -> Tensor:
-        """A scalar, differentiable in values.logprobs and values.divergences."""
+        """A scalar, differentiable in values.logprobs, values.divergences and, with an entropy bonus,
+        values.entropies."""
         policy = self.policy_rows(values.logprobs, rows)
         loss = (
             self.weights.policy
             * (self.row_weights[rows] * (policy.losses + self.config.kl_weight * policy.kl)).sum()
         )
+        if self.config.entropy_weight:
+            bonus = self.weights.policy * self.config.entropy_weight
+            loss = loss - bonus * (self.row_weights[rows] * values.entropies).sum()
         if self.distils:
             loss = loss + (self.alpha[queries] * values.divergences).sum() / (
                 self.totals.distilled_rollouts or 1.0
@@ -88,14 +92,7 @@ class MicrobatchLoss:
     def policy_rows(self, logprobs: Tensor, rows: slice) -> PolicyRows:
         """The loss of algorithm/policy_loss.py that the configuration names, of rows whose
         log-probabilities are given."""
-        m, reference = self.microbatch, self.reference_logprobs
-        return POLICY_LOSSES[self.config.objective](
-            logprobs,
-            m.rollout_logprobs[rows],
-            m.advantages[rows],
-            None if reference is None else reference[rows],
-            config=self.config,
-        )
+        return POLICY_LOSSES[self.config.objective](logprobs, self.known.at(rows), config=self.config)
 
     @property
     def row_weights(self) -> Tensor:
@@ -124,22 +121,29 @@ class PolicyModule(nn.Module):
         reference_logprobs: Tensor | None,
         *,
         teacher: TeacherRows | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """(loss, sums). loss: this microbatch's share of the step's loss, over global denominators: its sum
-        over microbatches and ranks is the step's loss. sums: the detached vector of
-        update_metrics.SUM_NAMES. teacher: what another model read; None: these weights are the teacher's
-        too."""
+        reads_only: bool = False,
+    ) -> tuple[Tensor, Tensor] | RowValues:
+        """(loss, sums), or with reads_only what the head says of the rows, without a loss.
+
+        loss: this microbatch's share of the step's loss, over global denominators: its sum over microbatches
+        and ranks is the step's loss. sums: the detached vector of update_metrics.SUM_NAMES. teacher: what
+        another model read; None: these weights are the teacher's too."""
         if microbatch.has_teacher and weights.distils and teacher is None:
             teacher = TeacherRows(teacher_hidden_rows(self.model, microbatch))
+        if reads_only:
+            return student_values(self.model, microbatch, teacher, None)
+        hidden = hidden_rows(self.model, microbatch.input_ids, microbatch.row_index, microbatch.runs)
+        sequences = self._sequence_log_ratios(microbatch, hidden) if weights.policy != 0.0 else None
+        m = microbatch
         loss = MicrobatchLoss(
-            microbatch=microbatch,
+            microbatch=m,
             totals=totals,
             weights=weights,
-            reference_logprobs=reference_logprobs,
+            known=KnownRows(m.rollout_logprobs, m.old_logprobs, m.advantages, reference_logprobs, sequences),
             config=self.loss,
             distils=teacher is not None,
         )
-        values = student_values(self.model, microbatch, teacher, loss)
+        values = head_values(self.model, m, hidden, teacher=teacher, row_loss=loss)
 
         rows = loss.policy_rows(values.logprobs, slice(None))
         sums = policy_sums(rows, values, loss.row_weights, counted=weights.policy != 0.0)
@@ -147,6 +151,19 @@ class PolicyModule(nn.Module):
             mean_weights = microbatch.query_weights / (totals.distilled_rollouts or 1.0)
             sums = sums + distill_sums(values, microbatch.query_rows, mean_weights, counted=loss.alpha != 0.0)
         return values.loss, sums
+
+    @torch.no_grad()
+    def _sequence_log_ratios(self, microbatch: DeviceMicrobatch, hidden: Tensor) -> Tensor | None:
+        """[R] log ratios averaged as the configuration says; None for those of tokens.
+
+        The head takes its gradients a few rows at a time, and a mean needs all rows of its sequence: so the
+        head is asked for the log-probabilities alone first."""
+        if self.loss.ratio == "token":
+            return None
+        m = microbatch
+        logprobs = head_values(self.model, m, hidden).logprobs
+        sequences = m.rollouts if self.loss.ratio == "rollout" else m.turns
+        return sequence_means(logprobs - m.old_logprobs, sequences)
 
 
 def with_row_head(model: PreTrainedModel, options: HeadOptions) -> PreTrainedModel:
@@ -163,6 +180,18 @@ def student_values(
 ) -> RowValues:
     """What the head says of the student's rows (and of the teacher's, where there is a teacher)."""
     hidden = hidden_rows(model, microbatch.input_ids, microbatch.row_index, microbatch.runs)
+    return head_values(model, microbatch, hidden, teacher=teacher, row_loss=row_loss)
+
+
+def head_values(
+    model: PreTrainedModel,
+    microbatch: DeviceMicrobatch,
+    hidden: Tensor,
+    *,
+    teacher: TeacherRows | None = None,
+    row_loss: RowLoss | None = None,
+) -> RowValues:
+    """The same of rows that have been read: hidden [R, H]."""
     head = model.get_output_embeddings()
     if teacher is None:
         return head(

@@ -3,6 +3,7 @@ step."""
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -11,6 +12,7 @@ from torch.nn.functional import pad
 
 from megatron_sd.algorithm.policy_loss import PolicyRows
 from megatron_sd.ops.head.types import RowValues
+from megatron_sd.records import UpdateResult
 
 _POLICY = ("policy_loss", "kl_loss", "clipped", "logprob_gap", "entropy", "rows")
 _DISTILL = ("jsd_loss", "jsd", "student_entropy", "teacher_entropy", "truncated_mass", "query_rows")
@@ -44,6 +46,20 @@ def distill_sums(values: RowValues, query_rows: Tensor, mean_weights: Tensor, *,
         torch.ones_like(divergences),
     )
     return pad((torch.stack(columns) * counted).sum(-1), (len(_POLICY), 0))
+
+
+def mean_of(updates: Sequence[UpdateResult]) -> UpdateResult:
+    """One result for a step's optimiser steps: the last learning rate, the mean of all else over those that
+    have it."""
+    if len(updates) == 1:
+        return updates[0]
+    names = dict.fromkeys(name for update in updates for name in update.metrics)
+    found = {name: [update.metrics[name] for update in updates if name in update.metrics] for name in names}
+    return UpdateResult(
+        grad_norm=statistics.fmean(update.grad_norm for update in updates),
+        learning_rate=updates[-1].learning_rate,
+        metrics={name: statistics.fmean(values) for name, values in found.items()},
+    )
 
 
 def to_metrics(sums: Sequence[float]) -> Mapping[str, float]:

@@ -87,7 +87,7 @@ def model_path(tmp_path_factory):
 
 
 def a_microbatch():
-    return build_microbatch(make_samples(7), "token")
+    return build_microbatch(make_samples(7))
 
 
 def test_rows_hold_the_tokens_that_they_are_asked_for():

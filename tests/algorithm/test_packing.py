@@ -126,6 +126,7 @@ def plain_sample(length):
         loss_mask=np.arange(length) >= 3,
         rollout_logprobs=zeros,
         advantages=zeros,
+        turns=np.zeros(length, np.int64),
         prompt_length=3,
         teacher_prompt_ids=None,
     )
@@ -166,14 +167,14 @@ def test_deterministic():
 
 def test_a_sample_without_query_has_no_teacher_row():
     samples = [s for s in make_samples(12) if len(s.query_positions) == 0]
-    assert samples and not build_microbatch(samples, "token").has_teacher
+    assert samples and not build_microbatch(samples).has_teacher
 
 
 @given(st.integers(0, 1000), st.booleans(), st.booleans())
 @settings(max_examples=30, deadline=None)
 def test_the_distilled_part_holds_the_pass_s_query_rows_and_what_precedes_them(seed, spread, no_spread):
     weights = TermWeights(policy=0.0, distill_spread=0.5 * spread, distill_no_spread=0.5 * no_spread)
-    microbatch = build_microbatch(make_samples(9, seed=seed), "token")
+    microbatch = build_microbatch(make_samples(9, seed=seed))
     part = distilled_part(microbatch, weights)
     kept = np.where(microbatch.query_in_spread, spread, no_spread)
     assert part.has_teacher == microbatch.has_teacher
@@ -203,7 +204,7 @@ def test_prompts_that_change_between_turns_are_read_as_sequences_of_their_own():
     weighs as before."""
     sample = next(s for s in make_samples(30) if s.is_distilled and len(s.query_positions) > 3)
     later = dataclasses.replace(sample, later_prompts=((2, (90, 91, 92)), (3, (80, 81))))
-    microbatch = build_microbatch([later, sample], "token")
+    microbatch = build_microbatch([later, sample])
     prompts = (
         [sample.teacher_prompt_ids] * 2 + [(90, 91, 92)] + [(80, 81)] * (len(sample.query_positions) - 3)
     )
@@ -223,3 +224,25 @@ def test_prompts_that_change_between_turns_are_read_as_sequences_of_their_own():
     assert bin_cost([size_of_later, size_of_plain], [0, 1]) == bin_cost_of(microbatch) + len(
         microbatch.teacher_prompts
     )
+
+
+@pytest.mark.parametrize(("aggregation", "expected"), [("token", 0.2), ("rollout", 0.5), ("constant", 0.1)])
+def test_aggregations_by_hand(aggregation, expected):
+    """Two rollouts of 2 and 8 sampled tokens, whose losses are 1 and 0; no rollout may sample above 10."""
+    samples = [plain_sample(5), plain_sample(11)]
+    (batch,) = pack(samples, max_tokens=100, world_size=1, aggregation=aggregation, most_tokens=10)
+    (microbatch,) = batch.microbatches
+    losses = (microbatch.rollouts == 1) * 1.0  # the longer one comes first
+    total = float((microbatch.row_weights * losses).sum()) / batch.totals.policy_weight
+    assert total == pytest.approx(expected)
+
+
+def test_rows_know_their_rollout_and_their_turn():
+    """Samples are sorted by length. Numbers go on from one sample to the next."""
+    samples = make_samples(5)
+    microbatch = build_microbatch(samples)
+    counts = [int(s.loss_mask.sum()) for s in samples]
+    assert microbatch.rollouts.tolist() == np.repeat(np.arange(5), counts).tolist()
+    pairs = [(number, turn) for number, s in enumerate(samples) for turn in s.turns[s.loss_mask]]
+    first = {pair: place for place, pair in enumerate(dict.fromkeys(pairs))}
+    assert microbatch.turns.tolist() == [first[pair] for pair in pairs]

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_sd.algorithm.distill_loss import TermWeights, query_row_weights
-from megatron_sd.algorithm.policy_loss import POLICY_LOSSES, policy_rows
+from megatron_sd.algorithm.policy_loss import POLICY_LOSSES, KnownRows, policy_rows, sequence_means
 from megatron_sd.config import PolicyLossConfig
 
 
@@ -16,7 +16,7 @@ def rows(ratio, advantage, reference=None, **settings):
     reference = None if reference is None else torch.tensor([reference], dtype=torch.float64)
     advantages = torch.tensor([advantage], dtype=torch.float64)
     config = PolicyLossConfig(**settings)
-    return logprob, policy_rows(logprob, known, advantages, reference, config=config)
+    return logprob, policy_rows(logprob, KnownRows(known, known, advantages, reference), config=config)
 
 
 @pytest.mark.parametrize(
@@ -67,9 +67,8 @@ def test_truncated_importance_sampling_bounds_the_weight_of_every_token_and_drop
 def test_k3_is_never_negative_and_its_gradient_vanishes_at_the_reference(now, reference):
     logprob = torch.tensor([now], dtype=torch.float64, requires_grad=True)
     zero = torch.zeros(1, dtype=torch.float64)
-    kl = policy_rows(
-        logprob, zero, zero, torch.tensor([reference], dtype=torch.float64), config=PolicyLossConfig()
-    ).kl
+    known = KnownRows(zero, zero, zero, torch.tensor([reference], dtype=torch.float64))
+    kl = policy_rows(logprob, known, config=PolicyLossConfig()).kl
     ratio = math.exp(reference - now)
     assert kl.item() == pytest.approx(ratio - math.log(ratio) - 1, rel=1e-9, abs=1e-12)
     assert kl.item() >= 0
@@ -91,7 +90,9 @@ def test_the_likelihood_of_stored_rollouts_knows_no_ratio(now, advantage):
         torch.tensor([-1.0], dtype=torch.float64),
         torch.tensor([advantage], dtype=torch.float64),
     )
-    found = POLICY_LOSSES["likelihood"](logprob, known, advantages, None, config=PolicyLossConfig())
+    found = POLICY_LOSSES["likelihood"](
+        logprob, KnownRows(known, known, advantages), config=PolicyLossConfig()
+    )
     found.losses.sum().backward()
     assert found.losses.item() == pytest.approx(-advantage * now, abs=1e-12)
     assert logprob.grad.item() == pytest.approx(-advantage, abs=1e-12), (
@@ -154,7 +155,8 @@ def test_gradients_of_the_kl_estimates_are_those_of_the_kl():
 
     def gradient(kind, sampled):
         logprobs = logits.log_softmax(-1)
-        found = policy_rows(logprobs, sampled, torch.zeros(5), reference, config=PolicyLossConfig(kl=kind)).kl
+        known = KnownRows(sampled, sampled, torch.zeros(5), reference)
+        found = policy_rows(logprobs, known, config=PolicyLossConfig(kl=kind)).kl
         (own,) = torch.autograd.grad((sampled.exp() * found).sum(), logits)
         return own
 
@@ -165,3 +167,34 @@ def test_gradients_of_the_kl_estimates_are_those_of_the_kl():
     torch.testing.assert_close(gradient("k3_ratio", sampling), forward)
     (backward,) = torch.autograd.grad((reference.exp() * (reference - logits.log_softmax(-1))).sum(), logits)
     torch.testing.assert_close(gradient("k3", own), backward)
+
+
+@pytest.mark.parametrize(
+    ("advantage", "loss", "gradients"), [(-1.0, 0.9997, (0.0, 0.0)), (1.0, -0.9048, (-0.9048,) * 2)]
+)
+def test_gspo_clips_by_the_mean_log_ratio_of_the_sequence(advantage, loss, gradients):
+    """Log ratios .1 and -.3: both tokens have the ratio exp(-.1), each the gradient of its own
+    log-probability."""
+    old = torch.tensor([-1.0, -2.0], dtype=torch.float64)
+    logprobs = (old + torch.tensor([0.1, -0.3])).requires_grad_()
+    means = sequence_means((logprobs - old).detach(), torch.tensor([0, 0]))
+    known = KnownRows(old, old, torch.full((2,), advantage), None, means)
+    found = policy_rows(logprobs, known, config=PolicyLossConfig(ratio="rollout", clip=3e-4, clip_high=4e-4))
+    assert found.losses.tolist() == pytest.approx([loss] * 2, abs=1e-4)
+    found.losses.sum().backward()
+    assert logprobs.grad.tolist() == pytest.approx(gradients, abs=1e-4)
+    assert found.logprob_gap.tolist() == pytest.approx([0.1, 0.3])
+
+
+def test_means_are_of_the_rows_with_one_number():
+    found = sequence_means(torch.tensor([1.0, 2.0, 6.0, 5.0]), torch.tensor([0, 1, 1, 3]))
+    assert found.tolist() == [1.0, 4.0, 4.0, 5.0]
+    assert sequence_means(torch.zeros(0), torch.zeros(0, dtype=torch.int64)).tolist() == []
+
+
+def test_ratios_are_against_the_old_policy_and_the_gap_is_to_the_engine():
+    logprobs = torch.tensor([-1.0])
+    known = KnownRows(torch.tensor([-1.5]), torch.tensor([-1.1]), torch.ones(1))
+    found = policy_rows(logprobs, known, config=PolicyLossConfig())
+    assert found.losses.item() == pytest.approx(-math.exp(0.1), rel=1e-6)
+    assert found.logprob_gap.item() == pytest.approx(0.5)

@@ -17,7 +17,6 @@ def test_every_method_reads_and_finds_the_usual_places(name):
     config = own("--as", name, "--model.path", "models/m")
     assert (config.run_dir, config.model.path) == (f"runs/{name}", "models/m")
     assert (config.data.train, config.data.train_split) == ("data/questions.jsonl", "train")
-    assert (config.distill.block == "none") == (name != "sd_search")
     preset = presets()[name]
     assert preset.about and preset.differs
 

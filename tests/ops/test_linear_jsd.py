@@ -51,15 +51,20 @@ def curved_loss(values, rows, queries):
     return policy + (ALPHA[queries] * values.divergences).sum()
 
 
-def run(chunk_rows, bias=True, dtype=torch.float32, **changes):
+def with_entropies(values, rows, queries):
+    """And a bonus for some rows' entropies, a penalty for others'."""
+    return curved_loss(values, rows, queries) - (ADVANTAGES[rows] * values.entropies).sum()
+
+
+def run(chunk_rows, bias=True, dtype=torch.float32, row_loss=curved_loss, **changes):
     hidden, teacher, weight, bias, rows = inputs(bias, dtype)
     changed = options(chunk_rows=chunk_rows, **changes)
-    values = linear_jsd(hidden, teacher, (weight, bias), rows, row_loss=curved_loss, options=changed)
+    values = linear_jsd(hidden, teacher, (weight, bias), rows, row_loss=row_loss, options=changed)
     (2 * values.loss).backward()
     return values, [leaf.grad for leaf in (hidden, weight, bias) if leaf is not None]
 
 
-def definition(bias=True, dtype=torch.float32, **changes):
+def definition(bias=True, dtype=torch.float32, row_loss=curved_loss, **changes):
     """Values and gradients from whole logits in float64, by autograd."""
     o = options(**changes)
     hidden, teacher, weight, bias, rows = inputs(bias, dtype)
@@ -79,9 +84,10 @@ def definition(bias=True, dtype=torch.float32, **changes):
         -(log_probs.exp() * log_probs).sum(-1),
         result.values,
         -(teacher_log_probs.exp() * teacher_log_probs).sum(-1),
+        teacher_log_probs.gather(-1, rows.targets[rows.query_rows][:, None])[:, 0],
         result.truncated_mass,
     )
-    values = values._replace(loss=curved_loss(values, slice(None), slice(None)))
+    values = values._replace(loss=row_loss(values, slice(None), slice(None)))
     (2 * values.loss).backward()
     return values, [leaf.grad for leaf in leaves]
 
@@ -104,6 +110,14 @@ def test_equals_whole_logits_in_float64(changes, bias, teacher_logits):
         if "top_k" in changes
         else torch.count_nonzero(values.truncated_masses) == 0
     )
+
+
+def test_entropies_have_the_gradient_of_autograd():
+    values, gradients = run(4, row_loss=with_entropies)
+    expected, expected_gradients = definition(row_loss=with_entropies)
+    torch.testing.assert_close(values.loss.double(), expected.loss.detach(), rtol=2e-5, atol=2e-6)
+    for found, exact in zip(gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(found.double(), exact, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("chunk_rows", [1, 3, 4, 10])

@@ -42,8 +42,10 @@ def whole_vocabulary(divergence, dtype):
     values = divergence_rows(student, F.linear(teacher.to(dtype), own), divergence).values
     log_probs = torch.log_softmax(student / TEMPERATURE, -1)
     logprobs = log_probs.gather(-1, targets[:, None])[:, 0]
-    ((values * divergence_slopes).sum() + (logprobs * logprob_slopes).sum()).backward()
-    return values, logprobs, -(log_probs.exp() * log_probs).sum(-1), leaf.grad, own.grad
+    entropies = -(log_probs.exp() * log_probs).sum(-1)
+    terms = (values * divergence_slopes, logprobs * logprob_slopes, entropies * divergence_slopes)
+    sum(term.sum() for term in terms).backward()
+    return values, logprobs, entropies, leaf.grad, own.grad
 
 
 @pytest.mark.ranks

@@ -38,7 +38,9 @@ def settings_for(directory, **options):
         **options,
     }
     config = load([f"--{name}={value}" for name, value in own.items()])
-    return config, deepspeed_config(config.update, config.optimizer, dtype=config.model.dtype, world_size=1)
+    return config, deepspeed_config(
+        config.update, config.optimizer, dtype=config.model.dtype, world_size=1, device_type="cpu"
+    )
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

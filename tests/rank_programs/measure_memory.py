@@ -49,6 +49,7 @@ def samples(num: int, length: int, vocabulary: int) -> list[TrainingSample]:
             rollout_logprobs=np.where(mask, -10.0, 0.0).astype(np.float32),
             query_positions=np.arange(start + 2, start + 2 + max(length // 20, 1)),
             advantages=np.float32(1.0 - index % 3) * mask,
+            turns=np.zeros(len(mask), np.int64),
             group=0,
             group_has_spread=True,
             teacher_prompt_ids=tuple(rng.integers(vocabulary, size=BLOCK_TOKENS + start).tolist()),

@@ -27,7 +27,8 @@ SKEWED = Divergence(kind="jsd", beta=0.3, temperature=TEMPERATURE)
 
 
 def inputs():
-    """hidden, teacher [N, H]; weight [V, H]; targets and slopes of the two terms [N]. One token is
+    """hidden, teacher [N, H]; weight [V, H]; targets and slopes of the divergence and of the
+    log-probability [N]; entropies have the divergence's. One token is
     impossible for both."""
     generator = torch.Generator().manual_seed(0)
     hidden, teacher = (torch.randn(NUM_ROWS, WIDTH, generator=generator) for _ in range(2))
@@ -49,8 +50,9 @@ def one_rank(rank: int, sizes: tuple[int, ...], gather) -> dict[str, list[torch.
         logits = F.linear(replicated(leaf, shard), own)
         values = vocab_parallel_divergence(logits, F.linear(teacher, own), shard, replace(SKEWED, kind=kind))
         logprobs, entropies = vocab_parallel_logprobs(logits, targets, shard, temperature=TEMPERATURE)
-        ((values * divergence_slopes).sum() + (logprobs * logprob_slopes).sum()).backward()
-        found[kind] = [values.detach(), logprobs.detach(), entropies, leaf.grad, own.grad]
+        terms = (values * divergence_slopes, logprobs * logprob_slopes, entropies * divergence_slopes)
+        sum(term.sum() for term in terms).backward()
+        found[kind] = [values.detach(), logprobs.detach(), entropies.detach(), leaf.grad, own.grad]
     return found
 
 

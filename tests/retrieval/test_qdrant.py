@@ -16,7 +16,7 @@ from data_prep.vectors.encode import EncodeConfig, encode_passages
 from data_prep.vectors.vector_index import exact_search
 from data_prep.vectors.vectors import VectorShards
 from megatron_sd.config import QdrantConfig, RetrieverConfig
-from megatron_sd.config.checks import check_ranges
+from megatron_sd.config.ranges import check_ranges
 from megatron_sd.errors import ConfigError, DataError, RetrievalError
 from megatron_sd.retrieval.corpus.encoder import Encoder, EncoderSettings, choose_device
 from megatron_sd.retrieval.remote.qdrant import QdrantRetriever

@@ -104,7 +104,8 @@ def make_samples(
     for number in range(num):
         prompt = draw(rng.integers(2, 6))
         ids, mask, query_positions = list(prompt), [False] * len(prompt), []
-        for _ in range(rng.integers(1, 4)):
+        turns = [0] * len(prompt)
+        for turn in range(rng.integers(1, 4)):
             length = int(rng.integers(1, longest_turn + 1))
             start = int(rng.integers(0, length))
             if number % 4 != 3:  # every fourth rollout never searches
@@ -112,6 +113,7 @@ def make_samples(
             observation = int(rng.integers(0, 4))
             ids += list(draw(length + observation))
             mask += [True] * length + [False] * observation
+            turns += [turn] * length + [0] * observation
         group = number % groups
         own = tuple(int(i) for i in draw(rng.integers(4, 9))) + tuple(int(i) for i in prompt)
         samples.append(
@@ -122,6 +124,7 @@ def make_samples(
                 rollout_logprobs=np.where(mask, rng.normal(-3.0, 0.7, len(ids)), 0.0).astype(np.float32),
                 query_positions=np.array(query_positions, dtype=np.int64),
                 advantages=np.float32(0.0 if group == groups - 1 else rng.normal()) * np.array(mask),
+                turns=np.array(turns, dtype=np.int64),
                 group=group,
                 group_has_spread=group != groups - 1,
                 teacher_prompt_ids=None if number % 5 == 4 else own if number % 2 else shared[group % 3],

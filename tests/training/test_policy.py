@@ -263,7 +263,9 @@ def test_settings_that_do_not_fit(world, model_path):
 
 def test_deepspeed_config_is_ours_alone(model_path):
     config = make_config(model_path)
-    found = deepspeed_config(config.update, config.optimizer, dtype=config.model.dtype, world_size=2)
+    found = deepspeed_config(
+        config.update, config.optimizer, dtype=config.model.dtype, world_size=2, device_type="cpu"
+    )
     assert found["managed_gradient_accumulation"] is False
     assert (found["gradient_clipping"], found["zero_optimization"]["stage"], found["train_batch_size"]) == (
         1.0,

@@ -131,7 +131,8 @@ def test_a_teacher_with_the_students_own_prompt_gives_exactly_zero(model_path):
         samples.append(
             dataclasses.replace(
                 s, ids=np.pad(s.ids, (0, pad)), loss_mask=np.pad(s.loss_mask, (0, pad)),
-                rollout_logprobs=np.pad(s.rollout_logprobs, (0, pad)), teacher_prompt_ids=tuple(s.ids[: s.prompt_length]),
+                rollout_logprobs=np.pad(s.rollout_logprobs, (0, pad)),
+                turns=np.pad(s.turns, (0, pad)), teacher_prompt_ids=tuple(s.ids[: s.prompt_length]),
             )
         )  # fmt: skip
     for sample in samples:

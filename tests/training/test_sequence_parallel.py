@@ -1,11 +1,13 @@
 """Sequences that ranks share: four real ranks in groups of two and of four take the steps of one. One
 launch."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 
-from megatron_sd.algorithm.packing import build_microbatch, row_share
+from megatron_sd.algorithm.packing import build_microbatch, row_share, row_weight
 from megatron_sd.config.load import load
 from megatron_sd.distributed.world import join_world
 from megatron_sd.errors import ConfigError
@@ -120,9 +122,17 @@ def test_the_mask_shows_each_query_what_came_before_it(size):
 
 def test_shares_of_rows_are_the_rows():
     """Each row and query row once; a teacher's row stays with the row it belongs to."""
-    whole = build_microbatch(make_samples(6), "rollout")
+    whole = build_microbatch(make_samples(6), partial(row_weight, aggregation="rollout"))
     shares = [row_share(whole, rank, 3) for rank in range(3)]
-    for name in ("row_index", "targets", "advantages", "row_weights", "rollout_logprobs"):
+    for name in (
+        "row_index",
+        "targets",
+        "advantages",
+        "row_weights",
+        "rollout_logprobs",
+        "rollouts",
+        "turns",
+    ):
         merged = np.concatenate([getattr(share, name) for share in shares])
         assert sorted(merged) == sorted(getattr(whole, name))
     pairs = [

@@ -220,30 +220,41 @@ def _visit_block(  # noqa: PLR0913 (two matrices and their row numbers)
     """Values of a block of rows. With a row_loss, the gradient of the loss takes the place of `logits`."""
     wants_gradient = row_loss is not None
     scaled = logits.to(working_dtype(logits.dtype))  # itself, when it has that dtype
-    # Two leaves, so that autograd stops here: `student`, the query rows' logits, takes the divergence's
-    # gradient, and `logprobs` the policy's. Both go into the logits' gradient by hand, below; no [rows, V]
-    # graph is kept.
+    # Three leaves, so that autograd stops here: `student`, the query rows' logits, takes the divergence's
+    # gradient, `logprobs` and `entropies` the policy's. All go into the logits' gradient by hand, below; no
+    # [rows, V] graph is kept.
     student = scaled[query_rows].requires_grad_(wants_gradient)
     teacher = target_logits(teacher, student, options.target, is_difference=teacher_is_difference)
     with torch.set_grad_enabled(wants_gradient):
         divergences, truncated_masses = _divergences(student, teacher, options)
-    teacher_entropies = RowSoftmax.of(teacher, options.sampling_temperature).entropies
+    read = RowSoftmax.of(teacher, options.sampling_temperature, targets[query_rows])
 
     softmax = RowSoftmax.of(scaled, options.sampling_temperature, targets)
     logprobs = cast(Tensor, softmax.logprobs).requires_grad_(wants_gradient)
+    entropies = softmax.entropies.requires_grad_(wants_gradient)
     values = RowValues(
-        logprobs.new_zeros(()), logprobs, softmax.entropies, divergences, teacher_entropies, truncated_masses
+        logprobs.new_zeros(()),
+        logprobs,
+        entropies,
+        divergences,
+        read.entropies,
+        cast(Tensor, read.logprobs),
+        truncated_masses,
     )
     if row_loss is None:
         return values
     with torch.enable_grad():
         loss = row_loss(values)
-        # materialised: without a policy term, or without a query row, one of the two has no part in the
-        # loss
-        slopes, student_gradient = torch.autograd.grad(loss, (logprobs, student), materialize_grads=True)
-    gradient = softmax.gradient(slopes, targets, options.sampling_temperature)
-    logits.copy_(gradient.index_add_(0, query_rows, student_gradient))
-    return values._replace(loss=loss.detach(), logprobs=logprobs.detach(), divergences=divergences.detach())
+        # None: without a policy term, a query row or an entropy bonus, one of them has no part in the loss
+        slopes, student_gradient, entropy_slopes = torch.autograd.grad(
+            loss, (logprobs, student, entropies), allow_unused=True
+        )
+    slopes = torch.zeros_like(logprobs) if slopes is None else slopes
+    gradient = softmax.gradient(slopes, targets, options.sampling_temperature, entropy_slopes=entropy_slopes)
+    if student_gradient is not None:
+        gradient.index_add_(0, query_rows, student_gradient)
+    logits.copy_(gradient)
+    return RowValues(loss.detach(), *(column.detach() for column in values[1:]))
 
 
 def _divergences(student: Tensor, teacher: Tensor, options: HeadOptions) -> tuple[Tensor, Tensor]:

@@ -37,16 +37,15 @@ def visit_sharded_block(  # noqa: PLR0913 (two matrices and their row numbers)
         logprobs, entropies = vocab_parallel_logprobs(
             scaled, targets, shard, temperature=options.sampling_temperature
         )
-    of_no_interest = targets.new_zeros(len(teacher))
-    _, teacher_entropies = vocab_parallel_logprobs(
-        teacher, of_no_interest, shard, temperature=options.sampling_temperature
+    teacher_logprobs, teacher_entropies = vocab_parallel_logprobs(
+        teacher, targets[query_rows], shard, temperature=options.sampling_temperature
     )
-    masses = torch.zeros_like(teacher_entropies)
-    values = RowValues(logprobs.new_zeros(()), logprobs, entropies, divergences, teacher_entropies, masses)
+    of_teacher = (teacher_entropies, teacher_logprobs, torch.zeros_like(teacher_entropies))
+    values = RowValues(logprobs.new_zeros(()), logprobs, entropies, divergences, *of_teacher)
     if row_loss is None:
         return values
     with torch.enable_grad():
         loss = row_loss(values)
         (gradient,) = torch.autograd.grad(loss, scaled, materialize_grads=True)
     logits.copy_(gradient)
-    return values._replace(loss=loss.detach(), logprobs=logprobs.detach(), divergences=divergences.detach())
+    return RowValues(loss.detach(), *(column.detach() for column in values[1:]))

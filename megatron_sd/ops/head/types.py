@@ -51,10 +51,10 @@ class HeadRows(NamedTuple):
 
 class RowValues(NamedTuple):
     """loss: the scalar sum of the row losses, which alone has a gradient; 0 without a row loss. logprobs,
-    entropies: [R]; at the query rows: divergences [Q], teacher_entropies [Q], truncated_masses [Q]. All
-    float32, nats.
+    entropies: [R]; at the query rows: divergences, teacher_entropies, teacher_logprobs of the rows' targets,
+    truncated_masses, all [Q]. All float32, nats.
 
-    In a row loss's argument, logprobs and divergences have a gradient and `loss` is nothing yet.
+    In a row loss's argument, logprobs, entropies and divergences have a gradient and `loss` is nothing yet.
     """
 
     loss: Tensor
@@ -62,6 +62,7 @@ class RowValues(NamedTuple):
     entropies: Tensor
     divergences: Tensor
     teacher_entropies: Tensor
+    teacher_logprobs: Tensor
     truncated_masses: Tensor
 
 

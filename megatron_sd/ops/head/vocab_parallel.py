@@ -28,7 +28,7 @@ from torch.autograd.function import once_differentiable
 from megatron_sd.errors import ConfigError
 from megatron_sd.ops.divergence import Divergence
 from megatron_sd.ops.jsd_reference import MASKED, Terms, divergence_terms
-from megatron_sd.ops.row_softmax import working_dtype
+from megatron_sd.ops.row_softmax import entropy_gradient, working_dtype
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,8 +82,8 @@ def vocab_parallel_divergence(
 def vocab_parallel_logprobs(
     logits: Tensor, targets: Tensor, shard: VocabShard, *, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """([N] log softmax(logits / temperature)[target], [N] entropies in nats, without gradient). targets:
-    [N] of the whole vocabulary. Differentiable in logits; every rank must hand in the same gradient."""
+    """([N] log softmax(logits / temperature)[target], [N] entropies in nats). targets: [N] of the whole
+    vocabulary. Differentiable in logits; every rank must hand in the same gradients."""
     return _Logprobs.apply(logits[:, : shard.num_real], targets, shard, temperature)
 
 
@@ -177,18 +177,22 @@ class _Logprobs(torch.autograd.Function):
         parts = shard.gather(torch.stack([_log_sum(z), _mean(z, z), chosen]))
         lse = torch.logsumexp(parts[:, 0], 0)
         entropies = (lse - (torch.exp(parts[:, 0] - lse) * parts[:, 1]).sum(0)).to(z.dtype)
-        ctx.mark_non_differentiable(entropies)
+        ctx.set_materialize_grads(False)
         if ctx.needs_input_grad[0]:
-            ctx.save_for_backward(_minus(z, lse).exp_(), own, is_here)
+            ctx.save_for_backward(_minus(z, lse).exp_(), own, is_here, entropies)
             ctx.temperature, ctx.dtype = temperature, logits.dtype
         return (parts[:, 2].amax(0) - lse).to(z.dtype), entropies
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_logprobs: Tensor, _grad_entropies: Tensor):
-        probabilities, own, is_here = ctx.saved_tensors
+    def backward(ctx, grad_logprobs: Tensor | None, grad_entropies: Tensor | None):
+        probabilities, own, is_here, entropies = ctx.saved_tensors
+        if grad_logprobs is None:
+            grad_logprobs = torch.zeros_like(entropies)
         slopes = grad_logprobs / ctx.temperature
         gradient = probabilities * -slopes[:, None]
+        if grad_entropies is not None:
+            gradient += entropy_gradient(probabilities, entropies, grad_entropies / ctx.temperature)
         if gradient.shape[1]:
             gradient.scatter_add_(-1, own[:, None], (slopes * is_here)[:, None])
         return gradient.to(ctx.dtype), None, None, None

@@ -30,7 +30,11 @@ class ReferencePolicy:
 
     def __init__(self, start: StartPolicy, options: HeadOptions):
         module = ReferenceModule(start.load(on_demand=start.is_sharded), options)
-        settings = reference_config(dtype=start.model.dtype, world_size=start.parallel.world.size)
+        settings = reference_config(
+            dtype=start.model.dtype,
+            world_size=start.parallel.world.size,
+            device_type=start.parallel.world.device.type,
+        )
         self._module = start.freeze(module, module.model, settings)
 
     @torch.no_grad()

@@ -80,7 +80,11 @@ class FrozenTeacher:
     def __init__(self, start: StartPolicy, distill: DistillConfig):
         self._is_sharded = start.is_sharded
         self._model = start.load(on_demand=start.is_sharded)
-        settings = teacher_config(dtype=start.model.dtype, world_size=start.parallel.world.size)
+        settings = teacher_config(
+            dtype=start.model.dtype,
+            world_size=start.parallel.world.size,
+            device_type=start.parallel.world.device.type,
+        )
         self._module = start.freeze(TeacherModule(self._model), self._model, settings)
 
     @contextmanager

@@ -1,0 +1,164 @@
+"""What the policy says of a step's rows before the step's first update, and what is made of it: the ratios'
+denominators, and advantages weighed by row or by turn.
+
+A refinement gets this rank's microbatches, each with its reading, and gives them back with other numbers in
+their rows. What depends on more rows than a rank has is summed over ranks by `everywhere`. Pure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from megatron_sd.config import AdvantageConfig, PolicyLossConfig, UpdateConfig
+from megatron_sd.records import Microbatch
+
+
+class Reading(NamedTuple):
+    """Of one microbatch, float32, nats. logprobs, entropies: [R]. teacher_logprobs: [Q], of the tokens at
+    the query rows; empty where no teacher was read."""
+
+    logprobs: np.ndarray
+    entropies: np.ndarray
+    teacher_logprobs: np.ndarray
+
+
+class Read(NamedTuple):
+    """A microbatch and what the policy says of it."""
+
+    microbatch: Microbatch
+    reading: Reading
+
+
+Everywhere = Callable[[Any], Sequence[Any]]  # an object of this rank -> those of all ranks, in rank order
+Refinement = Callable[[Sequence[Read], Everywhere], list[Microbatch]]
+# (advantages [T], mean of log teacher - log policy [T], the same standardised in its group [T]) of turns that
+# have query tokens -> their advantages
+Modulation = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
+
+
+def refinements(
+    policy_loss: PolicyLossConfig, advantage: AdvantageConfig, update: UpdateConfig
+) -> tuple[Refinement, ...]:
+    """Those that the configuration asks for, in order; without one nothing is read."""
+    chosen: list[Refinement] = []
+    if update.updates_per_batch > 1 or policy_loss.engine_cap is not None:
+        chosen.append(partial(with_old_logprobs, engine_cap=policy_loss.engine_cap))
+    if advantage.modulation != "none":
+        modulation = MODULATIONS[advantage.modulation]
+        chosen.append(partial(modulated, modulation=partial(modulation, config=advantage)))
+    if policy_loss.top_entropy_share < 1.0:
+        chosen.append(partial(most_uncertain, share=policy_loss.top_entropy_share))
+    return tuple(chosen)
+
+
+def with_old_logprobs(
+    reads: Sequence[Read], _: Everywhere, *, engine_cap: float | None = None
+) -> list[Microbatch]:
+    """Ratios against this reading instead of the engine's log-probabilities, which would count the engine's
+    noise as a move of the policy. engine_cap C: an advantage counts min(pi_old / pi_engine, C) times, for
+    the engine did not sample from pi_old (truncated importance sampling; verl: 2)."""
+    found = []
+    for m, reading in reads:
+        advantages = m.advantages
+        if engine_cap is not None:
+            ratios = np.exp(np.minimum(reading.logprobs - m.rollout_logprobs, np.log(engine_cap)))
+            advantages = advantages * ratios.astype(np.float32)
+        found.append(replace(m, old_logprobs=reading.logprobs, advantages=advantages))
+    return found
+
+
+def most_uncertain(reads: Sequence[Read], everywhere: Everywhere, *, share: float) -> list[Microbatch]:
+    """Advantages of 0 but for the share of the step's sampled tokens with the highest entropy (Wang et al.,
+    2025, arXiv 2506.01939; there 0.2)."""
+    own = np.concatenate([np.zeros(0, np.float32), *(reading.entropies for _, reading in reads)])
+    entropies = np.concatenate(everywhere(own))
+    if len(entropies) == 0:
+        return [m for m, _ in reads]
+    threshold = np.quantile(entropies, 1.0 - share)
+    return [
+        replace(m, advantages=np.where(reading.entropies >= threshold, m.advantages, np.float32(0.0)))
+        for m, reading in reads
+    ]
+
+
+def modulated(reads: Sequence[Read], everywhere: Everywhere, *, modulation: Modulation) -> list[Microbatch]:
+    """Advantages of turns with query tokens that a teacher read, by how much likelier it finds them than the
+    policy does. Other turns keep theirs.
+
+    d = log teacher - log policy of a query token. A turn's value is the mean of its tokens' d; standardised,
+    less the mean and over the sample deviation of d over all query tokens of its question (0 without any).
+    """
+    gains = [_gains(m, reading) for m, reading in reads]
+    moments: dict[int, np.ndarray] = {}
+    for own in everywhere(_moments(reads, gains)):
+        for group, numbers in own.items():
+            moments[group] = moments.get(group, 0.0) + numbers
+    return [
+        _with_turns(m, own, moments, modulation) if len(own) else m
+        for (m, _), own in zip(reads, gains, strict=True)
+    ]
+
+
+def _gains(m: Microbatch, reading: Reading) -> np.ndarray:
+    """[Q] float64 log teacher - log policy; empty without a teacher's reading."""
+    if len(reading.teacher_logprobs) == 0:
+        return np.zeros(0)
+    return reading.teacher_logprobs.astype(np.float64) - reading.logprobs[m.query_rows]
+
+
+def _moments(reads: Sequence[Read], gains: Sequence[np.ndarray]) -> dict[int, np.ndarray]:
+    """group -> number, sum and sum of squares of its query tokens' gains on this rank."""
+    moments: dict[int, np.ndarray] = {}
+    for (m, _), own in zip(reads, gains, strict=True):
+        if len(own) == 0:
+            continue
+        groups = m.groups[m.query_rows]
+        for group in np.unique(groups):
+            some = own[groups == group]
+            moments[int(group)] = moments.get(int(group), 0.0) + np.array(
+                [len(some), some.sum(), (some**2).sum()]
+            )
+    return moments
+
+
+def _with_turns(
+    m: Microbatch, gains: np.ndarray, moments: Mapping[int, np.ndarray], modulation: Modulation
+) -> Microbatch:
+    turns, first, inverse = np.unique(m.turns[m.query_rows], return_index=True, return_inverse=True)
+    values = np.bincount(inverse, gains) / np.bincount(inverse)
+    counts, sums, squares = np.array([moments[group] for group in m.groups[m.query_rows][first]]).T
+    means = sums / counts
+    variances = np.maximum(squares - counts * means**2, 0.0) / np.maximum(counts - 1.0, 1.0)
+    deviations = np.sqrt(variances)
+    flat = deviations <= 1e-6
+    standardised = np.where(flat, 0.0, (values - means) / np.where(flat, 1.0, deviations))
+    own = modulation(m.advantages[m.query_rows][first].astype(np.float64), values, standardised)
+    places = np.minimum(np.searchsorted(turns, m.turns), len(turns) - 1)
+    advantages = np.where(turns[places] == m.turns, own[places], m.advantages)
+    return replace(m, advantages=advantages.astype(np.float32))
+
+
+def turnsight(
+    advantages: np.ndarray, values: np.ndarray, standardised: np.ndarray, *, config: AdvantageConfig
+) -> np.ndarray:
+    """A ((1 - l) + l w) with w = 1 + tanh(sign(A) d) / 2, d standardised (TurnSight, arXiv 2608.04007)."""
+    weights = 1.0 + 0.5 * np.tanh(np.sign(advantages) * standardised)
+    share = config.modulation_weight
+    return advantages * ((1.0 - share) + share * weights)
+
+
+def hindsight_credit(
+    advantages: np.ndarray, values: np.ndarray, standardised: np.ndarray, *, config: AdvantageConfig
+) -> np.ndarray:
+    """(1 - pi / h) A, with h what the teacher, who was shown how this rollout ended, makes of the whole query
+    (Harutyunyan et al., 2019, return form). The log-ratio is a mean over tokens, cut at +-2."""
+    return advantages * -np.expm1(np.clip(-values, -MOST_LOG_RATIO, MOST_LOG_RATIO))
+
+
+MOST_LOG_RATIO = 2.0
+MODULATIONS: Mapping[str, Callable[..., np.ndarray]] = {"turnsight": turnsight, "hca": hindsight_credit}

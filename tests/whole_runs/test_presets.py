@@ -1,0 +1,97 @@
+"""Every method by its name: three steps on the world, on one rank and on two; three of them killed and resumed."""
+
+from __future__ import annotations
+
+import signal
+import time
+from importlib.resources import files
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors.numpy import load_file
+
+from data_prep.world.world import WorldConfig
+from launch.presets import expand, presets
+from launch.programs import make_world
+from tests.training.same_steps import assert_same_movement
+from tests.whole_runs.runs import parameters, run, start, without_clocks
+
+START_POLICY = Path(str(files("data_prep"))) / "coldstart_model"
+LAST = "step_00000003"
+# the demo's rollouts, fewer and shorter
+SMALL = ("--rollout.group_size=3", "--rollout.max_search_turns=2", "--rollout.max_turn_tokens=32")
+KILLED = ("gigpo", "gspo", "turnsight")  # an estimator, minibatches, a reading with a teacher of its own
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    output = tmp_path_factory.mktemp("world") / "world"
+    make_world(WorldConfig(output=str(output), num_train_questions=40, num_eval_questions=10))
+    return output
+
+
+def arguments(name: str, world: Path, run_dir: Path, *options: str) -> list[str]:
+    """Of a run of the method on the world, whose rollouts, protocol and learning rate stay the world's."""
+    argv = [
+        f"--as={name}",
+        f"--config={files('launch') / 'configs' / 'world.yaml'}",
+        f"--run_dir={run_dir}",
+        f"--model.path={START_POLICY}",
+        f"--data.train={world / 'questions.jsonl'}",
+        f"--retriever.corpus={world / 'corpus'}",
+        "--num_steps=3",
+        "--protocol.preset=compact",
+        "--rollout.questions_per_step=4",
+        "--optimizer.learning_rate=1e-4",
+        "--optimizer.warmup_steps=0",
+        "--log.transcripts_every=0",
+        *SMALL,
+        *options,
+    ]
+    own = yaml.safe_load(presets()[name].path.read_text(encoding="utf-8"))
+    if own.get("update", {}).get("minibatches", 1) > 2:
+        argv.append("--update.minibatches=2")
+    if own["distill"]["block"] != "none":
+        argv += ["--distill.alpha.warmup_steps=0", "--distill.block_format=outcome_first"]
+    return expand(argv)[0]
+
+
+@pytest.mark.slow
+@pytest.mark.ranks
+@pytest.mark.parametrize("name", sorted(presets()))
+def test_a_method_takes_three_steps_on_one_rank_as_on_two(name, world, tmp_path):
+    run(1, arguments(name, world, tmp_path / "one"))
+    run(2, arguments(name, world, tmp_path / "two"))
+    one, two = without_clocks(tmp_path / "one"), without_clocks(tmp_path / "two")
+    assert list(one) == [1, 2, 3] and any(metrics["optim/grad_norm"] > 0 for metrics in one.values())
+    for step, metrics in one.items():
+        for key in ("loss/policy", "reward/mean", "rollout/searches", "optim/grad_norm"):
+            assert two[step][key] == pytest.approx(metrics[key], abs=2e-5, rel=1e-3), (step, key)
+    found, expected = (
+        {key: torch.from_numpy(array) for key, array in parameters(tmp_path / side, LAST).items()}
+        for side in ("two", "one")
+    )
+    before = {key: torch.from_numpy(a) for key, a in load_file(START_POLICY / "model.safetensors").items()}
+    assert_same_movement(found, expected, before)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", KILLED)
+def test_a_killed_run_of_a_method_resumes_bit_for_bit(name, world, tmp_path):
+    every = ("--checkpoint.every=1", "--checkpoint.keep=3")
+    run(1, arguments(name, world, tmp_path / "straight", *every))
+    argv = arguments(name, world, tmp_path / "killed", *every)
+    ranks, log = start(1, argv), tmp_path / "killed" / "metrics.jsonl"
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline and not (log.exists() and '"step": 2' in log.read_text()):
+        time.sleep(0.02)
+    ranks.signal(signal.SIGKILL)
+    assert ranks.wait() == [-signal.SIGKILL]
+    assert "resumed from" in run(1, argv)
+    expected, found = (parameters(tmp_path / side, LAST) for side in ("straight", "killed"))
+    for key, array in expected.items():
+        assert np.array_equal(found[key], array), key
+    assert without_clocks(tmp_path / "killed") == without_clocks(tmp_path / "straight")

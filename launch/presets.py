@@ -64,7 +64,7 @@ def expand(argv: Sequence[str]) -> tuple[list[str], Preset | None]:
     preset = known.get(names[0])
     if preset is None:
         close = difflib.get_close_matches(names[0], known, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"expected one of {', '.join(known)}"
+        hint = f"did you mean {close[0]}?" if close else f"expected one of {', '.join(known)}."
         raise ConfigError(f"--as: found {names[0]!r}; {hint} `sd-search train --list` says what each is")
     places = [place for place, word in enumerate(rest) if word.partition("=")[0] == "--config"]
     if not places:

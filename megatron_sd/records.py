@@ -99,6 +99,7 @@ class Turn:
     turn.
     well_formed: the completion is thoughts and then exactly one closed search or answer, nothing else
         (search/reward.py, completion_is_well_formed).
+    note: what the policy noted of earlier results, where the protocol has note tags; sampled text alone.
     """
 
     completion_ids: TokenIds
@@ -108,6 +109,7 @@ class Turn:
     hits: tuple[Hit, ...] = ()
     policy_version: int = 0
     well_formed: bool = True
+    note: str = ""
 
     @property
     def query(self) -> str | None:

@@ -178,6 +178,7 @@ def _rollout(question: Question, response: str, index: int, environment: Environ
                 action=action,
                 hits=_hits(observation),
                 well_formed=bool(ids) and environment.is_well_formed(ids, turn=len(turns)),
+                note=environment.note(ids),
             )
         )
     answer = found.answer

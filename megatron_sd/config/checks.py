@@ -9,10 +9,13 @@ from megatron_sd.config.ranges import check_ranges
 from megatron_sd.errors import ConfigError
 
 if TYPE_CHECKING:
-    from megatron_sd.config.loss import PolicyLossConfig
+    from megatron_sd.config.loss import AdvantageConfig, PolicyLossConfig
     from megatron_sd.config.rollout import RewardConfig
     from megatron_sd.config.run import Config
     from megatron_sd.config.update import UpdateConfig
+
+
+SCORES = ("reward", "em", "f1", "format_valid", "hop_hit_rate")  # fields of records.Scores
 
 
 def check(config: Config) -> None:
@@ -29,6 +32,7 @@ def check(config: Config) -> None:
             " 0, since such ranks sample and train in turns; or placement process or server"
         )
     _check_reward(config.reward)
+    _check_terms(config.advantage)
     _check_policy_loss(config.policy_loss)
     _check_reading(config)
     _check_offload(config)
@@ -89,6 +93,13 @@ def _check_reward(reward: RewardConfig) -> None:
             f"reward.overlong_limit: found {reward.overlong_limit} with reward.overlong_buffer"
             f" {reward.overlong_buffer}, expected at least as many sampled tokens: rollouts lose 1 there"
         )
+
+
+def _check_terms(advantage: AdvantageConfig) -> None:
+    unknown = sorted(set(advantage.terms) - set(SCORES))
+    if unknown or not any(advantage.terms.values()):
+        found = f"{', '.join(unknown)}, which nobody scores" if unknown else f"{advantage.terms}"
+        raise ConfigError(f"advantage.terms: found {found}, expected weights of some of {', '.join(SCORES)}")
 
 
 def _check_policy_loss(loss: PolicyLossConfig) -> None:

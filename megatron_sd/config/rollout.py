@@ -99,7 +99,10 @@ class RewardConfig:
     answer: Literal["em", "f1", "sub_em"] = "f1"
     normalization: Literal["search_r1", "strict"] = "search_r1"
     format_weight: float = 0.0  # of plain
-    shape: Literal["plain", "structured"] = "plain"  # search/reward_shapes.py
+    # search/reward_shapes.py; all but the first two have their own numbers
+    shape: Literal["plain", "structured", "r1_searcher", "r1_searcher_first", "research", "autorefine"] = (
+        "plain"
+    )
     structure: float = 0.2  # of structured: a valid form without an exact match, and what a broken one loses
     final: float = 0.1  # of structured: a wrong answer in a broken form
     retrieval: float = 0.0  # of structured: a gold answer was found, in a valid form

@@ -190,6 +190,7 @@ class Rollouter:
             completion,
             verdict,
             well_formed=environment.is_well_formed(completion.ids, turn=len(episode.turns)),
+            note=environment.note(completion.ids),
         )
         if verdict.stop is not None:
             return
@@ -241,7 +242,7 @@ class _Episode:
     answer: str | None = None
     stop: StopReason | None = None
 
-    def act(self, completion: Completion, verdict: Verdict, *, well_formed: bool) -> None:
+    def act(self, completion: Completion, verdict: Verdict, *, well_formed: bool, note: str) -> None:
         """Append what the policy sampled."""
         self.turns.append(
             Turn(
@@ -250,6 +251,7 @@ class _Episode:
                 action=verdict.action,
                 policy_version=completion.policy_version,
                 well_formed=well_formed,
+                note=note,
             )
         )
         self.ids = (*self.ids, *completion.ids)

@@ -142,7 +142,8 @@ def _turn_of(fields: dict[str, Any]) -> Turn:
         name: tuple(fields[name]) for name in ("completion_ids", "completion_logprobs", "observation_ids")
     }
     own = {"policy_version": fields["policy_version"], "well_formed": fields["well_formed"]}
-    return Turn(**own, **tuples, hits=hits, action=_action_of(fields))
+    note = fields.get("note", "")  # which older files lack
+    return Turn(**own, **tuples, hits=hits, action=_action_of(fields), note=note)
 
 
 def _action_of(fields: dict[str, Any]) -> Action | None:

@@ -4,14 +4,15 @@ rollout."""
 from __future__ import annotations
 
 import codecs
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from megatron_sd.config import RolloutConfig
 from megatron_sd.errors import ConfigError
 from megatron_sd.records import Action, Hit, StopReason, TokenIds
 from megatron_sd.retrieval.queries import fit_query
-from megatron_sd.search.protocol import Protocol, fill, parse_completion
+from megatron_sd.search.protocol import Protocol, Tags, fill, parse_completion
 from megatron_sd.search.reward import completion_is_well_formed
 from megatron_sd.search.sanitize import Sanitizer
 from megatron_sd.search.tokens import TextCodec
@@ -142,6 +143,18 @@ class Environment:
         ids = completion_ids[:-1] if completion_ids[-1] in self.codec.eos_ids else completion_ids
         opened = self._opened_thought if turn == 0 else ""
         return completion_is_well_formed(opened + self.codec.decode(ids), self.protocol)
+
+    def note(self, completion_ids: TokenIds) -> str:
+        """What the completion notes of earlier results, joined; empty without note tags in the protocol."""
+        if self.protocol.note_tags is None:
+            return ""
+        return " ".join(_between(self.codec.decode(completion_ids), self.protocol.note_tags))
+
+
+def _between(text: str, tags: Tags) -> Iterator[str]:
+    """What stands between each pair of the tags."""
+    opening, closing = map(re.escape, tags)
+    return (found.group(1).strip() for found in re.finditer(f"{opening}(.*?){closing}", text, re.DOTALL))
 
 
 def _opened_thought(prompt: str, protocol: Protocol) -> str:

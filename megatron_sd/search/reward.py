@@ -181,10 +181,13 @@ def score_rollout(rollout: Rollout, group: RolloutGroup, config: RewardConfig) -
     valid = format_valid(rollout)
     parts = RewardParts(
         answer=answer[config.answer],
-        em=answer["em"],
+        **answer,
+        answer_words=len((rollout.answer or "").split()),
         has_answer=rollout.answer is not None,
         format_valid=valid,
+        num_searches=len(rollout.queries),
         found_gold=lambda: _found_gold(rollout, golds, normalize),
+        noted_gold=lambda: _holds_gold(" ".join(turn.note for turn in rollout.turns), golds, normalize),
         num_sampled=sum(len(turn.completion_ids) for turn in rollout.turns),
     )
     penalty = overlong_penalty(parts.num_sampled, config)
@@ -198,11 +201,15 @@ def score_rollout(rollout: Rollout, group: RolloutGroup, config: RewardConfig) -
 
 
 def _found_gold(rollout: Rollout, golden_answers: Sequence[str], normalize: Normalizer) -> bool:
-    """Some passage that a search found holds a gold answer, as sub_em has it; one of which nothing is left
-    counts as held by none."""
-    golds = [gold for gold in golden_answers if normalize(gold)]
+    """Some passage that a search found holds a gold answer."""
     passages = (hit.passage for turn in rollout.turns for hit in turn.hits)
-    return any(sub_em(f"{p.title} {p.text}", golds, normalize) == 1.0 for p in passages)
+    return any(_holds_gold(f"{p.title} {p.text}", golden_answers, normalize) for p in passages)
+
+
+def _holds_gold(text: str, golden_answers: Sequence[str], normalize: Normalizer) -> bool:
+    """As sub_em has it; a gold answer of which nothing is left counts as held by none."""
+    golds = [gold for gold in golden_answers if normalize(gold)]
+    return sub_em(text, golds, normalize) == 1.0
 
 
 def score(groups: Sequence[RolloutGroup], config: RewardConfig) -> list[RolloutGroup]:

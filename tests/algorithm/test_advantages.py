@@ -59,6 +59,24 @@ def test_two_of_five_are_right(name, right, wrong):
     assert [own for (own,) in found] == near(right, wrong, wrong, right, wrong)
 
 
+def test_several_scores_summed_first_or_normalised_first():
+    """(1, 0, 0) and (0, 10, 0): summed, the large one wins; each normalised, they are worth the same. F1 is
+    the second score here."""
+    group = make_group([1.0, 0.0, 0.0])
+    second = (0.0, 10.0, 0.0)
+    scored = tuple(
+        dataclasses.replace(r, scores=dataclasses.replace(r.scores, f1=value))
+        for r, value in zip(group.rollouts, second, strict=True)
+    )
+    group = dataclasses.replace(group, rollouts=scored)
+    terms = {"reward": 1.0, "f1": 1.0}
+    (summed,), (apart,) = of("grpo", group, terms=terms), of("gdpo", group, terms=terms)
+    assert [own for (own,) in summed] == near(-0.4842, 1.1500, -0.6658)
+    assert [own for (own,) in apart] == near(0.5774, 0.5774, -1.1547)
+    (half,) = of("grpo", group, terms={"reward": 0.5})
+    assert [own for (own,) in half] == near(1.1547, -0.5774, -0.5774)
+
+
 def test_whitening_counts_tokens_and_scaling_counts_rollouts():
     """Two groups (1, 0) and (1, 1): r - m is (.5, -.5) and (0, 0); its deviation over one token each is .4082."""
     single = [(r, (turn(num_tokens=1),)) for r in (1.0, 0.0, 1.0, 1.0)]
@@ -149,8 +167,8 @@ def test_stepsearchs_returns(monkeypatch):
     """Step rewards .45 and -.25 (gains .45 and .25, half of the second's passages seen), reward 1, scale 1."""
     monkeypatch.setattr(stepsearch, "step_rewards", lambda rollout, supporting: [0.45, -0.25, 0.0])
     rollout = make_rollout(1.0, turns=(turn("a"), turn("b"), turn()))
-    assert stepsearch.returns(rollout, (), 1.0) == near(1.2, 0.75, 1.0)
-    assert stepsearch.returns(rollout, (), 0.6) == near(1.12, 0.85, 1.0)
+    assert stepsearch.returns(rollout, (), AdvantageConfig(step_scale=1.0)) == near(1.2, 0.75, 1.0)
+    assert stepsearch.returns(rollout, (), AdvantageConfig()) == near(1.12, 0.85, 1.0)
 
 
 def test_when_turns_stand_in_the_same_place():

@@ -39,7 +39,7 @@ def test_a_method_stands_above_files_and_below_single_options(tmp_path):
     ("argv", "words"),
     [
         (["--as=gigp0"], "--as: found 'gigp0'; did you mean gigpo?"),
-        (["--as", "zzz"], "--as: found 'zzz'; expected one of cispo, dapo"),
+        (["--as", "zzz"], "--as: found 'zzz'; expected one of autorefine, cispo, dapo"),
         (["--as", "rloo", "--as=gigpo"], "--as: found rloo and gigpo, expected one method"),
         (["--as"], "--as: found 'nothing'; "),
     ],

@@ -8,13 +8,65 @@ from megatron_sd.config import RewardConfig
 from megatron_sd.config.load import load
 from megatron_sd.errors import ConfigError
 from megatron_sd.search.reward import score_rollout
-from megatron_sd.search.reward_shapes import RewardParts, overlong_penalty, plain, structured
+from megatron_sd.search.reward_shapes import (
+    REWARD_SHAPES,
+    RewardParts,
+    overlong_penalty,
+    plain,
+    structured,
+)
 from tests.builders import group, hit, rollout
 
 STRUCTURED = RewardConfig(answer="em", shape="structured", structure=0.2, final=0.1, retrieval=0.1)
 PARTS = RewardParts(
-    answer=0.0, em=0.0, has_answer=True, format_valid=1.0, found_gold=lambda: False, num_sampled=10
+    answer=0.0, em=0.0, f1=0.0, sub_em=0.0, answer_words=1, has_answer=True, format_valid=1.0, num_searches=0,
+    found_gold=lambda: False, noted_gold=lambda: False, num_sampled=10,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("shape", "changes", "reward"),
+    [
+        ("r1_searcher", {"f1": 0.5}, 0.5),
+        ("r1_searcher", {"f1": 0.5, "answer_words": 12}, -1.5),
+        ("r1_searcher", {"has_answer": False, "format_valid": 0.0}, -2.0),
+        ("r1_searcher_first", {"sub_em": 1.0, "num_searches": 1}, 2.0),
+        ("r1_searcher_first", {}, -0.5),
+        ("r1_searcher_first", {"format_valid": 0.0, "has_answer": False}, -1.0),
+        ("research", {"format_valid": 0.0, "f1": 0.4}, 0.0),
+        ("research", {}, 0.1),
+        ("research", {"f1": 0.4}, 0.4),
+        ("autorefine", {"noted_gold": lambda: True}, 0.1),
+        ("autorefine", {"f1": 0.6667, "noted_gold": lambda: True}, 0.6667),
+        ("autorefine", {"has_answer": False, "noted_gold": lambda: True}, 0.0),
+        ("autorefine", {}, 0.0),
+    ],
 )
+def test_the_rewards_of_relatives(shape, changes, reward):
+    found = REWARD_SHAPES[shape](dataclasses.replace(PARTS, **changes), RewardConfig(shape=shape))
+    assert found == pytest.approx(reward)
+
+
+def test_autorefine_reads_the_policys_own_notes():
+    """Gold "Paris": a note that holds it earns .1 beside a wrong answer; a passage that holds it nothing. As a
+    substring it counts inside a word, under `strict` as a word alone."""
+
+    def reward(answer: str | None, note: str, text: str = "", **settings) -> float:
+        asked = group([rollout(0, ["q"], answer=answer)])
+        asked = dataclasses.replace(
+            asked, question=dataclasses.replace(asked.question, golden_answers=("Paris",))
+        )
+        (own,) = asked.rollouts
+        first = dataclasses.replace(own.turns[0], note=note, hits=(hit("p", text=text),))
+        own = dataclasses.replace(own, turns=(first, *own.turns[1:]))
+        return score_rollout(own, asked, RewardConfig(shape="autorefine", **settings)).reward
+
+    assert reward("London", "it is in paris, they say") == pytest.approx(0.1)
+    assert reward("Paris France", "nothing") == pytest.approx(0.6667, abs=1e-4)
+    assert reward(None, "it is in paris") == 0.0
+    assert reward("London", "nothing", text="Paris") == 0.0
+    assert reward("London", "parisian") == pytest.approx(0.1)
+    assert reward("London", "parisian", normalization="strict") == 0.0
 
 
 @pytest.mark.parametrize(

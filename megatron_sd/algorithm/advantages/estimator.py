@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean, stdev
 
 from megatron_sd.config import AdvantageConfig
@@ -16,18 +16,19 @@ GroupAdvantages = list[TurnAdvantages]  # of a group's rollouts, in index order
 Estimator = Callable[[Sequence[RolloutGroup], AdvantageConfig], list[GroupAdvantages]]
 
 
-def reward_of(rollout: Rollout) -> float:
-    """The scored reward. Raises ValueError for a rollout that nobody scored."""
+def reward_of(rollout: Rollout, terms: Mapping[str, float]) -> float:
+    """The weighted sum of the rollout's scores that `terms` names; hops that are unknown count 0. Raises
+    ValueError for a rollout that nobody scored."""
     if rollout.scores is None:
         raise ValueError(
             f"rollout {rollout.index} of question {rollout.question_id} has no scores: score the groups first"
         )
-    return rollout.scores.reward
+    return sum(weight * (getattr(rollout.scores, name) or 0.0) for name, weight in terms.items())
 
 
-def rewards_of(group: RolloutGroup) -> list[float]:
+def rewards_of(group: RolloutGroup, terms: Mapping[str, float]) -> list[float]:
     """Of the usable rollouts, in index order."""
-    return [reward_of(rollout) for rollout in group.usable]
+    return [reward_of(rollout, terms) for rollout in group.usable]
 
 
 def relative(values: Sequence[float], *, scaled: bool) -> list[float]:

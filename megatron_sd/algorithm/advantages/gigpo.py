@@ -26,7 +26,7 @@ def gigpo(groups: Sequence[RolloutGroup], config: AdvantageConfig) -> list[Group
 
 def _of_group(group: RolloutGroup, config: AdvantageConfig) -> GroupAdvantages:
     rollouts = group.usable
-    rewards, scaled = rewards_of(group), config.normalize == "mean_std"
+    rewards, scaled = rewards_of(group, config.terms), config.normalize == "mean_std"
     whole = relative(rewards, scaled=scaled)
     members: dict[Hashable, list[tuple[int, int]]] = defaultdict(list)  # (rollout, turn) by place
     for i, places in enumerate(STATES[config.state](rollouts)):

@@ -18,7 +18,7 @@ def stepsearch(groups: Sequence[RolloutGroup], config: AdvantageConfig) -> list[
     train a critic (PPO) instead of comparing rollouts, and measure gain by TF-IDF similarity to the
     supporting passages' texts; here it is the share of hops that are newly served.
     """
-    return [_of_group(group, config.step_scale) for group in groups]
+    return [_of_group(group, config) for group in groups]
 
 
 def step_rewards(rollout: Rollout, supporting: Sequence[Sequence[str]]) -> list[float]:
@@ -39,18 +39,18 @@ def step_rewards(rollout: Rollout, supporting: Sequence[Sequence[str]]) -> list[
     return rewards
 
 
-def returns(rollout: Rollout, supporting: Sequence[Sequence[str]], scale: float) -> list[float]:
+def returns(rollout: Rollout, supporting: Sequence[Sequence[str]], config: AdvantageConfig) -> list[float]:
     """G of every turn."""
     found: list[float] = []
-    ahead = reward_of(rollout)
+    ahead = reward_of(rollout, config.terms)
     for reward in reversed(step_rewards(rollout, supporting)):
-        ahead += scale * reward
+        ahead += config.step_scale * reward
         found.append(ahead)
     return found[::-1]
 
 
-def _of_group(group: RolloutGroup, scale: float) -> GroupAdvantages:
-    own = {rollout.index: returns(rollout, group.question.supporting, scale) for rollout in group.usable}
+def _of_group(group: RolloutGroup, config: AdvantageConfig) -> GroupAdvantages:
+    own = {rollout.index: returns(rollout, group.question.supporting, config) for rollout in group.usable}
     found = []
     for rollout in group.rollouts:
         numbers = []

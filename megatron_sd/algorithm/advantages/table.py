@@ -17,6 +17,7 @@ ADVANTAGES: Mapping[str, Estimator] = {
     "reinforce_baseline": from_rewards.reinforce_baseline,
     "max_rl": from_rewards.max_rl,
     "batch_std": from_rewards.batch_std,
+    "gdpo": from_rewards.gdpo,
     "gigpo": gigpo,
     "graph_hca": graph_hca,
     "stepsearch": stepsearch,

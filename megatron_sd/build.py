@@ -44,6 +44,7 @@ from megatron_sd.observability.timers import Timers
 from megatron_sd.retrieval.choice import open_retriever
 from megatron_sd.retrieval.retriever import Retriever
 from megatron_sd.rollout.bank import RolloutBank
+from megatron_sd.rollout.collecting import Collecting
 from megatron_sd.rollout.embedded.engine import TorchEngine
 from megatron_sd.rollout.embedded.weights import load_model
 from megatron_sd.rollout.rollouter import Rollouter
@@ -177,6 +178,7 @@ def build_trainer(config: Config, world: World) -> Trainer:
         evaluation=_evaluation(config, world, side),
         rollouter=side.rollouter,
         sampling=_sampling_order(config, world, questions, side),
+        collect=Collecting(config.rollout),
         score=functools.partial(score, config=config.reward),
         advantages=functools.partial(ADVANTAGES[config.advantage.estimator], config=config.advantage),
         hindsight=hindsight_of(config.distill, config.seed),
@@ -272,7 +274,11 @@ def _sampling_order(
     only_whole = mode == "whole" or (mode == "auto" and isinstance(side.engine, TorchEngine))
     bank = RolloutBank(Path(config.run_dir) / "bank", rank=world.rank, identity=digest, only_whole=only_whole)
     sample = OwnShare(
-        world=world, questions=questions, rollouter=side.rollouter, bank=None if mode == "off" else bank
+        world=world,
+        questions=questions,
+        rollouter=side.rollouter,
+        bank=None if mode == "off" else bank,
+        attempts=config.rollout.attempts,
     )
     if config.rollout.max_lag == 0:
         return InStep(sample)

@@ -38,10 +38,11 @@ from megatron_sd.errors import DataError
 from megatron_sd.observability.progress import Work
 from megatron_sd.observability.timers import Timers
 from megatron_sd.records import RolloutGroup
-from megatron_sd.rollout.sampling_order import InStep
+from megatron_sd.rollout.collecting import Collecting
+from megatron_sd.rollout.sampling_order import InStep, Sample
 from megatron_sd.rollout.stored import EPISODES_NAME, StoredGroups, check_tokenizer, read_record
 from megatron_sd.search.questions import QuestionStream
-from megatron_sd.search.tokens import load_codec
+from megatron_sd.search.tokens import TextCodec, load_codec
 from megatron_sd.sft_config import SftConfig, evaluation_config
 from megatron_sd.trainer import Schedule, Trainer
 from megatron_sd.training.policy import Policy
@@ -85,15 +86,7 @@ def build_sft_trainer(config: Config, own: SftConfig, world: World) -> Trainer:
     parallel = Parallel.of(config.update, world)
     run_dir, directory = check_run_dir(config), Path(own.episodes)
     codec = load_codec(config.model.path, chat_template=False)
-    record = read_record(directory / EPISODES_NAME, "sd-search select")
-    check_tokenizer(codec.fingerprint, record, directory)
-    if world.is_first and (keys := other_keys(own, record)):
-        logger.warning(
-            "eval: protocol.%s differs from that of the episodes, so its figures are of a form that is not "
-            "trained; give the episodes' protocol (%s) unless this is on purpose",
-            ", .".join(keys),
-            directory / EPISODES_NAME,
-        )
+    record = _checked_record(own, directory, codec, world)
     stored = _stored(config, world)
     side = None if own.eval is None else _rollout_side(evaluation_config(own, config), world)
     policy = build_policy(config, parallel)
@@ -105,6 +98,7 @@ def build_sft_trainer(config: Config, own: SftConfig, world: World) -> Trainer:
         world=world,
         evaluation=functools.partial(measured, evaluations) if evaluations else None,
         sampling=InStep(stored),
+        collect=Collecting(config.rollout),
         score=list,  # what an episode earned was stored with it
         advantages=functools.partial(ADVANTAGES[config.advantage.estimator], config=config.advantage),
         hindsight=HindsightBlocks(
@@ -186,7 +180,21 @@ def _sampling(config: Config, own: SftConfig, policy: Policy, side: RolloutSide 
     return _Sampling(publisher=SparePublisher(publisher, evaluation.is_due), evaluation=evaluation)
 
 
-def _stored(config: Config, world: World) -> Callable[[int], list[RolloutGroup]]:
+def _checked_record(own: SftConfig, directory: Path, codec: TextCodec, world: World) -> Mapping[str, Any]:
+    """What the episodes say of themselves. Raises DataError for those of another tokenizer."""
+    record = read_record(directory / EPISODES_NAME, "sd-search select")
+    check_tokenizer(codec.fingerprint, record, directory)
+    if world.is_first and (keys := other_keys(own, record)):
+        logger.warning(
+            "eval: protocol.%s differs from that of the episodes, so its figures are of a form that is not "
+            "trained; give the episodes' protocol (%s) unless this is on purpose",
+            ", .".join(keys),
+            directory / EPISODES_NAME,
+        )
+    return record
+
+
+def _stored(config: Config, world: World) -> Sample:
     """This rank's episodes of a step."""
     path = Path(config.data.train)
     episodes = StoredGroups(path)
@@ -198,7 +206,7 @@ def _stored(config: Config, world: World) -> Callable[[int], list[RolloutGroup]]
         seed=config.seed,
         shuffle=config.data.shuffle,
     )
-    return lambda step: list(share(world, stream.batch(step)))
+    return lambda step, _attempt: list(share(world, stream.batch(step)))
 
 
 def _no_teacher(groups: Groups, _blocks: Blocks, _advantages: Sequence[GroupAdvantages]) -> TeacherPrompts:

@@ -45,6 +45,15 @@ class BarrenStepError(RefusedStepError):
     older_weights_help = False
 
 
+class NothingKeptError(BarrenStepError):
+    """No group of the step is kept by rollout.keep_groups."""
+
+    remedy = (
+        "ask questions that the policy answers right now and then (`sd-search select` keeps those of wanted"
+        " difficulty), or set rollout.keep_groups to all"
+    )
+
+
 class NonFiniteError(RefusedStepError):
     """A loss or gradient is NaN or infinite on at least one rank."""
 

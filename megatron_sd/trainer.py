@@ -20,6 +20,7 @@ from megatron_sd.observability.progress import Work
 from megatron_sd.observability.recorder import Recorder
 from megatron_sd.observability.timers import Timers, memory_metrics
 from megatron_sd.records import Batch, RolloutGroup, TrainingSample, UpdateResult
+from megatron_sd.rollout.collecting import Collecting
 from megatron_sd.rollout.engine import WeightReceiver
 from megatron_sd.rollout.rollouter import Rollouter
 from megatron_sd.rollout.sampling_order import SamplingOrder
@@ -67,6 +68,7 @@ class Trainer:
     # metrics of what is held out, by step; None: nothing is
     evaluation: Callable[[int], Mapping[str, float]] | None
     sampling: SamplingOrder
+    collect: Collecting
     score: Callable[[Groups], list[RolloutGroup]]
     advantages: Callable[[Groups], list[GroupAdvantages]]
     hindsight: HindsightBlocks
@@ -118,9 +120,8 @@ class Trainer:
     def take_step(self) -> None:
         """One step: roll out, assemble, update, publish."""
         with self.timers.phase("rollout"):
-            groups = self.gather(lambda: self.sampling.take(self.step))
+            groups = self.collect(self.sample)
         with self.timers.phase("assemble"):
-            groups = self.score(groups)
             blocks = self.hindsight(groups, self.step)
             advantages = self.advantages(groups)
             prompts = self.teacher_prompts(groups, blocks, advantages)
@@ -148,15 +149,16 @@ class Trainer:
         self.stability.taken(self.step, update.grad_norm)
         return update
 
-    def gather(self, sample: Callable[[], list[RolloutGroup]]) -> list[RolloutGroup]:
-        """Every rank samples its share; every rank gets all groups, in question order, or the error of
-        one."""
-        return [group for part in together(self.world, sample) for group in part]
+    def sample(self, attempt: int) -> list[RolloutGroup]:
+        """Every rank samples its share; every rank gets all groups, scored, in question order, or the error
+        of one."""
+        parts = together(self.world, lambda: self.sampling.take(self.step, attempt))
+        return self.score([group for part in parts for group in part])
 
     def record(self, groups: Groups, blocks: Texts, batches: Sequence[Batch], update: UpdateResult) -> None:
         """One line of metrics for the step that just ended."""
         metrics = rollout_metrics(groups) | lag_metrics(groups, self.step - 1) | block_metrics(groups, blocks)
-        metrics |= update.scalars | packing_metrics(batches) | self.alpha.metrics()
+        metrics |= self.collect.metrics() | update.scalars | packing_metrics(batches) | self.alpha.metrics()
         self.recorder.record(self.step, metrics | self.timers.metrics() | memory_metrics())
 
     def side_work(self, groups: Groups, blocks: Texts) -> None:

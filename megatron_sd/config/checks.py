@@ -31,6 +31,11 @@ def check(config: Config) -> None:
             f"rollout.max_lag: found {config.rollout.max_lag} with rollout.vllm.placement colocated, expected"
             " 0, since such ranks sample and train in turns; or placement process or server"
         )
+    if config.rollout.max_lag and config.rollout.keep_groups != "all":
+        raise ConfigError(
+            f"rollout.keep_groups: found {config.rollout.keep_groups} with rollout.max_lag"
+            f" {config.rollout.max_lag}, expected all, or max_lag 0: what is kept decides what is sampled next"
+        )
     _check_reward(config.reward)
     _check_terms(config.advantage)
     _check_policy_loss(config.policy_loss)

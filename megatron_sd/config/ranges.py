@@ -12,6 +12,7 @@ _RANGES: dict[str, tuple[str, ...]] = {
     "0 or more": (
         "num_steps",
         "rollout.max_search_turns",
+        "rollout.max_resamples",
         "reward.format_weight",
         "reward.structure",
         "reward.final",
@@ -118,6 +119,7 @@ _RANGES: dict[str, tuple[str, ...]] = {
     ),
     "between 0 and 1": (
         "rollout.max_failed_share",
+        "rollout.keep_range",
         "rollout.vllm.gpu_memory_share",
         "optimizer.betas",
         "optimizer.final_ratio",

@@ -66,6 +66,11 @@ class RolloutConfig:
 
     questions_per_step: int = 256
     group_size: int = 5
+    # which groups make a step (rollout/collecting.py): all, or those that are right and wrong, or right in a
+    # share within keep_range; further questions are asked until there are enough, at most max_resamples times
+    keep_groups: Literal["all", "with_spread", "in_range"] = "all"
+    keep_range: tuple[float, float] = (0.0, 1.0)
+    max_resamples: int = 10
     temperature: float = 1.0
     max_search_turns: int = 4  # one last turn follows, in which a search is not served
     max_turn_tokens: int = 500
@@ -84,6 +89,11 @@ class RolloutConfig:
     engine: Literal["torch", "vllm"] = "torch"
     max_concurrent_sequences: int = 256  # in the engine at one time; further rollouts wait
     vllm: VllmConfig = field(default_factory=VllmConfig)
+
+    @property
+    def attempts(self) -> int:
+        """Batches of questions that a step may ask."""
+        return 1 if self.keep_groups == "all" else 1 + self.max_resamples
 
     @property
     def most_sampled_tokens(self) -> int:

@@ -17,14 +17,16 @@ from megatron_sd.rollout.bank import RolloutBank
 from megatron_sd.rollout.rollouter import Rollouter
 from megatron_sd.search.questions import QuestionStream
 
-Sample = Callable[[int], list[RolloutGroup]]  # this rank's groups of a step
+# this rank's groups of a step, at the first or a further attempt to find enough of them (collecting.py)
+Sample = Callable[[int, int], list[RolloutGroup]]
 
 
 class SamplingOrder(Protocol):
     """Hands out this rank's groups, step by step."""
 
-    def take(self, step: int) -> list[RolloutGroup]:
-        """The groups of a step. Raises RolloutError when they could not be sampled."""
+    def take(self, step: int, attempt: int = 0) -> list[RolloutGroup]:
+        """The groups of a step; those of further questions at a further attempt. Raises RolloutError when they
+        could not be sampled."""
         ...
 
     def settle(self) -> None:
@@ -36,16 +38,18 @@ class SamplingOrder(Protocol):
 @dataclass(frozen=True, kw_only=True)
 class OwnShare:
     """Samples this rank's part of a step's questions. bank: where finished rollouts wait for a run that is
-    started again; None: nowhere."""
+    started again; None: nowhere. attempts: how many batches of questions are set apart for a step: what an
+    earlier step used of its own changes nothing for later ones, so that a resumed run asks the same."""
 
     world: World
     questions: QuestionStream[Question]
     rollouter: Rollouter
     bank: RolloutBank | None
+    attempts: int = 1
 
-    def __call__(self, step: int) -> list[RolloutGroup]:
+    def __call__(self, step: int, attempt: int = 0) -> list[RolloutGroup]:
         """The groups of a step. Raises RolloutError when they could not be sampled."""
-        mine = share(self.world, self.questions.batch(step))
+        mine = share(self.world, self.questions.batch(step * self.attempts + attempt))
         if self.bank is None:
             return self.rollouter.run(mine, step=step)
         with contextlib.closing(self.bank.open(step, self.rollouter.policy_version)) as banked:
@@ -58,9 +62,9 @@ class InStep:
     def __init__(self, sample: Sample):
         self._sample = sample
 
-    def take(self, step: int) -> list[RolloutGroup]:
+    def take(self, step: int, attempt: int = 0) -> list[RolloutGroup]:
         """Sample now."""
-        return self._sample(step)
+        return self._sample(step, attempt)
 
     def settle(self) -> None:
         """Nothing runs between two steps."""
@@ -79,13 +83,13 @@ class OneAhead:
         self._ahead: Future[list[RolloutGroup]] | None = None
         self._step_ahead = -1
 
-    def take(self, step: int) -> list[RolloutGroup]:
-        """Wait for the step's rollouts and begin the next step's."""
+    def take(self, step: int, attempt: int = 0) -> list[RolloutGroup]:
+        """Wait for the step's rollouts and begin the next step's. There is one attempt."""
         is_here = self._ahead is not None and self._step_ahead == step
-        groups = (self._ahead if is_here else self._thread.submit(self._sample, step)).result()
+        groups = (self._ahead if is_here else self._thread.submit(self._sample, step, 0)).result()
         more = step + 1 < self._num_steps
         self._ahead, self._step_ahead = (
-            self._thread.submit(self._sample, step + 1) if more else None,
+            self._thread.submit(self._sample, step + 1, 0) if more else None,
             step + 1,
         )
         return groups

@@ -6,11 +6,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megatron_sd.config import SafetyConfig
+from megatron_sd.config import RolloutConfig, SafetyConfig
 from megatron_sd.distributed.world import lone_world
 from megatron_sd.errors import BarrenStepError, ReshardError, RolloutError
 from megatron_sd.observability.progress import SILENT
 from megatron_sd.observability.timers import Timers
+from megatron_sd.rollout.collecting import Collecting
 from megatron_sd.trainer import Schedule, Trainer
 from megatron_sd.training.safety.stability import Stability
 
@@ -25,7 +26,7 @@ def trainer(events: list, *, fails_at: tuple[str, int]) -> Trainer:
                 ReshardError("a worker is gone") if phase == "publish" else RolloutError("no server is left")
             )
 
-    def take(step: int) -> list:
+    def take(step: int, attempt: int) -> list:
         note("rollout", step)
         return []
 
@@ -45,6 +46,7 @@ def trainer(events: list, *, fails_at: tuple[str, int]) -> Trainer:
         world=lone_world(torch.device("cpu")),
         evaluation=None,
         sampling=SimpleNamespace(take=take, settle=lambda: None),
+        collect=Collecting(RolloutConfig()),
         score=lambda groups: groups,
         advantages=lambda groups: [],
         hindsight=lambda groups, step: [],

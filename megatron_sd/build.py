@@ -188,7 +188,7 @@ def build_trainer(config: Config, world: World) -> Trainer:
             aggregation=config.policy_loss.aggregation,
             place=parallel.batch,
         ),
-        alpha=AlphaController(config.distill),
+        alpha=AlphaController(config.distill, config.policy_loss.weight),
         policy=policy,
         publisher=publisher,
         engine=side.engine,

@@ -56,6 +56,9 @@ def head_options(config: Config) -> HeadOptions:
             beta=distill.beta,
             temperature=distill.temperature,
             top_k=distill.top_k,
+            support=distill.support,
+            entry_clip=distill.entry_clip,
+            scale_by_temperature_squared=distill.scale_by_temperature_squared,
             tail_bucket=distill.tail_bucket,
         ),
         teacher_logits=distill.teacher_logits,
@@ -80,4 +83,4 @@ def _policy_module(start: StartPolicy, head: HeadOptions, config: Config) -> Pol
     check_model(model, config.update)
     vocabulary = model.get_output_embeddings().weight.shape[0]
     shard = head_shard(start.parallel.tensor, vocabulary)
-    return PolicyModule(model, dataclasses.replace(head, shard=shard), config.policy_loss)
+    return PolicyModule(model, dataclasses.replace(head, shard=shard), config.policy_loss, config.distill)

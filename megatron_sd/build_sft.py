@@ -122,7 +122,7 @@ def build_sft_trainer(config: Config, own: SftConfig, world: World) -> Trainer:
             aggregation=config.policy_loss.aggregation,
             place=parallel.batch,
         ),
-        alpha=AlphaController(config.distill),
+        alpha=AlphaController(config.distill, config.policy_loss.weight),
         policy=policy,
         publisher=sampling.publisher,
         engine=None if side is None else side.engine,

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from megatron_sd.config.distill_checks import check_distill
 from megatron_sd.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -109,6 +110,8 @@ _RANGES: dict[str, tuple[str, ...]] = {
         "policy_loss.clip_high",
         "policy_loss.importance_cap",
         "distill.temperature",
+        "distill.importance_cap",
+        "distill.entry_clip",
         "distill.alpha.target_ratio",
         "distill.alpha.max_value",
         "optimizer.learning_rate",
@@ -123,6 +126,7 @@ _RANGES: dict[str, tuple[str, ...]] = {
         "optimizer.betas",
         "optimizer.final_ratio",
         "distill.ema_decay",
+        "policy_loss.weight",
         "advantage.discount",
         "selection.min_pass_rate",
         "selection.max_pass_rate",
@@ -173,7 +177,7 @@ def check_ranges(config: Any) -> None:
 def check(config: Config) -> None:
     """Raise ConfigError for a value out of range, and for values that do not go together."""
     check_ranges(config)
-    _check_distill(config)
+    check_distill(config)
     if (
         config.rollout.max_lag
         and config.rollout.engine == "vllm"
@@ -204,31 +208,6 @@ def check(config: Config) -> None:
         raise ConfigError(
             "publish.source: found master with model.lora.rank above 0, expected parameters: W has no master"
             " then"
-        )
-    if config.model.lora.rank and config.distill.teacher == "ema":
-        raise ConfigError(
-            "distill.teacher: found ema with model.lora.rank above 0, expected live or frozen: W does not"
-            " move"
-        )
-
-
-def _check_distill(config: Config) -> None:
-    distill = config.distill
-    if distill.divergence == "jsd" and not 0 < distill.beta < 1:
-        raise ConfigError(
-            f"distill.beta: found {distill.beta!r} with distill.divergence jsd, expected strictly between 0"
-            " and 1; for its limits use divergence forward_kl or reverse_kl"
-        )
-    if distill.alpha.mode == "grad_ratio" and distill.measure_every == 0:
-        raise ConfigError(
-            "distill.alpha.mode: found 'grad_ratio' with distill.measure_every 0, expected fixed, or"
-            " measure_every above 0: the ratio has to be measured"
-        )
-    measures = distill.block != "none" and distill.measure_every > 0
-    if measures and config.update.zero_stage != 3:
-        raise ConfigError(
-            f"update.zero_stage: found {config.update.zero_stage}, expected 3, where the gradient ratio can"
-            " be measured; or set distill.measure_every to 0 with distill.alpha.mode fixed"
         )
 
 
@@ -292,6 +271,7 @@ def _check_tensor_parallel(config: Config) -> None:
         "model.lora.rank": (config.model.lora.rank, config.model.lora.rank == 0, "0"),
         "distill.teacher": (distill.teacher, distill.teacher == "live", "live"),
         "distill.top_k": (distill.top_k, distill.top_k is None, "none, the full vocabulary"),
+        "distill.entry_clip": (distill.entry_clip, distill.entry_clip is None, "none"),
         "distill.divergence": (
             distill.divergence,
             distill.divergence != "mse",

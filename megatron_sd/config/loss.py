@@ -49,6 +49,7 @@ class PolicyLossConfig:
     kl_weight: float = 1e-3  # of the KL to the start policy; 0 builds no reference policy
     kl: Literal["k3", "k2", "k3_ratio"] = "k3"  # its estimate (algorithm/policy_loss.py)
     aggregation: Literal["token", "rollout"] = "token"
+    weight: float = 1.0  # of this loss, its KL included, beside distill.alpha; 0: distillation alone
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,8 +96,15 @@ class DistillConfig:
     divergence: Literal["jsd", "forward_kl", "reverse_kl", "mse"] = "jsd"
     beta: float = 0.5  # of jsd alone: 0 < beta < 1
     temperature: float = 1.0
+    scale_by_temperature_squared: bool = False  # the divergence, as Hinton's distillation
     top_k: int | None = None  # None: the full vocabulary; the paper: 50, the teacher's, renormalised
+    support: Literal["teacher", "student"] = "teacher"  # with top_k: whose likeliest tokens (SDPO: student)
     tail_bucket: bool = False  # with top_k: all other tokens together are one more event, instead of nothing
+    # bound of a vocabulary entry's summand, before they are summed (OPSD's jsd_token_clip: 0.05); None: off.
+    # Only summands above it are cut, so a row's divergence may fall below 0: distill/below_zero_share
+    entry_clip: float | None = None
+    # bound on a token's ratio to the engine, the weight of its divergence (SDFT, SDPO: 2); None: no weight
+    importance_cap: float | None = None
     # how they keep their digits in bfloat16
     teacher_logits: Literal["delta", "float32_delta", "float32", "same_dtype"] = "delta"
     alpha: AlphaConfig = field(default_factory=AlphaConfig)

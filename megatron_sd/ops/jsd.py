@@ -41,7 +41,7 @@ def jsd_rows(
     gradient takes the place of student_logits, which are lost (rows not listed become 0), and the backward
     can run once; without a gradient nothing is written. That saves the [S, V] gradient, and is refused
     where it would corrupt something. impl: "cpp" and "cuda" are the native code of kernels/csrc (float32 or
-    bfloat16, full vocabulary) on CPU and on CUDA tensors, "torch" is the reference, "auto" the native code
+    bfloat16, full vocabulary, no entry_clip) on CPU and on CUDA tensors, "torch" is the reference, "auto" the native code
     where it can and otherwise the reference, said once in the log. Raises ConfigError for an impl that this
     build has not or a top_k above V, and ValueError for tensors that do not fit; row indices are checked
     only where that costs no device synchronisation (on the CPU; the CUDA code makes rows out of range NaN).
@@ -83,7 +83,7 @@ def _native_rows(
         divergence.temperature,
         wants_gradient,
     )
-    return RowDivergence(values, torch.zeros_like(values))
+    return RowDivergence(values * divergence.scale, torch.zeros_like(values))
 
 
 def _reference_rows(
@@ -119,8 +119,8 @@ def _chosen(impl: str, student: Tensor, teacher: Tensor, divergence: Divergence)
         obstacle = f"tensors on {student.device}"
     if impl != "auto" and obstacle:
         expected = (
-            f"{NATIVE_DEVICES[impl].upper()} tensors of float32 or bfloat16, no top_k and no mse, or"
-            " impl='auto'"
+            f"{NATIVE_DEVICES[impl].upper()} tensors of float32 or bfloat16, no top_k, no entry_clip and no"
+            " mse, or impl='auto'"
         )
         raise ValueError(f"impl={impl!r} cannot serve {obstacle}; expected {expected}")
     if impl != "auto":

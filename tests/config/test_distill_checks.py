@@ -1,0 +1,49 @@
+"""Values of distill.* that do not go together are refused before the run, by the names of both keys."""
+
+import pytest
+
+from megatron_sd.config.load import load
+from megatron_sd.errors import ConfigError
+from tests.config.test_config import REQUIRED
+
+NO_POLICY = ("--policy_loss.weight=0",)
+
+
+def message(*argv):
+    with pytest.raises(ConfigError) as caught:
+        load([*REQUIRED, *argv])
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (
+            ("--distill.support=student",),
+            "distill.support: found student with distill.top_k none, expected a top_k",
+        ),
+        (
+            (*NO_POLICY, "--distill.block=none"),
+            "policy_loss.weight: found 0 with distill.block none, expected more than 0, or a block",
+        ),
+        (
+            NO_POLICY,
+            "distill.measure_every: found 25 with policy_loss.weight 0, expected 0 with distill.alpha.mode",
+        ),
+        (("--policy_loss.weight=1.5",), "policy_loss.weight: found 1.5, expected between 0 and 1"),
+        (("--distill.importance_cap=0",), "distill.importance_cap: found 0.0, expected more than 0"),
+        (("--distill.entry_clip=0",), "distill.entry_clip: found 0.0, expected more than 0"),
+        (
+            ("--distill.entry_clip=0.05", "--update.tensor_parallel_size=2"),
+            "distill.entry_clip: found 0.05 with update.tensor_parallel_size above 1, expected none",
+        ),
+    ],
+)
+def test_what_is_refused(argv, words):
+    assert message(*argv).startswith(words)
+
+
+def test_what_goes_together():
+    own = load([*REQUIRED, "--distill.support=student", "--distill.top_k=20", "--distill.importance_cap=2"])
+    assert (own.distill.support, own.distill.importance_cap) == ("student", 2.0)
+    assert load([*REQUIRED, *NO_POLICY, "--distill.measure_every=0"]).policy_loss.weight == 0.0

@@ -17,7 +17,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from megatron_sd.algorithm.advantages.table import ADVANTAGES
 from megatron_sd.algorithm.assemble import own_batch, teacher_prompts
-from megatron_sd.algorithm.blocks import BLOCKS, BY_TURN
+from megatron_sd.algorithm.blocks import BLOCKS, BY_TURN, PLAIN
 from megatron_sd.algorithm.hindsight import RENDERERS, HindsightBlocks
 from megatron_sd.algorithm.samples import SCOPES, to_samples
 from megatron_sd.build_policy import build_policy
@@ -177,6 +177,7 @@ def build_trainer(config: Config, world: World) -> Trainer:
             correct_above=config.distill.correct_above,
             seed=config.seed,
             by_turn=config.distill.block in BY_TURN,
+            plain=config.distill.block in PLAIN,
         ),
         teacher_prompts=functools.partial(
             teacher_prompts, prompt_ids=side.environment.prompt_ids, config=config.distill

@@ -21,13 +21,16 @@ def teacher_prompts(
     prompt_ids: Callable[[str, str], TokenIds],
     config: DistillConfig,
 ) -> TeacherPrompts:
-    """The teacher's prompts of every rollout; none where the block is empty or the gate is closed.
+    """The teacher's prompts of every rollout; none where there is no block or the gate is closed.
 
     prompt_ids: of a question and the hindsight block in front of it (search.Environment.prompt_ids).
     """
     encode = functools.lru_cache(maxsize=None)(prompt_ids)  # rollouts of a group share their block
     prompts = [
-        [tuple(encode(group.question.text, text) if text else None for text in texts) for texts in own]
+        [
+            tuple(None if text is None else encode(group.question.text, text) for text in texts)
+            for texts in own
+        ]
         for group, own in zip(groups, blocks, strict=True)
     ]
     contexts = [

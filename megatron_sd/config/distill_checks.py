@@ -14,6 +14,16 @@ def check_distill(config: Config) -> None:
     """Raise ConfigError for values of distill.* that do not go together, naming both keys."""
     _check_divergence(config)
     _check_weights(config)
+    _check_teacher(config)
+
+
+def _check_teacher(config: Config) -> None:
+    distill = config.distill
+    if distill.block == "plain" and distill.teacher == "live":
+        raise ConfigError(
+            "distill.teacher: found live with distill.block plain, expected other, frozen or ema: the student"
+            " itself, behind its own prompt, differs in nothing"
+        )
     if config.model.lora.rank and config.distill.teacher == "ema":
         raise ConfigError(
             "distill.teacher: found ema with model.lora.rank above 0, expected live or frozen: W does not"

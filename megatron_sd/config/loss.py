@@ -82,6 +82,9 @@ class DistillConfig:
         "dummy",
         "turn_causal",
         "with_documents",
+        "solution",
+        "reference",
+        "plain",
         "none",
     ] = "paper"  # algorithm/blocks.py
     block_format: Literal["outcome_last", "outcome_first"] = "outcome_last"

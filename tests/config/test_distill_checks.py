@@ -30,6 +30,10 @@ def message(*argv):
             NO_POLICY,
             "distill.measure_every: found 25 with policy_loss.weight 0, expected 0 with distill.alpha.mode",
         ),
+        (
+            ("--distill.block=plain",),
+            "distill.teacher: found live with distill.block plain, expected other, frozen or ema",
+        ),
         (("--policy_loss.weight=1.5",), "policy_loss.weight: found 1.5, expected between 0 and 1"),
         (("--distill.importance_cap=0",), "distill.importance_cap: found 0.0, expected more than 0"),
         (("--distill.entry_clip=0",), "distill.entry_clip: found 0.0, expected more than 0"),

@@ -20,7 +20,7 @@ from megatron_sd.algorithm.assemble import own_batch, teacher_prompts
 from megatron_sd.algorithm.blocks import BLOCKS, BY_TURN, PLAIN
 from megatron_sd.algorithm.hindsight import RENDERERS, HindsightBlocks
 from megatron_sd.algorithm.samples import SCOPES, to_samples
-from megatron_sd.build_policy import build_policy
+from megatron_sd.build_policy import build_policy, check_teacher_tokens
 from megatron_sd.config import Config, ModelConfig, ProtocolConfig, RetrieverConfig, RolloutConfig
 from megatron_sd.config.checks import engine_reads_policy
 from megatron_sd.config.load import dump
@@ -160,6 +160,7 @@ def build_trainer(config: Config, world: World) -> Trainer:
         seed=config.seed,
         shuffle=config.data.shuffle,
     )
+    check_teacher_tokens(config, side.environment.codec)
     policy = build_policy(config, parallel)
     publisher = choose_publisher(policy, config, side.engine)
     return Trainer(

@@ -11,6 +11,7 @@ from megatron_sd.distributed.parallel import Parallel
 from megatron_sd.errors import ConfigError
 from megatron_sd.ops.divergence import Divergence
 from megatron_sd.ops.head.types import HeadOptions
+from megatron_sd.search.tokens import TextCodec, load_codec
 from megatron_sd.training.lora import with_adapters
 from megatron_sd.training.parallel.tensor import check_model, head_shard
 from megatron_sd.training.placement import check_disk_offload, reads_shards
@@ -27,7 +28,7 @@ def build_policy(config: Config, parallel: Parallel) -> Policy:
     policy_loss.kl_weight asks for one, and the teacher. Collective. Raises ConfigError or DataError."""
     head = head_options(config)
     _check(config)
-    check_same_model(config.model.path, parallel.world)
+    check_same_model(config.model.path, parallel.world, "model.path")
     start = StartPolicy(model=config.model, update=config.update, parallel=parallel)
     reference = ReferencePolicy(start, head) if config.policy_loss.kl_weight > 0.0 else None
     has_blocks = config.distill.block != "none"
@@ -43,6 +44,21 @@ def build_policy(config: Config, parallel: Parallel) -> Policy:
         reference=reference,
         teacher=teacher,
     )
+
+
+def check_teacher_tokens(config: Config, codec: TextCodec) -> None:
+    """Raise ConfigError where a teacher of another checkpoint reads other text in the policy's ids; codec:
+    the policy's. DataError for a directory without a tokenizer."""
+    path = config.distill.teacher_path
+    if path is None:
+        return
+    found = load_codec(path, chat_template=False).fingerprint
+    if found != codec.fingerprint:
+        raise ConfigError(
+            f"distill.teacher_path: found another tokenizer in {path} ({found}) than in {config.model.path}"
+            f" ({codec.fingerprint}), expected the same: the teacher reads the policy's ids as they are, so"
+            " they must mean the same to both; choose a teacher of the same family"
+        )
 
 
 def head_options(config: Config) -> HeadOptions:

@@ -19,6 +19,16 @@ def check_distill(config: Config) -> None:
 
 def _check_teacher(config: Config) -> None:
     distill = config.distill
+    if distill.teacher == "other" and distill.teacher_path is None:
+        raise ConfigError(
+            "distill.teacher_path: found none with distill.teacher other, expected the directory of the model"
+            " that teaches, as --distill.teacher_path DIRECTORY"
+        )
+    if distill.teacher != "other" and distill.teacher_path is not None:
+        raise ConfigError(
+            f"distill.teacher_path: found {distill.teacher_path!r} with distill.teacher {distill.teacher},"
+            " expected none, or teacher other: no other teacher reads that model"
+        )
     if distill.block == "plain" and distill.teacher == "live":
         raise ConfigError(
             "distill.teacher: found live with distill.block plain, expected other, frozen or ema: the student"
@@ -26,8 +36,8 @@ def _check_teacher(config: Config) -> None:
         )
     if config.model.lora.rank and config.distill.teacher == "ema":
         raise ConfigError(
-            "distill.teacher: found ema with model.lora.rank above 0, expected live or frozen: W does not"
-            " move"
+            "distill.teacher: found ema with model.lora.rank above 0, expected live, frozen or other: W does"
+            " not move"
         )
 
 

@@ -93,8 +93,9 @@ class DistillConfig:
     scope: Literal["query", "all", "first_query"] = "query"  # which sampled tokens distil
     # of the student (ops/head/targets.py)
     target: Literal["teacher", "uniform", "shuffled_vocabulary"] = "teacher"
-    # whose weights read the block: the student's, their average, the start's
-    teacher: Literal["live", "ema", "frozen"] = "live"
+    # whose weights read the block: the student's, their average, the start's, another model's
+    teacher: Literal["live", "ema", "frozen", "other"] = "live"
+    teacher_path: str | None = None  # of the other model, which has the same tokenizer and vocabulary
     ema_decay: float = 0.99  # teacher = decay * teacher + (1 - decay) * student after each step
     divergence: Literal["jsd", "forward_kl", "reverse_kl", "mse"] = "jsd"
     beta: float = 0.5  # of jsd alone: 0 < beta < 1

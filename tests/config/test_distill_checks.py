@@ -34,6 +34,14 @@ def message(*argv):
             ("--distill.block=plain",),
             "distill.teacher: found live with distill.block plain, expected other, frozen or ema",
         ),
+        (
+            ("--distill.teacher=other",),
+            "distill.teacher_path: found none with distill.teacher other, expected the directory of the",
+        ),
+        (
+            ("--distill.teacher_path=somewhere",),
+            "distill.teacher_path: found 'somewhere' with distill.teacher live, expected none, or teacher",
+        ),
         (("--policy_loss.weight=1.5",), "policy_loss.weight: found 1.5, expected between 0 and 1"),
         (("--distill.importance_cap=0",), "distill.importance_cap: found 0.0, expected more than 0"),
         (("--distill.entry_clip=0",), "distill.entry_clip: found 0.0, expected more than 0"),

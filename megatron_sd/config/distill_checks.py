@@ -48,6 +48,14 @@ def _check_divergence(config: Config) -> None:
             f"distill.beta: found {distill.beta!r} with distill.divergence jsd, expected strictly between 0"
             " and 1; for its limits use divergence forward_kl or reverse_kl"
         )
+    whole_rows = {"top_k": None, "entry_clip": None, "temperature": 1.0}
+    for key, expected in whole_rows.items():
+        if distill.divergence == "sampled" and (found := getattr(distill, key)) != expected:
+            raise ConfigError(
+                f"distill.{key}: found {found} with distill.divergence sampled, expected"
+                f" {'none' if expected is None else expected}: it looks at one token, at the rollouts'"
+                " temperature"
+            )
     if distill.support == "student" and distill.top_k is None:
         raise ConfigError(
             "distill.support: found student with distill.top_k none, expected a top_k, since the full"

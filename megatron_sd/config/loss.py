@@ -97,7 +97,8 @@ class DistillConfig:
     teacher: Literal["live", "ema", "frozen", "other"] = "live"
     teacher_path: str | None = None  # of the other model, which has the same tokenizer and vocabulary
     ema_decay: float = 0.99  # teacher = decay * teacher + (1 - decay) * student after each step
-    divergence: Literal["jsd", "forward_kl", "reverse_kl", "mse"] = "jsd"
+    # sampled: log student - log teacher of the sampled token, as an advantage is (ops/head/sampled.py)
+    divergence: Literal["jsd", "forward_kl", "reverse_kl", "mse", "sampled"] = "jsd"
     beta: float = 0.5  # of jsd alone: 0 < beta < 1
     temperature: float = 1.0
     scale_by_temperature_squared: bool = False  # the divergence, as Hinton's distillation

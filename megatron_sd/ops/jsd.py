@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_sd.errors import ConfigError
-from megatron_sd.ops.divergence import Divergence
+from megatron_sd.ops.divergence import ROW_DIVERGENCES, Divergence
 from megatron_sd.ops.jsd_in_place import in_place_rows
 from megatron_sd.ops.jsd_reference import RowDivergence, divergence_rows
 from megatron_sd.ops.native import calls, cpu_library, cuda_library, torch_ops
@@ -48,6 +48,8 @@ def jsd_rows(
     NaN in a row's logits is NaN in its value, and on the CPU a warning with the row's number.
     """
     _check_impl(impl)
+    if divergence.kind not in ROW_DIVERGENCES:
+        raise ConfigError(f"distill.divergence is {divergence.kind!r}, expected one of {ROW_DIVERGENCES}")
     _check_tensors(student_logits, teacher_logits, student_rows, teacher_rows, weights)
     vocabulary = student_logits.shape[-1]
     if divergence.top_k is not None and divergence.top_k > vocabulary:

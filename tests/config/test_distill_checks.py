@@ -42,6 +42,14 @@ def message(*argv):
             ("--distill.teacher_path=somewhere",),
             "distill.teacher_path: found 'somewhere' with distill.teacher live, expected none, or teacher",
         ),
+        (
+            ("--distill.divergence=sampled", "--distill.top_k=5"),
+            "distill.top_k: found 5 with distill.divergence sampled, expected none: it looks at one token",
+        ),
+        (
+            ("--distill.divergence=sampled", "--distill.temperature=1.1"),
+            "distill.temperature: found 1.1 with distill.divergence sampled, expected 1.0",
+        ),
         (("--policy_loss.weight=1.5",), "policy_loss.weight: found 1.5, expected between 0 and 1"),
         (("--distill.importance_cap=0",), "distill.importance_cap: found 0.0, expected more than 0"),
         (("--distill.entry_clip=0",), "distill.entry_clip: found 0.0, expected more than 0"),

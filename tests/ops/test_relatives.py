@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_sd.errors import ConfigError
-from megatron_sd.ops.divergence import DIVERGENCES
+from megatron_sd.ops.divergence import ROW_DIVERGENCES
 from megatron_sd.ops.head.vocab_parallel import VocabShard, vocab_parallel_divergence
 from megatron_sd.ops.jsd import jsd_rows
 from megatron_sd.ops.jsd_reference import divergence_rows
@@ -90,7 +90,7 @@ def written_out(student, teacher, divergence):
     return summands[divergence.kind].clamp(max=divergence.entry_clip).sum(-1)
 
 
-@each_of(DIVERGENCES)
+@each_of(ROW_DIVERGENCES)
 @pytest.mark.parametrize("clip", [1e-4, 3e-3, 0.05])
 def test_cut_summands_have_no_gradient(divergence, clip):
     student, teacher = logits(6, 40, seed=1), logits(6, 40, seed=2)
@@ -102,7 +102,7 @@ def test_cut_summands_have_no_gradient(divergence, clip):
     torch.testing.assert_close(gradient.sum(-1), torch.zeros(6).double(), rtol=0, atol=1e-12)
 
 
-@each_of(DIVERGENCES)
+@each_of(ROW_DIVERGENCES)
 def test_a_clip_that_cuts_nothing_changes_no_bit(divergence):
     student, teacher = logits(6, 40, seed=1, dtype=torch.float32), logits(6, 40, seed=2, dtype=torch.float32)
     whole = value_and_gradient(lambda s: divergence_rows(s, teacher, divergence), student)
@@ -111,7 +111,7 @@ def test_a_clip_that_cuts_nothing_changes_no_bit(divergence):
     assert all(map(torch.equal, found, whole))
 
 
-@each_of(DIVERGENCES)
+@each_of(ROW_DIVERGENCES)
 @pytest.mark.parametrize("tail_bucket", [False, True])
 def test_the_students_tokens_are_read_from_both(divergence, tail_bucket):
     """As the teacher's support, of the tokens that the student finds likeliest; they have no gradient of

@@ -20,8 +20,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron_sd.ops.divergence import SAMPLED
 from megatron_sd.ops.head.products import add_outer_product, head_logits
 from megatron_sd.ops.head.row_cuts import Cut, cut_rows
+from megatron_sd.ops.head.sampled import sampled_divergence
 from megatron_sd.ops.head.sharded_block import visit_sharded_block
 from megatron_sd.ops.head.targets import target_logits
 from megatron_sd.ops.head.types import HeadOptions, HeadRows, RowLoss, RowValues
@@ -227,12 +229,15 @@ def _visit_block(  # noqa: PLR0913 (two matrices and their row numbers)
     teacher = target_logits(teacher, student, options.target, is_difference=teacher_is_difference)
     with torch.set_grad_enabled(wants_gradient):
         divergences, truncated_masses = _divergences(student, teacher, options)
-    teacher_entropies = RowSoftmax.of(teacher, options.sampling_temperature).entropies
+    read = RowSoftmax.of(teacher, options.sampling_temperature, targets[query_rows])
 
     softmax = RowSoftmax.of(scaled, options.sampling_temperature, targets)
     logprobs = cast(Tensor, softmax.logprobs).requires_grad_(wants_gradient)
+    if options.divergence.kind == SAMPLED:
+        with torch.set_grad_enabled(wants_gradient):
+            divergences = sampled_divergence(logprobs[query_rows], cast(Tensor, read.logprobs))
     values = RowValues(
-        logprobs.new_zeros(()), logprobs, softmax.entropies, divergences, teacher_entropies, truncated_masses
+        logprobs.new_zeros(()), logprobs, softmax.entropies, divergences, read.entropies, truncated_masses
     )
     if row_loss is None:
         return values
@@ -247,9 +252,10 @@ def _visit_block(  # noqa: PLR0913 (two matrices and their row numbers)
 
 
 def _divergences(student: Tensor, teacher: Tensor, options: HeadOptions) -> tuple[Tensor, Tensor]:
-    """[q] divergences and truncated masses of two [q, V] matrices, row by row."""
-    if len(student) == 0:
-        return student.sum(-1), student.new_zeros(0)
+    """[q] divergences and truncated masses of two [q, V] matrices, row by row; 0 where only the sampled token
+    is looked at."""
+    if len(student) == 0 or options.divergence.kind == SAMPLED:
+        return student.sum(-1), student.new_zeros(len(student))
     every = torch.arange(len(student), device=student.device)
     return jsd_rows(
         student,

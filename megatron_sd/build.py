@@ -188,6 +188,7 @@ def build_trainer(config: Config, world: World) -> Trainer:
             own_batch,
             config=config.update,
             aggregation=config.policy_loss.aggregation,
+            distill_aggregation=config.distill.aggregation,
             place=parallel.batch,
         ),
         alpha=AlphaController(config.distill, config.policy_loss.weight),

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable, Sequence
 
 from megatron_sd.algorithm.advantages.estimator import GroupAdvantages
+from megatron_sd.algorithm.distill_aggregation import DISTILL_AGGREGATIONS
 from megatron_sd.algorithm.hindsight import Blocks
 from megatron_sd.algorithm.packing import pack
 from megatron_sd.algorithm.samples import GATES, GateContext, TeacherPrompts, apply_gate
@@ -41,10 +42,16 @@ def teacher_prompts(
 
 
 def own_batch(
-    samples: Sequence[TrainingSample], *, config: UpdateConfig, aggregation: str, place: tuple[int, int]
+    samples: Sequence[TrainingSample],
+    *,
+    config: UpdateConfig,
+    aggregation: str,
+    distill_aggregation: str,
+    place: tuple[int, int],
 ) -> Batch:
-    """This rank's part of the step's samples. place: the rank's number among those that read other
-    microbatches, and how many they are (distributed.Parallel.batch)."""
+    """This rank's part of the step's samples. aggregation, distill_aggregation: of policy_loss and of distill.
+    place: the rank's number among those that read other microbatches, and how many they are
+    (distributed.Parallel.batch)."""
     number, num_batches = place
     batches = pack(
         samples,
@@ -53,4 +60,4 @@ def own_batch(
         aggregation=aggregation,
         one_row=config.pack_sequences,
     )
-    return batches[number]
+    return DISTILL_AGGREGATIONS[distill_aggregation](batches)[number]

@@ -91,6 +91,8 @@ class DistillConfig:
     correct_above: float = 0.0  # rho: a rollout is CORRECT when its answer's token F1 exceeds this
     gate: Literal["none", "has_correct", "mixed", "reward_spread"] = "none"  # which groups distil
     scope: Literal["query", "all", "first_query"] = "query"  # which sampled tokens distil
+    # L_SD is the mean over rollouts of the means over their tokens, or the mean over all tokens
+    aggregation: Literal["rollout", "token"] = "rollout"
     # of the student (ops/head/targets.py)
     target: Literal["teacher", "uniform", "shuffled_vocabulary"] = "teacher"
     # whose weights read the block: the student's, their average, the start's, another model's

@@ -23,6 +23,7 @@ _DISTILL = (
     "query_rows",
 )
 SUM_NAMES = _POLICY + _DISTILL
+_ROUNDING_NATS = 1e-6  # of a divergence of rows that are all but equal
 
 
 def policy_sums(rows: PolicyRows, values: RowValues, row_weights: Tensor, *, counted: bool) -> Tensor:
@@ -49,7 +50,7 @@ def distill_sums(values: RowValues, query_rows: Tensor, mean_weights: Tensor, *,
         values.entropies[query_rows],
         values.teacher_entropies,
         values.truncated_masses,
-        (divergences < 0.0).to(divergences.dtype),
+        (divergences < -_ROUNDING_NATS).to(divergences.dtype),
         torch.ones_like(divergences),
     )
     return pad((torch.stack(columns) * counted).sum(-1), (len(_POLICY), 0))

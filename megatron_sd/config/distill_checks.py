@@ -86,3 +86,8 @@ def _check_weights(config: Config) -> None:
             f"distill.measure_every: found {distill.measure_every} with policy_loss.weight 0, expected 0 with"
             " distill.alpha.mode fixed: there is no gradient of the policy loss to compare with"
         )
+    if policy_weight == 0.0 and distill.alpha.warmup_steps > 0:
+        raise ConfigError(
+            f"distill.alpha.warmup_steps: found {distill.alpha.warmup_steps} with policy_loss.weight 0,"
+            " expected 0: nothing would be trained in these steps"
+        )

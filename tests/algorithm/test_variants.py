@@ -103,6 +103,8 @@ BLOCKS = (
     "turn_causal",
     "with_documents",
     "only_correct_shuffled",
+    "solution",
+    "reference",
 )
 VARIANTS = [
     *({"block": name} for name in BLOCKS),
@@ -112,6 +114,8 @@ VARIANTS = [
     {"target": "shuffled_vocabulary"},
     {"divergence": "mse"},
     {"gate": "reward_spread"},
+    {"aggregation": "token"},
+    {"top_k": "20", "support": "student"},
 ]
 
 

@@ -50,6 +50,10 @@ def message(*argv):
             ("--distill.divergence=sampled", "--distill.temperature=1.1"),
             "distill.temperature: found 1.1 with distill.divergence sampled, expected 1.0",
         ),
+        (
+            (*NO_POLICY, "--distill.measure_every=0"),
+            "distill.alpha.warmup_steps: found 50 with policy_loss.weight 0, expected 0: nothing would be",
+        ),
         (("--policy_loss.weight=1.5",), "policy_loss.weight: found 1.5, expected between 0 and 1"),
         (("--distill.importance_cap=0",), "distill.importance_cap: found 0.0, expected more than 0"),
         (("--distill.entry_clip=0",), "distill.entry_clip: found 0.0, expected more than 0"),
@@ -66,4 +70,5 @@ def test_what_is_refused(argv, words):
 def test_what_goes_together():
     own = load([*REQUIRED, "--distill.support=student", "--distill.top_k=20", "--distill.importance_cap=2"])
     assert (own.distill.support, own.distill.importance_cap) == ("student", 2.0)
-    assert load([*REQUIRED, *NO_POLICY, "--distill.measure_every=0"]).policy_loss.weight == 0.0
+    alone = ("--distill.measure_every=0", "--distill.alpha.warmup_steps=0")
+    assert load([*REQUIRED, *NO_POLICY, *alone]).policy_loss.weight == 0.0

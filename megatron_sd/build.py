@@ -17,11 +17,11 @@ from transformers.utils.logging import disable_progress_bar
 
 from megatron_sd.algorithm.advantages.table import ADVANTAGES
 from megatron_sd.algorithm.assemble import own_minibatches, teacher_prompts
-from megatron_sd.algorithm.blocks import BLOCKS, BY_TURN
+from megatron_sd.algorithm.blocks import BLOCKS, BY_TURN, PLAIN
 from megatron_sd.algorithm.hindsight import RENDERERS, HindsightBlocks
 from megatron_sd.algorithm.refinements import refinements
 from megatron_sd.algorithm.samples import SCOPES, to_samples
-from megatron_sd.build_policy import build_policy
+from megatron_sd.build_policy import build_policy, check_teacher_tokens
 from megatron_sd.config import (
     Config,
     DistillConfig,
@@ -170,6 +170,7 @@ def build_trainer(config: Config, world: World) -> Trainer:
         seed=config.seed,
         shuffle=config.data.shuffle,
     )
+    check_teacher_tokens(config, side.environment.codec)
     policy = build_policy(config, parallel)
     publisher = choose_publisher(policy, config, side.engine)
     return Trainer(
@@ -191,6 +192,7 @@ def build_trainer(config: Config, world: World) -> Trainer:
             config=config.update,
             aggregation=config.policy_loss.aggregation,
             most_tokens=config.rollout.most_sampled_tokens,
+            distill_aggregation=config.distill.aggregation,
             place=parallel.batch,
         ),
         reread=functools.partial(
@@ -199,7 +201,7 @@ def build_trainer(config: Config, world: World) -> Trainer:
             with_teacher=config.advantage.modulation != "none",
             epochs=config.update.epochs,
         ),
-        alpha=AlphaController(config.distill),
+        alpha=AlphaController(config.distill, config.policy_loss.weight),
         policy=policy,
         publisher=publisher,
         engine=side.engine,
@@ -223,6 +225,7 @@ def hindsight_of(distill: DistillConfig, seed: int) -> HindsightBlocks:
         correct_above=distill.correct_above,
         seed=seed,
         by_turn=distill.block in BY_TURN,
+        plain=distill.block in PLAIN,
     )
 
 

@@ -11,6 +11,7 @@ from megatron_sd.distributed.parallel import Parallel
 from megatron_sd.errors import ConfigError
 from megatron_sd.ops.divergence import Divergence
 from megatron_sd.ops.head.types import HeadOptions
+from megatron_sd.search.tokens import TextCodec, load_codec
 from megatron_sd.training.lora import with_adapters
 from megatron_sd.training.parallel.tensor import check_model, head_shard
 from megatron_sd.training.placement import check_disk_offload, reads_shards
@@ -27,7 +28,7 @@ def build_policy(config: Config, parallel: Parallel) -> Policy:
     policy_loss.kl_weight asks for one, and the teacher. Collective. Raises ConfigError or DataError."""
     head = head_options(config)
     _check(config)
-    check_same_model(config.model.path, parallel.world)
+    check_same_model(config.model.path, parallel.world, "model.path")
     start = StartPolicy(model=config.model, update=config.update, parallel=parallel)
     reference = ReferencePolicy(start, head) if config.policy_loss.kl_weight > 0.0 else None
     has_blocks = config.distill.block != "none"
@@ -47,6 +48,21 @@ def build_policy(config: Config, parallel: Parallel) -> Policy:
     )
 
 
+def check_teacher_tokens(config: Config, codec: TextCodec) -> None:
+    """Raise ConfigError where a teacher of another checkpoint reads other text in the policy's ids; codec:
+    the policy's. DataError for a directory without a tokenizer."""
+    path = config.distill.teacher_path
+    if path is None:
+        return
+    found = load_codec(path, chat_template=False).fingerprint
+    if found != codec.fingerprint:
+        raise ConfigError(
+            f"distill.teacher_path: found another tokenizer in {path} ({found}) than in {config.model.path}"
+            f" ({codec.fingerprint}), expected the same: the teacher reads the policy's ids as they are, so"
+            " they must mean the same to both; choose a teacher of the same family"
+        )
+
+
 def head_options(config: Config) -> HeadOptions:
     """The head's part of the configuration. Rollouts sampled greedily (temperature 0) are scored at
     temperature 1. Raises ConfigError where the divergence's values are out of range."""
@@ -58,6 +74,9 @@ def head_options(config: Config) -> HeadOptions:
             beta=distill.beta,
             temperature=distill.temperature,
             top_k=distill.top_k,
+            support=distill.support,
+            entry_clip=distill.entry_clip,
+            scale_by_temperature_squared=distill.scale_by_temperature_squared,
             tail_bucket=distill.tail_bucket,
         ),
         teacher_logits=distill.teacher_logits,
@@ -82,4 +101,4 @@ def _policy_module(start: StartPolicy, head: HeadOptions, config: Config) -> Pol
     check_model(model, config.update)
     vocabulary = model.get_output_embeddings().weight.shape[0]
     shard = head_shard(start.parallel.tensor, vocabulary)
-    return PolicyModule(model, dataclasses.replace(head, shard=shard), config.policy_loss)
+    return PolicyModule(model, dataclasses.replace(head, shard=shard), config.policy_loss, config.distill)

@@ -114,10 +114,11 @@ def build_sft_trainer(config: Config, own: SftConfig, world: World) -> Trainer:
             own_minibatches,
             config=config.update,
             aggregation=config.policy_loss.aggregation,
+            distill_aggregation=config.distill.aggregation,
             place=parallel.batch,
         ),
         reread=lambda batches, policy: batches,  # nothing is known of episodes but what was stored
-        alpha=AlphaController(config.distill),
+        alpha=AlphaController(config.distill, config.policy_loss.weight),
         policy=policy,
         publisher=sampling.publisher,
         engine=None if side is None else side.engine,
@@ -225,7 +226,8 @@ def _validation(config: Config, parallel: Parallel, policy: Policy) -> Evaluatio
         _no_teacher(held_out, (), ()),
         scope=SCOPES[config.distill.scope],
     )
-    batch = own_batch(samples, config=config.update, aggregation="token", place=parallel.batch)
+    aggregations = {"aggregation": "token", "distill_aggregation": "rollout"}
+    batch = own_batch(samples, config=config.update, place=parallel.batch, **aggregations)
     return Evaluation(
         every=config.log.eval_every,
         num_steps=config.num_steps,

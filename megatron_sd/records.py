@@ -329,7 +329,9 @@ class Totals:
     """Global denominators of one optimiser step, summed over all ranks before the first backward."""
 
     policy_weight: float  # of the mean over rows: tokens, or rollouts, by the aggregation
-    distilled_rollouts: float  # rollouts that have at least one query token and a teacher
+    # rollouts that have at least one query token and a teacher; or all of their query tokens, where L_SD is a
+    # mean over these (algorithm/distill_aggregation.py)
+    distilled_rollouts: float
 
 
 @dataclass(frozen=True, kw_only=True)

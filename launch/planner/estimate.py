@@ -119,9 +119,9 @@ def check_memory(layout: LayoutConfig, job: Job, model: Mapping[str, Any]) -> tu
     config, gpu = job.config, find_gpu(layout.gpu)
     try:
         shape = model_shape(model)
+        parts = rank_memory(shape, config, world_size=layout.nodes * ranks_per_node(layout, config))
     except UnknownArchitectureError as error:
         return (f"memory is not checked: {error}",)
-    parts = rank_memory(shape, config, world_size=layout.nodes * ranks_per_node(layout, config))
     needed, phase = peak(parts)
     needed_gib, free_gib = needed / GIB, gpu.memory_gib - RESERVED_GIB
     if needed_gib > free_gib:

@@ -13,10 +13,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from launch.planner.models import model_config
 from megatron_sd.config import Config
 from megatron_sd.config.checks import engine_reads_policy
 from megatron_sd.ops.head.one_pass import BLOCK_ELEMENTS
-from megatron_sd.resharding.names import DecoderSizes
+from megatron_sd.resharding.names import DecoderSizes, model_shape
 from megatron_sd.resharding.plan import ITEM_BYTES
 from megatron_sd.training.deepspeed_config import (
     PREFETCH_ELEMENTS,
@@ -138,7 +139,32 @@ def _states(shape: DecoderSizes, config: Config, world_size: int) -> list[Part]:
     if config.policy_loss.kl_weight > 0.0:
         own = math.ceil(sizes.total / world_size) if stage == 3 else sizes.total
         parts.append(Part(name="start policy", num_bytes=item * own, where=kept))
-    return parts
+    return [*parts, *_teacher(shape, config, world_size)]
+
+
+def _teacher(shape: DecoderSizes, config: Config, world_size: int) -> list[Part]:
+    """A teacher with weights of its own, and the float32 average that one of them is."""
+    if not has_own_teacher(config):
+        return []
+    sizes, sharded = teacher_sizes(shape, config), config.update.zero_stage == 3
+    own = math.ceil(sizes.total / world_size) if sharded else sizes.total
+    average = 4 * own if config.distill.teacher == "ema" else 0
+    return [
+        Part(name="teacher", num_bytes=ITEM_BYTES[config.model.dtype] * own),
+        Part(name="teacher: float32 average", num_bytes=average),
+    ]
+
+
+def has_own_teacher(config: Config) -> bool:
+    """The teacher is a second model beside the policy."""
+    return config.distill.block != "none" and config.distill.teacher != "live"
+
+
+def teacher_sizes(shape: DecoderSizes, config: Config) -> Sizes:
+    """Of the model that teaches; shape: the policy's. Raises ConfigError or DataError for a teacher_path that
+    says nothing of its model."""
+    path = config.distill.teacher_path
+    return Sizes.of(shape if path is None else model_shape(model_config(path)))
 
 
 def adapter_elements(shape: DecoderSizes, config: Config) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 
 from launch.cluster.layout import LayoutConfig, gpus_of_vllm, ranks_per_node, servers_per_node
 from launch.planner.gpus import Gpu, find_gpu
-from launch.planner.memory import Sizes, kv_bytes_per_token
+from launch.planner.memory import Sizes, kv_bytes_per_token, teacher_sizes
 from megatron_sd.config import Config
 from megatron_sd.resharding.balance import balance
 from megatron_sd.resharding.layout import ShardLayout
@@ -111,14 +111,16 @@ def update_seconds(
     teacher; and what ZeRO-3 gathers for them. Tokens: what student and teacher read in a step, on all
     ranks."""
     gpu, world_size = find_gpu(layout.gpu), layout.nodes * ranks_per_node(layout, config)
-    total, item = Sizes.of(model_shape(model)).total, ITEM_BYTES[config.model.dtype]
+    shape, item = model_shape(model), ITEM_BYTES[config.model.dtype]
+    total, teachers = Sizes.of(shape).total, teacher_sizes(shape, config).total
     passes = 3 + config.model.gradient_checkpointing + (config.policy_loss.kl_weight > 0.0)
-    products = 2 * total * (passes * rollout_tokens + teacher_tokens)
+    products = 2 * (total * passes * rollout_tokens + teachers * teacher_tokens)
     positions = rollout_tokens + teacher_tokens
     num_batches = world_size // config.update.ranks_per_batch
     num_microbatches = max(-(-positions // (config.update.max_microbatch_tokens * num_batches)), 1)
-    num_gathers = 2 + (config.policy_loss.kl_weight > 0.0) + 2 * (teacher_tokens > 0)
-    gathered = num_microbatches * num_gathers * item * total * (1 - 1 / world_size)
+    num_gathers = 2 + (config.policy_loss.kl_weight > 0.0)
+    weights = total * num_gathers + 2 * teachers * (teacher_tokens > 0)
+    gathered = num_microbatches * item * weights * (1 - 1 / world_size)
     link = (
         gpu.link_gb_s if layout.nodes == 1 else NETWORK_GB_S
     )  # each node receives all that its ranks do not have

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable, Sequence
 
 from megatron_sd.algorithm.advantages.estimator import GroupAdvantages
+from megatron_sd.algorithm.distill_aggregation import DISTILL_AGGREGATIONS
 from megatron_sd.algorithm.hindsight import Blocks
 from megatron_sd.algorithm.packing import pack
 from megatron_sd.algorithm.samples import GATES, GateContext, TeacherPrompts, apply_gate
@@ -21,13 +22,16 @@ def teacher_prompts(
     prompt_ids: Callable[[str, str], TokenIds],
     config: DistillConfig,
 ) -> TeacherPrompts:
-    """The teacher's prompts of every rollout; none where the block is empty or the gate is closed.
+    """The teacher's prompts of every rollout; none where there is no block or the gate is closed.
 
     prompt_ids: of a question and the hindsight block in front of it (search.Environment.prompt_ids).
     """
     encode = functools.lru_cache(maxsize=None)(prompt_ids)  # rollouts of a group share their block
     prompts = [
-        [tuple(encode(group.question.text, text) if text else None for text in texts) for texts in own]
+        [
+            tuple(None if text is None else encode(group.question.text, text) for text in texts)
+            for texts in own
+        ]
         for group, own in zip(groups, blocks, strict=True)
     ]
     contexts = [
@@ -43,6 +47,7 @@ def own_minibatches(
     config: UpdateConfig,
     aggregation: str,
     most_tokens: int = 1,
+    distill_aggregation: str = "rollout",
     place: tuple[int, int],
 ) -> list[Batch]:
     """This rank's part of each optimiser step: the questions in order, cut into config.minibatches parts of
@@ -52,7 +57,14 @@ def own_minibatches(
     for sample in samples:
         parts[sample.group * config.minibatches // num_groups].append(sample)
     return [
-        own_batch(part, config=config, aggregation=aggregation, most_tokens=most_tokens, place=place)
+        own_batch(
+            part,
+            config=config,
+            aggregation=aggregation,
+            most_tokens=most_tokens,
+            distill_aggregation=distill_aggregation,
+            place=place,
+        )
         for part in parts
     ]
 
@@ -63,10 +75,12 @@ def own_batch(
     config: UpdateConfig,
     aggregation: str,
     most_tokens: int = 1,
+    distill_aggregation: str = "rollout",
     place: tuple[int, int],
 ) -> Batch:
-    """This rank's part of the step's samples. aggregation, most_tokens: see packing.row_weight. place: the
-    rank's number among those that read other microbatches, and how many they are
+    """This rank's part of the step's samples. aggregation, most_tokens: see packing.row_weight.
+    distill_aggregation: of distill. place: the rank's number among those that read other microbatches, and how
+    many they are
     (distributed.Parallel.batch)."""
     number, num_batches = place
     batches = pack(
@@ -77,4 +91,4 @@ def own_batch(
         most_tokens=most_tokens,
         one_row=config.pack_sequences,
     )
-    return batches[number]
+    return DISTILL_AGGREGATIONS[distill_aggregation](batches)[number]

@@ -17,6 +17,7 @@ from megatron_sd.algorithm.hindsight import (
     BlockContext,
     attempt_of,
     attempts_of,
+    is_correct,
     quoted,
 )
 from megatron_sd.records import Rollout
@@ -107,8 +108,34 @@ def with_documents_block(context: BlockContext) -> str:
     return context.render([replace(attempt, passages=_passages(rollout)) for attempt, rollout in pairs])
 
 
+def solution_block(context: BlockContext) -> str:
+    """The first CORRECT sibling's whole rollout: what it searched for, what it found, what it answered; empty
+    where no sibling is CORRECT (SDPO, arXiv 2601.20802, whose code leaves thoughts out, too)."""
+    found = (rollout for rollout in context.siblings if is_correct(rollout, context.correct_above))
+    solved = next(found, None)
+    if solved is None:
+        return ""
+    searches = [
+        f"Search: {quoted(query)}\nFound: {' '.join(map(quoted, passages)) or 'nothing'}\n"
+        for query, passages in zip(solved.queries, _passages(solved), strict=True)
+    ]
+    answer = f"Answer: {quoted(solved.answer or '')}\n"
+    return f"A correct solution:\n{''.join(searches)}{answer}Correctly solve the original question.\n"
+
+
+def reference_block(context: BlockContext) -> str:
+    """The question's accepted answers: of a reference solution, which OPSD (arXiv 2601.18734) shows, what our
+    questions have."""
+    answers = context.groups[context.group].question.golden_answers
+    if not answers:
+        return ""
+    shown = " or ".join(map(quoted, answers))
+    return f"The reference answer: {shown}\nNow solve the question yourself, step by step.\n"
+
+
 def no_block(_: BlockContext) -> str:
-    """No hindsight: plain GRPO."""
+    """No hindsight. As `plain` the teacher reads the student's prompt (GKD, arXiv 2306.13649); as `none`
+    nobody reads anything: plain GRPO."""
     return ""
 
 
@@ -126,9 +153,13 @@ BLOCKS: dict[str, BlockBuilder] = {
     "dummy": dummy_block,
     "turn_causal": turn_causal_block,
     "with_documents": with_documents_block,
+    "solution": solution_block,
+    "reference": reference_block,
+    "plain": no_block,
     "none": no_block,
 }
 BY_TURN = frozenset({"turn_causal"})  # blocks that differ from turn to turn of a rollout
+PLAIN = frozenset({"plain"})  # blocks without a text, behind which a teacher with other weights reads
 
 
 def _shuffled(context: BlockContext) -> list[AttemptLine]:

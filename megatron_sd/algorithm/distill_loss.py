@@ -1,5 +1,5 @@
-"""How the two terms of the loss are weighed: L = L_GRPO + alpha * mean over distilled rollouts of their
-mean divergence."""
+"""How the two terms of the loss are weighed: L = weight * L_GRPO + alpha * mean over distilled rollouts of
+their mean divergence."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+LARGEST_LOG_RATIO = 20.0  # beyond it a ratio is cut on either side before any cap, as in SDPO's code
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,3 +44,12 @@ def query_row_weights(query_weights: Tensor, in_spread: Tensor, weights: TermWei
     """
     alpha = torch.where(in_spread, weights.distill_spread, weights.distill_no_spread)
     return alpha.to(query_weights.dtype) * query_weights
+
+
+def importance_weights(logprobs: Tensor, rollout_logprobs: Tensor, cap: float) -> Tensor:
+    """min(pi_now / pi_at_sampling, cap), the weight of a token's divergence where rollouts are off policy
+    (truncated importance sampling, Ionides, 2008; SDPO, arXiv 2601.20802, and SDFT, arXiv 2601.19897, with a
+    cap of 2). The log-ratio is held within +-LARGEST_LOG_RATIO. Arguments and result [Q], of one floating
+    dtype; no gradient."""
+    log_ratio = (logprobs - rollout_logprobs).detach()
+    return log_ratio.clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO).exp().clamp(max=cap)

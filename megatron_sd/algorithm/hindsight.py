@@ -3,7 +3,7 @@
 A block is plain text that lists, attempt by attempt, the search queries of the rollouts of one question
 with the attempt's outcome. Thoughts, passages and answers are left out: they would leak the answer. Each
 variant (blocks.py) is one small function `(BlockContext) -> str`; the empty string means that the rollout
-is not distilled.
+is not distilled, but where the block is to have no text (`plain`).
 """
 
 from __future__ import annotations
@@ -136,8 +136,9 @@ def attempt_of(rollout: Rollout, correct_above: float) -> AttemptLine:
     return AttemptLine(queries=rollout.queries, correct=is_correct(rollout, correct_above))
 
 
-# by group and rollout: no text, one for all turns, or one a turn
-Blocks = Sequence[Sequence[tuple[str, ...]]]
+# By group and rollout: no text, one for all turns, or one a turn. None: that turn is not distilled; "": the
+# teacher reads the student's own prompt.
+Blocks = Sequence[Sequence[tuple[str | None, ...]]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,7 +146,8 @@ class HindsightBlocks:
     """Builds the block of every rollout of a step; before `first_step` (alpha's warm-up) there is none, so
     no teacher runs.
 
-    by_turn: the block differs from turn to turn of a rollout, so there is one for each.
+    by_turn: the block differs from turn to turn of a rollout, so there is one for each. plain: the block has
+    no text, and is read all the same.
     """
 
     first_step: int
@@ -154,6 +156,7 @@ class HindsightBlocks:
     correct_above: float
     seed: int
     by_turn: bool = False
+    plain: bool = False
 
     def __call__(self, groups: Sequence[RolloutGroup], step: int) -> Blocks:
         """The texts of each rollout of each group; none where the rollout is not distilled."""
@@ -172,15 +175,16 @@ class HindsightBlocks:
             for g in range(len(groups))
         ]
 
-    def _texts(self, context: BlockContext) -> tuple[str, ...]:
+    def _texts(self, context: BlockContext) -> tuple[str | None, ...]:
         turns = range(len(context.own.turns)) if self.by_turn else (0,)
-        texts = tuple(self.build(replace(context, turn=turn)) for turn in turns)
-        return texts if any(texts) else ()
+        built = (self.build(replace(context, turn=turn)) for turn in turns)
+        texts = tuple(text if text or self.plain else None for text in built)
+        return () if all(text is None for text in texts) else texts
 
 
 def shown(blocks: Blocks) -> list[list[str]]:
     """For metrics and for people: one text a rollout, those of its turns one after another."""
-    return [["".join(texts) for texts in own] for own in blocks]
+    return [["".join(text or "" for text in texts) for texts in own] for own in blocks]
 
 
 def _mix(seed: int, step: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from megatron_sd.config.distill_checks import check_distill
 from megatron_sd.config.ranges import check_ranges
 from megatron_sd.errors import ConfigError
 
@@ -21,7 +22,7 @@ SCORES = ("reward", "em", "f1", "format_valid", "hop_hit_rate")  # fields of rec
 def check(config: Config) -> None:
     """Raise ConfigError for a value out of range, and for values that do not go together."""
     check_ranges(config)
-    _check_distill(config)
+    check_distill(config)
     if (
         config.rollout.max_lag
         and config.rollout.engine == "vllm"
@@ -64,31 +65,6 @@ def check(config: Config) -> None:
         raise ConfigError(
             "publish.source: found master with model.lora.rank above 0, expected parameters: W has no master"
             " then"
-        )
-    if config.model.lora.rank and config.distill.teacher == "ema":
-        raise ConfigError(
-            "distill.teacher: found ema with model.lora.rank above 0, expected live or frozen: W does not"
-            " move"
-        )
-
-
-def _check_distill(config: Config) -> None:
-    distill = config.distill
-    if distill.divergence == "jsd" and not 0 < distill.beta < 1:
-        raise ConfigError(
-            f"distill.beta: found {distill.beta!r} with distill.divergence jsd, expected strictly between 0"
-            " and 1; for its limits use divergence forward_kl or reverse_kl"
-        )
-    if distill.alpha.mode == "grad_ratio" and distill.measure_every == 0:
-        raise ConfigError(
-            "distill.alpha.mode: found 'grad_ratio' with distill.measure_every 0, expected fixed, or"
-            " measure_every above 0: the ratio has to be measured"
-        )
-    measures = distill.block != "none" and distill.measure_every > 0
-    if measures and config.update.zero_stage != 3:
-        raise ConfigError(
-            f"update.zero_stage: found {config.update.zero_stage}, expected 3, where the gradient ratio can"
-            " be measured; or set distill.measure_every to 0 with distill.alpha.mode fixed"
         )
 
 
@@ -196,6 +172,7 @@ def _check_tensor_parallel(config: Config) -> None:
         "model.lora.rank": (config.model.lora.rank, config.model.lora.rank == 0, "0"),
         "distill.teacher": (distill.teacher, distill.teacher == "live", "live"),
         "distill.top_k": (distill.top_k, distill.top_k is None, "none, the full vocabulary"),
+        "distill.entry_clip": (distill.entry_clip, distill.entry_clip is None, "none"),
         "distill.divergence": (
             distill.divergence,
             distill.divergence != "mse",

@@ -64,6 +64,7 @@ class PolicyLossConfig:
     top_entropy_share: float = 1.0  # of the step's tokens: only the most uncertain ones have an advantage
     # of the mean entropy of the sampled tokens, which is raised (Search-R1: 0.001)
     entropy_weight: float = 0.0
+    weight: float = 1.0  # of this loss, its KL included, beside distill.alpha; 0: distillation alone
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,22 +97,36 @@ class DistillConfig:
         "dummy",
         "turn_causal",
         "with_documents",
+        "solution",
+        "reference",
+        "plain",
         "none",
     ] = "paper"  # algorithm/blocks.py
     block_format: Literal["outcome_last", "outcome_first"] = "outcome_last"
     correct_above: float = 0.0  # rho: a rollout is CORRECT when its answer's token F1 exceeds this
     gate: Literal["none", "has_correct", "mixed", "reward_spread"] = "none"  # which groups distil
     scope: Literal["query", "all", "first_query"] = "query"  # which sampled tokens distil
+    # L_SD is the mean over rollouts of the means over their tokens, or the mean over all tokens
+    aggregation: Literal["rollout", "token"] = "rollout"
     # of the student (ops/head/targets.py)
     target: Literal["teacher", "uniform", "shuffled_vocabulary"] = "teacher"
-    # whose weights read the block: the student's, their average, the start's
-    teacher: Literal["live", "ema", "frozen"] = "live"
+    # whose weights read the block: the student's, their average, the start's, another model's
+    teacher: Literal["live", "ema", "frozen", "other"] = "live"
+    teacher_path: str | None = None  # of the other model, which has the same tokenizer and vocabulary
     ema_decay: float = 0.99  # teacher = decay * teacher + (1 - decay) * student after each step
-    divergence: Literal["jsd", "forward_kl", "reverse_kl", "mse"] = "jsd"
+    # sampled: log student - log teacher of the sampled token, as an advantage is (ops/head/sampled.py)
+    divergence: Literal["jsd", "forward_kl", "reverse_kl", "mse", "sampled"] = "jsd"
     beta: float = 0.5  # of jsd alone: 0 < beta < 1
     temperature: float = 1.0
+    scale_by_temperature_squared: bool = False  # the divergence, as Hinton's distillation
     top_k: int | None = None  # None: the full vocabulary; the paper: 50, the teacher's, renormalised
+    support: Literal["teacher", "student"] = "teacher"  # with top_k: whose likeliest tokens (SDPO: student)
     tail_bucket: bool = False  # with top_k: all other tokens together are one more event, instead of nothing
+    # bound of a vocabulary entry's summand, before they are summed (OPSD's jsd_token_clip: 0.05); None: off.
+    # Only summands above it are cut, so a row's divergence may fall below 0: distill/below_zero_share
+    entry_clip: float | None = None
+    # bound on a token's ratio to the engine, the weight of its divergence (SDFT, SDPO: 2); None: no weight
+    importance_cap: float | None = None
     # how they keep their digits in bfloat16
     teacher_logits: Literal["delta", "float32_delta", "float32", "same_dtype"] = "delta"
     alpha: AlphaConfig = field(default_factory=AlphaConfig)

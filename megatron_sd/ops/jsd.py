@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_sd.errors import ConfigError
-from megatron_sd.ops.divergence import Divergence
+from megatron_sd.ops.divergence import ROW_DIVERGENCES, Divergence
 from megatron_sd.ops.jsd_in_place import in_place_rows
 from megatron_sd.ops.jsd_reference import RowDivergence, divergence_rows
 from megatron_sd.ops.native import calls, cpu_library, cuda_library, torch_ops
@@ -41,13 +41,15 @@ def jsd_rows(
     gradient takes the place of student_logits, which are lost (rows not listed become 0), and the backward
     can run once; without a gradient nothing is written. That saves the [S, V] gradient, and is refused
     where it would corrupt something. impl: "cpp" and "cuda" are the native code of kernels/csrc (float32 or
-    bfloat16, full vocabulary) on CPU and on CUDA tensors, "torch" is the reference, "auto" the native code
+    bfloat16, full vocabulary, no entry_clip) on CPU and on CUDA tensors, "torch" is the reference, "auto" the native code
     where it can and otherwise the reference, said once in the log. Raises ConfigError for an impl that this
     build has not or a top_k above V, and ValueError for tensors that do not fit; row indices are checked
     only where that costs no device synchronisation (on the CPU; the CUDA code makes rows out of range NaN).
     NaN in a row's logits is NaN in its value, and on the CPU a warning with the row's number.
     """
     _check_impl(impl)
+    if divergence.kind not in ROW_DIVERGENCES:
+        raise ConfigError(f"distill.divergence is {divergence.kind!r}, expected one of {ROW_DIVERGENCES}")
     _check_tensors(student_logits, teacher_logits, student_rows, teacher_rows, weights)
     vocabulary = student_logits.shape[-1]
     if divergence.top_k is not None and divergence.top_k > vocabulary:
@@ -83,7 +85,7 @@ def _native_rows(
         divergence.temperature,
         wants_gradient,
     )
-    return RowDivergence(values, torch.zeros_like(values))
+    return RowDivergence(values * divergence.scale, torch.zeros_like(values))
 
 
 def _reference_rows(
@@ -119,8 +121,8 @@ def _chosen(impl: str, student: Tensor, teacher: Tensor, divergence: Divergence)
         obstacle = f"tensors on {student.device}"
     if impl != "auto" and obstacle:
         expected = (
-            f"{NATIVE_DEVICES[impl].upper()} tensors of float32 or bfloat16, no top_k and no mse, or"
-            " impl='auto'"
+            f"{NATIVE_DEVICES[impl].upper()} tensors of float32 or bfloat16, no top_k, no entry_clip and no"
+            " mse, or impl='auto'"
         )
         raise ValueError(f"impl={impl!r} cannot serve {obstacle}; expected {expected}")
     if impl != "auto":

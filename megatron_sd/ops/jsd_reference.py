@@ -19,10 +19,14 @@ The teacher gets no gradient. The student's gradient is computed in the forward,
 Everything goes through d = log P - log Q, so rows that are equal bit for bit give exactly 0, in value and
 gradient.
 
-With top_k both distributions are restricted to the teacher's k likeliest tokens S and renormalised. A tail
-bucket (TRL's and SDPO's add_tail) keeps what lies outside instead: k + 1 events, the last of probability 1
-- sum over S. With b(j) the event of token j, its gradient is that of the event shared out by probability,
-for jsd (1 - beta)/T * Q_j (r_b(j) - sum_b Q_b r_b).
+With top_k both distributions are restricted to the k likeliest tokens S of one of them (support) and
+renormalised; which tokens these are has no gradient. A tail bucket (TRL's and SDPO's add_tail) keeps what
+lies outside instead: k + 1 events, the last of probability 1 - sum over S. With b(j) the event of token j,
+its gradient is that of the event shared out by probability, for jsd (1 - beta)/T * Q_j (r_b(j) - sum_b Q_b
+r_b).
+
+With entry_clip c the value is sum_k min(f_k, c) over the summands f_k. The gradient is then that of the
+summands which were not cut: with g_k = d f_k / d log Q_k, 0 where f_k > c, it is (g_j - Q_j sum_k g_k)/T.
 """
 
 from __future__ import annotations
@@ -40,7 +44,7 @@ MASKED = -1e30  # what -inf logits become: finite, so that no inf - inf arises
 
 class RowDivergence(NamedTuple):
     """values: [N], the divergences (times the caller's weights). truncated_mass: [N], the student's
-    probability outside the teacher's top-k (no gradient; 0 with the full vocabulary), whether or not a tail
+    probability outside the support (no gradient; 0 with the full vocabulary), whether or not a tail
     bucket holds it."""
 
     values: Tensor
@@ -57,13 +61,15 @@ def divergence_rows(student_logits: Tensor, teacher_logits: Tensor, divergence: 
     teacher_logits = teacher_logits.detach()
     truncated_mass = student_logits.new_zeros(len(student_logits))
     if top_k is not None:
-        support = teacher_logits.topk(top_k, dim=-1).indices
+        chosen_by = teacher_logits if divergence.support == "teacher" else student_logits.detach()
+        support = chosen_by.topk(top_k, dim=-1).indices
         truncated_mass = _mass_outside(student_logits.detach(), support, temperature)
         events = _events_with_tail if divergence.tail_bucket and top_k < student_logits.shape[-1] else _events
         student_logits = events(student_logits, support, temperature)
         teacher_logits = events(teacher_logits, support, temperature)
     wants_gradient = student_logits.requires_grad and torch.is_grad_enabled()
     values = _Divergence.apply(student_logits, teacher_logits, divergence, wants_gradient)
+    values = values * divergence.scale
     return RowDivergence(values.masked_fill(truncated_mass.isnan(), torch.nan), truncated_mass)
 
 
@@ -128,11 +134,26 @@ class Terms(NamedTuple):
 
 
 def divergence_terms(log_p: Tensor, log_q: Tensor, divergence: Divergence) -> Terms:
-    """From log-probabilities [N, V] of the teacher and the student, of which kind and beta make the terms;
-    entries of a row may be a part of its vocabulary."""
+    """From log-probabilities [N, V] of the teacher and the student, of which kind, beta and entry_clip make
+    the terms; entries of a row may be a part of its vocabulary."""
     if divergence.kind == "jsd":
-        return _jsd(log_p, log_q, divergence.beta)
-    return {"forward_kl": _forward_kl, "reverse_kl": _reverse_kl, "mse": _mse}[divergence.kind](log_p, log_q)
+        terms = _jsd(log_p, log_q, divergence.beta)
+    else:
+        terms = {"forward_kl": _forward_kl, "reverse_kl": _reverse_kl, "mse": _mse}[divergence.kind](
+            log_p, log_q
+        )
+    clip = divergence.entry_clip
+    return terms if clip is None else _clipped(terms, divergence.kind, clip)
+
+
+def _clipped(terms: Terms, kind: str, clip: float) -> Terms:
+    """The terms with every summand cut from above; those that were cut have no slope."""
+    # Taken away from the whole row's, so that a row of which nothing is cut keeps its bits. The KLs leave out
+    # of their slopes what a whole row's sum cancels: d f / d log Q is -P, or f + Q.
+    left_out = {"forward_kl": -terms.q, "reverse_kl": terms.q}.get(kind)
+    slopes = terms.slopes if left_out is None else terms.slopes + left_out
+    of_cut = slopes.masked_fill(terms.values <= clip, 0.0)
+    return Terms(terms.values.clamp(max=clip), terms.slopes - of_cut, terms.q)
 
 
 def _jsd(log_p: Tensor, log_q: Tensor, beta: float) -> Terms:

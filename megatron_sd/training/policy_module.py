@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from megatron_sd.algorithm.distill_loss import TermWeights, query_row_weights
+from megatron_sd.algorithm.distill_loss import TermWeights, importance_weights, query_row_weights
 from megatron_sd.algorithm.policy_loss import POLICY_LOSSES, KnownRows, PolicyRows, sequence_means
-from megatron_sd.config import PolicyLossConfig
+from megatron_sd.config import DistillConfig, PolicyLossConfig
 from megatron_sd.ops.head.one_pass import linear_jsd
 from megatron_sd.ops.head.types import HeadOptions, HeadRows, RowLoss, RowValues
 from megatron_sd.ops.head.vocab_parallel import own_rows, replicated
@@ -70,6 +70,7 @@ class MicrobatchLoss:
     weights: TermWeights
     known: KnownRows
     config: PolicyLossConfig
+    distill: DistillConfig
     distils: bool
 
     def __call__(self, values: RowValues, rows: slice, queries: slice) -> Tensor:
@@ -84,15 +85,23 @@ class MicrobatchLoss:
             bonus = self.weights.policy * self.config.entropy_weight
             loss = loss - bonus * (self.row_weights[rows] * values.entropies).sum()
         if self.distils:
-            loss = loss + (self.alpha[queries] * values.divergences).sum() / (
-                self.totals.distilled_rollouts or 1.0
-            )
+            alpha = self.alpha[queries] * self.importance(values.logprobs, rows, queries)
+            loss = loss + (alpha * values.divergences).sum() / (self.totals.distilled_rollouts or 1.0)
         return loss
 
     def policy_rows(self, logprobs: Tensor, rows: slice) -> PolicyRows:
         """The loss of algorithm/policy_loss.py that the configuration names, of rows whose
         log-probabilities are given."""
         return POLICY_LOSSES[self.config.objective](logprobs, self.known.at(rows), config=self.config)
+
+    def importance(self, logprobs: Tensor, rows: slice, queries: slice) -> Tensor | float:
+        """[q] weights of these query rows' divergences, of which logprobs [r] of these rows are given; 1
+        without a cap."""
+        cap, m = self.distill.importance_cap, self.microbatch
+        if cap is None:
+            return 1.0
+        own = m.query_rows[queries]
+        return importance_weights(logprobs[own - rows.start], m.old_logprobs[own], cap)
 
     @property
     def row_weights(self) -> Tensor:
@@ -108,10 +117,13 @@ class MicrobatchLoss:
 class PolicyModule(nn.Module):
     """A Hugging Face causal language model whose forward returns the loss of one microbatch."""
 
-    def __init__(self, model: PreTrainedModel, options: HeadOptions, loss: PolicyLossConfig):
+    def __init__(
+        self, model: PreTrainedModel, options: HeadOptions, loss: PolicyLossConfig, distill: DistillConfig
+    ):
         super().__init__()
         self.model = with_row_head(model, options)
         self.loss = loss
+        self.distill = distill
 
     def forward(
         self,
@@ -141,6 +153,7 @@ class PolicyModule(nn.Module):
             weights=weights,
             known=KnownRows(m.rollout_logprobs, m.old_logprobs, m.advantages, reference_logprobs, sequences),
             config=self.loss,
+            distill=self.distill,
             distils=teacher is not None,
         )
         values = head_values(self.model, m, hidden, teacher=teacher, row_loss=loss)
@@ -149,6 +162,7 @@ class PolicyModule(nn.Module):
         sums = policy_sums(rows, values, loss.row_weights, counted=weights.policy != 0.0)
         if loss.distils:
             mean_weights = microbatch.query_weights / (totals.distilled_rollouts or 1.0)
+            mean_weights = mean_weights * loss.importance(values.logprobs, slice(0, None), slice(None))
             sums = sums + distill_sums(values, microbatch.query_rows, mean_weights, counted=loss.alpha != 0.0)
         return values.loss, sums
 

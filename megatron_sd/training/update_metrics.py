@@ -15,8 +15,17 @@ from megatron_sd.ops.head.types import RowValues
 from megatron_sd.records import UpdateResult
 
 _POLICY = ("policy_loss", "kl_loss", "clipped", "logprob_gap", "entropy", "rows")
-_DISTILL = ("jsd_loss", "jsd", "student_entropy", "teacher_entropy", "truncated_mass", "query_rows")
+_DISTILL = (
+    "jsd_loss",
+    "jsd",
+    "student_entropy",
+    "teacher_entropy",
+    "truncated_mass",
+    "below_zero",
+    "query_rows",
+)
 SUM_NAMES = _POLICY + _DISTILL
+_ROUNDING_NATS = 1e-6  # of a divergence of rows that are all but equal
 
 
 def policy_sums(rows: PolicyRows, values: RowValues, row_weights: Tensor, *, counted: bool) -> Tensor:
@@ -43,6 +52,7 @@ def distill_sums(values: RowValues, query_rows: Tensor, mean_weights: Tensor, *,
         values.entropies[query_rows],
         values.teacher_entropies,
         values.truncated_masses,
+        (divergences < -_ROUNDING_NATS).to(divergences.dtype),
         torch.ones_like(divergences),
     )
     return pad((torch.stack(columns) * counted).sum(-1), (len(_POLICY), 0))
@@ -64,16 +74,17 @@ def mean_of(updates: Sequence[UpdateResult]) -> UpdateResult:
 
 def to_metrics(sums: Sequence[float]) -> Mapping[str, float]:
     """Scalars by TensorBoard name from the vector summed over the step. Without query rows there is no
-    distill/ scalar."""
+    distill/ scalar; without a pass that has the policy's term, none of the policy's."""
     total = dict(zip(SUM_NAMES, sums, strict=True))
-    rows = max(total["rows"], 1.0)
-    metrics = {
-        "loss/policy": total["policy_loss"],
-        "loss/kl": total["kl_loss"],
-        "loss/clipped_share": total["clipped"] / rows,
-        "rollout/logprob_gap_nats": total["logprob_gap"] / rows,
-        "rollout/entropy_nats": total["entropy"] / rows,
-    }
+    metrics = {}
+    if rows := total["rows"]:
+        metrics |= {
+            "loss/policy": total["policy_loss"],
+            "loss/kl": total["kl_loss"],
+            "loss/clipped_share": total["clipped"] / rows,
+            "rollout/logprob_gap_nats": total["logprob_gap"] / rows,
+            "rollout/entropy_nats": total["entropy"] / rows,
+        }
     if total["query_rows"]:
         queries = total["query_rows"]
         student, teacher = total["student_entropy"] / queries, total["teacher_entropy"] / queries
@@ -84,5 +95,6 @@ def to_metrics(sums: Sequence[float]) -> Mapping[str, float]:
             "distill/teacher_entropy_nats": teacher,
             "distill/entropy_gap_nats": student - teacher,
             "distill/truncated_mass": total["truncated_mass"] / queries,
+            "distill/below_zero_share": total["below_zero"] / queries,
         }
     return metrics

@@ -1,16 +1,19 @@
 """Hindsight blocks: their exact text, their labels, and what each control changes."""
 
+import functools
 import re
 from dataclasses import replace
 from typing import get_args, get_type_hints
 
 import pytest
 
-from megatron_sd.algorithm.blocks import BLOCKS, BY_TURN
+from megatron_sd.algorithm.assemble import teacher_prompts
+from megatron_sd.algorithm.blocks import BLOCKS, BY_TURN, PLAIN
 from megatron_sd.algorithm.hindsight import RENDERERS, HindsightBlocks, shown
+from megatron_sd.algorithm.samples import SCOPES, to_samples
 from megatron_sd.config import DistillConfig
-from megatron_sd.records import StopReason
-from tests.builders import group, hit, rollout
+from megatron_sd.records import RolloutGroup, StopReason
+from tests.builders import group, hit, question, rollout
 
 MIXED = group([
     rollout(0, ["red fox", "blue hen"], reward=1.0),
@@ -201,3 +204,76 @@ def test_with_documents_puts_what_was_found_behind_each_query():
         == 'Previous attempts at this question:\nAttempt 1: "red fox" "Fox The fox said \'no\' => CORRECT'
         ' Attempt 9" "Den." -> "blue hen" => CORRECT\n'
     )
+
+
+def test_a_solution_is_the_first_other_success_as_a_whole():
+    """Rewards (1, 0, 0, 1): rollout 0 reads the last one's, all others read rollout 0's."""
+    first = rollout(0, ["red fox", "blue hen"], reward=1.0, answer='Dava\n"Sul"')
+    turns = (replace(first.turns[0], hits=(hit("p1", "He met Ralo.", "Fox"),)), *first.turns[1:])
+    first, last = replace(first, turns=turns), rollout(3, [], reward=1.0, answer="Dava Sul")
+    wrong = [rollout(i, ["grey owl"], reward=0.0, answer="Kalo") for i in (1, 2)]
+    of_first = (
+        "A correct solution:\n"
+        'Search: "red fox"\nFound: "Fox He met Ralo."\n'
+        'Search: "blue hen"\nFound: nothing\n'
+        "Answer: \"Dava 'Sul'\"\n"
+        "Correctly solve the original question.\n"
+    )
+    of_last = 'A correct solution:\nAnswer: "Dava Sul"\nCorrectly solve the original question.\n'
+    assert blocks("solution", [group([first, *wrong, last])]) == [[of_last, of_first, of_first, of_first]]
+    assert blocks("solution", [group([first, *wrong])]) == [["", of_first, of_first]]
+    assert blocks("solution", [group(wrong)]) == [["", ""]]
+    failed = replace(first, stop_reason=StopReason.RETRIEVAL_FAILED)
+    assert blocks("solution", [group([failed, *wrong])]) == [["", "", ""]]
+
+
+def test_a_solution_is_right_above_rho():
+    half = rollout(0, ["half right"], reward=0.25, answer="x")
+    other = rollout(1, [], reward=0.0)
+    assert "half right" in blocks("solution", [group([half, other])])[0][1]
+    assert blocks("solution", [group([half, other])], correct_above=0.5) == [["", ""]]
+
+
+def test_a_reference_shows_the_accepted_answers():
+    own = RolloutGroup(question=question(answers=("Dava Sul", 'D. "Sul"')), rollouts=MIXED.rollouts)
+    text = (
+        'The reference answer: "Dava Sul" or "D. \'Sul\'"\nNow solve the question yourself, step by step.\n'
+    )
+    assert blocks("reference", [own]) == [[text] * 4]
+    nothing = RolloutGroup(question=question(answers=()), rollouts=MIXED.rollouts)
+    assert blocks("reference", [nothing]) == [[""] * 4]
+
+
+def test_plain_distils_behind_the_students_own_prompt_and_none_does_not():
+    """Both have no text; the teacher of one reads the student's prompt, the other has no teacher."""
+    own = {"render": RENDERERS["outcome_last"], "correct_above": 0.0, "first_step": 3, "seed": 0}
+    plain, none = (
+        HindsightBlocks(build=BLOCKS[name], plain=name in PLAIN, **own) for name in ("plain", "none")
+    )
+    assert plain([MIXED], 3) == [[("",)] * 4]
+    assert none([MIXED], 3) == plain([MIXED], 2) == [[()] * 4]
+    assert shown(plain([MIXED], 3)) == [[""] * 4]
+    advantages = [[(0.0,) * len(one.turns) for one in MIXED.rollouts]]
+
+    def encode(text, block):
+        return (1, 3, 4) if (text, block) == ("Question 0?", "") else (0,)
+
+    read = functools.partial(teacher_prompts, prompt_ids=encode, config=DistillConfig())
+    prompts = read([MIXED], plain([MIXED], 3), advantages)
+    assert prompts == [[((1, 3, 4),)] * 4]
+    assert read([MIXED], none([MIXED], 3), advantages) == [[()] * 4]
+    samples = to_samples([MIXED], advantages, prompts, scope=SCOPES["all"])
+    assert all(sample.is_distilled for sample in samples)
+    assert all(sample.teacher_prompt_ids == MIXED.rollouts[0].prompt_ids for sample in samples)
+
+
+def test_a_turn_without_a_text_is_not_distilled_unless_the_block_is_plain():
+    first = group([rollout(0, ["a"], reward=1.0), rollout(1, [], reward=0.0)])
+
+    def only_later(context):
+        return "seen" if context.turn else ""
+
+    own = {"render": RENDERERS["outcome_last"], "correct_above": 0.0, "first_step": 0, "seed": 0}
+    builder = HindsightBlocks(build=only_later, by_turn=True, **own)
+    assert builder([first], 0) == [[(None, "seen"), ()]]
+    assert shown(builder([first], 0)) == [["seen", ""]]

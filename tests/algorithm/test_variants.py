@@ -16,6 +16,7 @@ from launch.programs import make_world
 from megatron_sd.algorithm.advantages.states import STATES
 from megatron_sd.algorithm.advantages.table import ADVANTAGES
 from megatron_sd.algorithm.blocks import BLOCKS
+from megatron_sd.algorithm.distill_aggregation import DISTILL_AGGREGATIONS
 from megatron_sd.algorithm.hindsight import RENDERERS
 from megatron_sd.algorithm.policy_loss import POLICY_LOSSES
 from megatron_sd.algorithm.samples import GATES, SCOPES
@@ -23,7 +24,7 @@ from megatron_sd.build import build_trainer
 from megatron_sd.config import AdvantageConfig, DistillConfig, PolicyLossConfig, RewardConfig
 from megatron_sd.config.load import load
 from megatron_sd.distributed.world import join_world
-from megatron_sd.ops.divergence import DIVERGENCES
+from megatron_sd.ops.divergence import DIVERGENCES, SUPPORTS
 from megatron_sd.search.reward import ANSWER_SCORES
 from megatron_sd.search.reward_shapes import REWARD_SHAPES
 
@@ -38,6 +39,8 @@ VOCABULARY = json.loads((START_POLICY / "config.json").read_text())["vocab_size"
         (DistillConfig, "scope", SCOPES),
         (DistillConfig, "gate", GATES),
         (DistillConfig, "divergence", DIVERGENCES),
+        (DistillConfig, "aggregation", DISTILL_AGGREGATIONS),
+        (DistillConfig, "support", SUPPORTS),
         (DistillConfig, "block_format", RENDERERS),
         (AdvantageConfig, "estimator", ADVANTAGES),
         (AdvantageConfig, "state", STATES),
@@ -100,6 +103,8 @@ BLOCKS = (
     "turn_causal",
     "with_documents",
     "only_correct_shuffled",
+    "solution",
+    "reference",
 )
 VARIANTS = [
     *({"block": name} for name in BLOCKS),
@@ -109,6 +114,8 @@ VARIANTS = [
     {"target": "shuffled_vocabulary"},
     {"divergence": "mse"},
     {"gate": "reward_spread"},
+    {"aggregation": "token"},
+    {"top_k": "20", "support": "student"},
 ]
 
 

@@ -37,7 +37,7 @@ def message(argv: list[str]) -> str:
             "distill.block: found 'shufled', expected one of paper, leave_one_out, ",
         ),
         (FILE + "distill: {block: leave_one_in}\n", "; did you mean leave_one_out?"),
-        (FILE + "distill: {teacher: eta}\n", "expected one of live, ema, frozen; did you mean ema?"),
+        (FILE + "distill: {teacher: eta}\n", "expected one of live, ema, frozen, other; did you mean ema?"),
         (FILE + "distill: {ema_decay: 1.5}\n", "distill.ema_decay: found 1.5, expected between 0 and 1"),
         (FILE + "distill: {alpha: 0.5}\n", "distill.alpha: found 0.5, expected a section with mode, value"),
         (FILE + "rollout: {group_size: null}\n", "rollout.group_size: found null, expected int"),

@@ -191,6 +191,37 @@ def test_offloading_and_sharding_take_from_the_device_what_they_should():
     assert states("--model.lora.rank=16") < states() / 3
 
 
+def test_a_teacher_with_weights_of_its_own_is_counted():
+    """Of the policy's size, with a float32 average where it is one; or of another model's."""
+    model = model_shape(model_config("qwen2.5-7b"))
+
+    def teacher(*options: str, stage: int = 3) -> float:
+        config = run_config(
+            "qwen2.5-7b", ["--distill.measure_every=0", *options, f"--update.zero_stage={stage}"]
+        )
+        parts = rank_memory(model, config, world_size=8)
+        return sum(part.num_bytes for part in parts if part.name.startswith("teacher"))
+
+    own = Sizes.of(model).total / 8
+    assert teacher() == teacher("--distill.block=none", "--distill.teacher=frozen") == 0
+    assert teacher("--distill.teacher=frozen") == pytest.approx(2 * own, rel=1e-6)
+    assert teacher("--distill.teacher=frozen", stage=2) == pytest.approx(16 * own, rel=1e-6)
+    assert teacher("--distill.teacher=ema") == pytest.approx(6 * own, rel=1e-6)
+    larger = ("--distill.teacher=other", "--distill.teacher_path=models/Qwen2.5-72B")
+    total = Sizes.of(model_shape(model_config("qwen2.5-72b"))).total
+    assert teacher(*larger) == pytest.approx(2 * total / 8, rel=1e-6)
+
+    def products(*options: str) -> float:
+        layout, gpu = LayoutConfig(cluster="slurm", nodes=1), find_gpu("H100")
+        config = run_config("qwen2.5-7b", options)
+        return step_plan(layout, config, model_config("qwen2.5-7b"), gpu).seconds["update: products"]
+
+    student, read = products("--distill.block=none"), products("--distill.teacher=frozen")
+    assert products(*larger) - student == pytest.approx(
+        (read - student) * total / Sizes.of(model).total, rel=1e-6
+    )
+
+
 LOADING = "loading           18.2 GB read a node (each rank its own elements), 9.1 s at 2 GB/s"
 
 WITH_AUTOTP = ("--update.tensor_parallel_size=2", "--rollout.vllm.publish=gather")

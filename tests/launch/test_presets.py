@@ -12,13 +12,44 @@ def own(*argv):
     return load(expand(argv)[0])
 
 
+TAUGHT = {"gkd", "hinton", "on_policy_distillation"}  # by another model
+KEEPS_POLICY_LOSS = {"sd_search", "turnsight", "hca"}
+DISTILLED = (
+    TAUGHT
+    | KEEPS_POLICY_LOSS
+    | {
+        "opsd",
+        "sdft",
+        "sdft_paper_forward",
+        "sdft_paper_reverse",
+        "sdpo",
+        "sdpo_trl",
+    }
+)
+
+
 @pytest.mark.parametrize("name", sorted(presets()))
 def test_every_method_reads_and_finds_the_usual_places(name):
-    config = own("--as", name, "--model.path", "models/m")
+    teacher = ["--distill.teacher_path=models/t"] if name in TAUGHT else []
+    config = own("--as", name, "--model.path", "models/m", *teacher)
     assert (config.run_dir, config.model.path) == (f"runs/{name}", "models/m")
     assert (config.data.train, config.data.train_split) == ("data/questions.jsonl", "train")
+    assert (config.distill.block != "none") == (name in DISTILLED)
+    replaces = name in DISTILLED - KEEPS_POLICY_LOSS
+    assert config.policy_loss.weight == (0.0 if replaces else 1.0)
+    assert not replaces or config.distill.scope == "all"
     preset = presets()[name]
     assert preset.about and preset.differs
+
+
+@pytest.mark.parametrize("name", sorted(TAUGHT))
+def test_a_method_that_another_model_teaches_asks_for_it(name):
+    with pytest.raises(ConfigError) as caught:
+        own("--as", name, "--model.path", "models/m")
+    assert str(caught.value) == (
+        "distill.teacher_path: found none with distill.teacher other, expected the directory of the model"
+        " that teaches, as --distill.teacher_path DIRECTORY"
+    )
 
 
 def test_a_method_stands_above_files_and_below_single_options(tmp_path):

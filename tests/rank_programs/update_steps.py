@@ -75,7 +75,7 @@ def batch_of(
 def take_steps(order: Order, world: World) -> dict[str, Any]:
     """The order's outcome on this rank."""
     config = make_config(Path(order.model), **order.config)
-    policy, alpha = make_policy(config, world), AlphaController(config.distill)
+    policy, alpha = make_policy(config, world), AlphaController(config.distill, config.policy_loss.weight)
     embeddings, tokens_read = policy.model.get_input_embeddings(), []
     embeddings.register_forward_hook(
         lambda _module, arguments, _output: tokens_read.append(arguments[0].numel())

@@ -64,15 +64,17 @@ def test_a_ratio_of_nothing_is_no_ratio():
 
 def test_no_distillation_makes_one_plain_pass_and_no_metrics():
     controller = AlphaController(
-        DistillConfig(block="none", measure_every=1, alpha=AlphaConfig(warmup_steps=0))
+        DistillConfig(block="none", measure_every=1, alpha=AlphaConfig(warmup_steps=0)), policy_weight=0.5
     )
-    assert list(controller.passes(0)) == [TermWeights(policy=1.0, distill_spread=0.0, distill_no_spread=0.0)]
+    assert list(controller.passes(0)) == [TermWeights(policy=0.5, distill_spread=0.0, distill_no_spread=0.0)]
     assert controller.metrics() == {}
 
 
 def test_grad_ratio_needs_measurements():
     with pytest.raises(ConfigError, match="distill.measure_every is 0"):
-        AlphaController(DistillConfig(measure_every=0, alpha=AlphaConfig(mode="grad_ratio")))
+        AlphaController(
+            DistillConfig(measure_every=0, alpha=AlphaConfig(mode="grad_ratio")), policy_weight=1.0
+        )
 
 
 @pytest.mark.slow
@@ -80,7 +82,9 @@ def test_measurement_is_exact_and_costs_no_correctness(tmp_path):
     """The figures equal those of gradients taken apart by plain torch; the step equals an unmeasured one."""
     world = join_world()
     config = make_config(write_model(tmp_path / "model"), distill={"measure_every": 1})
-    module = PolicyModule(load_for_training(config.model), head_options(config), config.policy_loss)
+    module = PolicyModule(
+        load_for_training(config.model), head_options(config), config.policy_loss, config.distill
+    )
     batch = batch_of(Order(model="", max_tokens=90), world, "token")
 
     def gradient(**weights):
@@ -129,16 +133,18 @@ def test_adaptive_alpha_reaches_its_target(tmp_path):
 
 
 def test_state_travels(tmp_path):
-    controller = AlphaController(DistillConfig(alpha=AlphaConfig(mode="grad_ratio")))
+    controller = AlphaController(DistillConfig(alpha=AlphaConfig(mode="grad_ratio")), policy_weight=1.0)
     controller.schedule = controller.schedule.after(ratio(0.4))
-    other = AlphaController(DistillConfig(alpha=AlphaConfig(mode="grad_ratio")))
+    other = AlphaController(DistillConfig(alpha=AlphaConfig(mode="grad_ratio")), policy_weight=1.0)
     other.load_state(controller.state())
     assert other.schedule == controller.schedule
 
 
 def test_policy_without_stage_3_cannot_measure(tmp_path):
     policy = make_policy(make_config(write_model(tmp_path / "model"), update={"zero_stage": 2}), join_world())
-    controller = AlphaController(DistillConfig(measure_every=1, alpha=AlphaConfig(warmup_steps=0)))
+    controller = AlphaController(
+        DistillConfig(measure_every=1, alpha=AlphaConfig(warmup_steps=0)), policy_weight=1.0
+    )
     with pytest.raises(ConfigError, match="at stage 3 only"):
         for _ in controller.passes(0):
             controller.observe(policy)

@@ -199,9 +199,26 @@ def test_nodes_with_other_weights_under_one_path_are_refused(tmp_path, monkeypat
     digests = [model_digest(directory) for directory in (model, model, other)]
     assert digests[0] == digests[1] != digests[2]
     world = lone_world()
-    check_same_model(str(model), world)
+    check_same_model(str(model), world, "model.path")
     monkeypatch.setattr(identity, "gather_objects", lambda _world, own: [own, *digests[1:]])
     with pytest.raises(
         DataError, match=r"model.path: .*model holds other files on rank 2 than on rank 0 \(1 of"
     ):
-        check_same_model(str(model), world)
+        check_same_model(str(model), world, "model.path")
+
+
+def test_another_teacher_is_another_run_wherever_it_lies(paths):
+    """Its path is a knob, its content is not; without one a run has no such content."""
+    own = configured(paths)
+    assert set(contents_of(own)) == {"model", "data.train"}
+    (paths / "teacher").mkdir()
+    (paths / "teacher/config.json").write_text("{}")
+    options = ("--distill.teacher=other", f"--distill.teacher_path={paths}/teacher")
+    state = saved(configured(paths, *options))
+    shutil.copytree(paths / "teacher", paths / "moved")
+    moved = configured(paths, options[0], f"--distill.teacher_path={paths}/moved")
+    assert not found(state, moved)
+    (paths / "moved/config.json").write_text('{"another": 1}')
+    (line,) = found(state, moved).identity
+    assert line.startswith("the content of teacher is another")
+    assert "distill.teacher was 'other' and is now 'live'" in found(state, own).identity

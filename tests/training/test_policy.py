@@ -63,7 +63,9 @@ def test_a_step_is_adamw_on_the_clipped_gradient(world, tmp_path, family, gradie
         config={"model": {"gradient_checkpointing": gradient_checkpointing}},
     )
     config = make_config(model_path)
-    module = PolicyModule(load_for_training(config.model), head_options(config), config.policy_loss)
+    module = PolicyModule(
+        load_for_training(config.model), head_options(config), config.policy_loss, config.distill
+    )
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0)
     batch = batch_of(Order(model="", max_tokens=ONE_MICROBATCH), world, "token")
     for step in range(2):

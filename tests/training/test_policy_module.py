@@ -38,7 +38,9 @@ def model_path(tmp_path_factory):
 
 def build(model_path, **changes):
     config = make_config(model_path, **changes)
-    return PolicyModule(load_for_training(config.model), head_options(config), config.policy_loss)
+    return PolicyModule(
+        load_for_training(config.model), head_options(config), config.policy_loss, config.distill
+    )
 
 
 def run(module, samples, weights, *, chunk_rows=1024, max_tokens=10_000, reference=None):
@@ -303,7 +305,9 @@ def test_dropout_is_off_and_the_output_does_not_vary(model_path):
 def test_gradient_checkpointing_changes_nothing(model_path):
     config = make_config(model_path)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, gradient_checkpointing=True))
-    module = PolicyModule(load_for_training(config.model), head_options(config), config.policy_loss)
+    module = PolicyModule(
+        load_for_training(config.model), head_options(config), config.policy_loss, config.distill
+    )
     samples = make_samples(8)
     loss, _, gradients = run(module, samples, BOTH)
     expected, _, expected_gradients = run(build(model_path), samples, BOTH)

@@ -1,20 +1,30 @@
 """Teachers with weights of their own: the start policy's stay, an average follows, and both read what the
 live teacher reads."""
 
+import json
+import shutil
+from importlib.resources import files
+from pathlib import Path
 from typing import get_args, get_type_hints
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from megatron_sd.algorithm.distill_loss import TermWeights
+from megatron_sd.build_policy import check_teacher_tokens
 from megatron_sd.config import DistillConfig
 from megatron_sd.distributed.world import join_world
-from megatron_sd.errors import CheckpointError
+from megatron_sd.errors import CheckpointError, ConfigError, DataError
+from megatron_sd.ops.jsd_reference import divergence_rows
+from megatron_sd.search.tokens import load_codec
 from megatron_sd.training.teacher_side.teacher import TEACHERS
+from tests.ops.divergences import JSD
 from tests.rank_programs.update_steps import Order, batch_of, take_steps
-from tests.training.fakes import make_config, make_policy, write_model
+from tests.training.fakes import make_config, make_policy, make_samples, write_model
 
 NUM_STEPS = 3
+START_POLICY = Path(str(files("data_prep"))) / "coldstart_model"
 
 
 @pytest.fixture(scope="module")
@@ -106,3 +116,73 @@ def test_a_missing_average_is_named(world, model_path, tmp_path):
     (tmp_path / "teacher_00000.safetensors").unlink()
     with pytest.raises(CheckpointError, match="teacher_00000.safetensors is missing, expected the average"):
         policy.read_state(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def other_path(tmp_path_factory):
+    """Wider, deeper and of another head than the student."""
+    sizes = {"hidden_size": 48, "num_hidden_layers": 3, "tied": False, "seed": 5}
+    return write_model(tmp_path_factory.mktemp("other") / "model", **sizes)
+
+
+def of_another(world, model_path, path, **options):
+    return outcome(world, model_path, teacher="other", teacher_path=str(path), **options)
+
+
+def test_a_teacher_of_another_size_reads_and_stays(world, model_path, other_path):
+    """Its distances are those of its own logits, at every stage; they fall as the student follows."""
+    sharded = of_another(world, model_path, other_path, steps=6)
+    whole = of_another(world, model_path, other_path, steps=6, stage=0)
+    assert distances(whole) == pytest.approx(distances(sharded), rel=1e-4)
+    assert distances(sharded)[-1] < distances(sharded)[0]
+    own, others = (
+        AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+        for path in (model_path, other_path)
+    )
+    total, count = 0.0, 0
+    for sample in make_samples(16):
+        if not sample.is_distilled:
+            continue
+        prompt = sample.teacher_prompt_ids
+        shift = len(prompt) - sample.prompt_length
+        with torch.no_grad():
+            student = own(torch.tensor(sample.ids)[None]).logits[0][sample.query_positions - 1]
+            read = torch.tensor([*prompt, *sample.ids[sample.prompt_length :]])[None]
+            teacher = others(read).logits[0][sample.query_positions + shift - 1]
+        total += divergence_rows(student, teacher, JSD).values.mean().item()
+        count += 1
+    assert distances(sharded)[0] == pytest.approx(total / count, rel=1e-4)
+
+
+def test_the_start_policy_by_its_path_is_the_frozen_teacher(world, model_path):
+    by_path = of_another(world, model_path, model_path)
+    assert distances(by_path) == distances(outcome(world, model_path, teacher="frozen"))
+
+
+def test_a_teacher_of_another_vocabulary_is_refused(world, model_path, tmp_path):
+    path = write_model(tmp_path / "model", vocab_size=101)
+    words = rf"distill.teacher_path: found a vocabulary of 101 entries in {path} beside 97 in {model_path}"
+    with pytest.raises(ConfigError, match=words):
+        of_another(world, model_path, path)
+    with pytest.raises(DataError, match=r"distill.teacher_path"):
+        of_another(world, model_path, tmp_path / "nothing")
+
+
+def test_a_teacher_of_another_tokenizer_is_refused(tmp_path):
+    shutil.copytree(START_POLICY, tmp_path / "same")
+    shutil.copytree(START_POLICY, tmp_path / "another")
+    spec = json.loads((tmp_path / "another/tokenizer.json").read_text())
+    words = spec["model"]["vocab"]
+    first, second = list(words)[200:202]
+    words[first], words[second] = words[second], words[first]
+    (tmp_path / "another/tokenizer.json").write_text(json.dumps(spec))
+    codec = load_codec(str(START_POLICY), chat_template=False)
+
+    def check(path):
+        distill = {"teacher": "other", "teacher_path": str(path)}
+        check_teacher_tokens(make_config(START_POLICY, distill=distill), codec)
+
+    check(tmp_path / "same")
+    check_teacher_tokens(make_config(START_POLICY), codec)
+    with pytest.raises(ConfigError, match=r"distill.teacher_path: found another tokenizer in .*another"):
+        check(tmp_path / "another")

@@ -54,6 +54,8 @@ def arguments(name: str, world: Path, run_dir: Path, *options: str) -> list[str]
     own = yaml.safe_load(presets()[name].path.read_text(encoding="utf-8"))
     if own.get("update", {}).get("minibatches", 1) > 2:
         argv.append("--update.minibatches=2")
+    if own["distill"].get("teacher") == "other":
+        argv.append(f"--distill.teacher_path={START_POLICY}")
     if own["distill"]["block"] != "none":
         argv += ["--distill.alpha.warmup_steps=0", "--distill.block_format=outcome_first"]
     return expand(argv)[0]

@@ -20,8 +20,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron_sd.ops.divergence import SAMPLED
 from megatron_sd.ops.head.products import add_outer_product, head_logits
 from megatron_sd.ops.head.row_cuts import Cut, cut_rows
+from megatron_sd.ops.head.sampled import sampled_divergence
 from megatron_sd.ops.head.sharded_block import visit_sharded_block
 from megatron_sd.ops.head.targets import target_logits
 from megatron_sd.ops.head.types import HeadOptions, HeadRows, RowLoss, RowValues
@@ -48,14 +50,14 @@ def linear_jsd(  # noqa: PLR0913 (the rows, the head, and what is asked of them)
     hidden: [R, H] student states. teacher_hidden: [Q, H], taken without gradient. head: weight [V, H] and
     bias [V] or None, the student's and the teacher's, leaves or not (a head with LoRA is its merged
     weight). R or Q = 0: the loss stays connected. teacher_head: of a teacher with weights of its own, whose
-    logits are then a product of their own. With options.shard both heads are this rank's rows of it, as
-    many on every rank, and all ranks call together. row_loss: called once for every block of rows, so it
-    must be a sum over rows; None: values alone are wanted. The gradient is taken in the forward, of what
-    requires one, so the backward needs neither weight nor logits and can run once. Raises ValueError for
-    shapes that do not fit.
+    logits are then a product of their own; its states may have another width. With options.shard both heads
+    are this rank's rows of it, as many on every rank, and all ranks call together. row_loss: called once for
+    every block of rows, so it must be a sum over rows; None: values alone are wanted. The gradient is taken
+    in the forward, of what requires one, so the backward needs neither weight nor logits and can run once.
+    Raises ValueError for shapes that do not fit.
     """
     weight, bias = head
-    _check(hidden, teacher_hidden, weight, rows)
+    _check(hidden, teacher_hidden, weight, weight if teacher_head is None else teacher_head[0], rows)
     if not torch.is_grad_enabled() or not any(
         t is not None and t.requires_grad for t in (hidden, weight, bias)
     ):
@@ -232,13 +234,17 @@ def _visit_block(  # noqa: PLR0913 (two matrices and their row numbers)
     softmax = RowSoftmax.of(scaled, options.sampling_temperature, targets)
     logprobs = cast(Tensor, softmax.logprobs).requires_grad_(wants_gradient)
     entropies = softmax.entropies.requires_grad_(wants_gradient)
+    teacher_logprobs = cast(Tensor, read.logprobs)
+    if options.divergence.kind == SAMPLED:
+        with torch.set_grad_enabled(wants_gradient):
+            divergences = sampled_divergence(logprobs[query_rows], teacher_logprobs)
     values = RowValues(
         logprobs.new_zeros(()),
         logprobs,
         entropies,
         divergences,
         read.entropies,
-        cast(Tensor, read.logprobs),
+        teacher_logprobs,
         truncated_masses,
     )
     if row_loss is None:
@@ -258,9 +264,10 @@ def _visit_block(  # noqa: PLR0913 (two matrices and their row numbers)
 
 
 def _divergences(student: Tensor, teacher: Tensor, options: HeadOptions) -> tuple[Tensor, Tensor]:
-    """[q] divergences and truncated masses of two [q, V] matrices, row by row."""
-    if len(student) == 0:
-        return student.sum(-1), student.new_zeros(0)
+    """[q] divergences and truncated masses of two [q, V] matrices, row by row; 0 where only the sampled token
+    is looked at."""
+    if len(student) == 0 or options.divergence.kind == SAMPLED:
+        return student.sum(-1), student.new_zeros(len(student))
     every = torch.arange(len(student), device=student.device)
     return jsd_rows(
         student,
@@ -276,11 +283,16 @@ def _shifted(part: slice, whole: slice) -> slice:
     return slice(whole.start + part.start, whole.start + part.stop)
 
 
-def _check(hidden: Tensor, teacher_hidden: Tensor, weight: Tensor, rows: HeadRows) -> None:
-    widths = {tensor.shape[-1] for tensor in (hidden, teacher_hidden, weight)}
-    if len(widths) > 1 or len(hidden) != len(rows.targets) or len(teacher_hidden) != len(rows.query_rows):
+def _check(
+    hidden: Tensor, teacher_hidden: Tensor, weight: Tensor, teacher_weight: Tensor, rows: HeadRows
+) -> None:
+    pairs = ((hidden, weight), (teacher_hidden, teacher_weight))
+    fits = all(states.shape[-1] == head.shape[-1] for states, head in pairs)
+    fits &= len(weight) == len(teacher_weight)
+    if not fits or len(hidden) != len(rows.targets) or len(teacher_hidden) != len(rows.query_rows):
         raise ValueError(
             f"hidden is {tuple(hidden.shape)} for {len(rows.targets)} targets, teacher_hidden"
             f" {tuple(teacher_hidden.shape)} for {len(rows.query_rows)} query rows, the head's weight"
-            f" {tuple(weight.shape)}: expected [R, H], [Q, H] and [V, H]"
+            f" {tuple(weight.shape)} and the teacher's {tuple(teacher_weight.shape)}: expected [R, H],"
+            " [Q, H'], [V, H] and [V, H'] (H' is H under one head)"
         )

@@ -8,6 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from megatron_sd.ops.divergence import SAMPLED
+from megatron_sd.ops.head.sampled import sampled_divergence
 from megatron_sd.ops.head.targets import target_logits
 from megatron_sd.ops.head.types import HeadOptions, RowValues
 from megatron_sd.ops.head.vocab_parallel import vocab_parallel_divergence, vocab_parallel_logprobs
@@ -33,13 +35,16 @@ def visit_sharded_block(  # noqa: PLR0913 (two matrices and their row numbers)
     with torch.set_grad_enabled(wants_gradient):
         student = scaled[query_rows]
         teacher = target_logits(teacher, student, options.target, is_difference=teacher_is_difference)
-        divergences = vocab_parallel_divergence(student, teacher, shard, options.divergence)
         logprobs, entropies = vocab_parallel_logprobs(
             scaled, targets, shard, temperature=options.sampling_temperature
         )
-    teacher_logprobs, teacher_entropies = vocab_parallel_logprobs(
-        teacher, targets[query_rows], shard, temperature=options.sampling_temperature
-    )
+        teacher_logprobs, teacher_entropies = vocab_parallel_logprobs(
+            teacher.detach(), targets[query_rows], shard, temperature=options.sampling_temperature
+        )
+        if options.divergence.kind == SAMPLED:
+            divergences = sampled_divergence(logprobs[query_rows], teacher_logprobs)
+        else:
+            divergences = vocab_parallel_divergence(student, teacher, shard, options.divergence)
     of_teacher = (teacher_entropies, teacher_logprobs, torch.zeros_like(teacher_entropies))
     values = RowValues(logprobs.new_zeros(()), logprobs, entropies, divergences, *of_teacher)
     if row_loss is None:

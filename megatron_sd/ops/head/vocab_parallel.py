@@ -62,7 +62,7 @@ def vocab_parallel_divergence(
 
     Differentiable in student_logits; every rank must hand in the same gradient. Arithmetic is float32
     (float64 stays). All ranks call together, with the same rows. A row of nothing but -inf gives NaN.
-    Raises ConfigError for mse, and for a top_k.
+    Raises ConfigError for mse, for a top_k, and for an entry_clip.
     """
     if divergence.kind == "mse":
         raise ConfigError(
@@ -73,10 +73,14 @@ def vocab_parallel_divergence(
         raise ConfigError(
             f"distill.top_k is {divergence.top_k}, expected null where the vocabulary is sharded"
         )
+    if divergence.entry_clip is not None:
+        raise ConfigError(
+            f"distill.entry_clip is {divergence.entry_clip}, expected null where the vocabulary is sharded"
+        )
     columns = slice(0, shard.num_real)
     student, teacher = student_logits[:, columns], teacher_logits.detach()[:, columns]
     wants_gradient = student.requires_grad and torch.is_grad_enabled()
-    return _Divergence.apply(student, teacher, shard, divergence, wants_gradient)
+    return _Divergence.apply(student, teacher, shard, divergence, wants_gradient) * divergence.scale
 
 
 def vocab_parallel_logprobs(

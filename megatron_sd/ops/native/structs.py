@@ -111,7 +111,9 @@ class RowPairs:
         """A task with the inputs filled in. The pointers are valid as long as this object lives. Raises
         ValueError for a divergence that the library has not."""
         if obstacle := divergence_obstacle(divergence):
-            raise ValueError(f"no native code for {obstacle}, expected one of {NATIVE_DIVERGENCES}, no top_k")
+            raise ValueError(
+                f"no native code for {obstacle}, expected one of {NATIVE_DIVERGENCES}, no top_k, no entry_clip"
+            )
         return RowsTask(
             student=matrix(self.student),
             teacher=matrix(self.teacher),
@@ -130,6 +132,8 @@ def divergence_obstacle(divergence: Divergence) -> str:
     """What of the divergence the library has not, "" if it has it."""
     if divergence.kind not in NATIVE_DIVERGENCES:
         return f"divergence={divergence.kind!r}"
+    if divergence.entry_clip is not None:
+        return f"entry_clip={divergence.entry_clip}"
     return "" if divergence.top_k is None else f"top_k={divergence.top_k}"
 
 

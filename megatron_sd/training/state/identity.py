@@ -36,7 +36,7 @@ KNOBS = (
     *("num_steps", "run_dir", "checkpoint.", "log.", "safety.", "publish.", "data.eval", "data.max_eval"),
     # where something lies: what it is say contents and corpus_version
     *("model.path", "data.train", "retriever.corpus", "retriever.endpoints", "retriever.client."),
-    *("retriever.qdrant", "retriever.opensearch"),
+    *("retriever.qdrant", "retriever.opensearch", "distill.teacher_path"),
     *("retriever.search.device", "model.attention", "model.gradient_checkpointing"),
     *("rollout.vllm.", "rollout.bank", "rollout.max_concurrent_sequences", "rollout.max_failed_share"),
     *(
@@ -86,11 +86,13 @@ class Differences:
 
 def contents_of(config: Config) -> dict[str, str]:
     """Digests of what lies where the configuration points: the start model (configuration, tokenizer,
-    weights) and the training questions. Of large weights 64 KiB of every 8 MiB are looked at: other weights
-    differ everywhere. Text is read whole."""
+    weights), the training questions, and a teacher of another checkpoint. Of large weights 64 KiB of every
+    8 MiB are looked at: other weights differ everywhere. Text is read whole."""
+    teacher = config.distill.teacher_path
     return {
         "model": model_digest(Path(config.model.path)),
         "data.train": _digest(Path(config.data.train).parent, (Path(config.data.train).name,)),
+        **({} if teacher is None else {"teacher": model_digest(Path(teacher))}),
     }
 
 
@@ -109,14 +111,14 @@ def model_digest(directory: Path) -> str:
     return _digest(directory, (*described, *weights))
 
 
-def check_same_model(path: str, world: World) -> None:
-    """For ranks that read a part each. Raises DataError, on every rank, when the directory holds other
-    files on some node: shards of two models make one that is neither. Collective."""
+def check_same_model(path: str, world: World, key: str) -> None:
+    """For ranks that read a part each of the directory that the key names. Raises DataError, on every rank,
+    when it holds other files on some node: shards of two models make one that is neither. Collective."""
     digests = gather_objects(world, model_digest(Path(path)))
     others = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
     if others:
         raise DataError(
-            f"model.path: {path} holds other files on rank {others[0]} than on rank 0 ({len(others)} of"
+            f"{key}: {path} holds other files on rank {others[0]} than on rank 0 ({len(others)} of"
             f" {world.size} ranks have others), expected one model: copy the same directory to every node"
         )
 

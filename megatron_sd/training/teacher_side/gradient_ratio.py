@@ -105,13 +105,16 @@ class AlphaController:
         controller.observe(policy)
     """
 
-    def __init__(self, config: DistillConfig):
+    def __init__(self, config: DistillConfig, policy_weight: float):
+        """policy_weight: of L_GRPO, policy_loss.weight. Raises ConfigError where the ratio is needed and never
+        measured."""
         if config.alpha.mode == "grad_ratio" and config.measure_every == 0:
             raise ConfigError(
                 "distill.measure_every is 0, expected at least 1 when distill.alpha.mode is grad_ratio"
             )
         self.schedule = AlphaSchedule(config=config.alpha, measure_every=config.measure_every)
         self._distils = config.block != "none"
+        self._policy_weight = policy_weight
         self._alpha = 0.0  # of the current step
         self._ratio: GradientRatio | None = None  # of the current step, if it measured
         self._accumulated: list[list[Tensor]] | None = None  # after each pass of a measuring step
@@ -121,10 +124,10 @@ class AlphaController:
         alpha = self._alpha = self.schedule.alpha(step) if self._distils else 0.0
         self._ratio, self._accumulated = None, None
         if not (self._distils and self.schedule.measures(step)):
-            yield TermWeights(policy=1.0, distill_spread=alpha, distill_no_spread=alpha)
+            yield TermWeights(policy=self._policy_weight, distill_spread=alpha, distill_no_spread=alpha)
             return
         self._accumulated = []
-        yield TermWeights(policy=1.0, distill_spread=0.0, distill_no_spread=0.0)
+        yield TermWeights(policy=self._policy_weight, distill_spread=0.0, distill_no_spread=0.0)
         yield TermWeights(policy=0.0, distill_spread=alpha, distill_no_spread=0.0)
         yield TermWeights(policy=0.0, distill_spread=0.0, distill_no_spread=alpha)
 

@@ -1,13 +1,14 @@
-"""Whose weights the teacher has: the student's own (the paper's), the start policy's, or an average that
-follows the student.
+"""Whose weights the teacher has: the student's own (the paper's), the start policy's, an average that follows
+the student, or another checkpoint's.
 
-A live teacher is read inside the policy's forward and costs no memory. The other two are a second model,
+A live teacher is read inside the policy's forward and costs no memory. All others are a second model,
 sharded by a DeepSpeed engine of its own where the policy is (ZeRO-3), else whole on every rank; it reads
 what the live teacher would read.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -22,11 +23,13 @@ from transformers import PreTrainedModel
 from megatron_sd.config import DistillConfig
 from megatron_sd.distributed.world import World
 from megatron_sd.durable.directories import Seals
-from megatron_sd.errors import CheckpointError
+from megatron_sd.errors import CheckpointError, ConfigError
+from megatron_sd.pretrained.loading import load_config
 from megatron_sd.training.deepspeed_config import teacher_config
 from megatron_sd.training.microbatch import DeviceMicrobatch
 from megatron_sd.training.policy_module import TeacherRows, teacher_hidden_rows
 from megatron_sd.training.start_policy import StartPolicy
+from megatron_sd.training.state.identity import check_same_model
 from megatron_sd.training.state.tensor_file import write_tensors
 
 NamedParameters = Iterable[tuple[str, nn.Parameter]]
@@ -111,6 +114,21 @@ class FrozenTeacher:
         """Nothing was saved."""
 
 
+class OtherTeacher(FrozenTeacher):
+    """Another model of the same vocabulary: distill.teacher_path. It stays what it is.
+
+    Raises ConfigError where its vocabulary has another size, DataError where its directory holds no model, or
+    other files on another node.
+    """
+
+    def __init__(self, start: StartPolicy, distill: DistillConfig):
+        path = str(distill.teacher_path)  # config/distill_checks.py: there is one
+        check_vocabulary(start.model.path, path)
+        check_same_model(path, start.parallel.world, "distill.teacher_path")
+        other = dataclasses.replace(start.model, path=path)
+        super().__init__(dataclasses.replace(start, model=other), distill)
+
+
 class EmaTeacher(FrozenTeacher):
     """An exponential moving average of the student: decay * teacher + (1 - decay) * student after each
     step, kept in float32.
@@ -179,7 +197,21 @@ TEACHERS: dict[str, Callable[[StartPolicy, DistillConfig], Teacher]] = {
     "live": LiveTeacher,
     "ema": EmaTeacher,
     "frozen": FrozenTeacher,
+    "other": OtherTeacher,
 }
+
+
+def check_vocabulary(model_path: str, teacher_path: str) -> None:
+    """Raise ConfigError where two models have logits of other lengths, DataError for a directory that holds
+    no model."""
+    own = load_config(model_path).vocab_size
+    teachers = load_config(teacher_path, "distill.teacher_path").vocab_size
+    if own != teachers:
+        raise ConfigError(
+            f"distill.teacher_path: found a vocabulary of {teachers} entries in {teacher_path} beside {own}"
+            f" in {model_path} (model.path), expected as many: their distributions are compared entry by entry;"
+            " choose a teacher of the same vocabulary, or cut or pad one of the heads to the other's size"
+        )
 
 
 def _own_part(parameter: nn.Parameter) -> Tensor:

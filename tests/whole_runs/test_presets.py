@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import time
 from importlib.resources import files
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from data_prep.world.world import WorldConfig
 from launch.presets import expand, presets
@@ -30,6 +31,13 @@ KILLED = ("gigpo", "gspo", "turnsight")  # an estimator, minibatches, a reading 
 def world(tmp_path_factory):
     output = tmp_path_factory.mktemp("world") / "world"
     make_world(WorldConfig(output=str(output), num_train_questions=40, num_eval_questions=10))
+    shutil.copytree(START_POLICY, output / "teacher")  # another model: one like the student teaches nothing
+    weights = load_file(output / "teacher" / "model.safetensors")
+    noise = np.random.default_rng(0)
+    moved = {
+        key: array + 0.02 * noise.standard_normal(array.shape, np.float32) for key, array in weights.items()
+    }
+    save_file(moved, output / "teacher" / "model.safetensors", metadata={"format": "pt"})
     return output
 
 
@@ -55,7 +63,7 @@ def arguments(name: str, world: Path, run_dir: Path, *options: str) -> list[str]
     if own.get("update", {}).get("minibatches", 1) > 2:
         argv.append("--update.minibatches=2")
     if own["distill"].get("teacher") == "other":
-        argv.append(f"--distill.teacher_path={START_POLICY}")
+        argv.append(f"--distill.teacher_path={world / 'teacher'}")
     if own["distill"]["block"] != "none":
         argv += ["--distill.alpha.warmup_steps=0", "--distill.block_format=outcome_first"]
     return expand(argv)[0]
@@ -70,7 +78,8 @@ def test_a_method_takes_three_steps_on_one_rank_as_on_two(name, world, tmp_path)
     one, two = without_clocks(tmp_path / "one"), without_clocks(tmp_path / "two")
     assert list(one) == [1, 2, 3] and any(metrics["optim/grad_norm"] > 0 for metrics in one.values())
     for step, metrics in one.items():
-        for key in ("loss/policy", "reward/mean", "rollout/searches", "optim/grad_norm"):
+        figures = ("loss/policy", "loss/distill", "reward/mean", "rollout/searches", "optim/grad_norm")
+        for key in filter(metrics.__contains__, figures):
             assert two[step][key] == pytest.approx(metrics[key], abs=2e-5, rel=1e-3), (step, key)
     found, expected = (
         {key: torch.from_numpy(array) for key, array in parameters(tmp_path / side, LAST).items()}

@@ -23,6 +23,7 @@ _LIMITS = (
     "max_observation_tokens",
     "max_rollout_tokens",
     "max_query_bytes",
+    "attempts",
 )
 IDENTITY_NAME = "evaluation.json"
 
@@ -48,6 +49,7 @@ def model_version(path: str) -> str:
 _SECTIONS: dict[str, dict[str, Any]] = {
     "reward": json.loads(json.dumps(dataclasses.asdict(RewardConfig()))),
     "protocol": json.loads(json.dumps(dataclasses.asdict(ProtocolConfig()))),
+    "limits": {"attempts": RolloutConfig().attempts},
 }
 
 

@@ -31,7 +31,8 @@ def rollout_figures(
     em, f1, sub_em and the same with _strict: of `Rollout.answer`, 0 without an answer. answer_in_passages,
     supporting_recall: over the passages of all searches, 0 without a search; supporting_recall is None
     where the question names no passage. searches: how many. turns: completions. completion_tokens: sampled;
-    observation_tokens: read after the prompt. format_valid: by the function.
+    observation_tokens: read after the prompt. format_valid: by the function. em@1, em@2, ...: of each attempt's
+    answer, where a rollout makes several; em@2 costs the tokens of two.
     """
     if rollout.stop_reason.is_infrastructure:
         return {}
@@ -41,6 +42,10 @@ def rollout_figures(
         for name, (compare, normalize) in ANSWER_FIGURES.items()
     }
     hits = [hit for turn in rollout.turns for hit in turn.hits]
+    answers = [turns[-1].answer for turns in rollout.attempts]
+    compare, normalize = ANSWER_FIGURES["em"]
+    for number, answer in enumerate(answers if len(answers) > 1 else [], start=1):
+        figures[f"em@{number}"] = 0.0 if answer is None else compare(answer, golds, normalize)
     return figures | {
         "answer_in_passages": answer_in_passages(hits, golds),
         "supporting_recall": hop_hit_rate(rollout, question.supporting),

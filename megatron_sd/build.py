@@ -281,7 +281,7 @@ def _sampling_order(
         questions=questions,
         rollouter=side.rollouter,
         bank=None if mode == "off" else bank,
-        attempts=config.rollout.attempts,
+        question_batches=config.rollout.question_batches,
     )
     if config.rollout.max_lag == 0:
         return InStep(sample)

@@ -100,6 +100,7 @@ class Turn:
     well_formed: the completion is thoughts and then exactly one closed search or answer, nothing else
         (search/reward.py, completion_is_well_formed).
     note: what the policy noted of earlier results, where the protocol has note tags; sampled text alone.
+    attempt: which of the rollout's attempts it belongs to, 0-based; answer: what it answered, if it did.
     """
 
     completion_ids: TokenIds
@@ -110,6 +111,8 @@ class Turn:
     policy_version: int = 0
     well_formed: bool = True
     note: str = ""
+    attempt: int = 0
+    answer: str | None = None
 
     @property
     def query(self) -> str | None:
@@ -133,11 +136,12 @@ class Scores:
     format_valid: float
     # share of hops whose needed passage was retrieved; None when hops are unknown
     hop_hit_rate: float | None = None
+    em_by_attempt: tuple[float, ...] = ()  # where there are several; `em` and `f1` are the last one's
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rollout:
-    """prompt | completion | observation | completion | ... of one attempt at one question."""
+    """prompt | completion | observation | completion | ... for one question. answer: the last attempt's."""
 
     question_id: str
     index: int  # place in the group, 0-based
@@ -151,6 +155,12 @@ class Rollout:
     def queries(self) -> tuple[str, ...]:
         """The search queries in order."""
         return tuple(turn.query for turn in self.turns if turn.query is not None)
+
+    @property
+    def attempts(self) -> tuple[tuple[Turn, ...], ...]:
+        """The turns, attempt by attempt."""
+        numbers = sorted({turn.attempt for turn in self.turns})
+        return tuple(tuple(turn for turn in self.turns if turn.attempt == number) for number in numbers)
 
     @property
     def num_tokens(self) -> int:

@@ -37,6 +37,7 @@ def check(config: Config) -> None:
             f"rollout.keep_groups: found {config.rollout.keep_groups} with rollout.max_lag"
             f" {config.rollout.max_lag}, expected all, or max_lag 0: what is kept decides what is sampled next"
         )
+    _check_attempts(config)
     _check_reward(config.reward)
     _check_terms(config.advantage)
     _check_policy_loss(config.policy_loss)
@@ -65,6 +66,25 @@ def check(config: Config) -> None:
         raise ConfigError(
             "publish.source: found master with model.lora.rank above 0, expected parameters: W has no master"
             " then"
+        )
+
+
+def _check_attempts(config: Config) -> None:
+    own = config.rollout
+    if own.attempts == 1:
+        return
+    turn = own.max_turn_tokens + own.max_observation_tokens
+    needed = own.attempts * (own.max_search_turns + 1) * turn
+    if own.max_rollout_tokens < needed:
+        raise ConfigError(
+            f"rollout.max_rollout_tokens: found {own.max_rollout_tokens} with rollout.attempts {own.attempts},"
+            f" expected at least {needed}: attempts x (max_search_turns + 1) x (max_turn_tokens +"
+            " max_observation_tokens), since all attempts share one context"
+        )
+    if config.protocol.chat_template:
+        raise ConfigError(
+            f"rollout.attempts: found {own.attempts} with protocol.chat_template true, expected 1, or"
+            " chat_template false: the request for another attempt is plain text"
         )
 
 

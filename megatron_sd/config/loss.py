@@ -23,11 +23,13 @@ class AdvantageConfig:
         "gigpo",
         "graph_hca",
         "stepsearch",
+        "mr_search",
         "one",
     ] = "grpo"
     # what r is made of: weights of a rollout's scores (reward, em, f1, format_valid, hop_hit_rate)
     terms: dict[str, float] = field(default_factory=lambda: {"reward": 1.0})
-    discount: float = 0.95  # gigpo, graph_hca: a turn earlier, the reward counts so much less
+    # gigpo, graph_hca: a turn earlier, the reward counts so much less; mr_search: an attempt earlier
+    discount: float = 0.95
     weight: float = 1.0  # gigpo, graph_hca: of the turn's own part beside the rollout's
     # gigpo, graph_hca: when turns stand in the same place (algorithm/advantages/states.py)
     state: Literal["seen", "observation", "similar"] = "seen"

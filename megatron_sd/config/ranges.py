@@ -57,6 +57,7 @@ _RANGES: dict[str, tuple[str, ...]] = {
         "retriever.client.cache_size",
         "rollout.questions_per_step",
         "rollout.group_size",
+        "rollout.attempts",
         "rollout.max_turn_tokens",
         "rollout.max_observation_tokens",
         "rollout.max_query_bytes",

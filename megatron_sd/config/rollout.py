@@ -25,6 +25,8 @@ class ProtocolConfig:
     passage_format: str | None = None  # fields: {rank} {title} {text}
     # appended when a turn neither searches nor answers; empty string: stop instead
     invalid_action_message: str | None = None
+    # appended after an answer that another attempt follows (rollout.attempts)
+    reflection_message: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +74,9 @@ class RolloutConfig:
     keep_range: tuple[float, float] = (0.0, 1.0)
     max_resamples: int = 10
     temperature: float = 1.0
-    max_search_turns: int = 4  # one last turn follows, in which a search is not served
+    max_search_turns: int = 4  # of an attempt; one last turn follows, in which a search is not served
+    # answers of a rollout: after each but the last it is asked, in the same context, to look at its answer again
+    attempts: int = 1
     max_turn_tokens: int = 500
     max_observation_tokens: int = 512
     max_query_bytes: int = 4096  # a longer query is cut, with the corpus in process as with servers
@@ -91,14 +95,15 @@ class RolloutConfig:
     vllm: VllmConfig = field(default_factory=VllmConfig)
 
     @property
-    def attempts(self) -> int:
+    def question_batches(self) -> int:
         """Batches of questions that a step may ask."""
         return 1 if self.keep_groups == "all" else 1 + self.max_resamples
 
     @property
     def most_sampled_tokens(self) -> int:
         """What a rollout may sample at most, all turns together."""
-        return min(self.max_turn_tokens * (self.max_search_turns + 1), self.max_rollout_tokens)
+        turns = self.attempts * (self.max_search_turns + 1)
+        return min(self.max_turn_tokens * turns, self.max_rollout_tokens)
 
 
 @dataclass(frozen=True, kw_only=True)

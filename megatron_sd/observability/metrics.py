@@ -52,6 +52,10 @@ def _reward_metrics(usable: Sequence[Rollout]) -> dict[str, float]:
         "reward/f1": _mean(score.f1 for score in scores),
         "reward/format_valid": _mean(score.format_valid for score in scores),
     }
+    most = max(len(score.em_by_attempt) for score in scores)
+    for number in range(most):
+        made = [score.em_by_attempt[number] for score in scores if number < len(score.em_by_attempt)]
+        metrics[f"reward/em_attempt_{number + 1}"] = _mean(made)
     hits = [score.hop_hit_rate for score in scores if score.hop_hit_rate is not None]
     return metrics | ({"rollout/hop_hit_rate": _mean(hits)} if hits else {})
 

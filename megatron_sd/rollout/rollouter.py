@@ -184,7 +184,10 @@ class Rollouter:
         self._world.pulse.move()
         task.add(tokens=len(completion.ids))
         verdict = environment.judge(
-            completion.ids, turn=len(episode.turns), truncated=completion.finish == "length"
+            completion.ids,
+            turn=sum(turn.attempt == episode.number for turn in episode.turns),
+            truncated=completion.finish == "length",
+            attempt=episode.number,
         )
         episode.act(
             completion,
@@ -241,6 +244,7 @@ class _Episode:
     turns: list[Turn] = field(default_factory=list)
     answer: str | None = None
     stop: StopReason | None = None
+    number: int = 0  # of the attempt at work
 
     def act(self, completion: Completion, verdict: Verdict, *, well_formed: bool, note: str) -> None:
         """Append what the policy sampled."""
@@ -252,8 +256,11 @@ class _Episode:
                 policy_version=completion.policy_version,
                 well_formed=well_formed,
                 note=note,
+                attempt=self.number,
+                answer=verdict.answer,
             )
         )
+        self.number += verdict.ends_attempt
         self.ids = (*self.ids, *completion.ids)
         self.answer, self.stop = verdict.answer, verdict.stop
 

@@ -38,18 +38,18 @@ class SamplingOrder(Protocol):
 @dataclass(frozen=True, kw_only=True)
 class OwnShare:
     """Samples this rank's part of a step's questions. bank: where finished rollouts wait for a run that is
-    started again; None: nowhere. attempts: how many batches of questions are set apart for a step: what an
+    started again; None: nowhere. question_batches: how many batches of questions are set apart for a step: what an
     earlier step used of its own changes nothing for later ones, so that a resumed run asks the same."""
 
     world: World
     questions: QuestionStream[Question]
     rollouter: Rollouter
     bank: RolloutBank | None
-    attempts: int = 1
+    question_batches: int = 1
 
     def __call__(self, step: int, attempt: int = 0) -> list[RolloutGroup]:
         """The groups of a step. Raises RolloutError when they could not be sampled."""
-        mine = share(self.world, self.questions.batch(step * self.attempts + attempt))
+        mine = share(self.world, self.questions.batch(step * self.question_batches + attempt))
         if self.bank is None:
             return self.rollouter.run(mine, step=step)
         with contextlib.closing(self.bank.open(step, self.rollouter.policy_version)) as banked:

@@ -132,8 +132,12 @@ def rollout_of(fields: dict[str, Any]) -> Rollout:
         turns=tuple(_turn_of(turn) for turn in fields["turns"]),
         stop_reason=StopReason(fields["stop_reason"]),
         answer=fields["answer"],
-        scores=None if scores is None else Scores(**scores),
+        scores=None if scores is None else _scores_of(scores),
     )
+
+
+def _scores_of(fields: dict[str, Any]) -> Scores:
+    return Scores(**fields | {"em_by_attempt": tuple(fields.get("em_by_attempt", ()))})
 
 
 def _turn_of(fields: dict[str, Any]) -> Turn:
@@ -142,8 +146,8 @@ def _turn_of(fields: dict[str, Any]) -> Turn:
         name: tuple(fields[name]) for name in ("completion_ids", "completion_logprobs", "observation_ids")
     }
     own = {"policy_version": fields["policy_version"], "well_formed": fields["well_formed"]}
-    note = fields.get("note", "")  # which older files lack
-    return Turn(**own, **tuples, hits=hits, action=_action_of(fields), note=note)
+    newer = {name: fields[name] for name in ("note", "attempt", "answer") if name in fields}
+    return Turn(**own, **tuples, hits=hits, action=_action_of(fields), **newer)
 
 
 def _action_of(fields: dict[str, Any]) -> Action | None:

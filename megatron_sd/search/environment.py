@@ -22,12 +22,13 @@ from megatron_sd.search.tokens import TextCodec
 class Verdict:
     """What follows a completion: an action to serve, a message and another turn (observation_ids), or the
     end (stop, with the answer if there is one). Exactly one of the three holds: a search that is not served
-    is no action."""
+    is no action. ends_attempt: the message asks for another attempt; `answer` is then the one that ended."""
 
     action: Action | None = None
     answer: str | None = None
     observation_ids: TokenIds = ()
     stop: StopReason | None = None
+    ends_attempt: bool = False
 
 
 class Environment:
@@ -43,6 +44,7 @@ class Environment:
         self.limits = limits
         self.sanitizer = Sanitizer((*protocol.control_tags, *codec.control_strings))
         self._retry_ids = codec.encode_own(protocol.invalid_action_message)
+        self._reflection_ids = codec.encode_own(protocol.reflection_message)
         self._opened_thought = _opened_thought(codec.decode(self.prompt_ids("")), protocol)
         self._before, after = protocol.information_format.split("{passages}")
         self._closing_ids = codec.encode_own(after)
@@ -110,15 +112,17 @@ class Environment:
         observations; 0: none."""
         return max(0, min(self.limits.max_turn_tokens, self.limits.max_rollout_tokens - num_tokens))
 
-    def judge(self, completion_ids: TokenIds, *, turn: int, truncated: bool) -> Verdict:
-        """What follows the completion of 0-based `turn`. truncated: sampling ended at a token limit.
+    def judge(self, completion_ids: TokenIds, *, turn: int, truncated: bool, attempt: int = 0) -> Verdict:
+        """What follows the completion of 0-based `turn` of an attempt. truncated: sampling ended at a token
+        limit. An attempt that has answered, or come to its last turn, is followed by the next one, if any.
 
         Turns 0 .. max_search_turns - 1 may search; turn max_search_turns is the last, in which a search is
         not served.
         """
         found = parse_completion(completion_ids, self.protocol, self.codec)
+        more = attempt + 1 < self.limits.attempts
         if found.answer is not None:
-            return Verdict(answer=found.answer.strip(), stop=StopReason.ANSWERED)
+            return self._end(StopReason.ANSWERED, found.answer.strip(), more=more)
         is_last = turn >= self.limits.max_search_turns
         action = None if found.action is None else self._servable(found.action)
         if action is not None and not is_last:
@@ -126,10 +130,16 @@ class Environment:
         if truncated:
             return Verdict(stop=StopReason.TOKEN_LIMIT)
         if is_last:
-            return Verdict(stop=StopReason.TURN_LIMIT)
+            return self._end(StopReason.TURN_LIMIT, more=more)
         if not self._retry_ids:
             return Verdict(stop=StopReason.NO_ACTION)
         return Verdict(observation_ids=self._retry_ids)
+
+    def _end(self, stop: StopReason, answer: str | None = None, *, more: bool) -> Verdict:
+        """Of an attempt; with `more` the next one begins."""
+        if more:
+            return Verdict(answer=answer, observation_ids=self._reflection_ids, ends_attempt=True)
+        return Verdict(answer=answer, stop=stop)
 
     def _servable(self, search: Action) -> Action | None:
         """The search as the retriever gets it; None where nothing is left of its query."""

@@ -46,6 +46,11 @@ _RETRY = (
     "\nThat was neither a search nor an answer. To search, write the query between {search_open} and"
     " {search_close}; to answer, write the answer between {answer_open} and {answer_close}.\n"
 )
+_REFLECTION = (
+    "\nLook at this answer again. What speaks against it, and what was not looked up? Search further between"
+    " {search_open} and {search_close} where that helps, then give the answer that you hold to be right between"
+    " {answer_open} and {answer_close}.\n"
+)
 # For models that were not trained to search: the form, then one worked example of two searches, as the
 # environment shows them.
 _FEW_SHOT_PROMPT = (
@@ -81,6 +86,7 @@ class Protocol:
     think_tags: Tags
     passage_format: str
     invalid_action_message: str
+    reflection_message: str = _REFLECTION
     note_tags: Tags | None = None
     chat_template: bool = False
     template_arguments: Mapping[str, bool | int | str] = dataclasses.field(default_factory=dict)
@@ -188,6 +194,7 @@ def build_protocol(config: ProtocolConfig) -> Protocol:
         protocol,
         prompt=_fill_tags(protocol.prompt, protocol),
         invalid_action_message=_fill_tags(protocol.invalid_action_message, protocol),
+        reflection_message=_fill_tags(protocol.reflection_message, protocol),
         information_format=_fill_tags(protocol.information_format, protocol),
     )
     for placeholder in ("{question}", "{hindsight}"):

@@ -153,11 +153,14 @@ def _holds_tag(text: str, protocol: Protocol) -> bool:
 
 
 def format_valid(rollout: Rollout) -> float:
-    """1.0 when every turn is well-formed, all but the last act, and the last one answers; else 0.0."""
+    """1.0 when every turn is well-formed, and in every attempt all but the last act, and the last one answers;
+    else 0.0."""
     if rollout.stop_reason is not StopReason.ANSWERED or not rollout.answer or not rollout.turns:
         return 0.0
-    *before, last = rollout.turns
-    in_order = all(turn.action is not None for turn in before) and last.action is None
+    in_order = all(
+        all(turn.action is not None for turn in before) and last.action is None
+        for *before, last in rollout.attempts
+    )
     return float(in_order and all(turn.well_formed for turn in rollout.turns))
 
 
@@ -197,6 +200,19 @@ def score_rollout(rollout: Rollout, group: RolloutGroup, config: RewardConfig) -
         f1=answer["f1"],
         format_valid=valid,
         hop_hit_rate=hop_hit_rate(rollout, group.question.supporting),
+        em_by_attempt=_em_by_attempt(rollout, golds, normalize),
+    )
+
+
+def _em_by_attempt(
+    rollout: Rollout, golden_answers: Sequence[str], normalize: Normalizer
+) -> tuple[float, ...]:
+    """Exact match of every attempt's answer, 0 without one; empty where there is one attempt."""
+    answers = [turns[-1].answer for turns in rollout.attempts]
+    if len(answers) < 2:
+        return ()
+    return tuple(
+        0.0 if answer is None else exact_match(answer, golden_answers, normalize) for answer in answers
     )
 
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_sd.algorithm.advantages import stepsearch
+from megatron_sd.algorithm.advantages import mr_search, stepsearch
 from megatron_sd.algorithm.advantages.from_rewards import grpo
 from megatron_sd.algorithm.advantages.graph_hca import success_chances, turn_credits
 from megatron_sd.algorithm.advantages.states import STATES
@@ -75,6 +75,28 @@ def test_several_scores_summed_first_or_normalised_first():
     assert [own for (own,) in apart] == near(0.5774, 0.5774, -1.1547)
     (half,) = of("grpo", group, terms={"reward": 0.5})
     assert [own for (own,) in half] == near(1.1547, -0.5774, -0.5774)
+
+
+def test_attempts_earn_for_those_before_them():
+    """EM by attempt (0, 1), (0, 0), (1, 1). A of attempt 1: (-.5, -.5, 1), of attempt 2: (.5, -1, .5)."""
+    rewards = [(0.0, 1.0), (0.0, 0.0), (1.0, 1.0)]
+    assert mr_search.attempt_credits(rewards, 1.0) == [near(0, 0.5), near(-1.5, -1), near(1.5, 0.5)]
+    assert mr_search.attempt_credits(rewards, 0.0) == [near(-0.5, 0.5), near(-0.5, -1), near(1, 0.5)]
+    assert mr_search.attempt_credits([(1.0, 1.0), (0.0,)], 1.0) == [near(1, 0), near(-1)]
+    assert mr_search.attempt_credits([(1.0, 1.0)], 1.0) == [near(0, 0)]
+
+
+def test_every_turn_of_an_attempt_gets_its_credit():
+    turns = [dataclasses.replace(turn("d"), attempt=0), dataclasses.replace(turn(), attempt=0), turn()]
+    turns[2] = dataclasses.replace(turns[2], attempt=1)
+    group = group_of((0.0, tuple(turns)), (1.0, tuple(turns)))
+    by_attempt = ((0.0, 1.0), (1.0, 1.0))
+    rollouts = tuple(
+        dataclasses.replace(r, scores=dataclasses.replace(r.scores, em_by_attempt=own))
+        for r, own in zip(group.rollouts, by_attempt, strict=True)
+    )
+    (found,) = of("mr_search", dataclasses.replace(group, rollouts=rollouts), discount=1.0)
+    assert found == [(-1.0, -1.0, 0.0), (1.0, 1.0, 0.0)]
 
 
 def test_whitening_counts_tokens_and_scaling_counts_rollouts():

@@ -108,3 +108,54 @@ def test_missing_section_is_named():
 def test_grad_ratio_needs_its_measurement():
     with pytest.raises(ConfigError, match="measure_every"):
         load([*REQUIRED, "--distill.alpha.mode=grad_ratio", "--distill.measure_every=0"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ["--update.minibatches=300"],
+            "update.minibatches: found 300 with rollout.questions_per_step 256, expected",
+        ),
+        (
+            ["--advantage.modulation=turnsight", "--distill.block=none"],
+            "advantage.modulation: found turnsight with",
+        ),
+        (
+            ["--advantage.modulation=hca"],
+            "distill.block: found paper with advantage.modulation hca, expected single",
+        ),
+        (
+            ["--update.epochs=2", "--update.sequence_parallel_size=2"],
+            "update.minibatches times update.epochs: found 2 with update.sequence_parallel_size above 1",
+        ),
+        (
+            ["--policy_loss.ratio=rollout", "--update.sequence_parallel_size=2"],
+            "policy_loss.ratio: found rollout with update.sequence_parallel_size above 1",
+        ),
+        (
+            ["--advantage.terms.f2=1"],
+            "advantage.terms: found f2, which nobody scores, expected weights of some of",
+        ),
+        (
+            ["--rollout.attempts=3"],
+            "rollout.max_rollout_tokens: found 4096 with rollout.attempts 3, expected at least 15180",
+        ),
+        (
+            ["--rollout.attempts=2", "--rollout.max_rollout_tokens=99999", "--protocol.chat_template=true"],
+            "rollout.attempts: found 2 with protocol.chat_template true, expected 1",
+        ),
+        (
+            ["--policy_loss.top_entropy_share=0"],
+            "policy_loss.top_entropy_share: found 0.0, expected more than 0",
+        ),
+        (
+            ["--policy_loss.top_entropy_share=1.5"],
+            "policy_loss.top_entropy_share: found 1.5, expected between 0 and 1",
+        ),
+    ],
+)
+def test_choices_that_do_not_go_together(options, message):
+    with pytest.raises(ConfigError) as caught:
+        load([*REQUIRED, *options])
+    assert str(caught.value).startswith(message)

@@ -144,3 +144,11 @@ def test_pass_figures_double_up_to_the_number_of_samples():
 def test_a_search_that_finds_nothing_has_figures_of_zero():
     figures = rollout_figures(searched("x", []), CAPITAL, format_valid)
     assert (figures["answer_in_passages"], figures["supporting_recall"]) == (0.0, 0.0)
+
+
+def test_several_attempts_have_a_figure_each():
+    rollout = searched("Paris", [])
+    first, last = rollout.turns
+    turns = (dataclasses.replace(first, answer="Lyon"), dataclasses.replace(last, attempt=1, answer="Paris"))
+    figures = rollout_figures(dataclasses.replace(rollout, turns=turns), CAPITAL, format_valid)
+    assert (figures["em@1"], figures["em@2"], figures["em"]) == (0.0, 1.0, 1.0)

@@ -80,7 +80,9 @@ def test_a_step_has_questions_of_its_own_whatever_earlier_steps_used():
             return []
 
     stream = QuestionStream(questions=list("abcdefghijkl"), batch_size=2, seed=0, shuffle=False)
-    share = OwnShare(world=lone_world(), questions=stream, rollouter=Rollouter(), bank=None, attempts=3)
+    share = OwnShare(
+        world=lone_world(), questions=stream, rollouter=Rollouter(), bank=None, question_batches=3
+    )
     for step, attempt in ((0, 0), (0, 1), (1, 0), (1, 2)):
         share(step, attempt)
     assert [(step, "".join(questions)) for step, questions in asked] == [

@@ -1,14 +1,19 @@
 import asyncio
+import dataclasses
+import json
 from itertools import chain
 
 import pytest
 import torch
 
-from megatron_sd.config import ProtocolConfig
+from megatron_sd.algorithm.samples import SCOPES, to_samples
+from megatron_sd.config import ProtocolConfig, RewardConfig
 from megatron_sd.errors import RolloutError
-from megatron_sd.records import StopReason
+from megatron_sd.records import RolloutGroup, StopReason
 from megatron_sd.rollout.embedded.engine import TorchEngine
 from megatron_sd.rollout.rollouter import Rollouter
+from megatron_sd.rollout.stored import rollout_of
+from megatron_sd.search.reward import format_valid, score_rollout
 from tests.builders import hit, question
 from tests.rollout.fakes import InlineRetriever, ScriptedEngine, codec, environment, model
 
@@ -46,6 +51,28 @@ def test_turns_of_a_rollout():
             and len(turn.completion_logprobs) == len(turn.completion_ids)
         )
     assert engine.released == ["step 3, question 0 (q0), rollout 0"]
+
+
+def test_attempts_share_a_context_and_count_their_own_turns():
+    """The first searches once and answers wrongly, the second searches twice, as often as it may."""
+    script = (
+        *("<search>a</search>", "<answer>wrong</answer>"),
+        *("<search>b</search>", "<search>c</search>", "<answer>gold</answer>"),
+    )
+    rollouter, *_ = scripted(script, attempts=2, max_search_turns=2, max_rollout_tokens=2000)
+    (only,) = run(rollouter)
+    assert [turn.attempt for turn in only.turns] == [0, 0, 1, 1, 1]
+    assert [turn.answer for turn in only.turns] == [None, "wrong", None, None, "gold"]
+    assert only.queries == ("a", "b", "c") and only.answer == "gold"
+    assert only.stop_reason is StopReason.ANSWERED and format_valid(only) == 1.0
+    asked = RolloutGroup(question=question(), rollouts=(only,))
+    scores = score_rollout(only, asked, RewardConfig(answer="em"))
+    assert scores.em_by_attempt == (0.0, 1.0) and scores.em == scores.reward == 1.0
+    again = rollout_of(json.loads(json.dumps(dataclasses.asdict(dataclasses.replace(only, scores=scores)))))
+    assert again == dataclasses.replace(only, scores=scores)
+    (sample,) = to_samples([asked], [[(0.0,) * 5]], [[()]], scope=SCOPES["query"])
+    asks = [turn.observation_ids for turn in only.turns][1]
+    assert asks and int(sample.loss_mask.sum()) == sum(len(turn.completion_ids) for turn in only.turns)
 
 
 def test_token_in_token_out():

@@ -212,3 +212,17 @@ def test_a_prompt_without_added_tokens_is_encoded_as_one_text():
 def test_observation_limit_must_hold_the_tags():
     with pytest.raises(ConfigError, match="max_observation_tokens is 5"):
         environment(max_observation_tokens=5)
+
+
+def test_an_answer_is_asked_for_again_while_attempts_remain():
+    own = environment(attempts=2)
+    again = own.judge(ENCODE("<answer> Asel </answer>"), turn=0, truncated=False, attempt=0)
+    assert again.answer == "Asel" and again.stop is None and again.ends_attempt
+    assert "<search> and </search>" in text_of(again.observation_ids)
+    spent = own.judge(ENCODE("<search> q </search>"), turn=2, truncated=False, attempt=0)
+    assert spent == Verdict(observation_ids=again.observation_ids, ends_attempt=True), (
+        "no answer, but another try"
+    )
+    last = own.judge(ENCODE("<answer> Asel </answer>"), turn=0, truncated=False, attempt=1)
+    assert last == Verdict(answer="Asel", stop=StopReason.ANSWERED)
+    assert own.judge(ENCODE("hm"), turn=0, truncated=True, attempt=0) == Verdict(stop=StopReason.TOKEN_LIMIT)

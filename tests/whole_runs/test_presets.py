@@ -62,6 +62,8 @@ def arguments(name: str, world: Path, run_dir: Path, *options: str) -> list[str]
     own = yaml.safe_load(presets()[name].path.read_text(encoding="utf-8"))
     if own.get("update", {}).get("minibatches", 1) > 2:
         argv.append("--update.minibatches=2")
+    if "attempts" in own.get("rollout", {}):  # one context for all of them
+        argv += ["--rollout.max_observation_tokens=48", "--rollout.max_rollout_tokens=720"]
     if own["distill"].get("teacher") == "other":
         argv.append(f"--distill.teacher_path={world / 'teacher'}")
     if own["distill"]["block"] != "none":

@@ -8,6 +8,7 @@ from megatron_sd.algorithm.advantages import from_rewards
 from megatron_sd.algorithm.advantages.estimator import Estimator
 from megatron_sd.algorithm.advantages.gigpo import gigpo
 from megatron_sd.algorithm.advantages.graph_hca import graph_hca
+from megatron_sd.algorithm.advantages.mr_search import mr_search
 from megatron_sd.algorithm.advantages.stepsearch import stepsearch
 
 ADVANTAGES: Mapping[str, Estimator] = {
@@ -21,5 +22,6 @@ ADVANTAGES: Mapping[str, Estimator] = {
     "gigpo": gigpo,
     "graph_hca": graph_hca,
     "stepsearch": stepsearch,
+    "mr_search": mr_search,
     "one": from_rewards.one,
 }

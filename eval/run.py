@@ -52,7 +52,9 @@ class EvalConfig:
     retriever: RetrieverConfig
     questions: str
     output: str
-    strategy: Literal["agent", "direct", "cot", "rag", "ircot", "search_o1", "react", "self_ask"] = "agent"
+    strategy: Literal[
+        "agent", "direct", "cot", "rag", "ircot", "search_o1", "react", "self_ask", "thinker"
+    ] = "agent"
     split: str | None = None
     limit: int | None = None
     # rollouts a question: 1 is greedy; more are sampled at rollout.temperature, for pass@k

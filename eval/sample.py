@@ -51,7 +51,9 @@ class SampleConfig:
     retriever: RetrieverConfig
     questions: str
     output: str
-    strategy: Literal["agent", "direct", "cot", "rag", "ircot", "search_o1", "react", "self_ask"] = "agent"
+    strategy: Literal[
+        "agent", "direct", "cot", "rag", "ircot", "search_o1", "react", "self_ask", "thinker"
+    ] = "agent"
     num_samples: int = 8
     split: str | None = None
     limit: int | None = None

@@ -12,6 +12,7 @@ from eval.strategies.runner import PromptedStrategy, Strategy
 from eval.strategies.search_o1 import search_o1
 from eval.strategies.self_ask import self_ask
 from eval.strategies.single import chain_of_thought, direct, rag
+from eval.strategies.thinker import thinker
 from megatron_sd.build import RolloutSide
 from megatron_sd.records import Rollout
 from megatron_sd.search.reward import format_valid
@@ -25,6 +26,7 @@ PROMPTED: Mapping[str, Solve] = {
     "search_o1": search_o1,
     "react": react,
     "self_ask": self_ask,
+    "thinker": thinker,
 }
 
 

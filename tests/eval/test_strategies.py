@@ -6,7 +6,7 @@ from typing import get_args, get_type_hints
 import pytest
 
 from eval.run import EvalConfig
-from eval.strategies import ircot, react, search_o1, self_ask, single
+from eval.strategies import ircot, react, search_o1, self_ask, single, thinker
 from eval.strategies.attempt import Tools
 from eval.strategies.reading import after, between
 from eval.strategies.runner import PromptedStrategy
@@ -233,3 +233,54 @@ def test_between(text, found):
 def test_after_reads_to_the_end_of_the_line():
     assert after("so the ANSWER is:  No. 5.\nmore", "the answer is:") == "No. 5"
     assert after("nothing", "the answer is:") is None
+
+
+def test_thinker_plans_answers_the_steps_and_concludes():
+    """Two steps: the first is searched for and answered, the second reads its answer. One search, four
+    completions."""
+    scripts = [
+        ["Step1: Which city is meant?\nAction1: Retrieval\nStep2: Of which country is #1 the capital?\n"],
+        ["I must search.", "It is \\boxed{Paris}."],
+        ["So \\boxed{France}"],
+    ]
+    retriever = InlineRetriever()
+    rollout, engine = run("thinker", scripts, retriever)
+    assert retriever.queries == ["Which city is meant?"] == list(rollout.queries)
+    assert (rollout.answer, len(engine.requests), form_of("thinker")(rollout)) == ("France", 4, 1.0)
+    assert "<references>\n[1] Title: about Which city is meant?\n</references>" in engine.prompts[2]
+    assert "Which city is meant? Paris\n" in engine.prompts[3]
+    assert "Last step: Of which country is Paris the capital?" in engine.prompts[3]
+
+
+def test_a_plan_that_cannot_be_read_is_one_step():
+    rollout, engine = run("thinker", [["No idea."], ["\\boxed{Ann}"], ["\\boxed{Ann}"]])
+    assert (rollout.answer, rollout.queries, form_of("thinker")(rollout)) == ("Ann", (), 0.0)
+    assert f"Question: {CLEAN}" in engine.prompts[1]
+
+
+def test_thinker_without_searches_left_goes_on():
+    scripts = [["Step1: a\nStep2: b #1\n"], ["I must search."], ["no box"]]
+    rollout, _ = run("thinker", scripts, max_search_turns=0)
+    assert (rollout.answer, rollout.queries) == (None, ())
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("\\boxed{a{b}c} x", "a{b}c"),
+        ("\\boxed{a} \\boxed{b}", "b"),
+        ("\\boxed{a", None),
+        ("\\boxed{ }", None),
+        ("a", None),
+    ],
+)
+def test_boxes_count_their_braces(text, answer):
+    assert thinker.boxed(text) == answer
+
+
+def test_numbers_are_read_whole():
+    assert thinker.filled("#1 and #10 and #2", {1: "a", 10: "b"}) == "a and b and #2"
+    assert thinker.steps_of("Step1: a\nStep3: b") == [] and thinker.steps_of("Step 1: a\nStep 2: b ") == [
+        "a",
+        "b",
+    ]

@@ -16,7 +16,7 @@ import torch
 from transformers.utils.logging import disable_progress_bar
 
 from megatron_sd.algorithm.advantages.table import ADVANTAGES
-from megatron_sd.algorithm.assemble import own_minibatches, teacher_prompts
+from megatron_sd.algorithm.assemble import own_batches, teacher_prompts
 from megatron_sd.algorithm.blocks import BLOCKS, BY_TURN, PLAIN
 from megatron_sd.algorithm.hindsight import RENDERERS, HindsightBlocks
 from megatron_sd.algorithm.refinements import refinements
@@ -188,7 +188,7 @@ def build_trainer(config: Config, world: World) -> Trainer:
         ),
         to_samples=functools.partial(to_samples, scope=SCOPES[config.distill.scope]),
         pack=functools.partial(
-            own_minibatches,
+            own_batches,
             config=config.update,
             aggregation=config.policy_loss.aggregation,
             most_tokens=config.rollout.most_sampled_tokens,

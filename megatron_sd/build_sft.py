@@ -15,7 +15,7 @@ from typing import Any
 
 from megatron_sd.algorithm.advantages.estimator import GroupAdvantages
 from megatron_sd.algorithm.advantages.table import ADVANTAGES
-from megatron_sd.algorithm.assemble import own_batch, own_minibatches
+from megatron_sd.algorithm.assemble import own_batches
 from megatron_sd.algorithm.blocks import BLOCKS
 from megatron_sd.algorithm.hindsight import RENDERERS, Blocks, HindsightBlocks
 from megatron_sd.algorithm.samples import SCOPES, TeacherPrompts, to_samples
@@ -111,7 +111,7 @@ def build_sft_trainer(config: Config, own: SftConfig, world: World) -> Trainer:
         teacher_prompts=_no_teacher,
         to_samples=functools.partial(to_samples, scope=SCOPES[config.distill.scope]),
         pack=functools.partial(
-            own_minibatches,
+            own_batches,
             config=config.update,
             aggregation=config.policy_loss.aggregation,
             distill_aggregation=config.distill.aggregation,
@@ -226,8 +226,7 @@ def _validation(config: Config, parallel: Parallel, policy: Policy) -> Evaluatio
         _no_teacher(held_out, (), ()),
         scope=SCOPES[config.distill.scope],
     )
-    aggregations = {"aggregation": "token", "distill_aggregation": "rollout"}
-    batch = own_batch(samples, config=config.update, place=parallel.batch, **aggregations)
+    (batch,) = own_batches(samples, config=config.update, aggregation="token", place=parallel.batch)
     return Evaluation(
         every=config.log.eval_every,
         num_steps=config.num_steps,

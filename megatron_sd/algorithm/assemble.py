@@ -41,7 +41,7 @@ def teacher_prompts(
     return apply_gate(contexts, prompts, GATES[config.gate])
 
 
-def own_minibatches(
+def own_batches(
     samples: Sequence[TrainingSample],
     *,
     config: UpdateConfig,
@@ -51,44 +51,24 @@ def own_minibatches(
     place: tuple[int, int],
 ) -> list[Batch]:
     """This rank's part of each optimiser step: the questions in order, cut into config.minibatches parts of
-    as many questions. The rest as for own_batch."""
+    as many questions.
+
+    aggregation, most_tokens: see packing.row_weight. distill_aggregation: of distill. place: the rank's number
+    among those that read other microbatches, and how many they are (distributed.Parallel.batch)."""
     parts: list[list[TrainingSample]] = [[] for _ in range(config.minibatches)]
     num_groups = max((sample.group for sample in samples), default=0) + 1
     for sample in samples:
         parts[sample.group * config.minibatches // num_groups].append(sample)
-    return [
-        own_batch(
+    number, num_batches = place
+    packed = [
+        pack(
             part,
-            config=config,
+            max_tokens=config.max_microbatch_tokens,
+            world_size=num_batches,
             aggregation=aggregation,
             most_tokens=most_tokens,
-            distill_aggregation=distill_aggregation,
-            place=place,
+            one_row=config.pack_sequences,
         )
         for part in parts
     ]
-
-
-def own_batch(
-    samples: Sequence[TrainingSample],
-    *,
-    config: UpdateConfig,
-    aggregation: str,
-    most_tokens: int = 1,
-    distill_aggregation: str = "rollout",
-    place: tuple[int, int],
-) -> Batch:
-    """This rank's part of the step's samples. aggregation, most_tokens: see packing.row_weight.
-    distill_aggregation: of distill. place: the rank's number among those that read other microbatches, and how
-    many they are
-    (distributed.Parallel.batch)."""
-    number, num_batches = place
-    batches = pack(
-        samples,
-        max_tokens=config.max_microbatch_tokens,
-        world_size=num_batches,
-        aggregation=aggregation,
-        most_tokens=most_tokens,
-        one_row=config.pack_sequences,
-    )
-    return DISTILL_AGGREGATIONS[distill_aggregation](batches)[number]
+    return [DISTILL_AGGREGATIONS[distill_aggregation](batches)[number] for batches in packed]

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from megatron_sd.algorithm.assemble import own_batch
+from megatron_sd.algorithm.assemble import own_batches
 from megatron_sd.algorithm.distill_aggregation import DISTILL_AGGREGATIONS
 from megatron_sd.algorithm.packing import pack
 from megatron_sd.config import UpdateConfig
@@ -53,7 +53,7 @@ def test_a_short_rollout_counts_as_a_rollout_or_as_its_tokens(name, expected, nu
 def test_a_step_without_a_query_is_none():
     samples = [dataclasses.replace(s, teacher_prompt_ids=None) for s in make_samples(4)]
     for name in DISTILL_AGGREGATIONS:
-        batch = own_batch(
+        (batch,) = own_batches(
             samples, config=UpdateConfig(), aggregation="token", distill_aggregation=name, place=(0, 1)
         )
         assert batch.totals.distilled_rollouts == 0.0

@@ -19,12 +19,14 @@ from megatron_sd.algorithm.blocks import BLOCKS
 from megatron_sd.algorithm.distill_aggregation import DISTILL_AGGREGATIONS
 from megatron_sd.algorithm.hindsight import RENDERERS
 from megatron_sd.algorithm.policy_loss import POLICY_LOSSES
+from megatron_sd.algorithm.refinements import MODULATIONS
 from megatron_sd.algorithm.samples import GATES, SCOPES
 from megatron_sd.build import build_trainer
-from megatron_sd.config import AdvantageConfig, DistillConfig, PolicyLossConfig, RewardConfig
+from megatron_sd.config import AdvantageConfig, DistillConfig, PolicyLossConfig, RewardConfig, RolloutConfig
 from megatron_sd.config.load import load
 from megatron_sd.distributed.world import join_world
 from megatron_sd.ops.divergence import DIVERGENCES, SUPPORTS
+from megatron_sd.rollout.collecting import KEEPERS
 from megatron_sd.search.reward import ANSWER_SCORES
 from megatron_sd.search.reward_shapes import REWARD_SHAPES
 
@@ -46,6 +48,8 @@ VOCABULARY = json.loads((START_POLICY / "config.json").read_text())["vocab_size"
         (AdvantageConfig, "state", STATES),
         (PolicyLossConfig, "objective", POLICY_LOSSES),
         (RewardConfig, "shape", REWARD_SHAPES),
+        (RolloutConfig, "keep_groups", KEEPERS),
+        (AdvantageConfig, "modulation", {"none", *MODULATIONS}),
         (RewardConfig, "answer", ANSWER_SCORES),
     ],
 )

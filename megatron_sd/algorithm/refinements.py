@@ -37,8 +37,8 @@ class Read(NamedTuple):
 Everywhere = Callable[[Any], Sequence[Any]]  # an object of this rank -> those of all ranks, in rank order
 Refinement = Callable[[Sequence[Read], Everywhere], list[Microbatch]]
 # (advantages [T], mean of log teacher - log policy [T], the same standardised in its group [T]) of turns that
-# have query tokens -> their advantages
-Modulation = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
+# have query tokens, and the configuration -> their advantages
+Modulation = Callable[..., np.ndarray]
 
 
 def refinements(
@@ -49,8 +49,7 @@ def refinements(
     if update.updates_per_batch > 1 or policy_loss.engine_cap is not None:
         chosen.append(partial(with_old_logprobs, engine_cap=policy_loss.engine_cap))
     if advantage.modulation != "none":
-        modulation = MODULATIONS[advantage.modulation]
-        chosen.append(partial(modulated, modulation=partial(modulation, config=advantage)))
+        chosen.append(partial(MODULATIONS[advantage.modulation], config=advantage))
     if policy_loss.top_entropy_share < 1.0:
         chosen.append(partial(most_uncertain, share=policy_loss.top_entropy_share))
     return tuple(chosen)
@@ -86,7 +85,9 @@ def most_uncertain(reads: Sequence[Read], everywhere: Everywhere, *, share: floa
     ]
 
 
-def modulated(reads: Sequence[Read], everywhere: Everywhere, *, modulation: Modulation) -> list[Microbatch]:
+def by_turn(
+    reads: Sequence[Read], everywhere: Everywhere, *, modulation: Modulation, config: AdvantageConfig
+) -> list[Microbatch]:
     """Advantages of turns with query tokens that a teacher read, by how much likelier it finds them than the
     policy does. Other turns keep theirs.
 
@@ -99,7 +100,7 @@ def modulated(reads: Sequence[Read], everywhere: Everywhere, *, modulation: Modu
         for group, numbers in own.items():
             moments[group] = moments.get(group, 0.0) + numbers
     return [
-        _with_turns(m, own, moments, modulation) if len(own) else m
+        _with_turns(m, own, moments, partial(modulation, config=config)) if len(own) else m
         for (m, _), own in zip(reads, gains, strict=True)
     ]
 
@@ -127,7 +128,7 @@ def _moments(reads: Sequence[Read], gains: Sequence[np.ndarray]) -> dict[int, np
 
 
 def _with_turns(
-    m: Microbatch, gains: np.ndarray, moments: Mapping[int, np.ndarray], modulation: Modulation
+    m: Microbatch, gains: np.ndarray, moments: Mapping[int, np.ndarray], modulation: Callable[..., np.ndarray]
 ) -> Microbatch:
     turns, first, inverse = np.unique(m.turns[m.query_rows], return_index=True, return_inverse=True)
     values = np.bincount(inverse, gains) / np.bincount(inverse)
@@ -160,5 +161,46 @@ def hindsight_credit(
     return advantages * -np.expm1(np.clip(-values, -MOST_LOG_RATIO, MOST_LOG_RATIO))
 
 
-MOST_LOG_RATIO = 2.0
-MODULATIONS: Mapping[str, Callable[..., np.ndarray]] = {"turnsight": turnsight, "hca": hindsight_credit}
+def minillm(reads: Sequence[Read], everywhere: Everywhere, *, config: AdvantageConfig) -> list[Microbatch]:
+    """Reverse KL by policy gradient (MiniLLM, arXiv 2306.08543, equations 5 and 6, and its length
+    normalisation): every distilled token's advantage is its mean discounted return of log teacher - log
+    policy, cut at +-100, over the rest of its rollout, whitened over the step. Other tokens have 0."""
+    found = [_returns(m, _gains(m, reading), config.discount) for m, reading in reads]
+    every = np.concatenate([np.zeros(0), *everywhere(np.concatenate([np.zeros(0), *found]))])
+    if len(every) < 2:
+        return [replace(m, advantages=np.zeros_like(m.advantages)) for m, _ in reads]
+    mean, deviation = every.mean(), every.std(ddof=1) + WHITEN_EPSILON
+    refined = []
+    for (m, _), own in zip(reads, found, strict=True):
+        advantages = np.zeros_like(m.advantages)
+        if len(own):
+            advantages[m.query_rows] = (own - mean) / deviation
+        refined.append(replace(m, advantages=advantages))
+    return refined
+
+
+def _returns(m: Microbatch, gains: np.ndarray, discount: float) -> np.ndarray:
+    if len(gains) == 0:
+        return gains
+    rollouts = m.rollouts[m.query_rows]
+    cuts = np.flatnonzero(np.diff(rollouts)) + 1
+    return np.concatenate([mean_returns(part, discount) for part in np.split(gains, cuts)])
+
+
+def mean_returns(rewards: np.ndarray, discount: float) -> np.ndarray:
+    """[T] float64: of each token the discounted sum of its own and later rewards, over their number."""
+    found, ahead = np.zeros(len(rewards)), 0.0
+    for place in reversed(range(len(rewards))):
+        ahead = float(np.clip(rewards[place], -MOST_REWARD, MOST_REWARD)) + discount * ahead
+        found[place] = ahead / (len(rewards) - place)
+    return found
+
+
+MOST_LOG_RATIO = 2.0  # of hindsight_credit
+MOST_REWARD = 100.0  # of minillm, nats
+WHITEN_EPSILON = 1e-8
+MODULATIONS: Mapping[str, Callable[..., list[Microbatch]]] = {
+    "turnsight": partial(by_turn, modulation=turnsight),
+    "hca": partial(by_turn, modulation=hindsight_credit),
+    "minillm": minillm,
+}

@@ -136,6 +136,11 @@ def _check_reading(config: Config) -> None:
             f"advantage.modulation: found {advantage.modulation} with distill.block none, expected a block:"
             " its teacher says how likely a query is in hindsight"
         )
+    if advantage.modulation == "minillm" and config.distill.scope != "all":
+        raise ConfigError(
+            f"distill.scope: found {config.distill.scope} with advantage.modulation minillm, expected all: its"
+            " returns are over every sampled token"
+        )
     if advantage.modulation == "hca" and config.distill.block != "single":
         raise ConfigError(
             f"distill.block: found {config.distill.block} with advantage.modulation hca, expected single: the"

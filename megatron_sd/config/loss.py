@@ -28,16 +28,17 @@ class AdvantageConfig:
     ] = "grpo"
     # what r is made of: weights of a rollout's scores (reward, em, f1, format_valid, hop_hit_rate)
     terms: dict[str, float] = field(default_factory=lambda: {"reward": 1.0})
-    # gigpo, graph_hca: a turn earlier, the reward counts so much less; mr_search: an attempt earlier
+    # gigpo, graph_hca: a turn earlier, the reward counts so much less; mr_search: an attempt
+    # earlier; minillm: a token earlier
     discount: float = 0.95
     weight: float = 1.0  # gigpo, graph_hca: of the turn's own part beside the rollout's
     # gigpo, graph_hca: when turns stand in the same place (algorithm/advantages/states.py)
     state: Literal["seen", "observation", "similar"] = "seen"
     normalize: Literal["mean", "mean_std"] = "mean"  # gigpo: centred, or standardised too
     step_scale: float = 0.6  # stepsearch: of a search's own reward beside the answer's
-    # of turns whose query the teacher of `distill` finds likelier than the policy does
-    # (algorithm/refinements.py); costs one more reading of the batch
-    modulation: Literal["none", "turnsight", "hca"] = "none"
+    # by how much likelier than the policy the teacher of `distill` finds a turn's query, or (minillm) every
+    # distilled token (algorithm/refinements.py); costs one more reading of the batch
+    modulation: Literal["none", "turnsight", "hca", "minillm"] = "none"
     modulation_weight: float = 0.5  # turnsight: 0 leaves the advantages as they are
 
 

@@ -1,6 +1,7 @@
 """What is made of a reading before a step's first update. Cases by hand."""
 
 import dataclasses
+from functools import partial
 
 import numpy as np
 import pytest
@@ -9,8 +10,10 @@ from megatron_sd.algorithm.packing import build_microbatch
 from megatron_sd.algorithm.refinements import (
     Read,
     Reading,
+    by_turn,
     hindsight_credit,
-    modulated,
+    mean_returns,
+    minillm,
     most_uncertain,
     refinements,
     turnsight,
@@ -92,7 +95,7 @@ def test_a_turn_is_weighed_by_its_query_and_measured_against_its_question():
     read = [Read(m, reading(logprobs, teacher=[-0.8, -0.4, -1.0, -0.6]))]
     seen = []
 
-    def modulation(advantages, values, standardised):
+    def modulation(advantages, values, standardised, *, config):
         seen.extend([advantages, values, standardised])
         return np.array([10.0, 20.0])
 
@@ -100,7 +103,7 @@ def test_a_turn_is_weighed_by_its_query_and_measured_against_its_question():
         assert own.keys() == {5}
         return [own, {5: np.array([2.0, 1.6, 0.8**2 * 2])}]
 
-    (found,) = modulated(read, everywhere, modulation=modulation)
+    (found,) = by_turn(read, everywhere, modulation=modulation, config=AdvantageConfig())
     assert found.advantages.tolist() == [10.0] * 3 + [7.0] + [20.0] * 2
     gains = np.array([0.2, 0.6, 1.0, 1.4, 0.8, 0.8])
     assert seen[0].tolist() == [1.0, -1.0] and seen[1].tolist() == pytest.approx([0.4, 1.2])
@@ -109,12 +112,26 @@ def test_a_turn_is_weighed_by_its_query_and_measured_against_its_question():
 
 def test_without_a_teacher_or_a_spread_nothing_is_modulated():
     m = microbatch(turns=[0, 0], groups=[1, 1], advantages=[1.0, 1.0], query_rows=[0, 1])
-    config = AdvantageConfig()
-
-    def modulation(*arguments):
-        return turnsight(*arguments, config=config)
-
-    (found,) = modulated([Read(m, reading([0.0, 0.0]))], alone, modulation=modulation)
+    weigh = partial(by_turn, modulation=turnsight, config=AdvantageConfig())
+    (found,) = weigh([Read(m, reading([0.0, 0.0]))], alone)
     assert found is m
-    (found,) = modulated([Read(m, reading([0.0, 0.0], teacher=[0.3, 0.3]))], alone, modulation=modulation)
+    (found,) = weigh([Read(m, reading([0.0, 0.0], teacher=[0.3, 0.3]))], alone)
     assert found.advantages.tolist() == [1.0, 1.0]
+
+
+def test_minillms_returns_by_hand():
+    """Rewards 1, -1, 2: sums from each token on are 2, 1, 2, over 3, 2 and 1 tokens; at .95 1.855, .9, 2."""
+    assert mean_returns(np.array([1.0, -1.0, 2.0]), 1.0).tolist() == pytest.approx([2 / 3, 0.5, 2.0])
+    assert mean_returns(np.array([1.0, -1.0, 2.0]), 0.95).tolist() == pytest.approx([1.855 / 3, 0.45, 2.0])
+    assert mean_returns(np.array([500.0]), 1.0).tolist() == [100.0]
+
+
+def test_minillm_whitens_over_the_step_and_ends_at_a_rollout():
+    """Two rollouts: gains 1, -1, 2 and 3; another rank has one return of 4."""
+    m = microbatch(rollouts=[0, 0, 0, 1], advantages=[9.0] * 4, query_rows=[0, 1, 2, 3])
+    read = [Read(m, reading([-1.0] * 4, teacher=[0.0, -2.0, 1.0, 2.0]))]
+    (found,) = minillm(read, lambda own: [own, np.array([4.0])], config=AdvantageConfig(discount=1.0))
+    every = np.array([2 / 3, 0.5, 2.0, 3.0, 4.0])
+    assert found.advantages.tolist() == pytest.approx(
+        ((every - every.mean()) / every.std(ddof=1))[:4], rel=1e-5
+    )

@@ -12,8 +12,8 @@ def own(*argv):
     return load(expand(argv)[0])
 
 
-TAUGHT = {"gkd", "hinton", "on_policy_distillation"}  # by another model
-KEEPS_POLICY_LOSS = {"sd_search", "turnsight", "hca"}
+TAUGHT = {"gkd", "hinton", "on_policy_distillation", "minillm"}  # by another model
+KEEPS_POLICY_LOSS = {"sd_search", "turnsight", "hca", "minillm"}
 DISTILLED = (
     TAUGHT
     | KEEPS_POLICY_LOSS

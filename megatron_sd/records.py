@@ -253,6 +253,8 @@ class Microbatch:
         loss's ratios: rollout_logprobs, unless they were read anew before the update.
         rollouts, turns: [R], numbers of the rollout and of the turn that a row belongs to, counted from 0
         over the microbatch; groups: [R], of its question, in the step.
+        returns, old_values: [R] float32, what a row's critic is fitted to, and what it said before the
+        step's first update; zeros without a critic.
     The teacher reads each distinct prompt once: teacher_prompts: [U, Sp], all but the last token of a
     prompt;
         teacher_prompt_lengths: [U]. Then each rollout as its continuation: teacher_ids: [Bt, St];
@@ -278,6 +280,8 @@ class Microbatch:
     rollouts: np.ndarray
     turns: np.ndarray
     groups: np.ndarray
+    returns: np.ndarray
+    old_values: np.ndarray
     teacher_prompts: np.ndarray
     teacher_prompt_lengths: np.ndarray
     teacher_prompt_of: np.ndarray

@@ -76,6 +76,8 @@ class Trainer:
     to_samples: Callable[[Groups, list[GroupAdvantages], TeacherPrompts], list[TrainingSample]]
     pack: Callable[[Sequence[TrainingSample]], Sequence[Batch]]
     reread: Callable[[Sequence[Batch], Policy], Sequence[Batch]]  # one batch an optimiser step, in order
+    # (batch, an update of the policy by it, step) -> what came of it: a critic learns beside the policy
+    learn: Callable[[Batch, Callable[[Batch], UpdateResult], int], UpdateResult]
     alpha: AlphaController
     policy: Policy
     publisher: Publisher[Any]
@@ -127,7 +129,7 @@ class Trainer:
             prompts = self.teacher_prompts(groups, blocks, advantages)
             batches = self.pack(self.to_samples(groups, advantages, prompts))
         with self.timers.phase("update"):
-            updates = [self.update(batch) for batch in self.reread(batches, self.policy)]
+            updates = [self.learn(b, self.update, self.step) for b in self.reread(batches, self.policy)]
         self.step += 1
         with self.timers.phase("publish"):
             self.sampling.settle()

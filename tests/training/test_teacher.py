@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from megatron_sd.algorithm.distill_loss import TermWeights
-from megatron_sd.build_policy import check_teacher_tokens
+from megatron_sd.build_policy import check_same_tokens
 from megatron_sd.config import DistillConfig
 from megatron_sd.distributed.world import join_world
 from megatron_sd.errors import CheckpointError, ConfigError, DataError
@@ -180,9 +180,9 @@ def test_a_teacher_of_another_tokenizer_is_refused(tmp_path):
 
     def check(path):
         distill = {"teacher": "other", "teacher_path": str(path)}
-        check_teacher_tokens(make_config(START_POLICY, distill=distill), codec)
+        check_same_tokens(make_config(START_POLICY, distill=distill), codec)
 
     check(tmp_path / "same")
-    check_teacher_tokens(make_config(START_POLICY), codec)
+    check_same_tokens(make_config(START_POLICY), codec)
     with pytest.raises(ConfigError, match=r"distill.teacher_path: found another tokenizer in .*another"):
         check(tmp_path / "another")

@@ -13,6 +13,7 @@ from megatron_sd.observability.progress import SILENT
 from megatron_sd.observability.timers import Timers
 from megatron_sd.rollout.collecting import Collecting
 from megatron_sd.trainer import Schedule, Trainer
+from megatron_sd.training.critic.critic import policy_alone
 from megatron_sd.training.safety.stability import Stability
 
 
@@ -54,6 +55,7 @@ def trainer(events: list, *, fails_at: tuple[str, int]) -> Trainer:
         to_samples=lambda groups, advantages, prompts: [],
         pack=lambda samples: [batch],
         reread=lambda batches, policy: batches,
+        learn=policy_alone,
         alpha=SimpleNamespace(passes=lambda step: (), observe=lambda policy: None, state=dict, metrics=dict),
         policy=SimpleNamespace(step=lambda limit: update),
         publisher=SimpleNamespace(publish=publish),

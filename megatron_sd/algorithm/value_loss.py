@@ -18,9 +18,9 @@ class ValueRows(NamedTuple):
 
 
 def value_rows(values: Tensor, old_values: Tensor, returns: Tensor, *, clip: float) -> ValueRows:
-    """max((v - R)^2, (v_old + clip(v - v_old, -c, c) - R)^2) / 2, all [R] float32: an update gains nothing by
+    """max((v - R)^2, (clip(v, v_old - c, v_old + c) - R)^2) / 2, all [R] float32: an update gains nothing by
     moving a value further than c (PPO2's value clipping, as Search-R1 and verl have it)."""
-    bounded = old_values + (values - old_values).clamp(-clip, clip)
+    bounded = values.clamp(old_values - clip, old_values + clip)
     plain, cut = (values - returns).square(), (bounded - returns).square()
     return ValueRows(losses=0.5 * torch.maximum(plain, cut), clipped=(cut > plain).float())
 

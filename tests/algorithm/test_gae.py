@@ -148,6 +148,12 @@ def test_the_value_loss(value, old, loss, clipped):
     assert value.grad.tolist() == near(0.0 if clipped else 0.2)
 
 
+def test_rounding_is_no_clip():
+    """A value that has not moved as far as the clip is the bounded one, to the bit."""
+    values, old = torch.linspace(-1, 1, 1001), torch.linspace(-1, 1, 1001) + 1e-4
+    assert not value_rows(values, old, torch.zeros(1001), clip=0.5).clipped.any()
+
+
 def test_explained_variance():
     """R (1, 0), V (.8, .2): 1 - .04 / .25."""
     first = value_moments(np.array([1.0], np.float32), np.array([0.8], np.float32))

@@ -143,7 +143,7 @@ class Trainer:
         for weights in self.alpha.passes(self.step):
             with self.work.on("update", len(batch.microbatches), "microbatches") as task:
                 for microbatch in batch:
-                    agree_to_stop(self.world)
+                    agree_to_stop(self.world, now=batch.is_first)
                     self.policy.accumulate(microbatch, batch.totals, weights)
                     task.add(done=1, tokens=microbatch.num_tokens)
             self.alpha.observe(self.policy)

@@ -40,8 +40,10 @@ def reread(
     for refinement in refinements:
         reads = [Read(*pair) for pair in zip(microbatches, readings, strict=True)]
         microbatches = refinement(reads, lambda own: gather_objects(policy.world, own))
+    if critic is not None:
+        critic.compare(microbatches)
     rest = iter(microbatches)
     refined = [
         replace(batch, microbatches=tuple(next(rest) for _ in batch.microbatches)) for batch in batches
     ]
-    return refined * epochs
+    return [replace(batch, is_first=number == 0) for number, batch in enumerate(refined * epochs)]

@@ -68,6 +68,7 @@ def read_anew(critic: Critic, batch: Batch, world: World) -> Batch:
         config=CriticConfig(lam=0.9),
         kl_weight=0.0,
     )
+    critic.compare(refined)
     return replace(batch, microbatches=tuple(refined))
 
 

@@ -58,18 +58,18 @@ def arguments(name: str, world: Path, run_dir: Path, *options: str) -> list[str]
         "--optimizer.warmup_steps=0",
         "--log.transcripts_every=0",
         *SMALL,
-        *options,
     ]
     own = yaml.safe_load(presets()[name].path.read_text(encoding="utf-8"))
     if own.get("update", {}).get("minibatches", 1) > 2:
         argv.append("--update.minibatches=2")
     if own.get("rollout", {}).get("group_size") == 1:
-        argv.append("--rollout.group_size=1")
+        argv += ["--rollout.group_size=1", "--rollout.questions_per_step=12"]  # of which some are right
+        argv += ["--critic.learning_rate=1e-3", "--critic.warmup_steps=0"]
     if own["distill"].get("teacher") == "other":
         argv.append(f"--distill.teacher_path={world / 'teacher'}")
     if own["distill"]["block"] != "none":
         argv += ["--distill.alpha.warmup_steps=0", "--distill.block_format=outcome_first"]
-    return expand(argv)[0]
+    return expand([*argv, *options])[0]
 
 
 @pytest.mark.slow
@@ -110,3 +110,18 @@ def test_a_killed_run_of_a_method_resumes_bit_for_bit(name, world, tmp_path):
     for key, array in expected.items():
         assert np.array_equal(found[key], array), key
     assert without_clocks(tmp_path / "killed") == without_clocks(tmp_path / "straight")
+
+
+@pytest.mark.slow
+def test_the_policy_waits_while_its_critic_warms_up(world, tmp_path):
+    """Two steps of the critic alone, on rollouts of the start policy; the third trains both."""
+    options = ("--critic.warmup_only_steps=2", "--checkpoint.every=1", "--checkpoint.keep=3")
+    run(1, arguments("search_r1_ppo", world, tmp_path, *options))
+    start = load_file(START_POLICY / "model.safetensors")
+    second, last = (parameters(tmp_path, step) for step in ("step_00000002", LAST))
+    assert all(np.array_equal(second[key], array) for key, array in start.items())
+    assert any(not np.array_equal(last[key], array) for key, array in start.items())
+    metrics = without_clocks(tmp_path)
+    assert [own["optim/learning_rate"] for own in metrics.values()] == [0.0, 0.0, 1e-4]
+    assert all(own["critic/grad_norm"] > 0.0 for own in metrics.values())
+    assert "loss/policy" not in metrics[2] and "loss/policy" in metrics[3]

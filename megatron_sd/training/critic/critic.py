@@ -3,7 +3,7 @@ learns what each sampled token may still expect."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -54,6 +54,7 @@ class Critic:
         self._zero_stage = zero_stage
         self._config = config
         self._reference = reference
+        self._explained: float | None = None  # of the step being learnt from
         self._forget_sums()
 
     @property
@@ -73,6 +74,12 @@ class Critic:
                 columns["reference_logprobs"] = self._reference.logprobs(own)
         self.engine.empty_partition_cache()  # ZeRO-3 gathers ahead for a backward that does not come
         return {name: column.float().cpu().numpy() for name, column in columns.items()}
+
+    def compare(self, microbatches: Sequence[Microbatch]) -> None:
+        """How well its values foretold the returns of all this rank's microbatches of a step, which `step` then
+        reports. Collective."""
+        moments = sum((value_moments(m.returns, m.old_values) for m in microbatches), np.zeros(5))
+        self._explained = explained_variance(sum_floats(self._parallel.world, moments.tolist()))
 
     def learn(self, batch: Batch, update: Callable[[Batch], UpdateResult], step: int) -> UpdateResult:
         """One optimiser step of the policy, by `update`, and then one of the critic, on the same rows; in the
@@ -100,12 +107,11 @@ class Critic:
             loss = (own.row_weights * rows.losses).sum() / (totals.policy_weight or 1.0)
             # DeepSpeed averages gradients over ranks; ours are shares of one global sum.
             self.engine.backward(loss * self._parallel.zero.size, scale_wrt_gas=False)
-        self._sums += np.array([loss.item(), rows.clipped.sum().item()])
-        self._moments += value_moments(microbatch.returns, microbatch.old_values)
+        self._sums += np.array([loss.item(), rows.clipped.sum().item(), len(microbatch.returns)])
 
     def step(self) -> dict[str, float]:
         """Take the optimiser step with what was accumulated; metrics by TensorBoard name. explained_variance is
-        of the values from before the step's first update, and missing where all returns are equal.
+        that of `compare`, and missing where all returns are equal.
 
         Raises NonFiniteError when the gradient is not finite, on every rank, with parameters, optimiser and
         version untouched and the accumulated gradient dropped."""
@@ -124,12 +130,12 @@ class Critic:
             )
         give_back_memory()
         self.version += 1
-        loss, clipped, *moments = sum_floats(world, [*self._sums, *self._moments])
+        loss, clipped, num_rows = sum_floats(world, self._sums.tolist())
         self._forget_sums()
-        explained = explained_variance(moments)
+        explained = self._explained
         return {
             "critic/loss": loss,
-            "critic/clipped": clipped / max(moments[0], 1.0),
+            "critic/clipped": clipped / max(num_rows, 1.0),
             "critic/grad_norm": float(self.engine.get_global_grad_norm()),
             "critic/learning_rate": rate,
             **({} if explained is None else {"critic/explained_variance": explained}),
@@ -168,4 +174,4 @@ class Critic:
         return zero3_linear() if self._zero_stage == 3 else nullcontext()
 
     def _forget_sums(self) -> None:
-        self._sums, self._moments = np.zeros(2), np.zeros(5)
+        self._sums = np.zeros(3)  # loss, clipped rows, rows

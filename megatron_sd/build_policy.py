@@ -55,8 +55,8 @@ def build_policy(config: Config, parallel: Parallel, critic: Critic | None = Non
 
 
 def build_critic(config: Config, parallel: Parallel) -> Critic | None:
-    """PPO's critic, where the estimator needs one; beside it the frozen start policy where a KL to it is part of
-    the reward. Collective. Raises ConfigError or DataError."""
+    """PPO's critic, where the estimator needs one; beside it the frozen start policy where a KL to it is part
+    of the reward. Collective. Raises ConfigError or DataError."""
     if config.advantage.estimator not in FROM_VALUES:
         return None
     _check(config)
@@ -67,8 +67,8 @@ def build_critic(config: Config, parallel: Parallel) -> Critic | None:
 
 
 def check_same_tokens(config: Config, codec: TextCodec) -> None:
-    """Raise ConfigError where a teacher or a critic of another checkpoint reads other text in the policy's ids;
-    codec: the policy's. DataError for a directory without a tokenizer."""
+    """Raise ConfigError where a teacher or a critic of another checkpoint reads other text in the policy's
+    ids; codec: the policy's. DataError for a directory without a tokenizer."""
     paths = {"distill.teacher_path": config.distill.teacher_path}
     if config.advantage.estimator in FROM_VALUES:
         paths["critic.path"] = config.critic.path

@@ -341,8 +341,8 @@ class Totals:
 @dataclass(frozen=True, kw_only=True)
 class Batch:
     """This rank's microbatches of one optimiser step; every rank has the same number. `totals` are global.
-    is_first: of its training step. Within the others a run does not stop: the step has moved the policy, and a
-    resumed run would take it once more."""
+    is_first: of its training step. Within the others a run does not stop: the step has moved the policy, and
+    a resumed run would take it once more."""
 
     microbatches: tuple[Microbatch, ...]
     totals: Totals

@@ -90,8 +90,8 @@ def peak(parts: Sequence[Part], where: Place = "device") -> tuple[float, Phase]:
 
 
 def checkpoint_bytes(shape: DecoderSizes, config: Config) -> float:
-    """Of one checkpoint on disk: float32 masters and two moments of what is trained, a critic too, and the whole
-    model."""
+    """Of one checkpoint on disk: float32 masters and two moments of what is trained, a critic too, and the
+    whole model."""
     total = Sizes.of(shape).total
     trained = (adapter_elements(shape, config) or total) + critic_elements(shape, config)
     return 12 * trained + ITEM_BYTES[config.model.dtype] * total
@@ -159,8 +159,8 @@ def _teacher(shape: DecoderSizes, config: Config, world_size: int) -> list[Part]
 
 
 def _critic(shape: DecoderSizes, config: Config, world_size: int) -> list[Part]:
-    """PPO's critic: a second whole model with its own gradients and optimiser, sharded as the policy, all of it
-    trained. It works while the policy rests, so what is there for a moment is counted once."""
+    """PPO's critic: a second whole model with its own gradients and optimiser, sharded as the policy, all of
+    it trained. It works while the policy rests, so what is there for a moment is counted once."""
     total, item, update = critic_elements(shape, config), ITEM_BYTES[config.model.dtype], config.update
     if not total:
         return []

@@ -69,8 +69,8 @@ def refinements(
 def with_values(
     reads: Sequence[Read], everywhere: Everywhere, *, config: CriticConfig, kl_weight: float
 ) -> list[Microbatch]:
-    """Advantages, returns and old values from what turns earned (until now the rows' advantages) and a critic's
-    values (advantages/gae.py).
+    """Advantages, returns and old values from what turns earned (until now the rows' advantages) and a
+    critic's values (advantages/gae.py).
 
     kl_weight: each token loses so many times log pi_old - log pi_ref. Returns are advantages plus values;
     then the advantages are whitened over the step's sampled tokens, (A - mean) / sqrt(unbiased variance +

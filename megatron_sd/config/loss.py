@@ -75,8 +75,8 @@ class PolicyLossConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CriticConfig:
-    """A second whole model that says what each token may still expect (PPO). Read with advantage.estimator gae
-    alone."""
+    """A second whole model that says what each token may still expect (PPO). Read with advantage.estimator
+    gae alone."""
 
     path: str | None = None  # of the model that it starts from; None: model.path
     learning_rate: float = 1e-5

@@ -173,7 +173,8 @@ def test_the_reward_stands_in_the_last_turn_that_sampled_something():
 
 
 def test_searches_earn_what_stepsearch_gives_them():
-    """Two hops: the first turn serves one (.5), the second the other, with one of two passages seen before."""
+    """Two hops: the first turn serves one (.5), the second the other, with one of two passages seen
+    before."""
     own = make_rollout(1.0, index=0, turns=(turn("p17", "p3"), turn("p17", "p90"), turn()))
     group = dataclasses.replace(
         make_group([0.0]), rollouts=(own,), question=question(supporting=[["p17"], ["p90"]])

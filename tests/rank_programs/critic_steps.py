@@ -1,6 +1,6 @@
 """Takes steps of a critic alone on the samples of tests/training/fakes.py, for one and for several ranks.
 
-python -m tests.rank_programs.critic_steps '[{"model": DIR, "output": FILE, ...}, ...]'     (keys: CriticOrder)
+python -m tests.rank_programs.critic_steps '[{"model": DIR, "output": FILE, ...}, ...]'  (class CriticOrder)
 """
 
 from __future__ import annotations

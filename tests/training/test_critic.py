@@ -1,5 +1,5 @@
-"""The critic under real DeepSpeed: its gradient, its steps at every ZeRO stage, what a checkpoint holds of it;
-two ranks against one."""
+"""The critic under real DeepSpeed: its gradient, its steps at every ZeRO stage, what a checkpoint holds of
+it; two ranks against one."""
 
 import copy
 import dataclasses

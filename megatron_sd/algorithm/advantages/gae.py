@@ -20,7 +20,8 @@ WHITEN_EPSILON = 1e-8
 
 
 def gae(groups: Sequence[RolloutGroup], config: AdvantageConfig) -> list[GroupAdvantages]:
-    """What each turn earned, not yet an advantage: `generalized` makes one of it when the critic has been read.
+    """What each turn earned, not yet an advantage: `generalized` makes one of it when the critic has been
+    read.
 
     The rollout's reward stands in its last turn that has a sampled token; config.turn_rewards adds those of
     single searches. A group's rollouts are not compared, so one a question will do."""

@@ -65,8 +65,8 @@ class Critic:
 
     @torch.no_grad()
     def read(self, microbatch: Microbatch) -> dict[str, np.ndarray]:
-        """What refinements.Reading has of it: values [R] float32, and reference_logprobs [R] float32 where a KL
-        is part of the reward. Every rank reads as many microbatches."""
+        """What refinements.Reading has of it: values [R] float32, and reference_logprobs [R] float32 where a
+        KL is part of the reward. Every rank reads as many microbatches."""
         own = on_this_rank(microbatch, POLICY_TERM, self._parallel)
         with self._linear(), self._parallel.world.pulse.waiting():
             columns = {"values": self.engine(microbatch=own)}
@@ -76,8 +76,8 @@ class Critic:
         return {name: column.float().cpu().numpy() for name, column in columns.items()}
 
     def compare(self, microbatches: Sequence[Microbatch]) -> None:
-        """How well its values foretold the returns of all this rank's microbatches of a step, which `step` then
-        reports. Collective."""
+        """How well its values foretold the returns of all this rank's microbatches of a step, which `step`
+        then reports. Collective."""
         moments = sum((value_moments(m.returns, m.old_values) for m in microbatches), np.zeros(5))
         self._explained = explained_variance(sum_floats(self._parallel.world, moments.tolist()))
 
@@ -98,8 +98,8 @@ class Critic:
         )
 
     def accumulate(self, microbatch: Microbatch, totals: Totals) -> None:
-        """Add the gradient of this microbatch's share of the value loss: a mean over the step's rows, weighed as
-        in the policy loss. An empty microbatch must be accumulated too."""
+        """Add the gradient of this microbatch's share of the value loss: a mean over the step's rows, weighed
+        as in the policy loss. An empty microbatch must be accumulated too."""
         own = on_this_rank(microbatch, POLICY_TERM, self._parallel)
         with self._linear(), self._parallel.world.pulse.waiting():
             values = self.engine(microbatch=own)
@@ -110,8 +110,8 @@ class Critic:
         self._sums += np.array([loss.item(), rows.clipped.sum().item(), len(microbatch.returns)])
 
     def step(self) -> dict[str, float]:
-        """Take the optimiser step with what was accumulated; metrics by TensorBoard name. explained_variance is
-        that of `compare`, and missing where all returns are equal.
+        """Take the optimiser step with what was accumulated; metrics by TensorBoard name. explained_variance
+        is that of `compare`, and missing where all returns are equal.
 
         Raises NonFiniteError when the gradient is not finite, on every rank, with parameters, optimiser and
         version untouched and the accumulated gradient dropped."""

@@ -15,9 +15,9 @@ from megatron_sd.training.teacher_side.reference import ReferencePolicy
 
 
 def start_critic(start: StartPolicy, config: CriticConfig, *, reference: ReferencePolicy | None) -> Critic:
-    """The critic of config.path, or of the start policy's checkpoint, sharded and checkpointed as the policy is,
-    dropout off; adapters are the policy's alone. Collective. Raises DataError where the directory holds no
-    model, or other files on another node."""
+    """The critic of config.path, or of the start policy's checkpoint, sharded and checkpointed as the policy
+    is, dropout off; adapters are the policy's alone. Collective. Raises DataError where the directory holds
+    no model, or other files on another node."""
     if config.path is not None:
         check_same_model(config.path, start.parallel.world, "critic.path")
         start = dataclasses.replace(start, model=dataclasses.replace(start.model, path=config.path))

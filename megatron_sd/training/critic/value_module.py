@@ -12,8 +12,8 @@ from megatron_sd.training.policy_module import hidden_rows
 
 
 class ValueHead(nn.Module):
-    """hidden [R, H] -> values [R] float32. It starts at 0, so an untrained critic expects nothing and all ranks
-    start alike."""
+    """hidden [R, H] -> values [R] float32. It starts at 0, so an untrained critic expects nothing and all
+    ranks start alike."""
 
     def __init__(self, width: int, dtype: torch.dtype):
         super().__init__()
@@ -40,8 +40,8 @@ class ValueModule(nn.Module):
 
 
 def with_value_head(model: PreTrainedModel) -> PreTrainedModel:
-    """The model with a ValueHead in the place of its output embedding, whose weights are dropped where the input
-    embedding does not share them."""
+    """The model with a ValueHead in the place of its output embedding, whose weights are dropped where the
+    input embedding does not share them."""
     replaced = model.get_output_embeddings().weight
     model.set_output_embeddings(ValueHead(replaced.shape[1], replaced.dtype))
     return model

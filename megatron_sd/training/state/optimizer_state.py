@@ -104,8 +104,8 @@ class TrainedState:
         return write_tensors(path, tensors, {"steps": str(steps), "places": json.dumps(places)})
 
     def read(self, paths: Sequence[Path]) -> int:
-        """Take up what `write` left on all ranks of a run, then call `spread`; Adam's own count of steps. Raises
-        CheckpointError for another model's, with the differences, and when elements are missing."""
+        """Take up what `write` left on all ranks of a run, then call `spread`; Adam's own count of steps.
+        Raises CheckpointError for another model's, with the differences, and when elements are missing."""
         with ExitStack() as stack:
             saved = [SavedPieces(stack.enter_context(safe_open(path, "pt"))) for path in paths]
             check_same_parameters(

@@ -7,7 +7,7 @@ import functools
 import hashlib
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from transformers.utils.logging import disable_progress_bar
 
-from megatron_sd.algorithm.advantages.table import ADVANTAGES
+from megatron_sd.algorithm.advantages.table import ADVANTAGES, gradient_test
 from megatron_sd.algorithm.assemble import own_batches, teacher_prompts
 from megatron_sd.algorithm.blocks import BLOCKS, BY_TURN, PLAIN
 from megatron_sd.algorithm.hindsight import RENDERERS, HindsightBlocks
 from megatron_sd.algorithm.refinements import refinements
 from megatron_sd.algorithm.samples import SCOPES, to_samples
-from megatron_sd.build_policy import build_policy, check_teacher_tokens
+from megatron_sd.build_policy import build_critic, build_policy, check_same_tokens
 from megatron_sd.config import (
     Config,
     DistillConfig,
@@ -41,6 +41,7 @@ from megatron_sd.observability.metrics import rollout_metrics
 from megatron_sd.observability.progress import Work
 from megatron_sd.observability.recorder import Recorder
 from megatron_sd.observability.timers import Timers
+from megatron_sd.records import Batch, TrainingSample
 from megatron_sd.retrieval.choice import open_retriever
 from megatron_sd.retrieval.retriever import Retriever
 from megatron_sd.rollout.bank import RolloutBank
@@ -58,6 +59,7 @@ from megatron_sd.search.questions import QuestionStream, load_questions
 from megatron_sd.search.reward import score
 from megatron_sd.search.tokens import TextCodec, load_codec
 from megatron_sd.trainer import Schedule, Trainer
+from megatron_sd.training.critic.critic import Critic, policy_alone
 from megatron_sd.training.policy import Policy
 from megatron_sd.training.publisher import (
     GatherPublisher,
@@ -170,8 +172,9 @@ def build_trainer(config: Config, world: World) -> Trainer:
         seed=config.seed,
         shuffle=config.data.shuffle,
     )
-    check_teacher_tokens(config, side.environment.codec)
-    policy = build_policy(config, parallel)
+    check_same_tokens(config, side.environment.codec)
+    critic, has_gradient = build_critic(config, parallel), gradient_test(config.advantage.estimator)
+    policy = build_policy(config, parallel, critic)
     publisher = choose_publisher(policy, config, side.engine)
     return Trainer(
         schedule=schedule_of(config),
@@ -184,23 +187,17 @@ def build_trainer(config: Config, world: World) -> Trainer:
         advantages=functools.partial(ADVANTAGES[config.advantage.estimator], config=config.advantage),
         hindsight=hindsight_of(config.distill, config.seed),
         teacher_prompts=functools.partial(
-            teacher_prompts, prompt_ids=side.environment.prompt_ids, config=config.distill
+            teacher_prompts,
+            prompt_ids=side.environment.prompt_ids,
+            config=config.distill,
+            has_gradient=has_gradient,
         ),
-        to_samples=functools.partial(to_samples, scope=SCOPES[config.distill.scope]),
-        pack=functools.partial(
-            own_batches,
-            config=config.update,
-            aggregation=config.policy_loss.aggregation,
-            most_tokens=config.rollout.most_sampled_tokens,
-            distill_aggregation=config.distill.aggregation,
-            place=parallel.batch,
+        to_samples=functools.partial(
+            to_samples, scope=SCOPES[config.distill.scope], has_gradient=has_gradient
         ),
-        reread=functools.partial(
-            reread,
-            refinements=refinements(config.policy_loss, config.advantage, config.update),
-            with_teacher=config.advantage.modulation != "none",
-            epochs=config.update.epochs,
-        ),
+        pack=packing_of(config, parallel),
+        reread=reading_of(config, critic),
+        learn=policy_alone if critic is None else critic.learn,
         alpha=AlphaController(config.distill, config.policy_loss.weight),
         policy=policy,
         publisher=publisher,
@@ -213,6 +210,29 @@ def build_trainer(config: Config, world: World) -> Trainer:
         work=side.work,
         stability=Stability(config.safety),
         attempts=Attempts(run_dir / ATTEMPTS_NAME, world, limit=config.safety.max_idle_attempts),
+    )
+
+
+def packing_of(config: Config, parallel: Parallel) -> Callable[[Sequence[TrainingSample]], list[Batch]]:
+    """From a step's samples to this rank's part of each optimiser step."""
+    return functools.partial(
+        own_batches,
+        config=config.update,
+        aggregation=config.policy_loss.aggregation,
+        most_tokens=config.rollout.most_sampled_tokens,
+        distill_aggregation=config.distill.aggregation,
+        place=parallel.batch,
+    )
+
+
+def reading_of(config: Config, critic: Critic | None) -> Callable[[Sequence[Batch], Policy], Sequence[Batch]]:
+    """What is read before a step's first update."""
+    return functools.partial(
+        reread,
+        refinements=refinements(config.policy_loss, config.advantage, config.update, config.critic),
+        with_teacher=config.advantage.modulation != "none",
+        critic=critic,
+        epochs=config.update.epochs,
     )
 
 

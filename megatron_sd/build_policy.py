@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 
+from megatron_sd.algorithm.advantages.table import FROM_VALUES
 from megatron_sd.algorithm.learning_rate import learning_rate
 from megatron_sd.config import Config
 from megatron_sd.distributed.parallel import Parallel
@@ -12,6 +13,8 @@ from megatron_sd.errors import ConfigError
 from megatron_sd.ops.divergence import Divergence
 from megatron_sd.ops.head.types import HeadOptions
 from megatron_sd.search.tokens import TextCodec, load_codec
+from megatron_sd.training.critic.critic import Critic
+from megatron_sd.training.critic.start_critic import start_critic
 from megatron_sd.training.lora import with_adapters
 from megatron_sd.training.parallel.tensor import check_model, head_shard
 from megatron_sd.training.placement import check_disk_offload, reads_shards
@@ -23,14 +26,16 @@ from megatron_sd.training.teacher_side.reference import ReferencePolicy
 from megatron_sd.training.teacher_side.teacher import TEACHERS
 
 
-def build_policy(config: Config, parallel: Parallel) -> Policy:
+def build_policy(config: Config, parallel: Parallel, critic: Critic | None = None) -> Policy:
     """The policy of config.model.path under DeepSpeed; beside it the frozen start policy when
-    policy_loss.kl_weight asks for one, and the teacher. Collective. Raises ConfigError or DataError."""
+    policy_loss.kl_weight asks for one in the loss, and the teacher. critic: kept in its checkpoints.
+    Collective. Raises ConfigError or DataError."""
     head = head_options(config)
     _check(config)
     check_same_model(config.model.path, parallel.world, "model.path")
     start = StartPolicy(model=config.model, update=config.update, parallel=parallel)
-    reference = ReferencePolicy(start, head) if config.policy_loss.kl_weight > 0.0 else None
+    has_loss = config.policy_loss.kl_weight > 0.0 and config.policy_loss.kl != "k1_reward"
+    reference = ReferencePolicy(start, head) if has_loss else None
     has_blocks = config.distill.block != "none"
     teacher = TEACHERS[config.distill.teacher if has_blocks else "live"](start, config.distill)
     module = _policy_module(start, head, config)
@@ -45,22 +50,37 @@ def build_policy(config: Config, parallel: Parallel) -> Policy:
         ),
         reference=reference,
         teacher=teacher,
+        companion=critic,
     )
 
 
-def check_teacher_tokens(config: Config, codec: TextCodec) -> None:
-    """Raise ConfigError where a teacher of another checkpoint reads other text in the policy's ids; codec:
-    the policy's. DataError for a directory without a tokenizer."""
-    path = config.distill.teacher_path
-    if path is None:
-        return
-    found = load_codec(path, chat_template=False).fingerprint
-    if found != codec.fingerprint:
-        raise ConfigError(
-            f"distill.teacher_path: found another tokenizer in {path} ({found}) than in {config.model.path}"
-            f" ({codec.fingerprint}), expected the same: the teacher reads the policy's ids as they are, so"
-            " they must mean the same to both; choose a teacher of the same family"
-        )
+def build_critic(config: Config, parallel: Parallel) -> Critic | None:
+    """PPO's critic, where the estimator needs one; beside it the frozen start policy where a KL to it is part
+    of the reward. Collective. Raises ConfigError or DataError."""
+    if config.advantage.estimator not in FROM_VALUES:
+        return None
+    _check(config)
+    start = StartPolicy(model=config.model, update=config.update, parallel=parallel)
+    in_reward = config.policy_loss.kl_weight > 0.0 and config.policy_loss.kl == "k1_reward"
+    reference = ReferencePolicy(start, head_options(config)) if in_reward else None
+    return start_critic(start, config.critic, reference=reference)
+
+
+def check_same_tokens(config: Config, codec: TextCodec) -> None:
+    """Raise ConfigError where a teacher or a critic of another checkpoint reads other text in the policy's
+    ids; codec: the policy's. DataError for a directory without a tokenizer."""
+    paths = {"distill.teacher_path": config.distill.teacher_path}
+    if config.advantage.estimator in FROM_VALUES:
+        paths["critic.path"] = config.critic.path
+    for key, path in paths.items():
+        found = codec.fingerprint if path is None else load_codec(path, chat_template=False).fingerprint
+        if found != codec.fingerprint:
+            whose = "critic" if key == "critic.path" else "teacher"
+            raise ConfigError(
+                f"{key}: found another tokenizer in {path} ({found}) than in {config.model.path}"
+                f" ({codec.fingerprint}), expected the same: the {whose} reads the policy's ids as they are, so"
+                f" they must mean the same to both; choose a {whose} of the same family"
+            )
 
 
 def head_options(config: Config) -> HeadOptions:

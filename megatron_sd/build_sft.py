@@ -45,6 +45,7 @@ from megatron_sd.search.questions import QuestionStream
 from megatron_sd.search.tokens import TextCodec, load_codec
 from megatron_sd.sft_config import SftConfig, evaluation_config
 from megatron_sd.trainer import Schedule, Trainer
+from megatron_sd.training.critic.critic import policy_alone
 from megatron_sd.training.policy import Policy
 from megatron_sd.training.publisher import NoPublisher, Publisher, SparePublisher
 from megatron_sd.training.safety.stability import Stability
@@ -118,6 +119,7 @@ def build_sft_trainer(config: Config, own: SftConfig, world: World) -> Trainer:
             place=parallel.batch,
         ),
         reread=lambda batches, policy: batches,  # nothing is known of episodes but what was stored
+        learn=policy_alone,
         alpha=AlphaController(config.distill, config.policy_loss.weight),
         policy=policy,
         publisher=sampling.publisher,

@@ -263,6 +263,8 @@ class Microbatch:
         loss's ratios: rollout_logprobs, unless they were read anew before the update.
         rollouts, turns: [R], numbers of the rollout and of the turn that a row belongs to, counted from 0
         over the microbatch; groups: [R], of its question, in the step.
+        returns, old_values: [R] float32, what a row's critic is fitted to, and what it said before the
+        step's first update; zeros without a critic.
     The teacher reads each distinct prompt once: teacher_prompts: [U, Sp], all but the last token of a
     prompt;
         teacher_prompt_lengths: [U]. Then each rollout as its continuation: teacher_ids: [Bt, St];
@@ -288,6 +290,8 @@ class Microbatch:
     rollouts: np.ndarray
     turns: np.ndarray
     groups: np.ndarray
+    returns: np.ndarray
+    old_values: np.ndarray
     teacher_prompts: np.ndarray
     teacher_prompt_lengths: np.ndarray
     teacher_prompt_of: np.ndarray
@@ -346,10 +350,13 @@ class Totals:
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """This rank's microbatches of one optimiser step; every rank has the same number. `totals` are global."""
+    """This rank's microbatches of one optimiser step; every rank has the same number. `totals` are global.
+    is_first: of its training step. Within the others a run does not stop: the step has moved the policy, and
+    a resumed run would take it once more."""
 
     microbatches: tuple[Microbatch, ...]
     totals: Totals
+    is_first: bool = True
 
     def __iter__(self) -> Iterator[Microbatch]:
         return iter(self.microbatches)

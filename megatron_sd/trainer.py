@@ -76,6 +76,8 @@ class Trainer:
     to_samples: Callable[[Groups, list[GroupAdvantages], TeacherPrompts], list[TrainingSample]]
     pack: Callable[[Sequence[TrainingSample]], Sequence[Batch]]
     reread: Callable[[Sequence[Batch], Policy], Sequence[Batch]]  # one batch an optimiser step, in order
+    # (batch, an update of the policy by it, step) -> what came of it: a critic learns beside the policy
+    learn: Callable[[Batch, Callable[[Batch], UpdateResult], int], UpdateResult]
     alpha: AlphaController
     policy: Policy
     publisher: Publisher[Any]
@@ -127,7 +129,7 @@ class Trainer:
             prompts = self.teacher_prompts(groups, blocks, advantages)
             batches = self.pack(self.to_samples(groups, advantages, prompts))
         with self.timers.phase("update"):
-            updates = [self.update(batch) for batch in self.reread(batches, self.policy)]
+            updates = [self.learn(b, self.update, self.step) for b in self.reread(batches, self.policy)]
         self.step += 1
         with self.timers.phase("publish"):
             self.sampling.settle()
@@ -141,7 +143,7 @@ class Trainer:
         for weights in self.alpha.passes(self.step):
             with self.work.on("update", len(batch.microbatches), "microbatches") as task:
                 for microbatch in batch:
-                    agree_to_stop(self.world)
+                    agree_to_stop(self.world, now=batch.is_first)
                     self.policy.accumulate(microbatch, batch.totals, weights)
                     task.add(done=1, tokens=microbatch.num_tokens)
             self.alpha.observe(self.policy)

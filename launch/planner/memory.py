@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from launch.planner.models import model_config
+from megatron_sd.algorithm.advantages.table import FROM_VALUES
 from megatron_sd.config import Config
 from megatron_sd.config.checks import engine_reads_policy
 from megatron_sd.ops.head.one_pass import BLOCK_ELEMENTS
@@ -89,9 +90,11 @@ def peak(parts: Sequence[Part], where: Place = "device") -> tuple[float, Phase]:
 
 
 def checkpoint_bytes(shape: DecoderSizes, config: Config) -> float:
-    """Of one checkpoint on disk: float32 masters and two moments of what is trained, and the whole model."""
+    """Of one checkpoint on disk: float32 masters and two moments of what is trained, a critic too, and the
+    whole model."""
     total = Sizes.of(shape).total
-    return 12 * (adapter_elements(shape, config) or total) + ITEM_BYTES[config.model.dtype] * total
+    trained = (adapter_elements(shape, config) or total) + critic_elements(shape, config)
+    return 12 * trained + ITEM_BYTES[config.model.dtype] * total
 
 
 def saved_bytes_per_token(shape: DecoderSizes, item_bytes: int) -> int:
@@ -139,7 +142,7 @@ def _states(shape: DecoderSizes, config: Config, world_size: int) -> list[Part]:
     if config.policy_loss.kl_weight > 0.0:
         own = math.ceil(sizes.total / world_size) if stage == 3 else sizes.total
         parts.append(Part(name="start policy", num_bytes=item * own, where=kept))
-    return [*parts, *_teacher(shape, config, world_size)]
+    return [*parts, *_teacher(shape, config, world_size), *_critic(shape, config, world_size)]
 
 
 def _teacher(shape: DecoderSizes, config: Config, world_size: int) -> list[Part]:
@@ -153,6 +156,41 @@ def _teacher(shape: DecoderSizes, config: Config, world_size: int) -> list[Part]
         Part(name="teacher", num_bytes=ITEM_BYTES[config.model.dtype] * own),
         Part(name="teacher: float32 average", num_bytes=average),
     ]
+
+
+def _critic(shape: DecoderSizes, config: Config, world_size: int) -> list[Part]:
+    """PPO's critic: a second whole model with its own gradients and optimiser, sharded as the policy, all of
+    it trained. It works while the policy rests, so what is there for a moment is counted once."""
+    total, item, update = critic_elements(shape, config), ITEM_BYTES[config.model.dtype], config.update
+    if not total:
+        return []
+    own = math.ceil(total / world_size)
+    trained = own if update.zero_stage else total
+    stepped: Place = "device" if update.offload_optimizer == "none" else "host"
+    kept: Place = "device" if update.offload_parameters == "none" else "host"
+    has_masters = update.zero_stage in (1, 2) or (update.zero_stage == 3 and (item != 4 or stepped != kept))
+    return [
+        Part(name="critic", num_bytes=item * (own if update.zero_stage == 3 else total), where=kept),
+        Part(name="critic: float32 masters", num_bytes=4 * trained if has_masters else 0, where=stepped),
+        Part(name="critic: AdamW's moments", num_bytes=8 * trained, where=stepped),
+        Part(name="critic: gradients", num_bytes=4 * (trained if update.zero_stage >= 2 else total)),
+        Part(
+            name="critic: reduce bucket",
+            num_bytes=item * min(REDUCE_BUCKET_ELEMENTS["cuda"], total) if update.zero_stage else 0,
+        ),
+    ]
+
+
+def critic_elements(shape: DecoderSizes, config: Config) -> int:
+    """Parameters of the critic; 0 without. shape: the policy's. Raises ConfigError or DataError for a
+    critic.path that says nothing of its model."""
+    if config.advantage.estimator not in FROM_VALUES:
+        return 0
+    path = config.critic.path
+    own = shape if path is None else model_shape(model_config(path))
+    sizes = Sizes.of(own)
+    head = own.hidden + 1  # in the place of an output embedding
+    return sizes.total + head - (0 if own.tied else sizes.embedding)
 
 
 def has_own_teacher(config: Config) -> bool:

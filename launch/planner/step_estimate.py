@@ -9,7 +9,7 @@ from typing import Any
 
 from launch.cluster.layout import LayoutConfig, gpus_of_vllm, ranks_per_node, servers_per_node
 from launch.planner.gpus import Gpu, find_gpu
-from launch.planner.memory import Sizes, kv_bytes_per_token, teacher_sizes
+from launch.planner.memory import Sizes, critic_elements, kv_bytes_per_token, teacher_sizes
 from megatron_sd.config import Config
 from megatron_sd.resharding.balance import balance
 from megatron_sd.resharding.layout import ShardLayout
@@ -107,19 +107,21 @@ def update_seconds(
     rollout_tokens: int,
     teacher_tokens: int,
 ) -> dict[str, float]:
-    """Products of the student (forward and backward, and again under checkpointing), the start policy and the
-    teacher; and what ZeRO-3 gathers for them. Tokens: what student and teacher read in a step, on all
-    ranks."""
+    """Products of the student (forward and backward, and again under checkpointing), the start policy, the
+    teacher and a critic (which also reads the step once before it); and what ZeRO-3 gathers for them. Tokens:
+    what student and teacher read in a step, on all ranks."""
     gpu, world_size = find_gpu(layout.gpu), layout.nodes * ranks_per_node(layout, config)
     shape, item = model_shape(model), ITEM_BYTES[config.model.dtype]
     total, teachers = Sizes.of(shape).total, teacher_sizes(shape, config).total
     passes = 3 + config.model.gradient_checkpointing + (config.policy_loss.kl_weight > 0.0)
-    products = 2 * (total * passes * rollout_tokens + teachers * teacher_tokens)
+    critic, critic_passes = critic_elements(shape, config), 4 + config.model.gradient_checkpointing
+    read = total * passes + critic * critic_passes
+    products = 2 * (read * rollout_tokens + teachers * teacher_tokens)
     positions = rollout_tokens + teacher_tokens
     num_batches = world_size // config.update.ranks_per_batch
     num_microbatches = max(-(-positions // (config.update.max_microbatch_tokens * num_batches)), 1)
     num_gathers = 2 + (config.policy_loss.kl_weight > 0.0)
-    weights = total * num_gathers + 2 * teachers * (teacher_tokens > 0)
+    weights = total * num_gathers + 2 * teachers * (teacher_tokens > 0) + 3 * critic
     gathered = num_microbatches * item * weights * (1 - 1 / world_size)
     link = (
         gpu.link_gb_s if layout.nodes == 1 else NETWORK_GB_S

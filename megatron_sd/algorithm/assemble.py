@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable, Sequence
 
 from megatron_sd.algorithm.advantages.estimator import GroupAdvantages
+from megatron_sd.algorithm.advantages.table import any_advantage
 from megatron_sd.algorithm.distill_aggregation import DISTILL_AGGREGATIONS
 from megatron_sd.algorithm.hindsight import Blocks
 from megatron_sd.algorithm.packing import pack
@@ -21,10 +22,12 @@ def teacher_prompts(
     *,
     prompt_ids: Callable[[str, str], TokenIds],
     config: DistillConfig,
+    has_gradient: Callable[[GroupAdvantages], bool] = any_advantage,
 ) -> TeacherPrompts:
     """The teacher's prompts of every rollout; none where there is no block or the gate is closed.
 
     prompt_ids: of a question and the hindsight block in front of it (search.Environment.prompt_ids).
+    has_gradient: of a group's advantages (advantages/table.py).
     """
     encode = functools.lru_cache(maxsize=None)(prompt_ids)  # rollouts of a group share their block
     prompts = [
@@ -35,7 +38,7 @@ def teacher_prompts(
         for group, own in zip(groups, blocks, strict=True)
     ]
     contexts = [
-        GateContext(group=group, advantages=own, correct_above=config.correct_above)
+        GateContext(group=group, has_gradient=has_gradient(own), correct_above=config.correct_above)
         for group, own in zip(groups, advantages, strict=True)
     ]
     return apply_gate(contexts, prompts, GATES[config.gate])

@@ -21,7 +21,7 @@ RowWeight = Callable[[TrainingSample], float]  # what each of its sampled tokens
 # the arrays of a microbatch that have an entry a row
 BY_ROW = (
     *("row_index", "targets", "rollout_logprobs", "old_logprobs", "advantages", "row_weights"),
-    *("rollouts", "turns", "groups"),
+    *("rollouts", "turns", "groups", "returns", "old_values"),
 )
 Packer = Callable[[Sequence[TrainingSample]], Batch]  # all samples of the step -> this rank's part
 
@@ -271,6 +271,8 @@ def build_microbatch(samples: Sequence[TrainingSample], weight: RowWeight = row_
         rollouts=_spread(range(len(samples)), counts, np.int64),
         groups=_spread([s.group for s in samples], counts, np.int64),
         turns=_join([first + turns for first, turns in zip(first_turns, own_turns)], np.int64),
+        returns=np.zeros(sum(counts), np.float32),
+        old_values=np.zeros(sum(counts), np.float32),
         **_teacher_arrays(distilled),
         query_rows=_join(query_rows, np.int64),
         query_weights=_spread([1.0 / n for n in num_queries], num_queries, np.float32),

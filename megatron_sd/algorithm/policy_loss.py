@@ -109,9 +109,10 @@ def _kl(logprobs: Tensor, reference_logprobs: Tensor | None, ratio: Tensor, kind
 
     k3, exp(-d) - 1 + d: never negative; as a loss its gradient is that of KL(pi_ref || pi). k2, d^2 / 2: on
     policy its gradient is that of KL(pi || pi_ref). k3_ratio, k3 times the policy loss's ratio: that gradient
-    off policy too. d itself (k1) has an expected gradient of 0, so it is no loss.
+    off policy too. d itself (k1) has an expected gradient of 0, so it is no loss: k1_reward takes it off the
+    rewards (refinements.py), and is 0 here.
     """
-    if reference_logprobs is None:
+    if reference_logprobs is None or kind == "k1_reward":
         return torch.zeros_like(logprobs)
     log_reference_ratio = reference_logprobs - logprobs
     if kind == "k2":

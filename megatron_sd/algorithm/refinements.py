@@ -1,5 +1,5 @@
 """What the policy says of a step's rows before the step's first update, and what is made of it: the ratios'
-denominators, and advantages weighed by row or by turn.
+denominators, advantages from a critic's values, and advantages weighed by row or by turn.
 
 A refinement gets this rank's microbatches, each with its reading, and gives them back with other numbers in
 their rows. What depends on more rows than a rank has is summed over ranks by `everywhere`. Pure.
@@ -14,17 +14,24 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from megatron_sd.config import AdvantageConfig, PolicyLossConfig, UpdateConfig
+from megatron_sd.algorithm.advantages.gae import WHITEN_EPSILON, generalized, token_rewards
+from megatron_sd.algorithm.advantages.table import FROM_VALUES
+from megatron_sd.config import AdvantageConfig, CriticConfig, PolicyLossConfig, UpdateConfig
 from megatron_sd.records import Microbatch
+
+_NOTHING = np.zeros(0, dtype=np.float32)
 
 
 class Reading(NamedTuple):
     """Of one microbatch, float32, nats. logprobs, entropies: [R]. teacher_logprobs: [Q], of the tokens at
-    the query rows; empty where no teacher was read."""
+    the query rows; empty where no teacher was read. values: [R], the critic's; reference_logprobs: [R], the
+    start policy's, where a KL is part of the reward; each empty where nobody was asked."""
 
     logprobs: np.ndarray
     entropies: np.ndarray
     teacher_logprobs: np.ndarray
+    values: np.ndarray = _NOTHING
+    reference_logprobs: np.ndarray = _NOTHING
 
 
 class Read(NamedTuple):
@@ -42,10 +49,13 @@ Modulation = Callable[..., np.ndarray]
 
 
 def refinements(
-    policy_loss: PolicyLossConfig, advantage: AdvantageConfig, update: UpdateConfig
+    policy_loss: PolicyLossConfig, advantage: AdvantageConfig, update: UpdateConfig, critic: CriticConfig
 ) -> tuple[Refinement, ...]:
     """Those that the configuration asks for, in order; without one nothing is read."""
     chosen: list[Refinement] = []
+    if advantage.estimator in FROM_VALUES:
+        kl_weight = policy_loss.kl_weight if policy_loss.kl == "k1_reward" else 0.0
+        chosen.append(partial(with_values, config=critic, kl_weight=kl_weight))
     if update.updates_per_batch > 1 or policy_loss.engine_cap is not None:
         chosen.append(partial(with_old_logprobs, engine_cap=policy_loss.engine_cap))
     if advantage.modulation != "none":
@@ -53,6 +63,42 @@ def refinements(
     if policy_loss.top_entropy_share < 1.0:
         chosen.append(partial(most_uncertain, share=policy_loss.top_entropy_share))
     return tuple(chosen)
+
+
+def with_values(
+    reads: Sequence[Read], everywhere: Everywhere, *, config: CriticConfig, kl_weight: float
+) -> list[Microbatch]:
+    """Advantages, returns and old values from what turns earned (until now the rows' advantages) and a
+    critic's values (advantages/gae.py).
+
+    kl_weight: each token loses so many times log pi_old - log pi_ref. Returns are advantages plus values;
+    then the advantages are whitened over the step's sampled tokens, (A - mean) / sqrt(unbiased variance +
+    1e-8), as Search-R1 and verl do."""
+    own = [_advantages(m, reading, config, kl_weight) for m, reading in reads]
+    flat = np.concatenate([np.zeros(0), *own])
+    count, total = np.sum(everywhere(np.array([len(flat), flat.sum()])), axis=0)
+    mean = total / max(count, 1.0)
+    squares = sum(everywhere(float(((flat - mean) ** 2).sum())))
+    deviation = np.sqrt(squares / max(count - 1.0, 1.0) + WHITEN_EPSILON)
+    return [
+        replace(
+            m,
+            advantages=((advantages - mean) / deviation).astype(np.float32),
+            returns=(advantages + reading.values).astype(np.float32),
+            old_values=reading.values,
+        )
+        for (m, reading), advantages in zip(reads, own, strict=True)
+    ]
+
+
+def _advantages(m: Microbatch, reading: Reading, config: CriticConfig, kl_weight: float) -> np.ndarray:
+    """[R] float64, rollout by rollout; a rollout's rows follow one another."""
+    rewards, values = token_rewards(m.advantages, m.turns), reading.values.astype(np.float64)
+    if kl_weight:
+        rewards = rewards - kl_weight * (reading.logprobs.astype(np.float64) - reading.reference_logprobs)
+    cuts = np.flatnonzero(np.diff(m.rollouts)) + 1
+    parts = zip(np.split(rewards, cuts), np.split(values, cuts), strict=True)
+    return np.concatenate([generalized(*part, gamma=config.gamma, lam=config.lam) for part in parts])
 
 
 def with_old_logprobs(
@@ -198,7 +244,6 @@ def mean_returns(rewards: np.ndarray, discount: float) -> np.ndarray:
 
 MOST_LOG_RATIO = 2.0  # of hindsight_credit
 MOST_REWARD = 100.0  # of minillm, nats
-WHITEN_EPSILON = 1e-8
 MODULATIONS: Mapping[str, Callable[..., list[Microbatch]]] = {
     "turnsight": partial(by_turn, modulation=turnsight),
     "hca": partial(by_turn, modulation=hindsight_credit),

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_sd.algorithm.advantages.estimator import GroupAdvantages
+from megatron_sd.algorithm.advantages.table import any_advantage
 from megatron_sd.algorithm.hindsight import is_correct
 from megatron_sd.errors import BarrenStepError, RolloutError
 from megatron_sd.records import Rollout, RolloutGroup, TokenIds, TrainingSample
@@ -16,11 +17,11 @@ from megatron_sd.records import Rollout, RolloutGroup, TokenIds, TrainingSample
 
 @dataclass(frozen=True, kw_only=True)
 class GateContext:
-    """What a gate looks at. advantages: the group's, by rollout and turn. correct_above: a rollout is CORRECT
+    """What a gate looks at. has_gradient: the policy loss has one there. correct_above: a rollout is CORRECT
     when its answer's token F1 exceeds it."""
 
     group: RolloutGroup
-    advantages: GroupAdvantages
+    has_gradient: bool
     correct_above: float
 
 
@@ -49,7 +50,7 @@ def mixed_groups(context: GateContext) -> bool:
 
 def groups_with_spread(context: GateContext) -> bool:
     """Groups in which L_GRPO has a gradient; the others are skipped."""
-    return has_gradient(context.advantages)
+    return context.has_gradient
 
 
 GATES: dict[str, Gate] = {
@@ -80,11 +81,6 @@ def all_tokens(rollout: Rollout) -> list[tuple[int, int]]:
 SCOPES: dict[str, Scope] = {"query": query_tokens, "all": all_tokens, "first_query": first_query_tokens}
 
 
-def has_gradient(advantages: GroupAdvantages) -> bool:
-    """Some advantage of the group is not 0."""
-    return any(number != 0.0 for numbers in advantages for number in numbers)
-
-
 def apply_gate(
     contexts: Sequence[GateContext], teacher_prompts: TeacherPrompts, gate: Gate
 ) -> TeacherPrompts:
@@ -101,13 +97,14 @@ def to_samples(
     teacher_prompts: TeacherPrompts,
     *,
     scope: Scope,
+    has_gradient: Callable[[GroupAdvantages], bool] = any_advantage,
 ) -> list[TrainingSample]:
     """One sample per rollout that is data, in group and index order.
 
     advantages: per group, per rollout, per turn. teacher_prompts: per group, per rollout. scope: which tokens
-    are distilled. Infrastructure failures and rollouts without a sampled token are left out. Raises
-    RolloutError for a rollout whose records do not fit together, and BarrenStepError when none of the usable
-    rollouts has a token.
+    are distilled. has_gradient: of a group's advantages (advantages/table.py). Infrastructure failures and
+    rollouts without a sampled token are left out. Raises RolloutError for a rollout whose records do not fit
+    together, and BarrenStepError when none of the usable rollouts has a token.
     """
     samples = []
     for number, group in enumerate(groups):

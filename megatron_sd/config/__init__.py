@@ -5,7 +5,13 @@ says what values are in range and which go together. A typo, a wrong type, a val
 section is a `ConfigError` that names the key, what was found and what was expected.
 """
 
-from megatron_sd.config.loss import AdvantageConfig, AlphaConfig, DistillConfig, PolicyLossConfig
+from megatron_sd.config.loss import (
+    AdvantageConfig,
+    AlphaConfig,
+    CriticConfig,
+    DistillConfig,
+    PolicyLossConfig,
+)
 from megatron_sd.config.model import LoraConfig, ModelConfig
 from megatron_sd.config.retriever import (
     ClientConfig,
@@ -24,6 +30,7 @@ __all__ = [
     "CheckpointConfig",
     "ClientConfig",
     "Config",
+    "CriticConfig",
     "DataConfig",
     "DistillConfig",
     "LogConfig",

@@ -146,7 +146,9 @@ def _check_reading(config: Config) -> None:
             f"distill.block: found {config.distill.block} with advantage.modulation hca, expected single: the"
             " teacher must know how this rollout ended, and nothing of the others"
         )
+    _check_critic(config)
     asks = {
+        "advantage.estimator": (advantage.estimator, advantage.estimator == "gae"),
         "update.minibatches times update.epochs": (update.updates_per_batch, update.updates_per_batch > 1),
         "policy_loss.engine_cap": (loss.engine_cap, loss.engine_cap is not None),
         "policy_loss.top_entropy_share": (loss.top_entropy_share, loss.top_entropy_share < 1.0),
@@ -158,6 +160,45 @@ def _check_reading(config: Config) -> None:
                 f"{key}: found {found} with update.sequence_parallel_size above 1, expected one of the two: the"
                 " batch is read once more, by ranks that each have all rows of a sequence"
             )
+
+
+# blocks that show what other rollouts of the question did
+OF_SIBLINGS = (
+    *("paper", "leave_one_out", "only_correct", "only_correct_shuffled", "no_labels", "shuffled", "inverted"),
+    *("flat_pool", "turn_causal", "with_documents", "solution"),
+)
+
+
+def _check_critic(config: Config) -> None:
+    """What PPO's estimator goes with, and what goes with it alone."""
+    advantage, loss, rollout, block = (
+        config.advantage,
+        config.policy_loss,
+        config.rollout,
+        config.distill.block,
+    )
+    if advantage.estimator != "gae":
+        if loss.kl == "k1_reward":
+            raise ConfigError(
+                f"policy_loss.kl: found k1_reward with advantage.estimator {advantage.estimator}, expected"
+                " estimator gae, which has a reward for each token, or a kl that is a loss (k3, k2, k3_ratio)"
+            )
+        if advantage.turn_rewards != "none":
+            raise ConfigError(
+                f"advantage.turn_rewards: found {advantage.turn_rewards} with advantage.estimator"
+                f" {advantage.estimator}, expected none, or estimator gae; without a critic use estimator stepsearch"
+            )
+        return
+    if rollout.group_size == 1 and block in OF_SIBLINGS:
+        raise ConfigError(
+            f"distill.block: found {block} with rollout.group_size 1, expected none, or a block that no other"
+            " rollout of the question is needed for (single, reference, plain, dummy); or a larger group"
+        )
+    if advantage.modulation != "none":
+        raise ConfigError(
+            f"advantage.modulation: found {advantage.modulation} with advantage.estimator gae, expected none: a"
+            " turn is modulated as a whole, and gae's tokens have advantages of their own"
+        )
 
 
 def _check_offload(config: Config) -> None:
@@ -188,6 +229,11 @@ def _check_tensor_parallel(config: Config) -> None:
             "1",
         ),
         "update.zero_stage": (update.zero_stage, update.zero_stage > 0, "1 to 3"),
+        "advantage.estimator": (
+            config.advantage.estimator,
+            config.advantage.estimator != "gae",
+            "one without a critic",
+        ),
         "update.offload_parameters": (update.offload_parameters, update.offload_parameters == "none", "none"),
         "update.offload_optimizer": (
             update.offload_optimizer,

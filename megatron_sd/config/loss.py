@@ -1,9 +1,11 @@
-"""The two losses, and how they are weighed."""
+"""The losses, and how they are weighed."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Literal
+
+from megatron_sd.config.update import OptimizerConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +26,7 @@ class AdvantageConfig:
         "graph_hca",
         "stepsearch",
         "mr_search",
+        "gae",
         "one",
     ] = "grpo"
     # what r is made of: weights of a rollout's scores (reward, em, f1, format_valid, hop_hit_rate)
@@ -35,7 +38,9 @@ class AdvantageConfig:
     # gigpo, graph_hca: when turns stand in the same place (algorithm/advantages/states.py)
     state: Literal["seen", "observation", "similar"] = "seen"
     normalize: Literal["mean", "mean_std"] = "mean"  # gigpo: centred, or standardised too
-    step_scale: float = 0.6  # stepsearch: of a search's own reward beside the answer's
+    step_scale: float = 0.6  # stepsearch, turn_rewards: of a search's own reward beside the answer's
+    # gae: what a turn earns beside the rollout's reward; stepsearch: step_scale times what its search earns
+    turn_rewards: Literal["none", "stepsearch"] = "none"
     # by how much likelier than the policy the teacher of `distill` finds a turn's query, or (minillm) every
     # distilled token (algorithm/refinements.py); costs one more reading of the batch
     modulation: Literal["none", "turnsight", "hca", "minillm"] = "none"
@@ -56,7 +61,8 @@ class PolicyLossConfig:
     # truncated importance sampling: bound on a token's ratio to the engine; None: off
     importance_cap: float | None = None
     kl_weight: float = 1e-3  # of the KL to the start policy; 0 builds no reference policy
-    kl: Literal["k3", "k2", "k3_ratio"] = "k3"  # its estimate (algorithm/policy_loss.py)
+    # its estimate (algorithm/policy_loss.py); k1_reward: taken off each token's reward, no loss, with gae
+    kl: Literal["k3", "k2", "k3_ratio", "k1_reward"] = "k3"
     aggregation: Literal["token", "rollout", "constant"] = "token"
     # a token's own ratio to what sampled it, or the geometric mean of its rollout's, or of its turn's (GSPO,
     # whose clips are 3e-4 and 4e-4: at 0.2 none binds)
@@ -68,6 +74,31 @@ class PolicyLossConfig:
     # of the mean entropy of the sampled tokens, which is raised (Search-R1: 0.001)
     entropy_weight: float = 0.0
     weight: float = 1.0  # of this loss, its KL included, beside distill.alpha; 0: distillation alone
+
+
+@dataclass(frozen=True, kw_only=True)
+class CriticConfig:
+    """A second whole model that says what each token may still expect (PPO). Read with advantage.estimator
+    gae alone."""
+
+    path: str | None = None  # of the model that it starts from; None: model.path
+    learning_rate: float = 1e-5
+    warmup_steps: int = 15  # optimiser steps of its own
+    lam: float = 1.0  # a token later, a temporal difference counts so much less
+    gamma: float = 1.0  # a token later, a reward counts so much less
+    value_clip: float = 0.5  # an update's move of a value from what it was before the step's first
+    warmup_only_steps: int = 0  # first steps in which the policy stays as it is
+
+    @property
+    def optimizer(self) -> OptimizerConfig:
+        """Its own AdamW, as Search-R1 has it."""
+        return OptimizerConfig(
+            learning_rate=self.learning_rate,
+            warmup_steps=self.warmup_steps,
+            betas=(0.9, 0.999),
+            weight_decay=0.01,
+            max_grad_norm=1.0,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

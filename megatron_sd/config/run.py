@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from megatron_sd.config.loss import AdvantageConfig, DistillConfig, PolicyLossConfig
+from megatron_sd.config.loss import AdvantageConfig, CriticConfig, DistillConfig, PolicyLossConfig
 from megatron_sd.config.model import ModelConfig
 from megatron_sd.config.retriever import RetrieverConfig
 from megatron_sd.config.rollout import ProtocolConfig, RewardConfig, RolloutConfig
@@ -81,6 +81,7 @@ class Config:
     policy_loss: PolicyLossConfig = field(default_factory=PolicyLossConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    critic: CriticConfig = field(default_factory=CriticConfig)
     update: UpdateConfig = field(default_factory=UpdateConfig)
     publish: PublishConfig = field(default_factory=PublishConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

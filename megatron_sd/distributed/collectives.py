@@ -87,9 +87,10 @@ def check_stop(world: World) -> None:
         raise StopRequested(f"{world.stop.reason}, in phase {world.pulse.phase}")
 
 
-def agree_to_stop(world: World) -> None:
-    """Raise StopRequested on every rank when any rank has been asked to stop."""
-    if sum_floats(world, [float(world.stop.reason is not None)])[0]:
+def agree_to_stop(world: World, *, now: bool = True) -> None:
+    """Raise StopRequested on every rank when any rank has been asked to stop. now: the same on every rank;
+    False: something is half done, and nobody stops before its end."""
+    if now and sum_floats(world, [float(world.stop.reason is not None)])[0]:
         reason = next(reason for reason in gather_objects(world, world.stop.reason) if reason is not None)
         raise StopRequested(f"{reason}, in phase {world.pulse.phase}")
 

@@ -48,6 +48,8 @@ class DeviceMicrobatch:
     row_weights: Tensor
     rollouts: Tensor
     turns: Tensor
+    returns: Tensor
+    old_values: Tensor
     teacher_prompts: Tensor
     teacher_prompt_lengths: Tensor
     teacher_prompt_of: Tensor

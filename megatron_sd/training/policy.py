@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Protocol
 
 import deepspeed
 import torch
@@ -25,6 +26,7 @@ from megatron_sd.errors import ConfigError, GradientSpikeError, NonFiniteError
 from megatron_sd.machine import give_back_memory
 from megatron_sd.records import Batch, Microbatch, Totals, UpdateResult
 from megatron_sd.training.clipped_adamw import ClippedAdamW
+from megatron_sd.training.critic.value_module import ValueModule
 from megatron_sd.training.deepspeed_config import deepspeed_config
 from megatron_sd.training.lora import is_adapter
 from megatron_sd.training.microbatch import on_this_rank
@@ -32,6 +34,7 @@ from megatron_sd.training.parallel.tensor import counts_here, mark_cuts
 from megatron_sd.training.placement import place, share_masters, zero3_linear
 from megatron_sd.training.policy_module import PolicyModule
 from megatron_sd.training.safety.norm_limit import GATE
+from megatron_sd.training.safety.refusal import forget_gradients
 from megatron_sd.training.start_policy import StartPolicy
 from megatron_sd.training.state.optimizer_state import TrainedState
 from megatron_sd.training.teacher_side.reference import ReferencePolicy
@@ -46,6 +49,22 @@ warnings.filterwarnings("ignore", message="`torch.distributed.*is deprecated", c
 sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
 
 
+class Companion(Protocol):
+    """What is trained beside the policy and kept in its checkpoints. Every rank makes the same calls."""
+
+    def write_state(self, directory: Path) -> Seals:
+        """This rank's files, by name in the directory. Raises OSError naming one."""
+        ...
+
+    def read_state(self, directory: Path) -> None:
+        """Take back what write_state left on all ranks. Raises CheckpointError."""
+        ...
+
+    def go_on(self) -> None:
+        """What is collective in that."""
+        ...
+
+
 class Policy:
     """One rank's handle on the policy. Every rank makes the same calls in the same order."""
 
@@ -58,6 +77,7 @@ class Policy:
         learning_rate_of: Callable[[int], float],
         reference: ReferencePolicy | None,
         teacher: Teacher,
+        companion: Companion | None = None,
     ):
         """learning_rate_of: the optimiser steps taken so far -> the learning rate of the next one."""
         self.engine = engine
@@ -68,6 +88,7 @@ class Policy:
         self._learning_rate_of = learning_rate_of
         self._reference = reference
         self._teacher = teacher
+        self._companion = companion
         self._forget_sums()
 
     @property
@@ -204,19 +225,30 @@ class Policy:
         return {
             name: self.trained_state().write(directory / name),
             **self._teacher.save(directory, self.world),
+            **(self._companion.write_state(directory) if self._companion else {}),
         }
 
     def read_state(self, directory: Path) -> None:
         """What write_state left on all ranks, of any number of groups of tensor-parallel ranks; then call
-        `spread`. Raises CheckpointError."""
+        `go_on`. Raises CheckpointError."""
         parts, paths = self._parallel.tensor, sorted(directory.glob("rank_*.safetensors"))
         self.trained_state().read(paths[parts.rank :: parts.size])
         self._teacher.load(directory, self.world)
+        if self._companion is not None:
+            self._companion.read_state(directory)
+
+    def go_on(self, version: int) -> None:
+        """From what read_state read: the parameters of that version, nothing accumulated. Collective."""
+        self.trained_state().spread()
+        self.version = version
+        self.forget_accumulated()
+        if self._companion is not None:
+            self._companion.go_on()
 
     def forget_accumulated(self) -> None:
         """Drop what was accumulated since the last step."""
         self._forget_sums()
-        self._forget_gradients()
+        forget_gradients(self.engine, self._zero_stage)
 
     def _linear(self) -> AbstractContextManager[None]:
         """torch's linear layer, as ZeRO-3 needs it where that shards the parameters."""
@@ -255,19 +287,13 @@ class Policy:
                 " the steps before it (safety.spike_sigmas): no rank took the optimiser step"
             )
 
-    def _forget_gradients(self) -> None:
-        optimizer = self.engine.optimizer
-        (self.engine if self._zero_stage == 0 else optimizer).zero_grad()
-        if self._zero_stage in (1, 2):  # their zero_grad leaves what earlier backwards have reduced
-            optimizer.all_grad_tensors.update(dict.fromkeys(optimizer.all_grad_tensors))
-
     def _forget_sums(self) -> None:
         self._loss = torch.zeros((), device=self.world.device)
         self._sums = torch.zeros(len(SUM_NAMES), device=self.world.device)
 
 
 def under_deepspeed(
-    module: PolicyModule, start: StartPolicy, optimizer: OptimizerConfig
+    module: PolicyModule | ValueModule, start: StartPolicy, optimizer: OptimizerConfig
 ) -> deepspeed.DeepSpeedEngine:
     """The module's DeepSpeed engine: its parameters and their optimiser on the devices, sharded as
     start.update asks. Collective."""

@@ -19,7 +19,7 @@ from tests.builders import hit
 from tests.fakes_groups import make_group, make_rollout
 
 rewards = st.lists(st.floats(0, 1), min_size=1, max_size=8)
-RELATIVE = sorted(set(ADVANTAGES) - {"one"})  # those that compare rollouts
+RELATIVE = sorted(set(ADVANTAGES) - {"one", "gae"})  # those that compare rollouts
 
 
 def turn(*ids, num_tokens=2):

@@ -19,7 +19,7 @@ from megatron_sd.algorithm.refinements import (
     turnsight,
     with_old_logprobs,
 )
-from megatron_sd.config import AdvantageConfig, PolicyLossConfig, UpdateConfig
+from megatron_sd.config import AdvantageConfig, CriticConfig, PolicyLossConfig, UpdateConfig
 from tests.training.fakes import make_samples
 
 
@@ -38,12 +38,14 @@ def reading(logprobs, entropies=(), teacher=()):
 
 
 def test_what_is_asked_for_decides_what_is_read():
-    plain = (PolicyLossConfig(), AdvantageConfig(), UpdateConfig())
-    assert refinements(*plain) == ()
-    assert len(refinements(PolicyLossConfig(engine_cap=2.0, top_entropy_share=0.2), *plain[1:])) == 2
-    assert len(refinements(*plain[:2], UpdateConfig(minibatches=2))) == 1
-    assert len(refinements(*plain[:2], UpdateConfig(epochs=2))) == 1
-    assert len(refinements(plain[0], AdvantageConfig(modulation="hca"), plain[2])) == 1
+    loss, advantage, update, critic = PolicyLossConfig(), AdvantageConfig(), UpdateConfig(), CriticConfig()
+    assert refinements(loss, advantage, update, critic) == ()
+    both = PolicyLossConfig(engine_cap=2.0, top_entropy_share=0.2)
+    assert len(refinements(both, advantage, update, critic)) == 2
+    assert len(refinements(loss, advantage, UpdateConfig(minibatches=2), critic)) == 1
+    assert len(refinements(loss, advantage, UpdateConfig(epochs=2), critic)) == 1
+    assert len(refinements(loss, AdvantageConfig(modulation="hca"), update, critic)) == 1
+    assert len(refinements(loss, AdvantageConfig(estimator="gae"), update, critic)) == 1
 
 
 def test_ratios_are_to_the_reading_and_the_engine_is_weighed_out():

@@ -3,6 +3,7 @@ import dataclasses
 import pytest
 
 from megatron_sd.algorithm.advantages.from_rewards import grpo
+from megatron_sd.algorithm.advantages.table import any_advantage
 from megatron_sd.algorithm.samples import GATES, SCOPES, GateContext, apply_gate, to_samples
 from megatron_sd.config import AdvantageConfig
 from megatron_sd.errors import BarrenStepError, RolloutError
@@ -151,7 +152,7 @@ def test_gates():
 
     def kept(gate, rho):
         contexts = [
-            GateContext(group=group, advantages=own, correct_above=rho)
+            GateContext(group=group, has_gradient=any_advantage(own), correct_above=rho)
             for group, own in zip(groups, grpo(groups, AdvantageConfig()), strict=True)
         ]
         return [own != [(), ()] for own in apply_gate(contexts, prompts, GATES[gate])]

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron_sd.algorithm.blocks import BLOCKS
 from megatron_sd.config import Config
+from megatron_sd.config.checks import OF_SIBLINGS
 from megatron_sd.config.load import dump, load
 from megatron_sd.errors import ConfigError
 
@@ -110,6 +112,9 @@ def test_grad_ratio_needs_its_measurement():
         load([*REQUIRED, "--distill.alpha.mode=grad_ratio", "--distill.measure_every=0"])
 
 
+PPO = ("--advantage.estimator=gae", "--rollout.group_size=1", "--distill.block=none")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -159,3 +164,54 @@ def test_choices_that_do_not_go_together(options, message):
     with pytest.raises(ConfigError) as caught:
         load([*REQUIRED, *options])
     assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ("--advantage.estimator=gae", "--rollout.group_size=1"),
+            "distill.block: found paper with rollout.group_size 1, expected none, or a block that no other",
+        ),
+        (
+            (*PPO, "--update.sequence_parallel_size=2"),
+            "advantage.estimator: found gae with update.sequence_parallel_size above 1, expected one of the two",
+        ),
+        (
+            (*PPO, "--update.tensor_parallel_size=2", "--distill.measure_every=0"),
+            "advantage.estimator: found gae with update.tensor_parallel_size above 1, expected one without a",
+        ),
+        (
+            ("--policy_loss.kl=k1_reward",),
+            "policy_loss.kl: found k1_reward with advantage.estimator grpo, expected estimator gae",
+        ),
+        (
+            ("--advantage.turn_rewards=stepsearch",),
+            "advantage.turn_rewards: found stepsearch with advantage.estimator grpo, expected none, or estimator",
+        ),
+        (
+            ("--advantage.estimator=gae", "--advantage.modulation=turnsight"),
+            "advantage.modulation: found turnsight with advantage.estimator gae, expected none",
+        ),
+        (("--critic.lam=1.1",), "critic.lam: found 1.1, expected between 0 and 1"),
+        (("--critic.learning_rate=0",), "critic.learning_rate: found 0.0, expected more than 0"),
+    ],
+)
+def test_what_ppo_goes_with(options, message):
+    with pytest.raises(ConfigError) as caught:
+        load([*REQUIRED, *options])
+    assert str(caught.value).startswith(message)
+
+
+def test_a_critic_has_an_optimiser_of_its_own():
+    assert load([*REQUIRED, *PPO]).critic.path is None
+    own = load([*REQUIRED, *PPO, "--critic.learning_rate=2e-5"]).critic.optimizer
+    assert (own.learning_rate, own.warmup_steps, own.betas) == (2e-5, 15, (0.9, 0.999))
+    assert (own.weight_decay, own.max_grad_norm, own.schedule) == (0.01, 1.0, "constant")
+    assert load([*REQUIRED, "--advantage.estimator=gae", "--distill.block=single"]).rollout.group_size == 5
+
+
+def test_blocks_of_siblings_are_blocks():
+    """And the others need no sibling: a new block belongs to one of the two."""
+    alone = {"single", "wrong_question", "dummy", "reference", "plain", "none"}
+    assert set(OF_SIBLINGS) | alone == set(BLOCKS) and not set(OF_SIBLINGS) & alone

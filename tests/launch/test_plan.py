@@ -15,7 +15,7 @@ from launch.cli import main as command_line
 from launch.cluster.layout import LayoutConfig
 from launch.planner.estimate import BLANKS, PlanConfig, planned_job
 from launch.planner.gpus import GPUS, find_gpu
-from launch.planner.memory import Sizes, peak, rank_memory, saved_bytes_per_token
+from launch.planner.memory import Sizes, checkpoint_bytes, peak, rank_memory, saved_bytes_per_token
 from launch.planner.models import model_config
 from launch.planner.step_estimate import step_plan
 from megatron_sd.config import Config
@@ -220,6 +220,42 @@ def test_a_teacher_with_weights_of_its_own_is_counted():
     assert products(*larger) - student == pytest.approx(
         (read - student) * total / Sizes.of(model).total, rel=1e-6
     )
+
+
+def test_a_critic_is_counted():
+    """A second model without its output embedding, with masters, moments and gradients; one more forward than
+    the policy; and its part of a checkpoint."""
+    model = model_shape(model_config("qwen2.5-7b"))
+    ppo = ("--advantage.estimator=gae", "--distill.block=none")
+    whole = Sizes.of(model)
+    total = whole.total - whole.embedding + model.hidden + 1
+
+    def config(*options: str):
+        return run_config("qwen2.5-7b", ["--distill.measure_every=0", *options])
+
+    def critic(*options: str) -> float:
+        parts = rank_memory(model, config(*options), world_size=8)
+        kept = [part for part in parts if part.name.startswith("critic") and "bucket" not in part.name]
+        return sum(part.num_bytes for part in kept)
+
+    assert critic() == 0
+    assert critic(*ppo) == pytest.approx((2 + 4 + 8 + 4) * total / 8, rel=1e-6)
+    at_stage_1 = critic(*ppo, "--update.zero_stage=1")
+    assert at_stage_1 == pytest.approx((2 + 4) * total + (4 + 8) * total / 8, rel=1e-6)
+    other = critic(*ppo, "--critic.path=models/Qwen2.5-0.5B")
+    assert other < critic(*ppo) / 10
+    more = checkpoint_bytes(model, config(*ppo)) - checkpoint_bytes(model, config())
+    assert more == pytest.approx(12 * total)
+
+    def seconds(*options: str):
+        layout, gpu = LayoutConfig(cluster="slurm", nodes=1), find_gpu("H100")
+        return step_plan(layout, config(*options), model_config("qwen2.5-7b"), gpu).seconds
+
+    plain, with_critic = seconds("--distill.block=none"), seconds(*ppo)
+    ratio = with_critic["update: products"] / plain["update: products"]
+    passes = 3 + 1 + 1  # forward, twice of it backward, again under checkpointing, and the start policy
+    assert ratio == pytest.approx(1 + 5 * total / (passes * whole.total), rel=1e-6)
+    assert with_critic["update: gathering parameters"] > 1.8 * plain["update: gathering parameters"]
 
 
 LOADING = "loading           18.2 GB read a node (each rank its own elements), 9.1 s at 2 GB/s"

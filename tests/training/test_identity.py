@@ -179,6 +179,26 @@ def test_a_key_that_did_not_exist_when_the_run_began_counts_as_its_default(paths
     assert str(change) == "rollout.max_query_bytes was 4096 and is now 5"
 
 
+def test_a_critic_is_part_of_the_plan_and_the_model_it_starts_from_of_the_identity(paths):
+    gae = "--advantage.estimator=gae"
+    (change,) = found(saved(configured(paths, gae)), configured(paths, gae, "--critic.lam=0.9")).plan
+    assert str(change) == "critic.lam was 1.0 and is now 0.9"
+    state = saved(configured(paths))
+    del state["config"]["critic"], state["config"]["advantage"]["turn_rewards"]
+    assert not found(state, configured(paths))
+
+    own, other = shutil.copytree(paths / "model", paths / "own"), paths / "other"
+    start = (gae, f"--critic.path={own}")
+    shutil.copytree(own, other)
+    assert not found(saved(configured(paths, *start)), configured(paths, gae, f"--critic.path={other}"))
+    (other / "config.json").write_text("{ }")
+    (line,) = found(
+        saved(configured(paths, *start)), configured(paths, gae, f"--critic.path={other}")
+    ).identity
+    assert line.startswith("the content of critic is another")
+    assert "critic" not in contents_of(configured(paths, f"--critic.path={own}"))  # nobody reads it
+
+
 def test_every_prefix_names_a_key(paths):
     keys = [*run_identity(configured(paths), "v"), *_all_keys(dataclasses.asdict(configured(paths)))]
     for prefix in (*KNOBS, *PLAN):

@@ -1,6 +1,7 @@
 """Teachers with weights of their own: the start policy's stay, an average follows, and both read what the
 live teacher reads."""
 
+import dataclasses
 import json
 import shutil
 from importlib.resources import files
@@ -12,8 +13,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from megatron_sd.algorithm.distill_loss import TermWeights
-from megatron_sd.build_policy import check_teacher_tokens
-from megatron_sd.config import DistillConfig
+from megatron_sd.build_policy import check_same_tokens
+from megatron_sd.config import AdvantageConfig, CriticConfig, DistillConfig
 from megatron_sd.distributed.world import join_world
 from megatron_sd.errors import CheckpointError, ConfigError, DataError
 from megatron_sd.ops.jsd_reference import divergence_rows
@@ -180,9 +181,15 @@ def test_a_teacher_of_another_tokenizer_is_refused(tmp_path):
 
     def check(path):
         distill = {"teacher": "other", "teacher_path": str(path)}
-        check_teacher_tokens(make_config(START_POLICY, distill=distill), codec)
+        check_same_tokens(make_config(START_POLICY, distill=distill), codec)
 
     check(tmp_path / "same")
-    check_teacher_tokens(make_config(START_POLICY), codec)
+    check_same_tokens(make_config(START_POLICY), codec)
     with pytest.raises(ConfigError, match=r"distill.teacher_path: found another tokenizer in .*another"):
         check(tmp_path / "another")
+
+    plain, critic = make_config(START_POLICY), CriticConfig(path=str(tmp_path / "another"))
+    check_same_tokens(dataclasses.replace(plain, critic=critic), codec)  # nobody reads it
+    ppo = dataclasses.replace(plain, critic=critic, advantage=AdvantageConfig(estimator="gae"))
+    with pytest.raises(ConfigError, match=r"critic.path: found another tokenizer in .*the critic reads"):
+        check_same_tokens(ppo, codec)

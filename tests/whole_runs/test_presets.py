@@ -24,7 +24,8 @@ START_POLICY = Path(str(files("data_prep"))) / "coldstart_model"
 LAST = "step_00000003"
 # the demo's rollouts, fewer and shorter
 SMALL = ("--rollout.group_size=3", "--rollout.max_search_turns=2", "--rollout.max_turn_tokens=32")
-KILLED = ("gigpo", "gspo", "turnsight")  # an estimator, minibatches, a reading with a teacher of its own
+# an estimator, minibatches, a reading with a teacher of its own, a critic
+KILLED = ("gigpo", "gspo", "turnsight", "search_r1_ppo")
 
 
 @pytest.fixture(scope="module")
@@ -57,18 +58,20 @@ def arguments(name: str, world: Path, run_dir: Path, *options: str) -> list[str]
         "--optimizer.warmup_steps=0",
         "--log.transcripts_every=0",
         *SMALL,
-        *options,
     ]
     own = yaml.safe_load(presets()[name].path.read_text(encoding="utf-8"))
     if own.get("update", {}).get("minibatches", 1) > 2:
         argv.append("--update.minibatches=2")
     if "attempts" in own.get("rollout", {}):  # one context for all of them
         argv += ["--rollout.max_observation_tokens=48", "--rollout.max_rollout_tokens=720"]
+    if own.get("rollout", {}).get("group_size") == 1:
+        argv += ["--rollout.group_size=1", "--rollout.questions_per_step=12"]  # of which some are right
+        argv += ["--critic.learning_rate=1e-3", "--critic.warmup_steps=0"]
     if own["distill"].get("teacher") == "other":
         argv.append(f"--distill.teacher_path={world / 'teacher'}")
     if own["distill"]["block"] != "none":
         argv += ["--distill.alpha.warmup_steps=0", "--distill.block_format=outcome_first"]
-    return expand(argv)[0]
+    return expand([*argv, *options])[0]
 
 
 @pytest.mark.slow
@@ -81,6 +84,7 @@ def test_a_method_takes_three_steps_on_one_rank_as_on_two(name, world, tmp_path)
     assert list(one) == [1, 2, 3] and any(metrics["optim/grad_norm"] > 0 for metrics in one.values())
     for step, metrics in one.items():
         figures = ("loss/policy", "loss/distill", "reward/mean", "rollout/searches", "optim/grad_norm")
+        figures += ("critic/loss", "critic/explained_variance", "critic/clipped", "critic/grad_norm")
         for key in filter(metrics.__contains__, figures):
             assert two[step][key] == pytest.approx(metrics[key], abs=2e-5, rel=1e-3), (step, key)
     found, expected = (
@@ -108,3 +112,18 @@ def test_a_killed_run_of_a_method_resumes_bit_for_bit(name, world, tmp_path):
     for key, array in expected.items():
         assert np.array_equal(found[key], array), key
     assert without_clocks(tmp_path / "killed") == without_clocks(tmp_path / "straight")
+
+
+@pytest.mark.slow
+def test_the_policy_waits_while_its_critic_warms_up(world, tmp_path):
+    """Two steps of the critic alone, on rollouts of the start policy; the third trains both."""
+    options = ("--critic.warmup_only_steps=2", "--checkpoint.every=1", "--checkpoint.keep=3")
+    run(1, arguments("search_r1_ppo", world, tmp_path, *options))
+    start = load_file(START_POLICY / "model.safetensors")
+    second, last = (parameters(tmp_path, step) for step in ("step_00000002", LAST))
+    assert all(np.array_equal(second[key], array) for key, array in start.items())
+    assert any(not np.array_equal(last[key], array) for key, array in start.items())
+    metrics = without_clocks(tmp_path)
+    assert [own["optim/learning_rate"] for own in metrics.values()] == [0.0, 0.0, 1e-4]
+    assert all(own["critic/grad_norm"] > 0.0 for own in metrics.values())
+    assert "loss/policy" not in metrics[2] and "loss/policy" in metrics[3]

@@ -1,18 +1,25 @@
 """The loop itself, over parts that only note what they were asked for; whole runs are in test_training.py."""
 
+import functools
 import math
+import signal
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from megatron_sd.algorithm.distill_loss import POLICY_TERM
+from megatron_sd.algorithm.packing import build_microbatch
 from megatron_sd.config import RolloutConfig, SafetyConfig
 from megatron_sd.distributed.world import lone_world
-from megatron_sd.errors import BarrenStepError, ReshardError, RolloutError
+from megatron_sd.errors import BarrenStepError, ReshardError, RolloutError, StopRequested
 from megatron_sd.observability.progress import SILENT
 from megatron_sd.observability.timers import Timers
+from megatron_sd.records import Batch, Totals
 from megatron_sd.rollout.collecting import Collecting
 from megatron_sd.trainer import Schedule, Trainer
+from megatron_sd.training.critic.critic import policy_alone
+from megatron_sd.training.rereading import reread
 from megatron_sd.training.safety.stability import Stability
 
 
@@ -34,7 +41,7 @@ def trainer(events: list, *, fails_at: tuple[str, int]) -> Trainer:
         note("publish", version)
 
     update = SimpleNamespace(metrics={}, grad_norm=0.0, learning_rate=0.0)
-    batch = SimpleNamespace(microbatches=[], totals=None, padding_share=0.0)
+    batch = SimpleNamespace(microbatches=[], totals=None, padding_share=0.0, is_first=True)
     checkpoints = SimpleNamespace(
         load=lambda policy: None,
         save=lambda policy, step, state: events.append(("save", step)),
@@ -54,6 +61,7 @@ def trainer(events: list, *, fails_at: tuple[str, int]) -> Trainer:
         to_samples=lambda groups, advantages, prompts: [],
         pack=lambda samples: [batch],
         reread=lambda batches, policy: batches,
+        learn=policy_alone,
         alpha=SimpleNamespace(passes=lambda step: (), observe=lambda policy: None, state=dict, metrics=dict),
         policy=SimpleNamespace(step=lambda limit: update),
         publisher=SimpleNamespace(publish=publish),
@@ -108,3 +116,31 @@ def test_a_step_without_a_sampled_token_is_passed_over_and_counted():
     assert recorded == [(2, {"optim/refused_steps": 1.0})]
     assert [step for name, step in events if name == "rollout"] == [0, 1, 2]
     assert ("publish", 2) in events and events[-2:] == [("save", 3), ("close", None)]
+
+
+def test_a_step_that_has_moved_the_policy_ends_before_the_run_stops():
+    """Asked to stop within the second of three optimiser steps: the save is of the next step, not of a policy
+    that stands between two; within the first: at once."""
+    batch = Batch(microbatches=(build_microbatch([]),), totals=Totals(policy_weight=1, distilled_rollouts=0))
+    for asked_at, (saved, accumulated) in {2: (1, 3), 0: (0, 0)}.items():
+        events: list = []
+        own = trainer(events, fails_at=("never", 0))
+        own.reread = functools.partial(
+            reread, refinements=[lambda reads, _: [read.microbatch for read in reads]]
+        )
+        own.pack = lambda samples: [batch] * 3
+        own.alpha.passes = lambda step: (POLICY_TERM,)
+        done = []
+
+        def accumulate(*_, asked_at=asked_at, done=done, own=own):
+            done.append(1)
+            if len(done) == asked_at:
+                own.world.stop._on_signal(signal.SIGUSR1, None)
+
+        own.policy.accumulate, own.policy.world = accumulate, own.world
+        own.policy.read = lambda *_, own=own, asked_at=asked_at, **__: (
+            None if asked_at else own.world.stop._on_signal(signal.SIGUSR1, None)
+        )
+        with pytest.raises(StopRequested):
+            own.train()
+        assert events[-1] == ("save", saved) and len(done) == accumulated

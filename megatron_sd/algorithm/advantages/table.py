@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from megatron_sd.algorithm.advantages import from_rewards
-from megatron_sd.algorithm.advantages.estimator import Estimator
+from megatron_sd.algorithm.advantages.estimator import Estimator, GroupAdvantages
+from megatron_sd.algorithm.advantages.gae import gae
 from megatron_sd.algorithm.advantages.gigpo import gigpo
 from megatron_sd.algorithm.advantages.graph_hca import graph_hca
 from megatron_sd.algorithm.advantages.mr_search import mr_search
@@ -23,5 +24,22 @@ ADVANTAGES: Mapping[str, Estimator] = {
     "graph_hca": graph_hca,
     "stepsearch": stepsearch,
     "mr_search": mr_search,
+    "gae": gae,
     "one": from_rewards.one,
 }
+FROM_VALUES = frozenset({"gae"})  # estimators whose numbers become advantages when a critic has been read
+
+
+def any_advantage(advantages: GroupAdvantages) -> bool:
+    """Some number of the group is not 0."""
+    return any(number != 0.0 for numbers in advantages for number in numbers)
+
+
+def every_rollout(_: GroupAdvantages) -> bool:
+    """Rewards less a critic's values are hardly ever 0, however equal the rewards."""
+    return True
+
+
+def gradient_test(estimator: str) -> Callable[[GroupAdvantages], bool]:
+    """Says of a group's numbers whether the policy loss will have a gradient there."""
+    return every_rollout if estimator in FROM_VALUES else any_advantage

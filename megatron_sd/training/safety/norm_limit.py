@@ -37,6 +37,6 @@ class NormGate:
         return True
 
 
-GATE = NormGate()  # of the one policy that a process trains
+GATE = NormGate()  # of all that a process trains; opened before each step
 for _module in (stage3, stage_1_and_2, bf16_optimizer):
     _module.is_invalid_grad_norm = GATE

@@ -145,9 +145,7 @@ class Checkpoints:
         )[0]
         self._check_same_run(saved, directory)
         self._read_together(lambda: policy.read_state(directory / "shards"))
-        policy.trained_state().spread()
-        policy.version = saved["version"]
-        policy.forget_accumulated()
+        policy.go_on(saved["version"])
         if self._world.is_first:
             logger.info("resumed from %s, which %d ranks wrote", directory, saved["world_size"])
         return {**saved["state"], "step": saved["step"]}

@@ -36,7 +36,7 @@ KNOBS = (
     *("num_steps", "run_dir", "checkpoint.", "log.", "safety.", "publish.", "data.eval", "data.max_eval"),
     # where something lies: what it is say contents and corpus_version
     *("model.path", "data.train", "retriever.corpus", "retriever.endpoints", "retriever.client."),
-    *("retriever.qdrant", "retriever.opensearch", "distill.teacher_path"),
+    *("retriever.qdrant", "retriever.opensearch", "distill.teacher_path", "critic.path"),
     *("retriever.search.device", "model.attention", "model.gradient_checkpointing"),
     *("rollout.vllm.", "rollout.bank", "rollout.max_concurrent_sequences", "rollout.max_failed_share"),
     *(
@@ -51,7 +51,7 @@ KNOBS = (
 # Keys of older checkpoints: today's key, and today's words for values.
 _RENAMED = {"policy_loss.advantage": ("advantage.estimator", {"group": "grpo"})}
 PLAN = (
-    *("optimizer.", "policy_loss.", "advantage.", "distill.alpha.", "distill.measure_every"),
+    *("optimizer.", "policy_loss.", "advantage.", "critic.", "distill.alpha.", "distill.measure_every"),
     *("rollout.questions_per_step", "rollout.group_size", "rollout.temperature", "rollout.max_"),
 )
 _SAMPLED = (".safetensors", ".bin")
@@ -86,13 +86,15 @@ class Differences:
 
 def contents_of(config: Config) -> dict[str, str]:
     """Digests of what lies where the configuration points: the start model (configuration, tokenizer,
-    weights), the training questions, and a teacher of another checkpoint. Of large weights 64 KiB of every
-    8 MiB are looked at: other weights differ everywhere. Text is read whole."""
-    teacher = config.distill.teacher_path
+    weights), the training questions, and a teacher or a critic of another checkpoint. Of large weights 64 KiB
+    of every 8 MiB are looked at: other weights differ everywhere. Text is read whole."""
+    beside = {"teacher": config.distill.teacher_path}
+    if config.advantage.estimator == "gae":
+        beside["critic"] = config.critic.path
     return {
         "model": model_digest(Path(config.model.path)),
         "data.train": _digest(Path(config.data.train).parent, (Path(config.data.train).name,)),
-        **({} if teacher is None else {"teacher": model_digest(Path(teacher))}),
+        **{name: model_digest(Path(path)) for name, path in beside.items() if path is not None},
     }
 
 

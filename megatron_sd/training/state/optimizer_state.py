@@ -103,9 +103,9 @@ class TrainedState:
                 tensors[f"{piece.name}:{key}"] = piece.of(tensor).to("cpu", torch.float32)
         return write_tensors(path, tensors, {"steps": str(steps), "places": json.dumps(places)})
 
-    def read(self, paths: Sequence[Path]) -> None:
-        """Take up what `write` left on all ranks of a run, then call `spread`. Raises CheckpointError for
-        another model's, with the differences, and when elements are missing."""
+    def read(self, paths: Sequence[Path]) -> int:
+        """Take up what `write` left on all ranks of a run, then call `spread`; Adam's own count of steps.
+        Raises CheckpointError for another model's, with the differences, and when elements are missing."""
         with ExitStack() as stack:
             saved = [SavedPieces(stack.enter_context(safe_open(path, "pt"))) for path in paths]
             check_same_parameters(
@@ -117,6 +117,7 @@ class TrainedState:
                 piece.of(piece.flat.data).copy_(_assembled(saved, piece, "weight"))
                 for key in MOMENTS if steps else ():
                     piece.of(self._moments_of(piece.flat, steps)[key]).copy_(_assembled(saved, piece, key))
+        return steps
 
     def spread(self) -> None:
         """Bring the parameters to the float32 weights: what DeepSpeed does at the end of a step.

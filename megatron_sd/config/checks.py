@@ -37,6 +37,11 @@ def check(config: Config) -> None:
             f"rollout.keep_groups: found {config.rollout.keep_groups} with rollout.max_lag"
             f" {config.rollout.max_lag}, expected all, or max_lag 0: what is kept decides what is sampled next"
         )
+    if config.rollout.keep_groups == "with_spread" and config.rollout.group_size == 1:
+        raise ConfigError(
+            "rollout.keep_groups: found with_spread with rollout.group_size 1, expected all, or a larger group: one"
+            " rollout is never right and wrong"
+        )
     _check_attempts(config)
     _check_reward(config.reward)
     _check_terms(config.advantage)

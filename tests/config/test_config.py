@@ -151,6 +151,10 @@ PPO = ("--advantage.estimator=gae", "--rollout.group_size=1", "--distill.block=n
             "rollout.attempts: found 2 with protocol.chat_template true, expected 1",
         ),
         (
+            ["--rollout.keep_groups=with_spread", "--rollout.group_size=1", "--distill.block=none"],
+            "rollout.keep_groups: found with_spread with rollout.group_size 1, expected all, or a larger group",
+        ),
+        (
             ["--policy_loss.top_entropy_share=0"],
             "policy_loss.top_entropy_share: found 0.0, expected more than 0",
         ),

@@ -138,6 +138,13 @@ class Scores:
     hop_hit_rate: float | None = None
     em_by_attempt: tuple[float, ...] = ()  # where there are several; `em` and `f1` are the last one's
 
+    @property
+    def figures(self) -> dict[str, float]:
+        """All that is known, by name; each attempt's exact match as em_attempt_1, em_attempt_2, ..."""
+        names = ("reward", "em", "f1", "format_valid", "hop_hit_rate")
+        known = {name: value for name in names if (value := getattr(self, name)) is not None}
+        return known | {f"em_attempt_{n}": em for n, em in enumerate(self.em_by_attempt, start=1)}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Rollout:

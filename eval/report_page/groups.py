@@ -126,8 +126,12 @@ def _judged(token: str, log_ratio: float) -> str:
     return f'<span class="{kind}" title="teacher {log_ratio:+.2f} nats">{plain(token)}</span>'
 
 
-def _scores(scores: Mapping[str, float | None] | None) -> str:
-    known = {name: value for name, value in (scores or {}).items() if value is not None}
+def _scores(scores: Mapping[str, Any] | None) -> str:
+    """Of a rollout's record; each attempt's exact match by itself, where there are several."""
+    own = dict(scores or {})
+    attempts = own.pop("em_by_attempt", ())
+    known = {name: value for name, value in own.items() if value is not None}
+    known |= {f"em attempt {number}": em for number, em in enumerate(attempts, start=1)}
     cells = "".join(
         f"<div><dt>{plain(name.replace('_', ' '))}</dt><dd>{value:.3g}</dd></div>"
         for name, value in known.items()

@@ -50,8 +50,8 @@ def render_group(group: RolloutGroup, blocks: Sequence[str], decode: Decode) -> 
 
 def _headline(rollout: Rollout) -> str:
     parts = [f"rollout {rollout.index}", f"stopped: {rollout.stop_reason}", f"answer: {rollout.answer!r}"]
-    scores = dataclasses.asdict(rollout.scores) if rollout.scores else {}
-    parts += [f"{name} {value:.3g}" for name, value in scores.items() if value is not None]
+    figures = rollout.scores.figures if rollout.scores else {}
+    parts += [f"{name} {value:.3g}" for name, value in figures.items()]
     return "--- " + " · ".join(parts)
 
 

@@ -8,6 +8,7 @@ import time
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from eval.report_page.groups import _scores
 from megatron_sd.errors import DataError
 from megatron_sd.observability.metrics_log import MetricsLog, read_metrics
 from megatron_sd.observability.progress import Progress
@@ -15,7 +16,7 @@ from megatron_sd.observability.recorder import Recorder
 from megatron_sd.observability.tensorboard import LAYOUT
 from megatron_sd.observability.timers import Timers, memory_metrics
 from megatron_sd.observability.transcripts import group_record, render_group
-from megatron_sd.records import RolloutGroup, StopReason
+from megatron_sd.records import RolloutGroup, Scores, StopReason
 from tests import builders
 
 
@@ -245,3 +246,22 @@ def test_progress_draws_a_bar_on_a_terminal():
     progress.close()
     assert "3/9" in stream.getvalue()
     assert "reward 0.500" in stream.getvalue()
+
+
+def test_scores_are_shown_by_name_and_attempts_apart():
+    """The headline of a transcript and the page's list."""
+    one = Scores(reward=0.5, em=0.0, f1=0.5, format_valid=1.0)
+    assert one.figures == {"reward": 0.5, "em": 0.0, "f1": 0.5, "format_valid": 1.0}
+    two = dataclasses.replace(one, em_by_attempt=(1.0, 0.0), hop_hit_rate=0.5)
+    assert list(two.figures)[-3:] == ["hop_hit_rate", "em_attempt_1", "em_attempt_2"]
+    shown = render_group(
+        dataclasses.replace(
+            builders.group([]), rollouts=(dataclasses.replace(builders.rollout(0, ["q"]), scores=two),)
+        ),
+        [""],
+        decode,
+    )
+    assert "em_attempt_1 1 · em_attempt_2 0" in shown
+    page = _scores(json.loads(json.dumps(dataclasses.asdict(two))))
+    assert "<dt>em attempt 2</dt><dd>0</dd>" in page and "by attempt" not in page
+    assert "attempt" not in _scores(json.loads(json.dumps(dataclasses.asdict(one))))

@@ -56,7 +56,7 @@ def arguments(name: str, world: Path, run_dir: Path, *options: str) -> list[str]
         "--rollout.questions_per_step=4",
         "--optimizer.learning_rate=1e-4",
         "--optimizer.warmup_steps=0",
-        "--log.transcripts_every=0",
+        "--log.transcripts_every=1",
         *SMALL,
     ]
     own = yaml.safe_load(presets()[name].path.read_text(encoding="utf-8"))

@@ -4,6 +4,7 @@ LONGEST_FIRST = (
     "tests/slurm/test_requeue.py",
     "tests/whole_runs/test_training.py",
     "tests/eval/test_acceptance.py",
+    "tests/whole_runs/test_presets.py",
     "tests/slurm/test_real_training.py",
     "tests/launch/test_launch_nodes.py",
     "tests/whole_runs/test_trust.py",

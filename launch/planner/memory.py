@@ -75,7 +75,8 @@ def rank_memory(
 ) -> tuple[Part, ...]:
     """The parts of one rank, with a full microbatch of update.max_microbatch_tokens student positions."""
     update = _update(shape, config, world_size=world_size, on_gpu=on_gpu)
-    return (*_states(shape, config, world_size), *update, *_rollout(shape, config, world_size))
+    states = _states(shape, config, world_size, on_gpu=on_gpu)
+    return (*states, *update, *_rollout(shape, config, world_size))
 
 
 def peak(parts: Sequence[Part], where: Place = "device") -> tuple[float, Phase]:
@@ -112,10 +113,11 @@ def kv_bytes_per_token(shape: DecoderSizes, item_bytes: int) -> int:
     return 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * item_bytes
 
 
-def _states(shape: DecoderSizes, config: Config, world_size: int) -> list[Part]:
+def _states(shape: DecoderSizes, config: Config, world_size: int, *, on_gpu: bool) -> list[Part]:
     sizes, item, stage = Sizes.of(shape), ITEM_BYTES[config.model.dtype], config.update.zero_stage
     adapters = adapter_elements(shape, config)
     all_trained = adapters or sizes.total
+    bucket = REDUCE_BUCKET_ELEMENTS["cuda" if on_gpu else "cpu"]
     trained = math.ceil(all_trained / world_size) if stage else all_trained
     held = math.ceil((sizes.total + adapters) / world_size) if stage == 3 else sizes.total + adapters
     update = config.update
@@ -135,14 +137,14 @@ def _states(shape: DecoderSizes, config: Config, world_size: int) -> list[Part]:
         Part(name="gradients", num_bytes=4 * (trained if stage >= 2 else all_trained)),
         Part(
             name="reduce bucket",
-            num_bytes=item * min(REDUCE_BUCKET_ELEMENTS["cuda"], all_trained) if stage else 0,
+            num_bytes=item * min(bucket, all_trained) if stage else 0,
         ),
         Part(name="optimiser step", num_bytes=at_once, phases=("step",), where=stepped),
     ]
     if config.policy_loss.kl_weight > 0.0:
         own = math.ceil(sizes.total / world_size) if stage == 3 else sizes.total
         parts.append(Part(name="start policy", num_bytes=item * own, where=kept))
-    return [*parts, *_teacher(shape, config, world_size), *_critic(shape, config, world_size)]
+    return [*parts, *_teacher(shape, config, world_size), *_critic(shape, config, world_size, on_gpu=on_gpu)]
 
 
 def _teacher(shape: DecoderSizes, config: Config, world_size: int) -> list[Part]:
@@ -158,12 +160,13 @@ def _teacher(shape: DecoderSizes, config: Config, world_size: int) -> list[Part]
     ]
 
 
-def _critic(shape: DecoderSizes, config: Config, world_size: int) -> list[Part]:
+def _critic(shape: DecoderSizes, config: Config, world_size: int, *, on_gpu: bool) -> list[Part]:
     """PPO's critic: a second whole model with its own gradients and optimiser, sharded as the policy, all of
     it trained. It works while the policy rests, so what is there for a moment is counted once."""
     total, item, update = critic_elements(shape, config), ITEM_BYTES[config.model.dtype], config.update
     if not total:
         return []
+    bucket = REDUCE_BUCKET_ELEMENTS["cuda" if on_gpu else "cpu"]
     own = math.ceil(total / world_size)
     trained = own if update.zero_stage else total
     stepped: Place = "device" if update.offload_optimizer == "none" else "host"
@@ -176,7 +179,7 @@ def _critic(shape: DecoderSizes, config: Config, world_size: int) -> list[Part]:
         Part(name="critic: gradients", num_bytes=4 * (trained if update.zero_stage >= 2 else total)),
         Part(
             name="critic: reduce bucket",
-            num_bytes=item * min(REDUCE_BUCKET_ELEMENTS["cuda"], total) if update.zero_stage else 0,
+            num_bytes=item * min(bucket, total) if update.zero_stage else 0,
         ),
     ]
 

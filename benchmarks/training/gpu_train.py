@@ -108,7 +108,9 @@ def unfused(policy) -> None:
                 parts.append(whole_logits(hidden[cut.rows], read, self.weight, rows.targets[cut.rows], own))
             logprobs, divergences = (torch.cat(column) for column in zip(*parts, strict=True))
             zeros = torch.zeros_like(divergences).detach()
-            values = RowValues(logprobs.new_zeros(()), logprobs, logprobs.detach(), divergences, zeros, zeros)
+            values = RowValues(
+                logprobs.new_zeros(()), logprobs, logprobs.detach(), divergences, zeros, zeros, zeros
+            )
             return values._replace(loss=row_loss(values, slice(None), slice(None)))
 
     head = policy.model.get_output_embeddings()

@@ -85,7 +85,8 @@ def _native_rows(
         divergence.temperature,
         wants_gradient,
     )
-    return RowDivergence(values * divergence.scale, torch.zeros_like(values))
+    scaled = values if divergence.scale == 1.0 else values * divergence.scale  # no second [N, V] gradient
+    return RowDivergence(scaled, torch.zeros_like(values))
 
 
 def _reference_rows(

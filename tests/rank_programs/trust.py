@@ -167,7 +167,7 @@ def steps(order: dict[str, Any]) -> int:
     )
     policy, outcome = make_policy(config, world), {}
     _take(policy)
-    for name in (*POISONS, "advantages", "rollout_logprobs"):
+    for name in (*POISONS, "advantages", "old_logprobs"):
         for value in (float("nan"), float("-inf")):
             before = full_parameters(policy)
             refused = _refused(policy, name, value if world.rank == order["rank"] else None)

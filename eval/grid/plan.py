@@ -98,9 +98,14 @@ def plan(config: GridConfig) -> list[Run]:
     arms = {arm: {**config.common, **own} for arm, own in config.arms.items()}
     for arm, overrides in arms.items():
         try:
-            _load(config.recipe, overrides)
+            kept = _load(config.recipe, overrides).rollout.keep_groups
         except ConfigError as error:
             raise ConfigError(f"arm {arm!r}: {error}") from error
+        if kept != "all":
+            raise ConfigError(
+                f"arm {arm!r}: rollout.keep_groups: found {kept}, expected all: its steps would cost other numbers"
+                " of rollouts than other arms', and a grid compares runs of equal rollouts"
+            )
     digests = {arm: digest(config.recipe, overrides) for arm, overrides in arms.items()}
     return [
         Run(arm=arm, start=start, seed=seed, model=path, overrides=overrides, digest=digests[arm])

@@ -19,6 +19,8 @@ from megatron_sd.algorithm.advantages.table import FROM_VALUES
 from megatron_sd.config import AdvantageConfig, CriticConfig, PolicyLossConfig, UpdateConfig
 from megatron_sd.records import Microbatch
 
+MOST_LOG_RATIO = 2.0  # of hindsight_credit, nats
+MOST_REWARD = 100.0  # of minillm, nats
 _NOTHING = np.zeros(0, dtype=np.float32)
 
 
@@ -75,29 +77,38 @@ def with_values(
     then the advantages are whitened over the step's sampled tokens, (A - mean) / sqrt(unbiased variance +
     1e-8), as Search-R1 and verl do."""
     own = [_advantages(m, reading, config, kl_weight) for m, reading in reads]
-    flat = np.concatenate([np.zeros(0), *own])
+    return [
+        replace(
+            m,
+            advantages=white.astype(np.float32),
+            returns=(advantages + reading.values).astype(np.float32),
+            old_values=reading.values,
+        )
+        for (m, reading), advantages, white in zip(reads, own, whitened(own, everywhere), strict=True)
+    ]
+
+
+def whitened(parts: Sequence[np.ndarray], everywhere: Everywhere) -> list[np.ndarray]:
+    """This rank's numbers, less the mean and over sqrt(unbiased variance + 1e-8) of all ranks'."""
+    flat = np.concatenate([np.zeros(0), *parts])
     count, total = np.sum(everywhere(np.array([len(flat), flat.sum()])), axis=0)
     mean = total / max(count, 1.0)
     squares = sum(everywhere(float(((flat - mean) ** 2).sum())))
     deviation = np.sqrt(squares / max(count - 1.0, 1.0) + WHITEN_EPSILON)
-    return [
-        replace(
-            m,
-            advantages=((advantages - mean) / deviation).astype(np.float32),
-            returns=(advantages + reading.values).astype(np.float32),
-            old_values=reading.values,
-        )
-        for (m, reading), advantages in zip(reads, own, strict=True)
-    ]
+    return [(part - mean) / deviation for part in parts]
+
+
+def _by_rollout(rollouts: np.ndarray, numbers: np.ndarray) -> list[np.ndarray]:
+    """The numbers of rows that belong to `rollouts`, a part a rollout, whose rows follow one another."""
+    return np.split(numbers, np.flatnonzero(np.diff(rollouts)) + 1)
 
 
 def _advantages(m: Microbatch, reading: Reading, config: CriticConfig, kl_weight: float) -> np.ndarray:
-    """[R] float64, rollout by rollout; a rollout's rows follow one another."""
+    """[R] float64, rollout by rollout."""
     rewards, values = token_rewards(m.advantages, m.turns), reading.values.astype(np.float64)
     if kl_weight:
         rewards = rewards - kl_weight * (reading.logprobs.astype(np.float64) - reading.reference_logprobs)
-    cuts = np.flatnonzero(np.diff(m.rollouts)) + 1
-    parts = zip(np.split(rewards, cuts), np.split(values, cuts), strict=True)
+    parts = zip(_by_rollout(m.rollouts, rewards), _by_rollout(m.rollouts, values), strict=True)
     return np.concatenate([generalized(*part, gamma=config.gamma, lam=config.lam) for part in parts])
 
 
@@ -212,15 +223,10 @@ def minillm(reads: Sequence[Read], everywhere: Everywhere, *, config: AdvantageC
     normalisation): every distilled token's advantage is its mean discounted return of log teacher - log
     policy, cut at +-100, over the rest of its rollout, whitened over the step. Other tokens have 0."""
     found = [_returns(m, _gains(m, reading), config.discount) for m, reading in reads]
-    every = np.concatenate([np.zeros(0), *everywhere(np.concatenate([np.zeros(0), *found]))])
-    if len(every) < 2:
-        return [replace(m, advantages=np.zeros_like(m.advantages)) for m, _ in reads]
-    mean, deviation = every.mean(), every.std(ddof=1) + WHITEN_EPSILON
     refined = []
-    for (m, _), own in zip(reads, found, strict=True):
+    for (m, _), own in zip(reads, whitened(found, everywhere), strict=True):
         advantages = np.zeros_like(m.advantages)
-        if len(own):
-            advantages[m.query_rows] = (own - mean) / deviation
+        advantages[m.query_rows[: len(own)]] = own  # none where no teacher was read
         refined.append(replace(m, advantages=advantages))
     return refined
 
@@ -228,9 +234,8 @@ def minillm(reads: Sequence[Read], everywhere: Everywhere, *, config: AdvantageC
 def _returns(m: Microbatch, gains: np.ndarray, discount: float) -> np.ndarray:
     if len(gains) == 0:
         return gains
-    rollouts = m.rollouts[m.query_rows]
-    cuts = np.flatnonzero(np.diff(rollouts)) + 1
-    return np.concatenate([mean_returns(part, discount) for part in np.split(gains, cuts)])
+    parts = _by_rollout(m.rollouts[m.query_rows], gains)
+    return np.concatenate([mean_returns(part, discount) for part in parts])
 
 
 def mean_returns(rewards: np.ndarray, discount: float) -> np.ndarray:
@@ -242,8 +247,6 @@ def mean_returns(rewards: np.ndarray, discount: float) -> np.ndarray:
     return found
 
 
-MOST_LOG_RATIO = 2.0  # of hindsight_credit
-MOST_REWARD = 100.0  # of minillm, nats
 MODULATIONS: Mapping[str, Callable[..., list[Microbatch]]] = {
     "turnsight": partial(by_turn, modulation=turnsight),
     "hca": partial(by_turn, modulation=hindsight_credit),

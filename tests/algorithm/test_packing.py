@@ -237,6 +237,12 @@ def test_aggregations_by_hand(aggregation, expected):
     assert total == pytest.approx(expected)
 
 
+def test_ratios_are_to_the_engine_until_something_else_is_read():
+    """So a log-probability of the engine that is no number reaches the loss, and the step is refused."""
+    microbatch = build_microbatch(make_samples(5))
+    assert len(microbatch.old_logprobs) and (microbatch.old_logprobs == microbatch.rollout_logprobs).all()
+
+
 def test_rows_know_their_rollout_and_their_turn():
     """Samples are sorted by length. Numbers go on from one sample to the next."""
     samples = make_samples(5)

@@ -132,8 +132,18 @@ def test_minillm_whitens_over_the_step_and_ends_at_a_rollout():
     """Two rollouts: gains 1, -1, 2 and 3; another rank has one return of 4."""
     m = microbatch(rollouts=[0, 0, 0, 1], advantages=[9.0] * 4, query_rows=[0, 1, 2, 3])
     read = [Read(m, reading([-1.0] * 4, teacher=[0.0, -2.0, 1.0, 2.0]))]
-    (found,) = minillm(read, lambda own: [own, np.array([4.0])], config=AdvantageConfig(discount=1.0))
     every = np.array([2 / 3, 0.5, 2.0, 3.0, 4.0])
+
+    def everywhere(own):
+        return [own, (4.0 - every.mean()) ** 2 if isinstance(own, float) else np.array([1.0, 4.0])]
+
+    (found,) = minillm(read, everywhere, config=AdvantageConfig(discount=1.0))
     assert found.advantages.tolist() == pytest.approx(
         ((every - every.mean()) / every.std(ddof=1))[:4], rel=1e-5
     )
+
+
+def test_without_a_teacher_minillm_gives_nothing():
+    m = microbatch(rollouts=[0, 0], advantages=[9.0] * 2, query_rows=[0, 1])
+    (found,) = minillm([Read(m, reading([-1.0] * 2))], alone, config=AdvantageConfig())
+    assert found.advantages.tolist() == [0.0, 0.0]

@@ -103,6 +103,10 @@ def test_a_digest_is_of_the_arm_and_not_of_seed_start_or_place(config, tmp_path)
             "arm 'x': distill.block: .* did you mean shuffled?",
         ),
         ({"arms": {"grpo": {}, "x": {"distill.beta": 2}}}, "arm 'x': distill.beta: found 2"),
+        (
+            {"arms": {"grpo": {}, "x": {"rollout.keep_groups": "with_spread"}}},
+            "arm 'x': rollout.keep_groups: found with_spread, expected all",
+        ),
         ({"arms": {"grpo": {}, "x/y": {}}}, "found the name 'x/y', expected letters"),
         ({"seeds": (1, 1)}, "seeds: found \\[1, 1\\], expected each once"),
         ({"seeds": ()}, "seeds: found none"),

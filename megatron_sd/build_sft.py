@@ -209,7 +209,7 @@ def _stored(config: Config, world: World) -> Sample:
         seed=config.seed,
         shuffle=config.data.shuffle,
     )
-    return lambda step, _attempt: list(share(world, stream.batch(step)))
+    return lambda step, _round: list(share(world, stream.batch(step)))
 
 
 def _no_teacher(groups: Groups, _blocks: Blocks, _advantages: Sequence[GroupAdvantages]) -> TeacherPrompts:

@@ -151,10 +151,10 @@ class Trainer:
         self.stability.taken(self.step, update.grad_norm)
         return update
 
-    def sample(self, attempt: int) -> list[RolloutGroup]:
+    def sample(self, round_number: int) -> list[RolloutGroup]:
         """Every rank samples its share; every rank gets all groups, scored, in question order, or the error
         of one."""
-        parts = together(self.world, lambda: self.sampling.take(self.step, attempt))
+        parts = together(self.world, lambda: self.sampling.take(self.step, round_number))
         return self.score([group for part in parts for group in part])
 
     def record(self, groups: Groups, blocks: Texts, batches: Sequence[Batch], update: UpdateResult) -> None:

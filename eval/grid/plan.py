@@ -103,8 +103,8 @@ def plan(config: GridConfig) -> list[Run]:
             raise ConfigError(f"arm {arm!r}: {error}") from error
         if kept != "all":
             raise ConfigError(
-                f"arm {arm!r}: rollout.keep_groups: found {kept}, expected all: its steps would cost other numbers"
-                " of rollouts than other arms', and a grid compares runs of equal rollouts"
+                f"arm {arm!r}: rollout.keep_groups: found {kept}, expected all: its steps would cost other"
+                " numbers of rollouts than other arms', and a grid compares runs of equal rollouts"
             )
     digests = {arm: digest(config.recipe, overrides) for arm, overrides in arms.items()}
     return [

@@ -39,8 +39,8 @@ def check(config: Config) -> None:
         )
     if config.rollout.keep_groups == "with_spread" and config.rollout.group_size == 1:
         raise ConfigError(
-            "rollout.keep_groups: found with_spread with rollout.group_size 1, expected all, or a larger group: one"
-            " rollout is never right and wrong"
+            "rollout.keep_groups: found with_spread with rollout.group_size 1, expected all, or a larger group:"
+            " one rollout is never right and wrong"
         )
     _check_attempts(config)
     _check_reward(config.reward)
@@ -191,7 +191,8 @@ def _check_critic(config: Config) -> None:
         if advantage.turn_rewards != "none":
             raise ConfigError(
                 f"advantage.turn_rewards: found {advantage.turn_rewards} with advantage.estimator"
-                f" {advantage.estimator}, expected none, or estimator gae; without a critic use estimator stepsearch"
+                f" {advantage.estimator}, expected none, or estimator gae; without a critic use estimator"
+                " stepsearch"
             )
         return
     if rollout.group_size == 1 and block in OF_SIBLINGS:

@@ -19,15 +19,15 @@ class Divergence:
     kind: "jsd" is beta KL(P || M) + (1 - beta) KL(Q || M) with M = beta P + (1 - beta) Q and 0 < beta < 1
     (TRL's generalised JSD; at beta = 0.5 the paper's), "forward_kl" KL(P || Q), "reverse_kl" KL(Q || P),
     "mse" the sum of (P - Q)^2; jsd_reference.py has the gradients too. "sampled" is log Q - log P of the
-    token that was sampled, at the rollouts' temperature (ops/head/sampled.py). beta counts for "jsd" alone. top_k:
-    both are restricted to the k likeliest tokens and renormalised, as the paper does; None: the full
+    token that was sampled, at the rollouts' temperature (ops/head/sampled.py). beta counts for "jsd" alone.
+    top_k: both are restricted to the k likeliest tokens and renormalised, as the paper does; None: the full
     vocabulary. support: whose likeliest, the teacher's (SD-Search, OPSD) or the student's (SDFT, SDPO).
     tail_bucket: with top_k, all other tokens together are one more event (SDPO), instead of nothing.
-    entry_clip: every entry's summand is cut there from above before they are summed (OPSD's
-    jsd_token_clip); negative summands stay, so a value may fall below 0; None: off.
-    scale_by_temperature_squared: times temperature^2, which keeps the size of the gradient in the logits
-    (Hinton et al., 2015, section 2). Raises ConfigError for a value out of range, and for a tail bucket, or
-    the student's support, without top_k, and for a sampled one with what counts for whole rows alone.
+    entry_clip: every entry's summand is cut there from above before they are summed (OPSD's jsd_token_clip);
+    negative summands stay, so a value may fall below 0; None: off. scale_by_temperature_squared: times
+    temperature^2, which keeps the size of the gradient in the logits (Hinton et al., 2015, section 2). Raises
+    ConfigError for a value out of range, and for a tail bucket, or the student's support, without top_k, and
+    for a sampled one with what counts for whole rows alone.
     """
 
     kind: str

@@ -11,7 +11,7 @@ from megatron_sd.config import RolloutConfig
 from megatron_sd.errors import NothingKeptError
 from megatron_sd.records import RolloutGroup
 
-# Scored groups of all ranks, alike on all, by attempt: 0 first.
+# Scored groups of all ranks, alike on all, by round: 0 first.
 SampleAll = Callable[[int], list[RolloutGroup]]
 Keeper = Callable[[RolloutGroup, RolloutConfig], bool]
 
@@ -41,27 +41,27 @@ KEEPERS: Mapping[str, Keeper] = {
 
 @dataclass
 class Collecting:
-    """Finds a step's groups. config.keep_groups `all` takes what the first attempt gives, whatever it is."""
+    """Finds a step's groups. config.keep_groups `all` takes what the first round gives, whatever it is."""
 
     config: RolloutConfig
     _counts: dict[str, float] = field(default_factory=dict)
 
     def __call__(self, sample: SampleAll) -> list[RolloutGroup]:
         """config.questions_per_step groups that are kept, in the order in which they were sampled; fewer after
-        config.max_resamples further attempts. A question that an attempt asks again is not kept twice.
+        config.max_resamples further rounds. A question that a round asks again is not kept twice.
         Raises NothingKeptError when none is kept."""
         if self.config.keep_groups == "all":
             return sample(0)
         keeps, wanted = KEEPERS[self.config.keep_groups], self.config.questions_per_step
         kept: dict[str, RolloutGroup] = {}
-        num_sampled = attempt = 0
-        while len(kept) < wanted and attempt <= self.config.max_resamples:
-            groups = sample(attempt)
+        num_sampled = num_rounds = 0
+        while len(kept) < wanted and num_rounds <= self.config.max_resamples:
+            groups = sample(num_rounds)
             num_sampled += len(groups)
             for group in groups:
                 if keeps(group, self.config):
                     kept.setdefault(group.question.id, group)
-            attempt += 1
+            num_rounds += 1
         self._counts = {
             "rollout/sampled_groups": float(num_sampled),
             "rollout/kept_share": len(kept) / max(num_sampled, 1),
@@ -69,7 +69,7 @@ class Collecting:
         if not kept:
             raise NothingKeptError(
                 f"none of {num_sampled} groups is kept by rollout.keep_groups {self.config.keep_groups} after"
-                f" {attempt} attempts (rollout.max_resamples {self.config.max_resamples})"
+                f" {num_rounds} rounds (rollout.max_resamples {self.config.max_resamples})"
             )
         return list(kept.values())[:wanted]
 

@@ -17,15 +17,15 @@ from megatron_sd.rollout.bank import RolloutBank
 from megatron_sd.rollout.rollouter import Rollouter
 from megatron_sd.search.questions import QuestionStream
 
-# this rank's groups of a step, at the first or a further attempt to find enough of them (collecting.py)
+# this rank's groups of a step, in the first or a further round (collecting.py)
 Sample = Callable[[int, int], list[RolloutGroup]]
 
 
 class SamplingOrder(Protocol):
     """Hands out this rank's groups, step by step."""
 
-    def take(self, step: int, attempt: int = 0) -> list[RolloutGroup]:
-        """The groups of a step; those of further questions at a further attempt. Raises RolloutError when they
+    def take(self, step: int, round_number: int = 0) -> list[RolloutGroup]:
+        """The groups of a step; those of further questions in a further round. Raises RolloutError when they
         could not be sampled."""
         ...
 
@@ -38,8 +38,8 @@ class SamplingOrder(Protocol):
 @dataclass(frozen=True, kw_only=True)
 class OwnShare:
     """Samples this rank's part of a step's questions. bank: where finished rollouts wait for a run that is
-    started again; None: nowhere. question_batches: how many batches of questions are set apart for a step: what an
-    earlier step used of its own changes nothing for later ones, so that a resumed run asks the same."""
+    started again; None: nowhere. question_batches: how many batches of questions are set apart for a step:
+    what an earlier step used of its own changes nothing for later ones, so that a resumed run asks the same."""
 
     world: World
     questions: QuestionStream[Question]
@@ -47,9 +47,9 @@ class OwnShare:
     bank: RolloutBank | None
     question_batches: int = 1
 
-    def __call__(self, step: int, attempt: int = 0) -> list[RolloutGroup]:
+    def __call__(self, step: int, round_number: int = 0) -> list[RolloutGroup]:
         """The groups of a step. Raises RolloutError when they could not be sampled."""
-        mine = share(self.world, self.questions.batch(step * self.question_batches + attempt))
+        mine = share(self.world, self.questions.batch(step * self.question_batches + round_number))
         if self.bank is None:
             return self.rollouter.run(mine, step=step)
         with contextlib.closing(self.bank.open(step, self.rollouter.policy_version)) as banked:
@@ -62,9 +62,9 @@ class InStep:
     def __init__(self, sample: Sample):
         self._sample = sample
 
-    def take(self, step: int, attempt: int = 0) -> list[RolloutGroup]:
+    def take(self, step: int, round_number: int = 0) -> list[RolloutGroup]:
         """Sample now."""
-        return self._sample(step, attempt)
+        return self._sample(step, round_number)
 
     def settle(self) -> None:
         """Nothing runs between two steps."""
@@ -83,8 +83,8 @@ class OneAhead:
         self._ahead: Future[list[RolloutGroup]] | None = None
         self._step_ahead = -1
 
-    def take(self, step: int, attempt: int = 0) -> list[RolloutGroup]:
-        """Wait for the step's rollouts and begin the next step's. There is one attempt."""
+    def take(self, step: int, round_number: int = 0) -> list[RolloutGroup]:
+        """Wait for the step's rollouts and begin the next step's. There is one round."""
         is_here = self._ahead is not None and self._step_ahead == step
         groups = (self._ahead if is_here else self._thread.submit(self._sample, step, 0)).result()
         more = step + 1 < self._num_steps

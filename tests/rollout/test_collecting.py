@@ -51,24 +51,24 @@ def test_further_questions_are_asked_until_there_are_enough():
         [group(MIXED, "f"), group(MIXED, "g")],
     ]
     collecting = Collecting(RolloutConfig(questions_per_step=2, keep_groups="with_spread"))
-    found = collecting(lambda attempt: batches[attempt])
+    found = collecting(lambda number: batches[number])
     assert [g.question.id for g in found] == ["a", "d"]
     assert collecting.metrics() == {"rollout/sampled_groups": 6.0, "rollout/kept_share": 0.5}
 
 
-def test_after_the_last_attempt_a_step_takes_what_there_is():
+def test_after_the_last_round_a_step_takes_what_there_is():
     few = Collecting(RolloutConfig(questions_per_step=2, keep_groups="with_spread", max_resamples=1))
-    assert [g.question.id for g in few(lambda attempt: [group(MIXED, "a"), group(RIGHT, "b")])] == ["a"]
+    assert [g.question.id for g in few(lambda number: [group(MIXED, "a"), group(RIGHT, "b")])] == ["a"]
     with pytest.raises(
         NothingKeptError, match="none of 4 groups is kept by rollout.keep_groups with_spread after 2"
     ):
-        few(lambda attempt: [group(RIGHT, "a"), group(RIGHT, "b")])
+        few(lambda number: [group(RIGHT, "a"), group(RIGHT, "b")])
 
 
 def test_without_a_choice_the_first_attempt_is_all():
     groups = [group(RIGHT, "a")]
     collecting = Collecting(RolloutConfig(questions_per_step=9))
-    assert collecting(lambda attempt: groups if attempt == 0 else []) is groups and collecting.metrics() == {}
+    assert collecting(lambda number: groups if number == 0 else []) is groups and collecting.metrics() == {}
 
 
 def test_a_step_has_questions_of_its_own_whatever_earlier_steps_used():
@@ -83,8 +83,8 @@ def test_a_step_has_questions_of_its_own_whatever_earlier_steps_used():
     share = OwnShare(
         world=lone_world(), questions=stream, rollouter=Rollouter(), bank=None, question_batches=3
     )
-    for step, attempt in ((0, 0), (0, 1), (1, 0), (1, 2)):
-        share(step, attempt)
+    for step, number in ((0, 0), (0, 1), (1, 0), (1, 2)):
+        share(step, number)
     assert [(step, "".join(questions)) for step, questions in asked] == [
         (0, "ab"),
         (0, "cd"),

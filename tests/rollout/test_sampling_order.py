@@ -20,7 +20,7 @@ class Engine:
         self.sampled: dict[int, int] = {}
         self.is_busy = False
 
-    def sample(self, step, attempt):
+    def sample(self, step, number):
         self.is_busy = True
         self.sampled[step] = self.version
         self.is_busy = False
@@ -50,7 +50,7 @@ def test_one_ahead_is_one_step_behind_and_stops_with_the_run():
 def test_one_ahead_samples_while_the_step_goes_on():
     began, go = threading.Event(), threading.Event()
 
-    def sample(step, attempt):
+    def sample(step, number):
         if step == 1:
             began.set()
             assert go.wait(60)
@@ -64,7 +64,7 @@ def test_one_ahead_samples_while_the_step_goes_on():
 
 
 def test_an_error_ahead_is_raised_in_its_own_step():
-    def sample(step, attempt):
+    def sample(step, number):
         if step == 1:
             raise RolloutError("no server is left")
         return [step]
@@ -94,5 +94,5 @@ def test_the_thread_that_samples_ahead_uses_its_ranks_gpu(monkeypatch):
         torch.cuda, "set_device", lambda device: used.append((device, threading.current_thread()))
     )
     gpu = torch.device("cuda", 3)
-    threads = OneAhead(lambda step, attempt: [threading.current_thread()], num_steps=1, device=gpu).take(0)
+    threads = OneAhead(lambda step, number: [threading.current_thread()], num_steps=1, device=gpu).take(0)
     assert used == [(gpu, threads[0])] and threads[0] is not threading.main_thread()

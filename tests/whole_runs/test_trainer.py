@@ -33,7 +33,7 @@ def trainer(events: list, *, fails_at: tuple[str, int]) -> Trainer:
                 ReshardError("a worker is gone") if phase == "publish" else RolloutError("no server is left")
             )
 
-    def take(step: int, attempt: int) -> list:
+    def take(step: int, number: int) -> list:
         note("rollout", step)
         return []
 

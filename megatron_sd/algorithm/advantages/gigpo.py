@@ -14,12 +14,13 @@ from megatron_sd.records import RolloutGroup
 def gigpo(groups: Sequence[RolloutGroup], config: AdvantageConfig) -> list[GroupAdvantages]:
     """A_ik = A_i + w A_ik^S (GiGPO, arXiv 2505.10978, equations 3 to 8).
 
-    A_i: the reward less the group's mean. The return of turn k is discount^(K - 1 - k) r_i, the reward standing
-    on the last turn; A_ik^S: it, less the mean of the turns of the group that stand in the same place (states.py);
-    alone there: 0. normalize mean_std divides both by sample deviation + 1e-6. w: config.weight.
+    A_i: the reward less the group's mean. The return of turn k is discount^(K - 1 - k) r_i, the reward
+    standing on the last turn; A_ik^S: it, less the mean of the turns of the group that stand in the same
+    place (states.py); alone there: 0. normalize mean_std divides both by sample deviation + 1e-6. w:
+    config.weight.
 
-    The authors' code takes the rollouts' mean over turns, so that long rollouts count more; here every rollout
-    counts once.
+    The authors' code takes the rollouts' mean over turns, so that long rollouts count more; here every
+    rollout counts once.
     """
     return [_of_group(group, config) for group in groups]
 

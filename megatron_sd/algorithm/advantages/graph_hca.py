@@ -24,10 +24,11 @@ def graph_hca(groups: Sequence[RolloutGroup], config: AdvantageConfig) -> list[G
     """A_ik = A_i of GRPO + w credit_ik (after GraphHCA, arXiv 2609.35084).
 
     Places (states.py) and the turns between them make a graph; a rollout's last turn leads to success (exact
-    match) or failure. The chance of success from a place is phi(s) = discount * sum over its turns of phi(next) /
-    number of turns, 1 and 0 at the ends. A turn's raw credit is ln max(phi(next), .01) - ln max(phi(s), .01),
-    standardised (sample deviation + 1e-6) among the turns taken from the same place: alone there, or without spread, 0.
-    w: config.weight; 0 is GRPO bit for bit. Which deviation the authors take is not known to us.
+    match) or failure. The chance of success from a place is phi(s) = discount * sum over its turns of
+    phi(next) / number of turns, 1 and 0 at the ends. A turn's raw credit is ln max(phi(next), .01) - ln
+    max(phi(s), .01), standardised (sample deviation + 1e-6) among the turns taken from the same place: alone
+    there, or without spread, 0. w: config.weight; 0 is GRPO bit for bit. Which deviation the authors take is
+    not known to us.
     """
     found = []
     for group, whole in zip(groups, grpo(groups, config), strict=True):

@@ -11,10 +11,11 @@ from megatron_sd.records import Rollout, RolloutGroup
 
 
 def mr_search(groups: Sequence[RolloutGroup], config: AdvantageConfig) -> list[GroupAdvantages]:
-    """C_in = sum over m >= n of discount^(m - n) A_im, for every turn of attempt n (MR-Search, arXiv 2603.11327).
+    """C_in = sum over m >= n of discount^(m - n) A_im, for every turn of attempt n (MR-Search, arXiv
+    2603.11327).
 
-    A_im: exact match of attempt m, less the mean over the group's other rollouts that made it; alone there: 0.
-    With one attempt this is RLOO's difference from the others, of rewards.
+    A_im: exact match of attempt m, less the mean over the group's other rollouts that made it; alone there:
+    0. With one attempt this is RLOO's difference from the others, of rewards.
     """
     return [_of_group(group, config) for group in groups]
 

@@ -45,6 +45,7 @@ def test_wheel_holds_the_packages_and_their_data(wheel):
     assert tops == {"megatron_sd", "data_prep", "eval", "launch", "megatron_sd-0.1.0.dist-info"}
 
 
+@pytest.mark.slow
 def test_wheel_declares_command_licence_and_extras(wheel):
     meta = wheel.read("megatron_sd-0.1.0.dist-info/METADATA").decode()
     assert re.search(r"^License(-Expression)?: Apache-2.0$", meta, re.M)

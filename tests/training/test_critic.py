@@ -155,7 +155,9 @@ def test_adapters_are_the_policys_alone(world, model_path):
     assert not [name for name, _ in critic.model.named_parameters() if "lora" in name]
 
 
-@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize(
+    "stage", [0, pytest.param(2, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)]
+)
 def test_a_critic_that_goes_on_is_bit_identical(world, model_path, tmp_path, stage):
     plain = CriticOrder(model=model_path, steps=4, config={"distill": PLAIN, "update": {"zero_stage": stage}})
     expected = take_critic_steps(plain, world)
@@ -197,6 +199,7 @@ def test_a_gradient_that_is_not_finite_leaves_the_critic(world, model_path, stag
     assert all(torch.equal(again[name], tensor) for name, tensor in expected.items())
 
 
+@pytest.mark.slow
 @pytest.mark.ranks
 def test_two_ranks_take_the_critics_steps_and_go_on_with_ones(world, model_path, sharded, tmp_path):
     """At stage 3 and 1; a rank without rows; and from a checkpoint that one rank wrote."""

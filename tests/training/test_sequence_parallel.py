@@ -70,6 +70,7 @@ def test_ranks_that_share_sequences_take_the_step_of_one(outcomes, name):
         assert all(torch.equal(parameter, other["parameters"][key]) for other in others)
 
 
+@pytest.mark.slow
 @pytest.mark.ranks
 def test_checkpointed_activations_change_no_bit(outcomes):
     """They repeat the all-to-alls of the forward; measured against the same ranks without."""
@@ -79,6 +80,7 @@ def test_checkpointed_activations_change_no_bit(outcomes):
         assert other == pytest.approx(one, rel=4e-6, abs=2e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.ranks
 def test_a_rank_reads_its_slice_only(outcomes):
     """Four ranks that share all sequences read a quarter each, and padding to a multiple of four."""
@@ -89,6 +91,7 @@ def test_a_rank_reads_its_slice_only(outcomes):
         assert alone / NUM_RANKS <= outcome["tokens_read"] < 1.15 * alone / NUM_RANKS
 
 
+@pytest.mark.slow
 @pytest.mark.ranks
 def test_ranks_that_share_sequences_resume_bit_for_bit(outcomes):
     for straight, first, second in zip(outcomes["pairs"], outcomes["first_half"], outcomes["second_half"]):

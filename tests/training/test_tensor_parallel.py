@@ -78,6 +78,7 @@ def test_ranks_that_share_layers_take_the_step_of_one(outcomes, name):
         assert all(torch.equal(parameter, other["parameters"][key]) for other in others)
 
 
+@pytest.mark.slow
 @pytest.mark.ranks
 def test_bfloat16_takes_nearly_the_step_of_float32(outcomes):
     one, other = (outcomes[name][0]["history"][0] for name in ("bfloat16", "untied"))
@@ -85,6 +86,7 @@ def test_bfloat16_takes_nearly_the_step_of_float32(outcomes):
         assert one[name] == pytest.approx(other[name], rel=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.ranks
 def test_ranks_that_share_layers_resume_bit_for_bit(outcomes):
     """And the checkpoint's model is whole."""

@@ -164,6 +164,7 @@ def own_option(word: str, left_out: str) -> bool:
     return word.startswith(left_out) and not word.startswith("--run_dir")
 
 
+@pytest.mark.slow
 def test_what_an_evaluation_takes_and_reads_is_looked_at_first(episodes, tmp_path, capfd, monkeypatch):
     argv = arguments(episodes, tmp_path / "run", "--safety.check_memory=refuse", *looking(episodes))
     monkeypatch.setattr(local, "free_bytes", lambda: 1 << 20)

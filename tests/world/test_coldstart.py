@@ -116,6 +116,7 @@ def test_the_loss_is_the_weighted_mean_over_weighted_tokens(tokenizer):
     assert weighted_loss(model, ids, weights).item() == pytest.approx(expected.item(), abs=0.05)  # bfloat16
 
 
+@pytest.mark.slow
 def test_three_steps_write_a_model_that_loads_and_repeats(tmp_path):
     config = dataclasses.replace(TINY, output=str(tmp_path / "first"))
     directory = run_coldstart(config)
@@ -134,6 +135,7 @@ def test_three_steps_write_a_model_that_loads_and_repeats(tmp_path):
         assert torch.equal(weight, again.state_dict()[name]), name
 
 
+@pytest.mark.slow
 def test_a_cold_start_goes_on_from_an_earlier_one(tmp_path):
     first = run_coldstart(dataclasses.replace(TINY, output=str(tmp_path / "first")))
     config = dataclasses.replace(

@@ -23,6 +23,13 @@ from megatron_sd.algorithm.hindsight import (
 from megatron_sd.records import Rollout
 
 FILLER = "the"  # one token in every tokenizer of ours, and no news
+FUNCTION_WORDS = frozenset(
+    re.findall(
+        r"\w+",
+        "a an and are as at be by did do does for from has have how in is it its of on or that the their to was were"
+        " what when where which who whom whose why with",
+    )
+)
 
 
 def paper_block(context: BlockContext) -> str:
@@ -50,6 +57,22 @@ def only_correct_block(context: BlockContext) -> str:
 def only_correct_shuffled_block(context: BlockContext) -> str:
     """As many attempts, drawn at random, all of them called CORRECT: the control of only_correct."""
     return context.render([attempt for attempt in _shuffled(context) if attempt.correct])
+
+
+def settled_block(context: BlockContext) -> str:
+    """The paper's block with each attempt's last query about each thing that it asked for (ours). A query that
+    was asked again in other words did not find what it was for; in a CORRECT attempt the label would praise it."""
+    return context.render([_settled(attempt) for attempt in context.attempts])
+
+
+def settled_shuffled_block(context: BlockContext) -> str:
+    """`settled` with its labels permuted among the attempts: a control."""
+    return context.render([_settled(attempt) for attempt in _shuffled(context)])
+
+
+def settled_wrong_question_block(context: BlockContext) -> str:
+    """`settled` of another question of the step: a control. Empty when the step has one question only."""
+    return context.render([_settled(attempt) for attempt in _of_another_question(context)])
 
 
 def no_labels_block(context: BlockContext) -> str:
@@ -81,10 +104,7 @@ def flat_pool_block(context: BlockContext) -> str:
 
 def wrong_question_block(context: BlockContext) -> str:
     """The block of another question of the step: a control. Empty when the step has one question only."""
-    others = [i for i in range(len(context.groups)) if i != context.group]
-    if not others:
-        return ""
-    return context.render(attempts_of(context.groups[context.rng.choice(others)], context.correct_above))
+    return context.render(_of_another_question(context))
 
 
 def dummy_block(context: BlockContext) -> str:
@@ -145,6 +165,9 @@ BLOCKS: dict[str, BlockBuilder] = {
     "single": single_block,
     "only_correct": only_correct_block,
     "only_correct_shuffled": only_correct_shuffled_block,
+    "settled": settled_block,
+    "settled_shuffled": settled_shuffled_block,
+    "settled_wrong_question": settled_wrong_question_block,
     "no_labels": no_labels_block,
     "shuffled": shuffled_block,
     "inverted": inverted_block,
@@ -168,6 +191,31 @@ def _shuffled(context: BlockContext) -> list[AttemptLine]:
     labels = [attempt.correct for attempt in attempts]
     context.rng.shuffle(labels)
     return [replace(attempt, correct=label) for attempt, label in zip(attempts, labels, strict=True)]
+
+
+def _of_another_question(context: BlockContext) -> list[AttemptLine]:
+    """The attempts at another question, one draw for all rollouts of the group; none when there is no other."""
+    others = [i for i in range(len(context.groups)) if i != context.group]
+    if not others:
+        return []
+    return attempts_of(context.groups[context.rng.choice(others)], context.correct_above)
+
+
+def _settled(attempt: AttemptLine) -> AttemptLine:
+    queries = attempt.queries
+    last = [q for i, q in enumerate(queries) if not any(_asks_again(later, q) for later in queries[i + 1 :])]
+    return replace(attempt, queries=tuple(last))
+
+
+def _asks_again(later: str, earlier: str) -> bool:
+    """Whether two queries share at least half of the content words of the one that has fewer."""
+    one, other = _content_words(later), _content_words(earlier)
+    fewer = min(len(one), len(other))
+    return later == earlier or (fewer > 0 and 2 * len(one & other) >= fewer)
+
+
+def _content_words(text: str) -> frozenset[str]:
+    return frozenset(re.findall(r"\w+", text.lower())) - FUNCTION_WORDS
 
 
 def _passages(rollout: Rollout) -> tuple[tuple[str, ...], ...]:

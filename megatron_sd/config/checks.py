@@ -170,7 +170,7 @@ def _check_reading(config: Config) -> None:
 # blocks that show what other rollouts of the question did
 OF_SIBLINGS = (
     *("paper", "leave_one_out", "only_correct", "only_correct_shuffled", "no_labels", "shuffled", "inverted"),
-    *("flat_pool", "turn_causal", "with_documents", "solution"),
+    *("flat_pool", "turn_causal", "with_documents", "solution", "settled", "settled_shuffled"),
 )
 
 

@@ -128,6 +128,38 @@ def test_leave_one_out_lists_the_siblings():
     assert blocks("leave_one_out", [lonely])[0][0] == "", "no sibling searched"
 
 
+def test_settled_leaves_out_what_was_asked_again():
+    tried = ["scholar Bira Gotam keeper", "painter Galo Sisul successor", "scholar Bira Gotam protector"]
+    searched = group(
+        [rollout(0, tried, reward=1.0), rollout(1, ["Who is it?", "who is it?", "red fox"], reward=0.0)]
+    )
+    expected = (
+        "Previous attempts at this question:\n"
+        'Attempt 1: "painter Galo Sisul successor" -> "scholar Bira Gotam protector" => CORRECT\n'
+        'Attempt 2: "Who is it?" -> "who is it?" -> "red fox" => INCORRECT\n'
+    )
+    assert blocks("settled", [searched]) == [[expected] * 2], "function words alone are no thing asked for"
+    assert blocks("settled_wrong_question", [OTHER, searched])[0][0] == expected
+    assert blocks("settled_wrong_question", [searched]) == [["", ""]]
+    turned = {blocks("settled_shuffled", [searched], step=step)[0][0] for step in range(20)}
+    assert turned == {
+        expected,
+        expected.replace("INCORRECT", "X").replace("CORRECT", "INCORRECT").replace("X", "CORRECT"),
+    }
+
+
+def test_half_of_the_shorter_querys_content_words_are_the_same_thing():
+    tried = [
+        "director of Inception",
+        "Inception director birthplace",
+        "Christopher Nolan birthplace",
+        "Nolan",
+    ]
+    assert blocks("settled", [group([rollout(0, tried, reward=1.0)])])[0][0].splitlines()[1] == (
+        'Attempt 1: "Inception director birthplace" -> "Nolan" => CORRECT'
+    )
+
+
 def test_single_is_the_focal_rollouts_own_attempt():
     assert blocks("single", [MIXED])[0] == [
         'Previous attempts at this question:\nAttempt 1: "red fox" -> "blue hen" => CORRECT\n',

@@ -100,6 +100,7 @@ def paper(world, tmp_path_factory):
 
 BLOCKS = (
     "leave_one_out",
+    "settled",
     "single",
     "inverted",
     "flat_pool",

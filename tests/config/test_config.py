@@ -217,5 +217,5 @@ def test_a_critic_has_an_optimiser_of_its_own():
 
 def test_blocks_of_siblings_are_blocks():
     """And the others need no sibling: a new block belongs to one of the two."""
-    alone = {"single", "wrong_question", "dummy", "reference", "plain", "none"}
+    alone = {"single", "wrong_question", "settled_wrong_question", "dummy", "reference", "plain", "none"}
     assert set(OF_SIBLINGS) | alone == set(BLOCKS) and not set(OF_SIBLINGS) & alone

@@ -98,14 +98,10 @@ def plan(config: GridConfig) -> list[Run]:
     arms = {arm: {**config.common, **own} for arm, own in config.arms.items()}
     for arm, overrides in arms.items():
         try:
-            kept = _load(config.recipe, overrides).rollout.keep_groups
+            resolved = _load(config.recipe, overrides)
         except ConfigError as error:
             raise ConfigError(f"arm {arm!r}: {error}") from error
-        if kept != "all":
-            raise ConfigError(
-                f"arm {arm!r}: rollout.keep_groups: found {kept}, expected all: its steps would cost other"
-                " numbers of rollouts than other arms', and a grid compares runs of equal rollouts"
-            )
+        _refuse_unlike(arm, resolved, config.outcomes)
     digests = {arm: digest(config.recipe, overrides) for arm, overrides in arms.items()}
     return [
         Run(arm=arm, start=start, seed=seed, model=path, overrides=overrides, digest=digests[arm])
@@ -113,6 +109,21 @@ def plan(config: GridConfig) -> list[Run]:
         for start, path in config.starts.items()
         for arm, overrides in arms.items()
     ]
+
+
+def _refuse_unlike(arm: str, resolved: Config, outcomes: Sequence[str]) -> None:
+    """Raise ConfigError for an arm that cannot be compared with others."""
+    kept, weight = resolved.rollout.keep_groups, resolved.policy_loss.weight
+    if kept != "all":
+        raise ConfigError(
+            f"arm {arm!r}: rollout.keep_groups: found {kept}, expected all: its steps would cost other"
+            " numbers of rollouts than other arms', and a grid compares runs of equal rollouts"
+        )
+    if weight == 0.0 and "train_entropy" in outcomes:
+        raise ConfigError(
+            f"outcomes: found train_entropy with arm {arm!r}, whose policy_loss.weight is 0, expected another"
+            " outcome: entropies are those that the policy loss reads"
+        )
 
 
 def contrasts_of(config: GridConfig) -> list[tuple[str, str]]:

@@ -36,7 +36,8 @@ from megatron_sd.search.reward import score
 from megatron_sd.trainer import Trainer
 
 ANSWER = "grid-worker:"  # lines of standard output that are meant for the pool; libraries may print others
-CURVES = {"em": "reward/em", "hop_hits": "rollout/hop_hit_rate", "entropy": "rollout/entropy_nats"}
+ENTROPY = "rollout/entropy_nats"
+CURVES = {"em": "reward/em", "hop_hits": "rollout/hop_hit_rate", "entropy": ENTROPY}
 RATIOS = ("distill/alpha", "distill/grad_ratio", "distill/grad_ratio_no_spread", "distill/grad_cosine")
 DIVERGENCE = "distill/divergence_nats"
 # names the sampling noise of the evaluation; the same for all arms, never a training step's
@@ -89,7 +90,7 @@ def train_run(run: Run, order: Mapping[str, Any], world: World) -> None:
         seed=run.seed,
         digest=run.digest,
         settings=run.overrides,
-        outcomes=_rounded(outcomes | _training(steps)),
+        outcomes=_rounded(outcomes | training_outcomes(steps)),
         curves={name: [round(m[key], 4) for m in steps.values() if key in m] for name, key in CURVES.items()},
         ratios={str(step): _rounded(own) for step, own in _measured(steps).items()},
         cost={name: round(value, 2) for name, value in cost.items()},
@@ -115,13 +116,14 @@ def _held_out(trainer: Trainer, config: Config, num_questions: int) -> dict[str,
     }
 
 
-def _training(steps: Mapping[int, Mapping[str, float]]) -> dict[str, float]:
+def training_outcomes(steps: Mapping[int, Mapping[str, float]]) -> dict[str, float]:
     """Success of the training rollouts, each sampled before its step's update: over all steps, and over the
-    last quarter."""
+    last quarter. Entropy of that quarter, unless the policy loss read nothing (policy_loss.weight 0)."""
     successes = [metrics["reward/em"] for metrics in steps.values()]
     last = successes[-max(1, len(successes) // 4) :]
-    entropy = [metrics["rollout/entropy_nats"] for metrics in steps.values()][-len(last) :]
-    return {"train_em": np.mean(successes), "train_em_late": np.mean(last), "train_entropy": np.mean(entropy)}
+    entropy = [m[ENTROPY] for m in steps.values() if ENTROPY in m][-len(last) :]
+    known = {"train_entropy": np.mean(entropy)} if entropy else {}
+    return {"train_em": np.mean(successes), "train_em_late": np.mean(last), **known}
 
 
 def _measured(steps: Mapping[int, Mapping[str, float]]) -> dict[int, dict[str, float]]:

@@ -16,7 +16,7 @@ from eval.grid.main import read_cells, run_grid, write_results
 from eval.grid.plan import OUTCOMES, GridConfig, contrasts_of, digest, plan
 from eval.grid.records import RunRecord, read_record, write_record
 from eval.grid.table import crossed_bootstrap, summarize
-from eval.grid.worker import provenance
+from eval.grid.worker import ENTROPY, provenance, training_outcomes
 from launch.programs import make_world
 from megatron_sd.config.command_line import parse
 from megatron_sd.errors import ConfigError, DataError, MegatronSdError
@@ -106,6 +106,13 @@ def test_a_digest_is_of_the_arm_and_not_of_seed_start_or_place(config, tmp_path)
         (
             {"arms": {"grpo": {}, "x": {"rollout.keep_groups": "with_spread"}}},
             "arm 'x': rollout.keep_groups: found with_spread, expected all",
+        ),
+        (
+            {
+                "arms": {"grpo": {}, "x": {"policy_loss.weight": 0.0, "distill.measure_every": 0}},
+                "outcomes": ("train_entropy",),
+            },
+            "outcomes: found train_entropy with arm 'x'",
         ),
         ({"arms": {"grpo": {}, "x/y": {}}}, "found the name 'x/y', expected letters"),
         ({"seeds": (1, 1)}, "seeds: found \\[1, 1\\], expected each once"),
@@ -257,6 +264,13 @@ def test_a_record_says_what_made_it(config):
     weights = Path(config.starts["two"]) / "model.safetensors"
     weights.write_bytes(weights.read_bytes() + b" ")
     assert provenance(weights.parent)["start_weights"] != one["start_weights"]
+
+
+def test_a_run_without_a_policy_loss_has_no_entropy():
+    steps = {1: {"reward/em": 0.5, ENTROPY: 0.2}, 2: {"reward/em": 1.0, ENTROPY: 0.4}}
+    assert training_outcomes(steps) == {"train_em": 0.75, "train_em_late": 1.0, "train_entropy": 0.4}
+    bare = {step: {"reward/em": metrics["reward/em"]} for step, metrics in steps.items()}
+    assert training_outcomes(bare) == {"train_em": 0.75, "train_em_late": 1.0}
 
 
 @pytest.mark.slow

@@ -110,7 +110,11 @@ def test_a_digest_is_of_the_arm_and_not_of_seed_start_or_place(config, tmp_path)
         (
             {
                 "arms": {"grpo": {}, "x": {"policy_loss.weight": 0.0}},
-                "common": {"distill.measure_every": 0, "distill.alpha.mode": "fixed"},
+                "common": {
+                    "distill.measure_every": 0,
+                    "distill.alpha.mode": "fixed",
+                    "distill.alpha.warmup_steps": 0,
+                },
                 "outcomes": ("train_entropy",),
             },
             "outcomes: found train_entropy with arm 'x'",

@@ -14,6 +14,7 @@ import xxhash
 from megatron_sd.config import ModelConfig, ProtocolConfig, RetrieverConfig, RewardConfig, RolloutConfig
 from megatron_sd.durable.files import write_whole
 from megatron_sd.errors import ConfigError, DataError
+from megatron_sd.own_code import digests
 from megatron_sd.records import Question
 from megatron_sd.retrieval.corpus.manifest import file_entry
 
@@ -74,6 +75,12 @@ def rollouts_identity(
         "protocol": dataclasses.asdict(protocol),
         "limits": {name: getattr(rollout, name) for name in _LIMITS},
     }
+
+
+def own_code(config: Any) -> dict[str, Any]:
+    """Digests of the files of the user's own functions, for an identity; nothing where there are none."""
+    found = digests(config)
+    return {"own_code": found} if found else {}
 
 
 def check_causal(path: str) -> None:

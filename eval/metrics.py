@@ -57,6 +57,14 @@ def rollout_figures(
     }
 
 
+def own_figures(rollout: Rollout) -> Mapping[str, float]:
+    """What functions of the user's own (reward.own) made of a scored rollout; an infrastructure failure is no
+    data."""
+    if rollout.stop_reason.is_infrastructure or rollout.scores is None:
+        return {}
+    return rollout.scores.own
+
+
 def answered_in_form(rollout: Rollout) -> float:
     """1.0 when the rollout ended with a non-empty answer and every completion did what its prompt asked
     for."""

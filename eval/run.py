@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from eval.identity import check_causal, claim, questions_version, rollouts_identity
+from eval.identity import check_causal, claim, own_code, questions_version, rollouts_identity
 from eval.overlap import Overlap, measure_overlap
 from eval.samples import SAMPLES_NAME, append_results, read_results, to_result
 from eval.strategies.runner import Strategy
@@ -34,7 +34,7 @@ from megatron_sd.errors import RolloutError
 from megatron_sd.observability.transcripts import group_record, render_group
 from megatron_sd.records import Question, RolloutGroup
 from megatron_sd.search.questions import load_questions
-from megatron_sd.search.reward import score
+from megatron_sd.search.reward import own_scores, score
 
 REPORT_NAME = "report.json"
 TRANSCRIPTS = Path("transcripts") / "evaluation.jsonl"
@@ -89,6 +89,7 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
 
 
 def _evaluate(config: EvalConfig, output: Path) -> dict[str, Any]:
+    own_scores(config.reward)  # what does not fit fails before a model is loaded
     # what cannot be written fails before the rollouts
     (output / TRANSCRIPTS).parent.mkdir(parents=True, exist_ok=True)
     questions = load_questions(config.questions, config.split, config.limit)
@@ -132,6 +133,7 @@ def _identity(config: EvalConfig, questions: Sequence[Question], side: RolloutSi
             config.rollout,
             corpus_version=side.retriever.corpus_version,
         ),
+        **own_code(config),
     }
 
 

@@ -15,14 +15,16 @@ from typing import Any
 import torch
 from transformers.utils.logging import disable_progress_bar
 
-from megatron_sd.algorithm.advantages.table import ADVANTAGES, gradient_test
+from megatron_sd.algorithm.advantages.estimator import GroupAdvantages
+from megatron_sd.algorithm.advantages.table import ESTIMATOR_SEAM, gradient_test
 from megatron_sd.algorithm.assemble import own_batches, teacher_prompts
-from megatron_sd.algorithm.blocks import BLOCKS, BY_TURN, PLAIN
+from megatron_sd.algorithm.blocks import BLOCK_SEAM, BY_TURN, PLAIN
 from megatron_sd.algorithm.hindsight import RENDERERS, HindsightBlocks
 from megatron_sd.algorithm.refinements import refinements
-from megatron_sd.algorithm.samples import SCOPES, to_samples
+from megatron_sd.algorithm.samples import GATE_SEAM, SCOPES, to_samples
 from megatron_sd.build_policy import build_critic, build_policy, check_same_tokens
 from megatron_sd.config import (
+    AdvantageConfig,
     Config,
     DistillConfig,
     ModelConfig,
@@ -41,7 +43,7 @@ from megatron_sd.observability.metrics import rollout_metrics
 from megatron_sd.observability.progress import Work
 from megatron_sd.observability.recorder import Recorder
 from megatron_sd.observability.timers import Timers
-from megatron_sd.records import Batch, TrainingSample
+from megatron_sd.records import Batch, RolloutGroup, TrainingSample
 from megatron_sd.retrieval.choice import open_retriever
 from megatron_sd.retrieval.retriever import Retriever
 from megatron_sd.rollout.bank import RolloutBank
@@ -56,7 +58,7 @@ from megatron_sd.rollout.vllm.servers_engine import VllmEngine
 from megatron_sd.search.environment import Environment
 from megatron_sd.search.protocol import build_protocol
 from megatron_sd.search.questions import QuestionStream, load_questions
-from megatron_sd.search.reward import score
+from megatron_sd.search.reward import own_scores, score
 from megatron_sd.search.tokens import TextCodec, load_codec
 from megatron_sd.trainer import Schedule, Trainer
 from megatron_sd.training.critic.critic import Critic, policy_alone
@@ -163,6 +165,7 @@ def build_trainer(config: Config, world: World) -> Trainer:
     """The trainer of a run. Raises ConfigError or DataError before anything is trained."""
     parallel = Parallel.of(config.update, world)
     run_dir = check_run_dir(config)
+    try_own_functions(config)
     parts = config.model, config.protocol, config.rollout, config.retriever
     shares = engine_reads_policy(config, world.size)
     side = build_rollout_side(*parts, seed=config.seed, output=run_dir, world=world, on_demand=shares)
@@ -184,12 +187,13 @@ def build_trainer(config: Config, world: World) -> Trainer:
         sampling=_sampling_order(config, world, questions, side),
         collect=Collecting(config.rollout),
         score=functools.partial(score, config=config.reward),
-        advantages=functools.partial(ADVANTAGES[config.advantage.estimator], config=config.advantage),
+        advantages=estimator_of(config.advantage),
         hindsight=hindsight_of(config.distill, config.seed),
         teacher_prompts=functools.partial(
             teacher_prompts,
             prompt_ids=side.environment.prompt_ids,
             config=config.distill,
+            gate=GATE_SEAM.choose(config.distill.gate),
             has_gradient=has_gradient,
         ),
         to_samples=functools.partial(
@@ -211,6 +215,24 @@ def build_trainer(config: Config, world: World) -> Trainer:
         stability=Stability(config.safety),
         attempts=Attempts(run_dir / ATTEMPTS_NAME, world, limit=config.safety.max_idle_attempts),
     )
+
+
+def try_own_functions(config: Config) -> None:
+    """Before a model is loaded. Raises ConfigError for one that does not fit its place."""
+    build_protocol(config.protocol)
+    own_scores(config.reward)
+    for seam, name in (
+        (BLOCK_SEAM, config.distill.block),
+        (GATE_SEAM, config.distill.gate),
+        (ESTIMATOR_SEAM, config.advantage.estimator),
+    ):
+        seam.choose(name)
+
+
+def estimator_of(config: AdvantageConfig) -> Callable[[Sequence[RolloutGroup]], list[GroupAdvantages]]:
+    """From a step's scored groups to a number for each turn."""
+    estimator = ESTIMATOR_SEAM.choose(config.estimator)
+    return lambda groups: estimator(groups, config)
 
 
 def packing_of(config: Config, parallel: Parallel) -> Callable[[Sequence[TrainingSample]], list[Batch]]:
@@ -240,7 +262,7 @@ def hindsight_of(distill: DistillConfig, seed: int) -> HindsightBlocks:
     """What the teacher is shown of a group."""
     return HindsightBlocks(
         first_step=distill.alpha.warmup_steps,
-        build=BLOCKS[distill.block],
+        build=BLOCK_SEAM.choose(distill.block),
         render=RENDERERS[distill.block_format],
         correct_above=distill.correct_above,
         seed=seed,

@@ -62,6 +62,10 @@ class GradientSpikeError(RefusedStepError):
     """The gradient's norm is far beyond those of the steps before."""
 
 
+class OwnCodeError(MegatronSdError):
+    """A function of the user's own raised, came back with something else than was asked for, or not at all."""
+
+
 class CheckpointError(MegatronSdError):
     """A checkpoint could not be written, does not verify, or belongs to another run."""
 

@@ -127,8 +127,8 @@ class Turn:
 
 @dataclass(frozen=True, kw_only=True)
 class Scores:
-    """What a rollout earned. `reward` is what GRPO sees; the others are its parts and diagnostics, all in
-    [0, 1]."""
+    """What a rollout earned. `reward` is what GRPO sees; the others are its parts and diagnostics, all but
+    `own` in [0, 1]."""
 
     reward: float
     em: float
@@ -137,13 +137,15 @@ class Scores:
     # share of hops whose needed passage was retrieved; None when hops are unknown
     hop_hit_rate: float | None = None
     em_by_attempt: tuple[float, ...] = ()  # where there are several; `em` and `f1` are the last one's
+    own: Mapping[str, float] = field(default_factory=dict)  # by functions of the user's own (reward.own)
 
     @property
     def figures(self) -> dict[str, float]:
         """All that is known, by name; each attempt's exact match as em_attempt_1, em_attempt_2, ..."""
         names = ("reward", "em", "f1", "format_valid", "hop_hit_rate")
         known = {name: value for name in names if (value := getattr(self, name)) is not None}
-        return known | {f"em_attempt_{n}": em for n, em in enumerate(self.em_by_attempt, start=1)}
+        attempts = {f"em_attempt_{n}": em for n, em in enumerate(self.em_by_attempt, start=1)}
+        return known | attempts | dict(self.own)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,9 +12,9 @@ from megatron_sd.algorithm.advantages.estimator import GroupAdvantages
 from megatron_sd.algorithm.hindsight import Blocks, HindsightBlocks, shown
 from megatron_sd.algorithm.packing import packing_metrics
 from megatron_sd.algorithm.samples import TeacherPrompts
-from megatron_sd.distributed.collectives import agree_to_stop, together
+from megatron_sd.distributed.collectives import agree_to_stop, each, together
 from megatron_sd.distributed.world import World
-from megatron_sd.errors import RefusedStepError, ReshardError, RolloutError, StopRequested
+from megatron_sd.errors import OwnCodeError, RefusedStepError, ReshardError, RolloutError, StopRequested
 from megatron_sd.observability.metrics import block_metrics, lag_metrics, rollout_metrics
 from megatron_sd.observability.progress import Work
 from megatron_sd.observability.recorder import Recorder
@@ -100,19 +100,16 @@ class Trainer:
         self.resume()
         self.attempts.begin(self.step)
         if self.step >= self.schedule.num_steps and self.world.is_first:
-            logger.info(
-                "step %d of %d is reached: nothing is left to do; more by num_steps",
-                self.step,
-                self.schedule.num_steps,
-            )
+            told = "step %d of %d is reached: nothing is left to do; more by num_steps"
+            logger.info(told, self.step, self.schedule.num_steps)
         while self.step < self.schedule.num_steps or self.evaluation_is_due:
             try:
                 agree_to_stop(self.world)
                 self.evaluate() if self.evaluation_is_due else self.take_step()
             except RefusedStepError as error:  # this and the next are raised on every rank
                 self.recover(error)
-            # the engine may be lost, what was trained is not
-            except (StopRequested, RolloutError, ReshardError):
+            # the engine may be lost, or a function of the user's own fail, what was trained is not
+            except (StopRequested, RolloutError, ReshardError, OwnCodeError):
                 self.save()
                 raise
         self.stability.refuse_to_end()
@@ -124,10 +121,7 @@ class Trainer:
         with self.timers.phase("rollout"):
             groups = self.collect(self.sample)
         with self.timers.phase("assemble"):
-            blocks = self.hindsight(groups, self.step)
-            advantages = self.advantages(groups)
-            prompts = self.teacher_prompts(groups, blocks, advantages)
-            batches = self.pack(self.to_samples(groups, advantages, prompts))
+            blocks, batches = each(self.world, lambda: self.assemble(groups))
         with self.timers.phase("update"):
             updates = [self.learn(b, self.update, self.step) for b in self.reread(batches, self.policy)]
         self.step += 1
@@ -136,6 +130,13 @@ class Trainer:
             self.publisher.publish(self.policy, self.engine, self.step)
         self.record(groups, shown(blocks), batches, mean_of(updates))
         self.side_work(groups, shown(blocks))
+
+    def assemble(self, groups: Groups) -> tuple[Blocks, Sequence[Batch]]:
+        """What the teacher is shown of the step's groups, and what each optimiser step reads."""
+        blocks = self.hindsight(groups, self.step)
+        advantages = self.advantages(groups)
+        prompts = self.teacher_prompts(groups, blocks, advantages)
+        return blocks, self.pack(self.to_samples(groups, advantages, prompts))
 
     def update(self, batch: Batch) -> UpdateResult:
         """One optimiser step."""
@@ -155,7 +156,7 @@ class Trainer:
         """Every rank samples its share; every rank gets all groups, scored, in question order, or the error
         of one."""
         parts = together(self.world, lambda: self.sampling.take(self.step, round_number))
-        return self.score([group for part in parts for group in part])
+        return each(self.world, lambda: self.score([group for part in parts for group in part]))
 
     def record(self, groups: Groups, blocks: Texts, batches: Sequence[Batch], update: UpdateResult) -> None:
         """One line of metrics for the step that just ended."""

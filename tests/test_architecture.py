@@ -38,6 +38,7 @@ FLOORS = {
     "megatron_sd.errors": 0,
     "megatron_sd.machine": 0,
     "megatron_sd.door": 0,
+    "megatron_sd.own_code": 0,
     "megatron_sd": 0,
 }
 # What packages of the same floor may import from each other, and why.

@@ -24,11 +24,12 @@ from eval.credit.scorer import ScoreOptions, score_group
 from eval.credit.store import Scored
 from eval.credit.transcripts import read_groups
 from eval.gate.lift import rounded
-from eval.identity import claim, model_version
-from megatron_sd.algorithm.blocks import BLOCKS, BY_TURN
+from eval.identity import claim, model_version, own_code
+from megatron_sd.algorithm.blocks import BLOCK_SEAM, BLOCKS, BY_TURN
 from megatron_sd.algorithm.hindsight import RENDERERS, BlockContext
 from megatron_sd.config import ModelConfig, ProtocolConfig, RewardConfig, RolloutConfig
 from megatron_sd.config.command_line import parse
+from megatron_sd.config.own_function import OwnFunction
 from megatron_sd.config.ranges import check_ranges
 from megatron_sd.distributed.collectives import hold_together, share, together
 from megatron_sd.distributed.world import World, end_process, lone_world, world_of_program
@@ -52,7 +53,7 @@ class CreditConfig:
     """Score `transcripts` (jsonl of training, of `sd-search eval`, or of Search-R1's kind) with `model` as
     teacher and student.
 
-    block: a key of BLOCKS that is the same for every turn. beta, temperature: of the divergence.
+    block: a key of BLOCKS that is the same for every turn, or a block of your own. beta, temperature: of the divergence.
     num_resamples: of the bootstrap over questions. batch_tokens: padded tokens of one forward, which bounds
     its memory. What is scored is kept in `output`: the same command goes on where it was killed.
     """
@@ -60,7 +61,7 @@ class CreditConfig:
     model: ModelConfig
     transcripts: str
     output: str
-    block: str = "paper"
+    block: OwnFunction | str = "paper"
     block_format: str = "outcome_first"
     correct_above: float = 0.0
     beta: float = 0.5
@@ -93,10 +94,9 @@ def credit(config: CreditConfig, world: World | None = None) -> CreditTable:
     scoring."""
     check_ranges(config)
     for name, table in (("block", BLOCKS.keys() - BY_TURN), ("block_format", RENDERERS)):
-        if getattr(config, name) not in table:
-            raise ConfigError(
-                f"{name} is {getattr(config, name)!r}, expected one of {', '.join(sorted(table))}"
-            )
+        value = getattr(config, name)
+        if not isinstance(value, OwnFunction) and value not in table:
+            raise ConfigError(f"{name} is {value!r}, expected one of {', '.join(sorted(table))}")
     world, own = world or lone_world(), config.protocol
     codec = load_codec(
         config.model.path, chat_template=own.chat_template, template_arguments=own.template_arguments
@@ -143,6 +143,7 @@ def _begin(config: CreditConfig, groups: Sequence[RolloutGroup], store: Scored) 
         "dtype": config.model.dtype,
         "protocol": dataclasses.asdict(config.protocol),
         "reward": dataclasses.asdict(config.reward),
+        **own_code(config),
     }
     claim(Path(config.output), identity)
     store.mend()
@@ -213,7 +214,7 @@ def _blocks(groups: Sequence[RolloutGroup], number: int, config: CreditConfig) -
         "seed": config.seed,
         "render": RENDERERS[config.block_format],
     }
-    build = BLOCKS[config.block]
+    build = BLOCK_SEAM.choose(config.block)
     size = len(groups[number].rollouts)
     return [build(BlockContext(groups=groups, group=number, focal=focal, **shared)) for focal in range(size)]
 

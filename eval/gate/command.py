@@ -14,7 +14,7 @@ from typing import Any
 
 from eval.gate.draws import Draws
 from eval.gate.lift import LiftConfig, LiftReport, measure_lift
-from eval.identity import claim, questions_version, rollouts_identity
+from eval.identity import claim, own_code, questions_version, rollouts_identity
 from megatron_sd.build import RolloutSide, build_rollout_side
 from megatron_sd.config import ModelConfig, ProtocolConfig, RetrieverConfig, RewardConfig, RolloutConfig
 from megatron_sd.config.command_line import parse
@@ -160,6 +160,7 @@ def _identity(config: GateConfig, questions: Sequence[Question], side: RolloutSi
         "seed": config.seed,
         "reward": dataclasses.asdict(config.reward),
         **rollouts_identity(*own, corpus_version=side.retriever.corpus_version),
+        **own_code(config),
     }
 
 

@@ -17,14 +17,16 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from megatron_sd.algorithm.blocks import BLOCKS
+from megatron_sd.algorithm.blocks import BLOCK_SEAM, BLOCKS
 from megatron_sd.algorithm.hindsight import RENDERERS, BlockBuilder, BlockContext, is_correct
+from megatron_sd.config.own_function import OwnFunction
 from megatron_sd.errors import ConfigError
 from megatron_sd.records import Question, RolloutGroup
 
 MIN_MIXED = 20  # questions with both outcomes below which the bootstrap's interval means nothing
 
 VARIANTS: Mapping[str, BlockBuilder] = {"linked": BLOCKS["paper"], **BLOCKS}
+VARIANT_SEAM = dataclasses.replace(BLOCK_SEAM, key="lift.variants", table=VARIANTS)
 NEEDED_VARIANTS = ("linked", "shuffled", "wrong_question")
 
 
@@ -42,7 +44,8 @@ class Sampler(Protocol):
 @dataclass(frozen=True, kw_only=True)
 class LiftConfig:
     """correct_above: rho of the labels. block_format: a key of RENDERERS, the one the model was or will be
-    trained with. num_resamples: of the bootstrap over questions. variants: keys of VARIANTS. only_mixed:
+    trained with. num_resamples: of the bootstrap over questions. variants: keys of VARIANTS, or blocks of
+    your own (module:function or file.py:function). only_mixed:
     blocks are shown for questions with both outcomes alone, for a model whose rollouts take long.
 
     Raises ConfigError for a variant that does not exist or is missing.
@@ -52,11 +55,12 @@ class LiftConfig:
     block_format: Literal["outcome_first", "outcome_last"] = "outcome_first"
     num_resamples: int = 2000
     seed: int = 0
-    variants: tuple[str, ...] = (*NEEDED_VARIANTS, "only_correct", "inverted")
+    variants: tuple[OwnFunction | str, ...] = (*NEEDED_VARIANTS, "only_correct", "inverted")
     only_mixed: bool = False
 
     def __post_init__(self) -> None:
-        unknown, missing = set(self.variants) - set(VARIANTS), set(NEEDED_VARIANTS) - set(self.variants)
+        ours = {name for name in self.variants if not isinstance(name, OwnFunction)}
+        unknown, missing = ours - set(VARIANTS), set(NEEDED_VARIANTS) - ours
         if unknown or missing:
             raise ConfigError(
                 f"lift.variants is {list(self.variants)}, expected {', '.join(NEEDED_VARIANTS)} and any of "
@@ -144,7 +148,7 @@ def measure_lift(sample: Sampler, questions: Sequence[Question], config: LiftCon
     kinds = [group_kind(group, config.correct_above) for group in source]
     lifts: dict[str, np.ndarray] = {}
     for draw, name in enumerate(config.variants, start=2):
-        blocks = [_block(VARIANTS[name], source, i, config) for i in range(len(source))]
+        blocks = [_block(VARIANT_SEAM.choose(name), source, i, config) for i in range(len(source))]
         shown = [
             i for i, block in enumerate(blocks) if block and (kinds[i] == "mixed" or not config.only_mixed)
         ]

@@ -127,10 +127,11 @@ def _judged(token: str, log_ratio: float) -> str:
 
 
 def _scores(scores: Mapping[str, Any] | None) -> str:
-    """Of a rollout's record; each attempt's exact match by itself, where there are several."""
-    own = dict(scores or {})
-    attempts = own.pop("em_by_attempt", ())
-    known = {name: value for name, value in own.items() if value is not None}
+    """Of a rollout's record; each attempt's exact match by itself, where there are several, and each score of
+    the user's own."""
+    ours = dict(scores or {})
+    attempts, own = ours.pop("em_by_attempt", ()), ours.pop("own", {})
+    known = {name: value for name, value in (ours | own).items() if value is not None}
     known |= {f"em attempt {number}": em for number, em in enumerate(attempts, start=1)}
     cells = "".join(
         f"<div><dt>{plain(name.replace('_', ' '))}</dt><dd>{value:.3g}</dd></div>"

@@ -10,7 +10,7 @@ from megatron_sd.algorithm.advantages.table import any_advantage
 from megatron_sd.algorithm.distill_aggregation import DISTILL_AGGREGATIONS
 from megatron_sd.algorithm.hindsight import Blocks
 from megatron_sd.algorithm.packing import pack
-from megatron_sd.algorithm.samples import GATES, GateContext, TeacherPrompts, apply_gate
+from megatron_sd.algorithm.samples import Gate, GateContext, TeacherPrompts, apply_gate
 from megatron_sd.config import DistillConfig, UpdateConfig
 from megatron_sd.records import Batch, RolloutGroup, TokenIds, TrainingSample
 
@@ -22,11 +22,13 @@ def teacher_prompts(
     *,
     prompt_ids: Callable[[str, str], TokenIds],
     config: DistillConfig,
+    gate: Gate,
     has_gradient: Callable[[GroupAdvantages], bool] = any_advantage,
 ) -> TeacherPrompts:
     """The teacher's prompts of every rollout; none where there is no block or the gate is closed.
 
-    prompt_ids: of a question and the hindsight block in front of it (search.Environment.prompt_ids).
+    gate: which groups distil (samples.GATES). prompt_ids: of a question and the hindsight block in front of it
+    (search.Environment.prompt_ids).
     has_gradient: of a group's advantages (advantages/table.py).
     """
     encode = functools.lru_cache(maxsize=None)(prompt_ids)  # rollouts of a group share their block
@@ -41,7 +43,7 @@ def teacher_prompts(
         GateContext(group=group, has_gradient=has_gradient(own), correct_above=config.correct_above)
         for group, own in zip(groups, advantages, strict=True)
     ]
-    return apply_gate(contexts, prompts, GATES[config.gate])
+    return apply_gate(contexts, prompts, gate)
 
 
 def own_batches(

@@ -12,6 +12,7 @@ from dataclasses import replace
 
 from megatron_sd.algorithm.hindsight import (
     HEADLINE,
+    RENDERERS,
     AttemptLine,
     BlockBuilder,
     BlockContext,
@@ -20,6 +21,7 @@ from megatron_sd.algorithm.hindsight import (
     is_correct,
     quoted,
 )
+from megatron_sd.own_code import Seam, example_groups, fault_of_type
 from megatron_sd.records import Rollout
 
 FILLER = "the"  # one token in every tokenizer of ours, and no news
@@ -181,8 +183,20 @@ BLOCKS: dict[str, BlockBuilder] = {
     "plain": no_block,
     "none": no_block,
 }
+BLOCK_SEAM = Seam(
+    key="distill.block",
+    form="block(context: BlockContext) -> str",
+    table=BLOCKS,
+    example=lambda: (_example_context(),),
+    fault=lambda text, *_: fault_of_type(text, str),
+)
 BY_TURN = frozenset({"turn_causal"})  # blocks that differ from turn to turn of a rollout
 PLAIN = frozenset({"plain"})  # blocks without a text, behind which a teacher with other weights reads
+
+
+def _example_context() -> BlockContext:
+    render = RENDERERS["outcome_last"]
+    return BlockContext(groups=example_groups(), group=0, focal=0, correct_above=0.0, seed=0, render=render)
 
 
 def _shuffled(context: BlockContext) -> list[AttemptLine]:

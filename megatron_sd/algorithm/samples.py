@@ -12,6 +12,7 @@ from megatron_sd.algorithm.advantages.estimator import GroupAdvantages
 from megatron_sd.algorithm.advantages.table import any_advantage
 from megatron_sd.algorithm.hindsight import is_correct
 from megatron_sd.errors import BarrenStepError, RolloutError
+from megatron_sd.own_code import Seam, example_groups, fault_of_type
 from megatron_sd.records import Rollout, RolloutGroup, TokenIds, TrainingSample
 
 
@@ -59,6 +60,14 @@ GATES: dict[str, Gate] = {
     "mixed": mixed_groups,
     "reward_spread": groups_with_spread,
 }
+
+GATE_SEAM = Seam(
+    key="distill.gate",
+    form="gate(context: GateContext) -> bool",
+    table=GATES,
+    example=lambda: (GateContext(group=example_groups()[0], has_gradient=True, correct_above=0.0),),
+    fault=lambda is_open, *_: fault_of_type(is_open, bool),
+)
 
 
 def query_tokens(rollout: Rollout) -> list[tuple[int, int]]:

@@ -44,7 +44,7 @@ def check(config: Config) -> None:
         )
     _check_attempts(config)
     _check_reward(config.reward)
-    _check_terms(config.advantage)
+    _check_terms(config.advantage, config.reward)
     _check_policy_loss(config.policy_loss)
     _check_reading(config)
     _check_offload(config)
@@ -101,11 +101,18 @@ def _check_reward(reward: RewardConfig) -> None:
         )
 
 
-def _check_terms(advantage: AdvantageConfig) -> None:
-    unknown = sorted(set(advantage.terms) - set(SCORES))
+def _check_terms(advantage: AdvantageConfig, reward: RewardConfig) -> None:
+    unusable = [name for name in reward.own if name in SCORES or not name.isidentifier()]
+    if unusable:
+        raise ConfigError(
+            f"reward.own: found the name {unusable[0]!r}, expected letters, digits and _, and none of"
+            f" {', '.join(SCORES)}"
+        )
+    known = (*SCORES, *reward.own)
+    unknown = sorted(set(advantage.terms) - set(known))
     if unknown or not any(advantage.terms.values()):
         found = f"{', '.join(unknown)}, which nobody scores" if unknown else f"{advantage.terms}"
-        raise ConfigError(f"advantage.terms: found {found}, expected weights of some of {', '.join(SCORES)}")
+        raise ConfigError(f"advantage.terms: found {found}, expected weights of some of {', '.join(known)}")
 
 
 def _check_policy_loss(loss: PolicyLossConfig) -> None:

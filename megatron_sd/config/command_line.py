@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get
 import jsonargparse
 import yaml
 
+from megatron_sd.config.own_function import OwnFunction
 from megatron_sd.errors import ConfigError
 
 Parameters = TypeVar("Parameters")
@@ -171,9 +172,16 @@ def _mismatch(name: str, value: Any, annotation: Any) -> str:
 
 def _nearest_choice(value: Any, annotation: Any) -> str:
     """Of several names the one that was probably meant."""
-    choices = map(str, get_args(annotation)) if get_origin(annotation) is Literal else ()
+    choices = map(str, literals(annotation))
     near = difflib.get_close_matches(str(value), list(choices), n=1)
     return f"; did you mean {near[0]}?" if near else ""
+
+
+def literals(annotation: Any) -> tuple[Any, ...]:
+    """The names that a type allows, beside which it may allow a function of the user's own."""
+    if get_origin(annotation) in (Union, types.UnionType):
+        return tuple(name for member in get_args(annotation) for name in literals(member))
+    return get_args(annotation) if get_origin(annotation) is Literal else ()
 
 
 def _describe(annotation: Any) -> str:
@@ -181,6 +189,8 @@ def _describe(annotation: Any) -> str:
     arguments = get_args(annotation)
     if annotation is type(None):
         return "null"
+    if annotation is OwnFunction:
+        return "a function of your own (module:function or file.py:function)"
     if get_origin(annotation) is Literal:
         return f"one of {', '.join(map(str, arguments))}"
     if get_origin(annotation) in (Union, types.UnionType):
@@ -217,6 +227,9 @@ def _explain(message: str, record: type) -> str:
     keys = re.findall(r'(?:Parser key "|argument --)([\w.]+)', message)  # an optional section, then its key
     key = next((name for name in (".".join(keys), *keys[:1]) if _annotation(record, name) is not None), None)
     if key is not None:
+        own = re.search(r"Not of type OwnFunction: (found .*)", message)
+        if own and len(literals(_annotation(record, key))) == 0 and "Got value:" not in message:
+            return f"{key}: {own[1]}"
         given = re.search(r"(?:Got value:|Given value:|Unable to load config) (.*)", message)
         return _mismatch(key, given[1].strip("'\"") if given else "", _annotation(record, key))
     return re.sub(r"\s*\n\s*", "; ", message.strip())

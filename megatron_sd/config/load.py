@@ -10,6 +10,7 @@ import yaml
 
 from megatron_sd.config.checks import check
 from megatron_sd.config.command_line import parse
+from megatron_sd.config.own_function import OwnFunction
 from megatron_sd.config.run import Config
 
 
@@ -31,4 +32,6 @@ def dump(config: Any) -> str:
 def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, OwnFunction) else value

@@ -5,7 +5,46 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from megatron_sd.config.own_function import OwnFunction
 from megatron_sd.config.update import OptimizerConfig
+
+EstimatorName = Literal[
+    "grpo",
+    "dr_grpo",
+    "rloo",
+    "reinforce_baseline",
+    "max_rl",
+    "batch_std",
+    "gdpo",
+    "gigpo",
+    "graph_hca",
+    "stepsearch",
+    "mr_search",
+    "gae",
+    "one",
+]
+BlockName = Literal[
+    "paper",
+    "leave_one_out",
+    "single",
+    "only_correct",
+    "only_correct_shuffled",
+    "settled",
+    "settled_shuffled",
+    "settled_wrong_question",
+    "no_labels",
+    "shuffled",
+    "inverted",
+    "flat_pool",
+    "wrong_question",
+    "dummy",
+    "turn_causal",
+    "with_documents",
+    "solution",
+    "reference",
+    "plain",
+    "none",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,21 +53,7 @@ class AdvantageConfig:
     named beside them."""
 
     # algorithm/advantages/; one: of stored rollouts
-    estimator: Literal[
-        "grpo",
-        "dr_grpo",
-        "rloo",
-        "reinforce_baseline",
-        "max_rl",
-        "batch_std",
-        "gdpo",
-        "gigpo",
-        "graph_hca",
-        "stepsearch",
-        "mr_search",
-        "gae",
-        "one",
-    ] = "grpo"
+    estimator: EstimatorName | OwnFunction = "grpo"
     # what r is made of: weights of a rollout's scores (reward, em, f1, format_valid, hop_hit_rate)
     terms: dict[str, float] = field(default_factory=lambda: {"reward": 1.0})
     # gigpo, graph_hca: a turn earlier, the reward counts so much less; mr_search: an attempt
@@ -117,31 +142,11 @@ class AlphaConfig:
 class DistillConfig:
     """Hindsight self-distillation. `block: none` is plain GRPO, bit for bit."""
 
-    block: Literal[
-        "paper",
-        "leave_one_out",
-        "single",
-        "only_correct",
-        "only_correct_shuffled",
-        "settled",
-        "settled_shuffled",
-        "settled_wrong_question",
-        "no_labels",
-        "shuffled",
-        "inverted",
-        "flat_pool",
-        "wrong_question",
-        "dummy",
-        "turn_causal",
-        "with_documents",
-        "solution",
-        "reference",
-        "plain",
-        "none",
-    ] = "paper"  # algorithm/blocks.py
+    block: BlockName | OwnFunction = "paper"  # algorithm/blocks.py
     block_format: Literal["outcome_last", "outcome_first"] = "outcome_last"
     correct_above: float = 0.0  # rho: a rollout is CORRECT when its answer's token F1 exceeds this
-    gate: Literal["none", "has_correct", "mixed", "reward_spread"] = "none"  # which groups distil
+    # which groups distil
+    gate: Literal["none", "has_correct", "mixed", "reward_spread"] | OwnFunction = "none"
     scope: Literal["query", "all", "first_query"] = "query"  # which sampled tokens distil
     # L_SD is the mean over rollouts of the means over their tokens, or the mean over all tokens
     aggregation: Literal["rollout", "token"] = "rollout"

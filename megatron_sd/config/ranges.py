@@ -159,12 +159,17 @@ def check_ranges(config: Any) -> None:
     some of the training configuration's keys."""
     retriever = _value(config, "retriever")
     if retriever is not None:
-        found = [name for name in ("corpus", "endpoints", "qdrant", "opensearch") if getattr(retriever, name)]
+        found = [
+            name
+            for name in ("corpus", "endpoints", "qdrant", "opensearch", "function")
+            if getattr(retriever, name)
+        ]
         if len(found) != 1:
             expected = (
-                "expected one: a corpus directory, its servers, a Qdrant collection, or an OpenSearch index"
+                "expected one: a corpus directory, its servers, a Qdrant collection, an OpenSearch index, or a"
+                " function of your own"
             )
-            names = "retriever.corpus, .endpoints, .qdrant, .opensearch"
+            names = "retriever.corpus, .endpoints, .qdrant, .opensearch, .function"
             raise ConfigError(f"{names}: found {' and '.join(found) or 'none'}, {expected}")
     for expected, keys in _RANGES.items():
         in_range = _IN_RANGE[expected.split()[0]]

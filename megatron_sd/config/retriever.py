@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from megatron_sd.config.own_function import OwnFunction
+
 
 @dataclass(frozen=True, kw_only=True)
 class SearchConfig:
@@ -75,13 +77,15 @@ class OpenSearchConfig:
 @dataclass(frozen=True, kw_only=True)
 class RetrieverConfig:
     """Where passages come from: a corpus directory (`sd-search data index`) in this process, running
-    servers, Qdrant or OpenSearch."""
+    servers, Qdrant, OpenSearch, or a function of your own."""
 
     corpus: str | None = None
     endpoints: tuple[str, ...] = ()  # http://host:port of servers of one corpus, which share the load
     sharded: bool = False  # the endpoints serve different parts of one corpus; each search asks all of them
     qdrant: QdrantConfig | None = None
     opensearch: OpenSearchConfig | None = None
+    # your own: search(queries, top_k) -> of each query at most top_k Hits, best first; client.deadline_s holds
+    function: OwnFunction | None = None
     top_k: int = 3
     search: SearchConfig = field(default_factory=SearchConfig)
     client: ClientConfig = field(default_factory=ClientConfig)

@@ -5,13 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from megatron_sd.config.own_function import OwnFunction
+
 
 @dataclass(frozen=True, kw_only=True)
 class ProtocolConfig:
     """The text protocol between policy and environment. `preset` fills every field left at None
     (search/protocol.py)."""
 
-    preset: Literal["search_r1", "few_shot", "autorefine", "compact"] = "search_r1"
+    preset: Literal["search_r1", "few_shot", "autorefine", "compact"] | OwnFunction = "search_r1"
     prompt: str | None = None  # needs {question} and {hindsight}; the student's {hindsight} is empty
     chat_template: bool = False  # wrap the prompt as a user message of the tokenizer's chat template
     # of the template, as {enable_thinking: false}
@@ -111,7 +113,9 @@ class RewardConfig:
     """plain: answer score (+ format_weight if the rollout's form is valid); structured: Search-R1's reward with
     structure. Less what a rollout near overlong_limit sampled tokens loses (DAPO)."""
 
-    answer: Literal["em", "f1", "sub_em"] = "f1"
+    answer: Literal["em", "f1", "sub_em"] | OwnFunction = "f1"
+    # scores of your own, by name: figures of training and evaluation, and terms of advantage.terms
+    own: dict[str, OwnFunction] = field(default_factory=dict)
     normalization: Literal["search_r1", "strict"] = "search_r1"
     format_weight: float = 0.0  # of plain
     # search/reward_shapes.py; all but the first two have their own numbers

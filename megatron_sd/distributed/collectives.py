@@ -3,7 +3,7 @@ order."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -49,18 +49,33 @@ def gather_objects(world: World, value: Any) -> list[Any]:
 def together(world: World, action: Callable[[], Item]) -> list[Item]:
     """The action's values from all ranks, in rank order. An error of ours on one rank is raised on every
     rank: none is left waiting for a rank that has given up."""
-    value, failure = None, None
+    results = gather_objects(world, _tried(world, action))
+    _raise_first(failed for _, failed in results)
+    return [value for value, _ in results]
+
+
+def each(world: World, action: Callable[[], Item]) -> Item:
+    """This rank's value of an action that every rank takes; an error of ours on one rank is raised on every
+    rank."""
+    value, failure = _tried(world, action)
+    _raise_first(gather_objects(world, failure))
+    return value
+
+
+def _tried(world: World, action: Callable[[], Any]) -> tuple[Any, MegatronSdError | None]:
+    """Its value, or the error to raise on every rank."""
     try:
-        value = action()
+        return action(), None
     except MegatronSdError as error:
         if world.size == 1:
             raise
-        failure = type(error)(f"rank {world.rank}: {error}")
-    results = gather_objects(world, (value, failure))
-    for _, failed in results:
-        if failed is not None:
-            raise failed
-    return [value for value, _ in results]
+        return None, type(error)(f"rank {world.rank}: {error}")
+
+
+def _raise_first(failures: Iterable[MegatronSdError | None]) -> None:
+    for failure in failures:
+        if failure is not None:
+            raise failure
 
 
 def shared_out(

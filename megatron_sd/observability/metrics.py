@@ -56,6 +56,8 @@ def _reward_metrics(usable: Sequence[Rollout]) -> dict[str, float]:
     for number in range(most):
         made = [score.em_by_attempt[number] for score in scores if number < len(score.em_by_attempt)]
         metrics[f"reward/em_attempt_{number + 1}"] = _mean(made)
+    for name in scores[0].own:
+        metrics[f"reward/{name}"] = _mean(score.own[name] for score in scores)
     hits = [score.hop_hit_rate for score in scores if score.hop_hit_rate is not None]
     return metrics | ({"rollout/hop_hit_rate": _mean(hits)} if hits else {})
 

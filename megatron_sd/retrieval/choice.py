@@ -7,17 +7,20 @@ import importlib.util
 from megatron_sd.config import RetrieverConfig
 from megatron_sd.errors import ConfigError
 from megatron_sd.retrieval.corpus.directory import CorpusRetriever
+from megatron_sd.retrieval.own import OwnRetriever
 from megatron_sd.retrieval.retriever import Retriever
 
 
 def open_retriever(config: RetrieverConfig) -> Retriever:
-    """A corpus directory in this process, or a client of its servers.
+    """A corpus directory in this process, a client of its servers, or the user's own function.
 
     Raises DataError for a damaged corpus, ConfigError for a top_k above its passages, endpoints of
     different corpora or a client that is not installed, RetrievalError when a server cannot be reached.
     """
     if config.corpus is not None:
         return _local(config, config.corpus)
+    if config.function is not None:
+        return OwnRetriever(config.function, deadline_s=config.client.deadline_s)
     if config.qdrant is not None:
         require_extra("qdrant_client", "qdrant")
         from megatron_sd.retrieval.remote.qdrant import QdrantRetriever, connect

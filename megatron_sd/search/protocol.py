@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from megatron_sd.config import ProtocolConfig
 from megatron_sd.errors import ConfigError
+from megatron_sd.own_code import Seam, fault_of_type
 from megatron_sd.records import SEARCH, Action
 from megatron_sd.search.sanitize import Sanitizer
 from megatron_sd.search.tokens import TextCodec, fill
@@ -174,6 +175,13 @@ PRESETS: dict[str, Protocol] = {
 }
 
 
+PROTOCOL_SEAM = Seam(
+    key="protocol.preset",
+    form="protocol() -> Protocol",
+    table={name: lambda own=protocol: own for name, protocol in PRESETS.items()},
+    example=tuple,
+    fault=lambda protocol, *_: fault_of_type(protocol, Protocol),
+)
 _FIELDS = frozenset(field.name for field in dataclasses.fields(Protocol))
 
 
@@ -189,7 +197,7 @@ def build_protocol(config: ProtocolConfig) -> Protocol:
     cannot work."""
     own = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name in _FIELDS}
     own = {name: value for name, value in own.items() if value is not None}
-    protocol = dataclasses.replace(PRESETS[config.preset], **own)
+    protocol = dataclasses.replace(PROTOCOL_SEAM.choose(config.preset)(), **own)
     protocol = dataclasses.replace(
         protocol,
         prompt=_fill_tags(protocol.prompt, protocol),

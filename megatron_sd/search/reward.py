@@ -9,15 +9,18 @@ answer tag earns nothing.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 import string
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from megatron_sd.config import RewardConfig
-from megatron_sd.records import Rollout, RolloutGroup, Scores, StopReason
+from megatron_sd.config.own_function import OwnFunction
+from megatron_sd.own_code import Seam, example_groups, fault_of_number
+from megatron_sd.records import Question, Rollout, RolloutGroup, Scores, StopReason
 from megatron_sd.search.reward_shapes import REWARD_SHAPES, RewardParts, overlong_penalty
 
 if TYPE_CHECKING:  # the protocol needs tokenizers, and those who only compare answers need none
@@ -127,6 +130,33 @@ AnswerScore = Callable[[str, Sequence[str], Normalizer], float]
 ANSWER_SCORES: dict[str, AnswerScore] = {"em": exact_match, "f1": token_f1, "sub_em": sub_em}
 
 
+RolloutScore = Callable[[Rollout, Question], float]
+
+
+def own_scores(config: RewardConfig) -> dict[str, RolloutScore]:
+    """reward.own by name, each tried once. Raises ConfigError for one that does not fit, or reward.answer."""
+    if isinstance(config.answer, OwnFunction):
+        _own_score(config.answer, "reward.answer")
+    return {name: _own_score(function, f"reward.own.{name}") for name, function in config.own.items()}
+
+
+@functools.cache
+def _own_score(name: OwnFunction, key: str) -> RolloutScore:
+    seam: Seam[RolloutScore] = Seam(
+        key=key,
+        form="score(rollout: Rollout, question: Question) -> float",
+        table={},
+        example=_example_of_score,
+        fault=lambda number, *_: fault_of_number(number),
+    )
+    return seam.choose(name)
+
+
+def _example_of_score() -> tuple[Rollout, Question]:
+    group = example_groups()[0]
+    return dataclasses.replace(group.rollouts[0], scores=None), group.question
+
+
 def completion_is_well_formed(text: str, protocol: Protocol) -> bool:
     """True for: at most one note span (where the protocol has them), at most one think span, then exactly
     one search or answer span, white space around them, nothing else.
@@ -183,7 +213,7 @@ def score_rollout(rollout: Rollout, group: RolloutGroup, config: RewardConfig) -
         answer = {name: compare(rollout.answer, golds, normalize) for name, compare in ANSWER_SCORES.items()}
     valid = format_valid(rollout)
     parts = RewardParts(
-        answer=answer[config.answer],
+        answer=_answer_score(rollout, group.question, answer, config),
         **answer,
         answer_words=len((rollout.answer or "").split()),
         has_answer=rollout.answer is not None,
@@ -201,7 +231,16 @@ def score_rollout(rollout: Rollout, group: RolloutGroup, config: RewardConfig) -
         format_valid=valid,
         hop_hit_rate=hop_hit_rate(rollout, group.question.supporting),
         em_by_attempt=_em_by_attempt(rollout, golds, normalize),
+        own={name: own(rollout, group.question) for name, own in own_scores(config).items()},
     )
+
+
+def _answer_score(
+    rollout: Rollout, question: Question, known: Mapping[str, float], config: RewardConfig
+) -> float:
+    if isinstance(config.answer, OwnFunction):
+        return _own_score(config.answer, "reward.answer")(rollout, question)
+    return known[config.answer]
 
 
 def _em_by_attempt(

@@ -3,15 +3,16 @@
 import functools
 import re
 from dataclasses import replace
-from typing import get_args, get_type_hints
+from typing import get_type_hints
 
 import pytest
 
 from megatron_sd.algorithm.assemble import teacher_prompts
 from megatron_sd.algorithm.blocks import BLOCKS, BY_TURN, PLAIN
 from megatron_sd.algorithm.hindsight import RENDERERS, HindsightBlocks, shown
-from megatron_sd.algorithm.samples import SCOPES, to_samples
+from megatron_sd.algorithm.samples import GATES, SCOPES, to_samples
 from megatron_sd.config import DistillConfig
+from megatron_sd.config.command_line import literals
 from megatron_sd.records import RolloutGroup, StopReason
 from tests.builders import group, hit, question, rollout
 
@@ -112,7 +113,7 @@ def test_infrastructure_failures_are_in_no_block(name):
 
 
 def test_every_block_of_the_configuration_exists():
-    assert set(get_args(get_type_hints(DistillConfig)["block"])) == set(BLOCKS)
+    assert set(literals(get_type_hints(DistillConfig)["block"])) == set(BLOCKS)
 
 
 def test_leave_one_out_lists_the_siblings():
@@ -290,7 +291,7 @@ def test_plain_distils_behind_the_students_own_prompt_and_none_does_not():
     def encode(text, block):
         return (1, 3, 4) if (text, block) == ("Question 0?", "") else (0,)
 
-    read = functools.partial(teacher_prompts, prompt_ids=encode, config=DistillConfig())
+    read = functools.partial(teacher_prompts, prompt_ids=encode, config=DistillConfig(), gate=GATES["none"])
     prompts = read([MIXED], plain([MIXED], 3), advantages)
     assert prompts == [[((1, 3, 4),)] * 4]
     assert read([MIXED], none([MIXED], 3), advantages) == [[()] * 4]

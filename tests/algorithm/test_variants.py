@@ -7,7 +7,7 @@ import json
 import math
 from importlib.resources import files
 from pathlib import Path
-from typing import get_args, get_type_hints
+from typing import get_type_hints
 
 import pytest
 
@@ -23,6 +23,7 @@ from megatron_sd.algorithm.refinements import MODULATIONS
 from megatron_sd.algorithm.samples import GATES, SCOPES
 from megatron_sd.build import build_trainer
 from megatron_sd.config import AdvantageConfig, DistillConfig, PolicyLossConfig, RewardConfig, RolloutConfig
+from megatron_sd.config.command_line import literals
 from megatron_sd.config.load import load
 from megatron_sd.distributed.world import join_world
 from megatron_sd.ops.divergence import DIVERGENCES, SUPPORTS
@@ -54,7 +55,7 @@ VOCABULARY = json.loads((START_POLICY / "config.json").read_text())["vocab_size"
     ],
 )
 def test_every_choice_of_the_configuration_exists(section, key, table):
-    assert set(get_args(get_type_hints(section)[key])) == set(table)
+    assert set(literals(get_type_hints(section)[key])) == set(table)
 
 
 @pytest.fixture(scope="module")

@@ -252,8 +252,8 @@ def test_scores_are_shown_by_name_and_attempts_apart():
     """The headline of a transcript and the page's list."""
     one = Scores(reward=0.5, em=0.0, f1=0.5, format_valid=1.0)
     assert one.figures == {"reward": 0.5, "em": 0.0, "f1": 0.5, "format_valid": 1.0}
-    two = dataclasses.replace(one, em_by_attempt=(1.0, 0.0), hop_hit_rate=0.5)
-    assert list(two.figures)[-3:] == ["hop_hit_rate", "em_attempt_1", "em_attempt_2"]
+    two = dataclasses.replace(one, em_by_attempt=(1.0, 0.0), hop_hit_rate=0.5, own={"thrift": 0.25})
+    assert list(two.figures)[-4:] == ["hop_hit_rate", "em_attempt_1", "em_attempt_2", "thrift"]
     shown = render_group(
         dataclasses.replace(
             builders.group([]), rollouts=(dataclasses.replace(builders.rollout(0, ["q"]), scores=two),)
@@ -261,7 +261,8 @@ def test_scores_are_shown_by_name_and_attempts_apart():
         [""],
         decode,
     )
-    assert "em_attempt_1 1 · em_attempt_2 0" in shown
+    assert "em_attempt_1 1 · em_attempt_2 0 · thrift 0.25" in shown
     page = _scores(json.loads(json.dumps(dataclasses.asdict(two))))
     assert "<dt>em attempt 2</dt><dd>0</dd>" in page and "by attempt" not in page
+    assert "<dt>thrift</dt><dd>0.25</dd>" in page and "<dt>own</dt>" not in page
     assert "attempt" not in _scores(json.loads(json.dumps(dataclasses.asdict(one))))

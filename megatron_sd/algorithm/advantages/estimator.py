@@ -23,7 +23,9 @@ def reward_of(rollout: Rollout, terms: Mapping[str, float]) -> float:
         raise ValueError(
             f"rollout {rollout.index} of question {rollout.question_id} has no scores: score the groups first"
         )
-    return sum(weight * (getattr(rollout.scores, name) or 0.0) for name, weight in terms.items())
+    scores = rollout.scores
+    known = {name: scores.own.get(name, getattr(scores, name, None)) for name in terms}
+    return sum(weight * (known[name] or 0.0) for name, weight in terms.items())
 
 
 def rewards_of(group: RolloutGroup, terms: Mapping[str, float]) -> list[float]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from megatron_sd.algorithm.advantages import from_rewards
 from megatron_sd.algorithm.advantages.estimator import Estimator, GroupAdvantages
@@ -11,6 +12,9 @@ from megatron_sd.algorithm.advantages.gigpo import gigpo
 from megatron_sd.algorithm.advantages.graph_hca import graph_hca
 from megatron_sd.algorithm.advantages.mr_search import mr_search
 from megatron_sd.algorithm.advantages.stepsearch import stepsearch
+from megatron_sd.config import AdvantageConfig
+from megatron_sd.own_code import Seam, example_groups, fault_of_number, fault_of_type
+from megatron_sd.records import RolloutGroup
 
 ADVANTAGES: Mapping[str, Estimator] = {
     "grpo": from_rewards.grpo,
@@ -27,7 +31,26 @@ ADVANTAGES: Mapping[str, Estimator] = {
     "gae": gae,
     "one": from_rewards.one,
 }
+ESTIMATOR_SEAM = Seam(
+    key="advantage.estimator",
+    form="estimator(groups, config) -> of each group, of each of its rollouts, a number for each turn",
+    table=ADVANTAGES,
+    example=lambda: (example_groups(), AdvantageConfig()),
+    fault=lambda result, groups, *_: _fault_of_advantages(result, groups),
+)
 FROM_VALUES = frozenset({"gae"})  # estimators whose numbers become advantages when a critic has been read
+
+
+def _fault_of_advantages(result: Any, groups: Sequence[RolloutGroup]) -> str | None:
+    try:
+        found = [[list(numbers) for numbers in own] for own in result]
+    except TypeError:
+        return fault_of_type(result, list) or "a list of other things than lists of numbers"
+    expected = [[len(rollout.turns) for rollout in group.rollouts] for group in groups]
+    if [[len(numbers) for numbers in own] for own in found] != expected:
+        return f"numbers for {[list(map(len, own)) for own in found]} turns instead of {expected}"
+    flat = (number for own in found for numbers in own for number in numbers)
+    return next((fault for fault in map(fault_of_number, flat) if fault is not None), None)
 
 
 def any_advantage(advantages: GroupAdvantages) -> bool:

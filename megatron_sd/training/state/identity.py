@@ -30,6 +30,7 @@ from megatron_sd.config import Config, DataConfig, ModelConfig, RetrieverConfig
 from megatron_sd.distributed.collectives import gather_objects
 from megatron_sd.distributed.world import World
 from megatron_sd.errors import DataError
+from megatron_sd.own_code import digests
 from megatron_sd.training.state.optimizer_state import listed
 
 KNOBS = (
@@ -86,8 +87,9 @@ class Differences:
 
 def contents_of(config: Config) -> dict[str, str]:
     """Digests of what lies where the configuration points: the start model (configuration, tokenizer,
-    weights), the training questions, and a teacher or a critic of another checkpoint. Of large weights 64 KiB
-    of every 8 MiB are looked at: other weights differ everywhere. Text is read whole."""
+    weights), the training questions, a teacher or a critic of another checkpoint, functions of the user's
+    own. Of large weights 64 KiB of every 8 MiB are looked at: other weights differ everywhere. Text is read
+    whole."""
     beside = {"teacher": config.distill.teacher_path}
     if config.advantage.estimator == "gae":
         beside["critic"] = config.critic.path
@@ -95,6 +97,7 @@ def contents_of(config: Config) -> dict[str, str]:
         "model": model_digest(Path(config.model.path)),
         "data.train": _digest(Path(config.data.train).parent, (Path(config.data.train).name,)),
         **{name: model_digest(Path(path)) for name, path in beside.items() if path is not None},
+        **digests(config),
     }
 
 

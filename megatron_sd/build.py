@@ -45,6 +45,7 @@ from megatron_sd.observability.recorder import Recorder
 from megatron_sd.observability.timers import Timers
 from megatron_sd.records import Batch, RolloutGroup, TrainingSample
 from megatron_sd.retrieval.choice import open_retriever
+from megatron_sd.retrieval.corpus.directory import CorpusRetriever
 from megatron_sd.retrieval.retriever import Retriever
 from megatron_sd.rollout.bank import RolloutBank
 from megatron_sd.rollout.collecting import Collecting
@@ -60,6 +61,7 @@ from megatron_sd.search.protocol import build_protocol
 from megatron_sd.search.questions import QuestionStream, load_questions
 from megatron_sd.search.reward import own_scores, score
 from megatron_sd.search.tokens import TextCodec, load_codec
+from megatron_sd.search.tools import open_tools
 from megatron_sd.trainer import Schedule, Trainer
 from megatron_sd.training.critic.critic import Critic, policy_alone
 from megatron_sd.training.policy import Policy
@@ -124,7 +126,16 @@ def build_rollout_side(
     engine = build_engine(model, rollout, codec, world, output=output, on_demand=on_demand)
     work = Work(sys.stderr if world.is_first else None)
     rollouter = Rollouter(
-        engine, passages, environment, top_k=retriever.top_k, seed=seed, world=world, work=work
+        engine,
+        passages,
+        environment,
+        top_k=retriever.top_k,
+        seed=seed,
+        world=world,
+        work=work,
+        tools=open_tools(
+            environment.protocol.tools, passages if isinstance(passages, CorpusRetriever) else None
+        ),
     )
     return RolloutSide(
         engine=engine, environment=environment, retriever=passages, rollouter=rollouter, work=work

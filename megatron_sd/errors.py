@@ -20,6 +20,10 @@ class RetrievalError(MegatronSdError):
     """The retriever could not answer; the rollout that asked becomes `StopReason.RETRIEVAL_FAILED`."""
 
 
+class ToolError(MegatronSdError):
+    """A tool raised or took too long; the rollout that called it becomes `StopReason.TOOL_FAILED`."""
+
+
 class RolloutError(MegatronSdError):
     """Too many rollouts failed for a step to be worth training on, or the engine returned nothing."""
 

@@ -26,11 +26,12 @@ class StopReason(StrEnum):
     TOKEN_LIMIT = "token_limit"  # the turn or the rollout ran out of tokens
     RETRIEVAL_FAILED = "retrieval_failed"  # infrastructure: the retriever gave up
     ENGINE_FAILED = "engine_failed"  # infrastructure: the engine returned nothing
+    TOOL_FAILED = "tool_failed"  # infrastructure: a tool raised or took too long
 
     @property
     def is_infrastructure(self) -> bool:
         """True when the rollout is no data: it leaves the loss and the group baseline, and is counted."""
-        return self in (StopReason.RETRIEVAL_FAILED, StopReason.ENGINE_FAILED)
+        return self in (StopReason.RETRIEVAL_FAILED, StopReason.ENGINE_FAILED, StopReason.TOOL_FAILED)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,7 @@ from megatron_sd.config.retriever import (
     RetrieverConfig,
     SearchConfig,
 )
-from megatron_sd.config.rollout import ProtocolConfig, RewardConfig, RolloutConfig, VllmConfig
+from megatron_sd.config.rollout import ProtocolConfig, RewardConfig, RolloutConfig, ToolConfig, VllmConfig
 from megatron_sd.config.run import CheckpointConfig, Config, DataConfig, LogConfig, SafetyConfig
 from megatron_sd.config.update import OptimizerConfig, PublishConfig, UpdateConfig
 
@@ -47,6 +47,7 @@ __all__ = [
     "RolloutConfig",
     "SafetyConfig",
     "SearchConfig",
+    "ToolConfig",
     "UpdateConfig",
     "VllmConfig",
 ]

@@ -9,6 +9,26 @@ from megatron_sd.config.own_function import OwnFunction
 
 
 @dataclass(frozen=True, kw_only=True)
+class ToolConfig:
+    """A tool beside search (search/tools.py). Its result is shown as passages are."""
+
+    name: str
+    function: Literal["calculator", "open_page"] | OwnFunction
+    tags: tuple[str, str] | None = None  # around what it is asked; None: <name> and </name>
+    # one sentence for the prompt, which also says which tags; empty: the prompt says nothing of it
+    description: str = ""
+    max_calls: int | None = None  # in a rollout; a further call is answered by a message
+    timeout_s: float = 10.0
+    # where it raises or takes too long: the rollout is no data, or the policy is told
+    on_error: Literal["stop", "show"] = "stop"
+
+    @property
+    def own_tags(self) -> tuple[str, str]:
+        """Those that it has."""
+        return self.tags or (f"<{self.name}>", f"</{self.name}>")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ProtocolConfig:
     """The text protocol between policy and environment. `preset` fills every field left at None
     (search/protocol.py)."""
@@ -27,6 +47,7 @@ class ProtocolConfig:
     passage_format: str | None = None  # fields: {rank} {title} {text}
     # appended when a turn neither searches nor answers; empty string: stop instead
     invalid_action_message: str | None = None
+    tools: tuple[ToolConfig, ...] = ()  # beside search; each call takes one of rollout.max_search_turns
     # appended after an answer that another attempt follows (rollout.attempts)
     reflection_message: str | None = None
 
@@ -76,7 +97,8 @@ class RolloutConfig:
     keep_range: tuple[float, float] = (0.0, 1.0)
     max_resamples: int = 10
     temperature: float = 1.0
-    max_search_turns: int = 4  # of an attempt; one last turn follows, in which a search is not served
+    # of an attempt, calls of other tools included; one last turn follows, in which a search is not served
+    max_search_turns: int = 4
     # answers of a rollout: after each but the last it is asked, in the same context, to look at its answer again
     attempts: int = 1
     max_turn_tokens: int = 500

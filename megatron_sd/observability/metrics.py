@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
-from megatron_sd.records import Passage, Rollout, RolloutGroup, StopReason
+from megatron_sd.records import SEARCH, Passage, Rollout, RolloutGroup, StopReason
 
 _WORDS = re.compile(r"\w+")
 
@@ -62,12 +62,23 @@ def _reward_metrics(usable: Sequence[Rollout]) -> dict[str, float]:
     return metrics | ({"rollout/hop_hit_rate": _mean(hits)} if hits else {})
 
 
+def _tool_metrics(usable: Sequence[Rollout]) -> dict[str, float]:
+    """Calls a rollout of every tool beside search that was called."""
+    called = Counter(
+        turn.action.tool for rollout in usable for turn in rollout.turns if turn.action is not None
+    )
+    return {
+        f"rollout/calls_{name}": number / len(usable) for name, number in called.items() if name != SEARCH
+    }
+
+
 def _length_metrics(usable: Sequence[Rollout]) -> dict[str, float]:
     queries = [[_fold(query) for query in rollout.queries] for rollout in usable]
     num_queries = sum(map(len, queries))
     num_repeats = sum(len(own) - len(set(own)) for own in queries)
     return {
         "rollout/searches": num_queries / len(usable),
+        **_tool_metrics(usable),
         "rollout/turns": _mean(len(rollout.turns) for rollout in usable),
         "rollout/completion_tokens": _mean(
             sum(len(turn.completion_ids) for turn in rollout.turns) for rollout in usable

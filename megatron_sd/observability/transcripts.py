@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from megatron_sd.records import Question, Rollout, RolloutGroup, Turn
+from megatron_sd.records import SEARCH, Question, Rollout, RolloutGroup, Turn
 
 Decode = Callable[[Sequence[int]], str]
 
@@ -57,6 +57,8 @@ def _headline(rollout: Rollout) -> str:
 
 def _turn_lines(turn: Turn, question: Question, decode: Decode) -> list[str]:
     lines = _segment("policy", decode(turn.completion_ids))
+    if turn.action is not None and turn.action.tool != SEARCH:
+        lines += _segment("calls", f"{turn.action.tool}: {turn.action.text}")
     if turn.query is not None and not turn.hits:
         lines += _segment("hits", "none")
     for rank, hit in enumerate(turn.hits, start=1):

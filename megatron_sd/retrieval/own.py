@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from megatron_sd.config.own_function import OwnFunction
-from megatron_sd.errors import ConfigError, RetrievalError
-from megatron_sd.own_code import digest_of, load
+from megatron_sd.errors import ConfigError, OwnCodeError, RetrievalError
+from megatron_sd.own_code import digest_of, load, within_limits
 from megatron_sd.records import Hit
 
 KEY = "retriever.function"
@@ -17,8 +17,8 @@ FORM = "search(queries: list[str], top_k: int) -> of each query a list of at mos
 
 
 class OwnRetriever:
-    """Calls the function with several queries at a time, many calls at once: a coroutine function in the
-    rollouts' loop, any other in threads. corpus_version: of the function's file.
+    """Calls the function with several queries at a time. A plain one is answered inline, so that rollouts stay
+    a function of their seed; a coroutine function may wait. corpus_version: of the function's file.
 
     Raises ConfigError for a function that cannot be had or takes other arguments.
     """
@@ -38,6 +38,8 @@ class OwnRetriever:
         within the deadline."""
         try:
             found = await asyncio.wait_for(self._found(list(queries), top_k), self._deadline_s)
+        except OwnCodeError as error:
+            raise RetrievalError(str(error)) from error
         except TimeoutError as error:
             raise RetrievalError(
                 f"{KEY}: {self._name} has not returned after {self._deadline_s:g} s (retriever.client.deadline_s)"
@@ -52,7 +54,7 @@ class OwnRetriever:
     async def _found(self, queries: list[str], top_k: int) -> Any:
         if inspect.iscoroutinefunction(self._function):
             return await self._function(queries, top_k)
-        return await asyncio.to_thread(self._function, queries, top_k)
+        return within_limits(lambda: self._function(queries, top_k), f"{KEY}: {self._name}", self._deadline_s)
 
 
 def _fault(found: Any, num_queries: int, top_k: int) -> str | None:

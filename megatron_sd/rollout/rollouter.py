@@ -5,21 +5,34 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 
 from megatron_sd.distributed.collectives import check_stop
 from megatron_sd.distributed.world import World, lone_world
-from megatron_sd.errors import RetrievalError, RolloutError
+from megatron_sd.errors import RetrievalError, RolloutError, ToolError
 from megatron_sd.observability.progress import SILENT, Task, Work
-from megatron_sd.records import Hit, Question, Rollout, RolloutGroup, StopReason, TokenIds, Turn
+from megatron_sd.records import (
+    SEARCH,
+    Action,
+    Hit,
+    Question,
+    Rollout,
+    RolloutGroup,
+    StopReason,
+    TokenIds,
+    Turn,
+)
 from megatron_sd.retrieval.retriever import Retriever
 from megatron_sd.rollout.bank import BankedStep
 from megatron_sd.rollout.engine import Completion, GenerationRequest, InferenceEngine, awake
 from megatron_sd.rollout.sampling import rollout_seed
 from megatron_sd.search.environment import Environment, Verdict
+from megatron_sd.search.tools import Tool, ToolCall
 
 STOP_CHECK_S = 0.1
+NO_TOOLS: Mapping[str, Tool] = MappingProxyType({})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,9 +51,9 @@ class Rollouter:
     """Samples groups of rollouts from an engine, a retriever and an environment.
 
     top_k: passages a search returns. seed: of the run; a rollout's tokens follow from (seed, step, question
-    id, index) and the weights alone. The limits are `environment.limits`. world: whose pulse moves with
-    every turn, and whose stop request ends the rollouts at work (None: nobody's). work: where it is shown
-    how far they are.
+    id, index) and the weights alone. tools: those beside search, by name. The limits are
+    `environment.limits`. world: whose pulse moves with every turn, and whose stop request ends the rollouts
+    at work (None: nobody's). work: where it is shown how far they are.
     """
 
     def __init__(
@@ -53,6 +66,7 @@ class Rollouter:
         seed: int,
         world: World | None = None,
         work: Work = SILENT,
+        tools: Mapping[str, Tool] = NO_TOOLS,
     ):
         self._engine = engine
         self._retriever = retriever
@@ -61,6 +75,7 @@ class Rollouter:
         self._seed = seed
         self._world = world or lone_world()
         self._work = work
+        self._tools = tools
 
     @property
     def policy_version(self) -> int:
@@ -169,6 +184,8 @@ class Rollouter:
             return episode.rollout(StopReason.ENGINE_FAILED), error
         except RetrievalError as error:
             return episode.rollout(StopReason.RETRIEVAL_FAILED), error
+        except ToolError as error:
+            return episode.rollout(StopReason.TOOL_FAILED), error
         finally:
             self._engine.release(attempt.session)
         return episode.rollout(episode.stop), None
@@ -188,6 +205,7 @@ class Rollouter:
             turn=sum(turn.attempt == episode.number for turn in episode.turns),
             truncated=completion.finish == "length",
             attempt=episode.number,
+            called=Counter(turn.action.tool for turn in episode.turns if turn.action is not None),
         )
         episode.act(
             completion,
@@ -200,11 +218,18 @@ class Rollouter:
         hits: tuple[Hit, ...] = ()
         observation = verdict.observation_ids
         if verdict.action is not None:
-            (hits,) = await self._retriever.search([verdict.action.text], self._top_k)
-            observation = environment.observation_ids(hits)
+            hits, observation = await self._serve(verdict.action, episode)
         if environment.turn_budget(len(episode.ids) + len(observation)) == 0:
             observation, episode.stop = (), StopReason.TOKEN_LIMIT
         episode.observe(hits, observation)
+
+    async def _serve(self, action: Action, episode: _Episode) -> tuple[tuple[Hit, ...], TokenIds]:
+        """What a search found, and what the policy is shown."""
+        if action.tool == SEARCH:
+            (hits,) = await self._retriever.search([action.text], self._top_k)
+            return hits, self._environment.observation_ids(hits)
+        call = ToolCall(question_id=episode.attempt.question_id, turns=tuple(episode.turns))
+        return (), self._environment.result_ids(await self._tools[action.tool].answer(action.text, call))
 
     async def _complete(self, episode: _Episode, budget: int) -> Completion:
         attempt = episode.attempt

@@ -4,9 +4,11 @@ rollout."""
 from __future__ import annotations
 
 import codecs
+import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 from megatron_sd.config import RolloutConfig
 from megatron_sd.errors import ConfigError
@@ -16,6 +18,8 @@ from megatron_sd.search.protocol import Protocol, Tags, fill, parse_completion
 from megatron_sd.search.reward import completion_is_well_formed
 from megatron_sd.search.sanitize import Sanitizer
 from megatron_sd.search.tokens import TextCodec
+
+NO_CALLS: Mapping[str, int] = MappingProxyType({})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +47,9 @@ class Environment:
         self.protocol = protocol
         self.limits = limits
         self.sanitizer = Sanitizer((*protocol.control_tags, *codec.control_strings))
+        self._most_calls = {
+            tool.name: tool.max_calls for tool in protocol.tools if tool.max_calls is not None
+        }
         self._retry_ids = codec.encode_own(protocol.invalid_action_message)
         self._reflection_ids = codec.encode_own(protocol.reflection_message)
         self._opened_thought = _opened_thought(codec.decode(self.prompt_ids("")), protocol)
@@ -69,7 +76,9 @@ class Environment:
         Holds no control id but those of the tags: titles and texts are sanitised, then encoded as plain
         text, in one go with the frame where nothing is cut.
         """
-        passages = "".join(self._show(rank, hit) for rank, hit in enumerate(hits, start=1))
+        return self._framed("".join(self._show(rank, hit) for rank, hit in enumerate(hits, start=1)))
+
+    def _framed(self, passages: str) -> TokenIds:
         if self.protocol.strips_passages:
             passages = passages.strip()
         whole = self.codec.encode_own(self.protocol.information_format, {"passages": passages})
@@ -78,6 +87,10 @@ class Environment:
         shown = self.codec.encode_own(f"{self._before}{{passages}}", {"passages": passages})
         shown = self._whole_characters(shown[: self.limits.max_observation_tokens - len(self._closing_ids)])
         return (*shown, *self._closing_ids)
+
+    def result_ids(self, text: str) -> TokenIds:
+        """A tool's result, in the frame and within the limits of passages, and as harmless."""
+        return self._framed(f"{self._clean_lines(text)}\n")
 
     def _show(self, rank: int, hit: Hit) -> str:
         """One passage as text. Lines are cleaned once more, since a tag may be split between title and
@@ -112,9 +125,18 @@ class Environment:
         observations; 0: none."""
         return max(0, min(self.limits.max_turn_tokens, self.limits.max_rollout_tokens - num_tokens))
 
-    def judge(self, completion_ids: TokenIds, *, turn: int, truncated: bool, attempt: int = 0) -> Verdict:
+    def judge(
+        self,
+        completion_ids: TokenIds,
+        *,
+        turn: int,
+        truncated: bool,
+        attempt: int = 0,
+        called: Mapping[str, int] = NO_CALLS,
+    ) -> Verdict:
         """What follows the completion of 0-based `turn` of an attempt. truncated: sampling ended at a token
-        limit. An attempt that has answered, or come to its last turn, is followed by the next one, if any.
+        limit. called: how often each tool was, in the rollout. An attempt that has answered, or come to its last
+        turn, is followed by the next one, if any.
 
         Turns 0 .. max_search_turns - 1 may search; turn max_search_turns is the last, in which a search is
         not served.
@@ -126,7 +148,9 @@ class Environment:
         is_last = turn >= self.limits.max_search_turns
         action = None if found.action is None else self._servable(found.action)
         if action is not None and not is_last:
-            return Verdict(action=action)
+            used_up = called.get(action.tool, 0) >= self._most_calls.get(action.tool, math.inf)
+            refusal = self.result_ids(f"{action.tool} may not be called again.") if used_up else ()
+            return Verdict(observation_ids=refusal) if used_up else Verdict(action=action)
         if truncated:
             return Verdict(stop=StopReason.TOKEN_LIMIT)
         if is_last:
@@ -141,10 +165,10 @@ class Environment:
             return Verdict(answer=answer, observation_ids=self._reflection_ids, ends_attempt=True)
         return Verdict(answer=answer, stop=stop)
 
-    def _servable(self, search: Action) -> Action | None:
-        """The search as the retriever gets it; None where nothing is left of its query."""
-        query = fit_query(self.sanitizer.clean_query(search.text), self.limits.max_query_bytes)
-        return replace(search, text=query) if query else None
+    def _servable(self, action: Action) -> Action | None:
+        """The action as the retriever or the tool gets it; None where nothing is left of its text."""
+        text = fit_query(self.sanitizer.clean_query(action.text), self.limits.max_query_bytes)
+        return replace(action, text=text) if text else None
 
     def is_well_formed(self, completion_ids: TokenIds, turn: int = 0) -> bool:
         """reward.completion_is_well_formed of the text of 0-based `turn`; an end-of-sequence id is left

@@ -12,7 +12,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from megatron_sd.config import ProtocolConfig
+from megatron_sd.config import ProtocolConfig, ToolConfig
 from megatron_sd.errors import ConfigError
 from megatron_sd.own_code import Seam, fault_of_type
 from megatron_sd.records import SEARCH, Action
@@ -74,8 +74,8 @@ _FEW_SHOT_PROMPT = (
 class Protocol:
     """A complete text protocol: every field of ProtocolConfig, filled, and what belongs to the preset alone.
 
-    note_tags is None where turns begin with the thought. information_format: what an observation looks
-    like; {passages} are the passages one after the other, without white space around them where
+    note_tags is None where turns begin with the thought. tools: those beside search. information_format: what an
+    observation looks like; {passages} are the passages one after the other, without white space around them where
     strips_passages says so. keeps_line_breaks: those within a passage; else they become spaces.
     question_end: put behind a question that does not end in it.
     """
@@ -89,12 +89,18 @@ class Protocol:
     invalid_action_message: str
     reflection_message: str = _REFLECTION
     note_tags: Tags | None = None
+    tools: tuple[ToolConfig, ...] = ()
     chat_template: bool = False
     template_arguments: Mapping[str, bool | int | str] = dataclasses.field(default_factory=dict)
     information_format: str = "\n{information_open}{passages}{information_close}\n"
     strips_passages: bool = False
     keeps_line_breaks: bool = False
     question_end: str = ""
+
+    @property
+    def action_tags(self) -> dict[str, Tags]:
+        """Of search and of every other tool, by name."""
+        return {SEARCH: self.search_tags} | {tool.name: tool.own_tags for tool in self.tools}
 
     @property
     def control_tags(self) -> tuple[str, ...]:
@@ -105,12 +111,13 @@ class Protocol:
             *self.answer_tags,
             *self.think_tags,
             *(self.note_tags or ()),
+            *(tag for tool in self.tools for tag in tool.own_tags),
         )
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
-        """Strings that end a completion: a closed search or a closed answer."""
-        return (self.search_tags[1], self.answer_tags[1])
+        """Strings that end a completion: a closed search, another tool's closed call, a closed answer."""
+        return (*(closing for _, closing in self.action_tags.values()), self.answer_tags[1])
 
     def render_prompt(self, question: str, hindsight: str = "") -> str:
         """The prompt of a question; the student's hindsight is empty, the teacher's is its block."""
@@ -200,7 +207,7 @@ def build_protocol(config: ProtocolConfig) -> Protocol:
     protocol = dataclasses.replace(PROTOCOL_SEAM.choose(config.preset)(), **own)
     protocol = dataclasses.replace(
         protocol,
-        prompt=_fill_tags(protocol.prompt, protocol),
+        prompt=_fill_tags("".join(map(_instruction, protocol.tools)) + protocol.prompt, protocol),
         invalid_action_message=_fill_tags(protocol.invalid_action_message, protocol),
         reflection_message=_fill_tags(protocol.reflection_message, protocol),
         information_format=_fill_tags(protocol.information_format, protocol),
@@ -211,6 +218,7 @@ def build_protocol(config: ProtocolConfig) -> Protocol:
                 f"protocol.prompt holds {placeholder} {protocol.prompt.count(placeholder)} times, expected"
                 " exactly once: the hindsight block and the question each need one place"
             )
+    _refuse_tools(protocol)
     _refuse_unread_tags(protocol)
     if protocol.template_arguments and not protocol.chat_template:
         raise ConfigError(
@@ -221,6 +229,36 @@ def build_protocol(config: ProtocolConfig) -> Protocol:
     if len(set(tags)) != len(tags) or not all(tags):
         raise ConfigError(f"protocol tags must be non-empty and distinct, found {tags}")
     return protocol
+
+
+def _instruction(tool: ToolConfig) -> str:
+    """What the prompt says of a tool."""
+    if not tool.description:
+        return ""
+    opening, closing = tool.own_tags
+    return (
+        f"{tool.description.strip()} To do so write {opening} what you ask {closing}; the result comes back between"
+        " {information_open} and {information_close}.\n"
+    )
+
+
+def _refuse_tools(protocol: Protocol) -> None:
+    """Raise ConfigError for tools that cannot be told apart."""
+    names = [SEARCH, *(tool.name for tool in protocol.tools)]
+    for tool in protocol.tools:
+        if not tool.name.isidentifier() or names.count(tool.name) > 1:
+            raise ConfigError(
+                f"protocol.tools: found the name {tool.name!r}, expected one of letters, digits and _ that no other"
+                f" tool has (search is one): {', '.join(names)}"
+            )
+    tags = protocol.control_tags if protocol.tools else ()
+    for tag in tags:
+        others = [other for other in tags if other is not tag and tag in other]
+        if others:
+            raise ConfigError(
+                f"protocol.tools: found the tags {tag} and {others[0]}, expected tags of which none is part of"
+                " another: nobody could say which one was written"
+            )
 
 
 def _refuse_unread_tags(protocol: Protocol) -> None:
@@ -248,8 +286,8 @@ class ParsedCompletion:
 
 
 def parse_completion(completion_ids: Sequence[int], protocol: Protocol, codec: TextCodec) -> ParsedCompletion:
-    """Read the first complete action or answer of one completion: the first closing search or answer tag
-    that has its opening before it.
+    """Read the first complete action or answer of one completion: the first closing tag of a search, another
+    tool or an answer that has its opening before it.
 
     Works on the raw bytes of the ids, so that no id is ever decoded and encoded again; the last opening tag
     before the closing one counts. Bytes that are no UTF-8 read as U+FFFD.
@@ -260,11 +298,14 @@ def parse_completion(completion_ids: Sequence[int], protocol: Protocol, codec: T
     """
     offsets = codec.offsets(completion_ids)
     text = codec.bytes_of(completion_ids)
-    search = _first_enclosed(text, protocol.search_tags)
     answer = _first_enclosed(text, protocol.answer_tags)
-    if search is not None and (answer is None or search[1] < answer[1]):
-        span = _tokens_inside(offsets, search)
-        return ParsedCompletion(action=Action(tool=SEARCH, text=_decode(text, search), span=span))
+    calls = ((name, _first_enclosed(text, tags)) for name, tags in protocol.action_tags.items())
+    called = [(place, name) for name, place in calls if place is not None]
+    if called:
+        place, name = min(called, key=lambda call: call[0][1])
+        if answer is None or place[1] < answer[1]:
+            span = _tokens_inside(offsets, place)
+            return ParsedCompletion(action=Action(tool=name, text=_decode(text, place), span=span))
     return ParsedCompletion(answer=None if answer is None else _decode(text, answer))
 
 

@@ -159,7 +159,7 @@ def _example_of_score() -> tuple[Rollout, Question]:
 
 def completion_is_well_formed(text: str, protocol: Protocol) -> bool:
     """True for: at most one note span (where the protocol has them), at most one think span, then exactly
-    one search or answer span, white space around them, nothing else.
+    one span of a search, another tool or an answer, white space around them, nothing else.
 
     `text` is one decoded completion without the end-of-sequence token. No control tag may occur inside a
     span.
@@ -171,7 +171,7 @@ def completion_is_well_formed(text: str, protocol: Protocol) -> bool:
             if not closed or _holds_tag(thought, protocol):
                 return False
             body = body.strip()
-    for opening, closing in (protocol.search_tags, protocol.answer_tags):
+    for opening, closing in (*protocol.action_tags.values(), protocol.answer_tags):
         if body.startswith(opening) and body.endswith(closing):
             content = body[len(opening) : -len(closing)]
             return bool(content.strip()) and not _holds_tag(content, protocol)

@@ -7,25 +7,29 @@ import pytest
 import torch
 
 from megatron_sd.algorithm.samples import SCOPES, to_samples
-from megatron_sd.config import ProtocolConfig, RewardConfig
+from megatron_sd.config import ProtocolConfig, RewardConfig, ToolConfig
+from megatron_sd.config.own_function import OwnFunction
 from megatron_sd.errors import RolloutError
+from megatron_sd.observability.metrics import rollout_metrics
+from megatron_sd.observability.transcripts import render_group
 from megatron_sd.records import RolloutGroup, StopReason
 from megatron_sd.rollout.embedded.engine import TorchEngine
-from megatron_sd.rollout.rollouter import Rollouter
+from megatron_sd.rollout.rollouter import NO_TOOLS, Rollouter
 from megatron_sd.rollout.stored import rollout_of
 from megatron_sd.search.reward import format_valid, score_rollout
+from megatron_sd.search.tools import open_tools
 from tests.builders import hit, question
 from tests.rollout.fakes import InlineRetriever, ScriptedEngine, codec, environment, model
 
 SEARCH, ANSWER = "<think>a</think><search> mayor of {} </search>", "<answer> gold </answer>"
 
 
-def scripted(*scripts, retriever=None, protocol=None, **limits):
+def scripted(*scripts, retriever=None, protocol=None, tools=NO_TOOLS, **limits):
     """A rollouter over one group whose rollout n follows scripts[n], with its engine and retriever."""
     engine = ScriptedEngine({f"rollout {n}": script for n, script in enumerate(scripts)})
     retriever = retriever or InlineRetriever()
     own = environment(protocol, group_size=len(scripts), **limits)
-    return Rollouter(engine, retriever, own, top_k=1, seed=0), engine, retriever
+    return Rollouter(engine, retriever, own, top_k=1, seed=0, tools=tools), engine, retriever
 
 
 def run(rollouter, **options):
@@ -318,3 +322,45 @@ def test_logprobs_of_every_turn_equal_one_forward_over_the_whole_rollout():
             logits = model(scale=3.0)(torch.tensor([ids])).logits[0]
         expected = torch.log_softmax(logits, -1)[torch.tensor(sampled) - 1, torch.tensor(ids)[sampled]]
         torch.testing.assert_close(torch.tensor(logprobs), expected, atol=1e-4, rtol=0)
+
+
+def test_a_tools_turns_are_turns(tmp_path):
+    """Masks, spans, counts and form of a rollout that searches, calculates, and answers."""
+    tools = ProtocolConfig(preset="compact", tools=(ToolConfig(name="sum", function="calculator"),))
+    script = [SEARCH.format("Lyon"), "<think>b</think><sum> 2 + 2 </sum>", ANSWER]
+    rollouter, _, retriever = scripted(script, protocol=tools, tools=open_tools(tools.tools, None))
+    (rollout,) = run(rollouter)
+    searched, called, _ = rollout.turns
+    assert rollout.stop_reason is StopReason.ANSWERED and format_valid(rollout) == 1.0
+    assert rollout.queries == ("mayor of Lyon",) == tuple(retriever.queries)
+    assert (
+        called.action.tool == "sum"
+        and called.query is None
+        and called.query_span is None
+        and called.hits == ()
+    )
+    assert codec().decode(called.observation_ids) == "\n<information>4\n</information>\n"
+    assert SCOPES["query"](rollout) == [searched.query_span, (0, 0), (0, 0)]
+    group = RolloutGroup(question=question(), rollouts=(rollout,))
+    scored = dataclasses.replace(rollout, scores=score_rollout(rollout, group, RewardConfig()))
+    assert rollout_of(json.loads(json.dumps(dataclasses.asdict(scored)))) == scored
+    metrics = rollout_metrics([RolloutGroup(question=question(), rollouts=(scored,))])
+    assert metrics["rollout/searches"] == 1.0 and metrics["rollout/calls_sum"] == 1.0
+    shown = render_group(RolloutGroup(question=question(), rollouts=(scored,)), [""], codec().decode)
+    assert "calls    | sum: 2 + 2\nobserved | <information>4" in shown
+
+
+def test_a_tool_that_fails_makes_no_data(tmp_path):
+    (tmp_path / "mine.py").write_text("def boom(text, call): raise OSError('gone')\n")
+    tool = ToolConfig(name="boom", function=OwnFunction(f"{tmp_path}/mine.py:boom"))
+    tools = ProtocolConfig(preset="compact", tools=(tool,))
+    scripts = [["<boom>x</boom>", ANSWER], [ANSWER]]
+    rollouter, *_ = scripted(
+        *scripts, protocol=tools, tools=open_tools(tools.tools, None), max_failed_share=0.5
+    )
+    first, second = run(rollouter)
+    assert first.stop_reason is StopReason.TOOL_FAILED and first.stop_reason.is_infrastructure
+    assert second.stop_reason is StopReason.ANSWERED
+    rollouter, *_ = scripted(*scripts, protocol=tools, tools=open_tools(tools.tools, None))
+    with pytest.raises(RolloutError, match="1 of 2 rollouts failed .*tool_failed.*boom raised OSError: gone"):
+        run(rollouter)

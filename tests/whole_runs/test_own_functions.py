@@ -63,7 +63,7 @@ def function_of(page, name):
 
 def test_every_file_of_the_page_is_short():
     sources = dict(files_of_the_page())
-    assert len(sources) == 7
+    assert len(sources) == 8
     assert all(len(source.strip().splitlines()) <= MOST_LINES for source in sources.values())
 
 
@@ -72,6 +72,8 @@ def test_the_pages_functions_do_what_it_says(page):
     assert function_of(page, "numeric.py:numbers")("about 1,200 or -3.5") == [1200.0, -3.5]
     assert function_of(page, "habits.py:thrift")(group.rollouts[0], group.question) == 0.5
     assert function_of(page, "credit.py:halved_before")([group], None) == [[[0.25, 0.5], [-0.25, -0.5]]]
+    days = function_of(page, "days.py:days")
+    assert days("1912-04-10, 1912-04-15", None) == "5" and "two dates" in days("soon", None).message
     protocol = function_of(page, "brackets.py:brackets")()
     assert protocol.information_tags == ("<results>", "</results>")
 

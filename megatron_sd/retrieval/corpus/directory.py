@@ -72,6 +72,15 @@ class CorpusRetriever:
         """`find`, answered inline: it never waits, so rollouts stay a function of their seed."""
         return self.find(queries, top_k)
 
+    def document(self, passage_id: str) -> str | None:
+        """Title and text of the document that a passage is of, its chunks (ID#0000, ...) one after the other;
+        None for an unknown id. Chunks that overlap are shown as they are."""
+        own = passage_id.rpartition("#")[0] or passage_id
+        found = [
+            p for p in self.passages.between(own, f"{own}#~") if p.id == own or p.id.startswith(f"{own}#")
+        ]
+        return "\n".join([found[0].title, *(passage.text for passage in found)]) if found else None
+
     def _rank(self, queries: Sequence[str], top_k: int) -> list[Ranking]:
         if len(self._indexes) == 1:
             return self._indexes[0].rank(queries, top_k)

@@ -5,6 +5,7 @@ The file also opens with `datasets.Dataset.from_file`. Licence and source of eve
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -80,6 +81,13 @@ class PassageStore:
         offset = row % ROWS_PER_BATCH
         id_, title, text = (column[offset].as_py() for column in columns)
         return Passage(id=id_, title=title, text=text)
+
+    def between(self, first: str, last: str) -> Iterator[Passage]:
+        """The passages whose ids are within the two, in order."""
+        row = bisect.bisect_left(range(len(self)), first, key=lambda row: self[row].id)
+        while row < len(self) and (passage := self[row]).id <= last:
+            yield passage
+            row += 1
 
     def take(self, rows: Sequence[int]) -> list[Passage]:
         """The passages of the rows, in the order asked for."""

@@ -138,6 +138,12 @@ def _section_of(annotation: Any) -> Any:
     return next((member for member in members if dataclasses.is_dataclass(member)), None)
 
 
+def _element_of(annotation: Any) -> Any:
+    """The record that each item of a list of sections is; None for another type."""
+    members = get_args(annotation) if get_origin(annotation) is tuple else ()
+    return next((member for member in members if dataclasses.is_dataclass(member)), None)
+
+
 def _names(record: type, section: str = "") -> list[str]:
     """All dotted keys, sections included."""
     names = []
@@ -195,6 +201,9 @@ def _describe(annotation: Any) -> str:
         return f"one of {', '.join(map(str, arguments))}"
     if get_origin(annotation) in (Union, types.UnionType):
         return " or ".join(map(_describe, arguments))
+    element = _element_of(annotation)
+    if element is not None:
+        return f"a list, each {_describe(element)}"
     if get_origin(annotation) is tuple:
         return f"[{', '.join('...' if a is Ellipsis else _describe(a) for a in arguments)}]"
     if dataclasses.is_dataclass(annotation):
@@ -204,6 +213,10 @@ def _describe(annotation: Any) -> str:
 
 def _explain(message: str, record: type) -> str:
     """jsonargparse's message as one line, with the key first, what was found and what was expected."""
+    listed = re.search(r'Parser key "([\w.]+)":\s+Problem with given class_path', message)
+    element = _element_of(_annotation(record, listed[1])) if listed else None
+    if listed and element is not None:
+        return f"{listed[1]}: {_explain(message[listed.end() :], element)}"
     missing = re.search(r"arguments are required: (.+)", message)
     if missing:
         sections = re.findall(r'Parser key "([\w.]+)"', message)  # of an optional one

@@ -251,6 +251,11 @@ def _refuse_tools(protocol: Protocol) -> None:
                 f"protocol.tools: found the name {tool.name!r}, expected one of letters, digits and _ that no other"
                 f" tool has (search is one): {', '.join(names)}"
             )
+        if not (tool.timeout_s > 0 and (tool.max_calls is None or tool.max_calls > 0)):
+            raise ConfigError(
+                f"protocol.tools: {tool.name}: found timeout_s {tool.timeout_s} and max_calls {tool.max_calls},"
+                " expected more than 0 of each"
+            )
     tags = protocol.control_tags if protocol.tools else ()
     for tag in tags:
         others = [other for other in tags if other is not tag and tag in other]

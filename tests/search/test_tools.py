@@ -6,6 +6,7 @@ import re
 import pytest
 
 from megatron_sd.config import ProtocolConfig, ToolConfig
+from megatron_sd.config.load import load
 from megatron_sd.config.own_function import OwnFunction
 from megatron_sd.errors import ConfigError, OwnCodeError, ToolError
 from megatron_sd.records import StopReason, Turn
@@ -178,6 +179,7 @@ def test_plain_functions_and_coroutines_answer(tmp_path):
             [ToolConfig(name="search", function="calculator")],
             "found the name 'search', expected one of letters",
         ),
+        ([ToolConfig(name="a", function="calculator", max_calls=0)], "found timeout_s 10.0 and max_calls 0"),
         ([ToolConfig(name="a b", function="calculator")], "found the name 'a b', expected one of letters"),
         (
             [
@@ -195,6 +197,35 @@ def test_plain_functions_and_coroutines_answer(tmp_path):
 def test_tools_that_cannot_be_told_apart_are_refused(tools, words):
     with pytest.raises(ConfigError, match=words):
         build_protocol(ProtocolConfig(tools=tuple(tools)))
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (
+            "[{name: sum, function: calculatr}]",
+            "protocol.tools: function: found 'calculatr', .*did you mean calculator?",
+        ),
+        (
+            "[{name: sum, function: calculator, tagz: [a, b]}]",
+            "protocol.tools: tagz: unknown key; did you mean tags?",
+        ),
+        ("[{name: sum}]", "protocol.tools: missing from the configuration: function"),
+        (
+            "{name: sum}",
+            "protocol.tools: found .*, expected a list, each a section with name, function, tags",
+        ),
+        (
+            "[{name: s, function: calculator, max_calls: many}]",
+            "protocol.tools: max_calls: found 'many', expected int",
+        ),
+    ],
+)
+def test_a_mistake_in_a_tool_is_told(value, words, tmp_path):
+    (tmp_path / "own.yaml").write_text(f"protocol:\n  tools: {value}\n")
+    for argv in (["--protocol.tools", value], [f"--config={tmp_path / 'own.yaml'}"]):
+        with pytest.raises(ConfigError, match=words):
+            load(["--run_dir=r", "--model.path=m", "--data.train=q", "--retriever.corpus=c", *argv])
 
 
 def test_a_page_cannot_be_opened_on_a_server():

@@ -75,6 +75,7 @@ def _train_alone(config: Config, world: World, build: Callable[[Config, World], 
         if world.is_first:
             world.stop.served()
             print(f"stopped: {request}; saved step {trainer.step}", file=sys.stderr, flush=True)
+            trainer.recorder.close()  # services hear that this start is over
         gather_objects(world, None)  # a launcher ends the ranks that are left as soon as one has ended
         return STOPPED_EXIT_CODE
     finally:

@@ -172,9 +172,11 @@ def _mismatch(name: str, value: Any, annotation: Any) -> str:
 
 def _nearest_choice(value: Any, annotation: Any) -> str:
     """Of several names the one that was probably meant."""
-    choices = map(str, literals(annotation))
+    is_list = get_origin(annotation) is tuple
+    choices = map(str, literals(get_args(annotation)[0] if is_list else annotation))
     near = difflib.get_close_matches(str(value), list(choices), n=1)
-    return f"; did you mean {near[0]}?" if near else ""
+    meant = f"[{near[0]}]" if near and is_list else "".join(near)
+    return f"; did you mean {meant}?" if near else ""
 
 
 def literals(annotation: Any) -> tuple[Any, ...]:

@@ -28,6 +28,7 @@ REQUIRES = [
     "torch>=2.13,<2.14",
     "deepspeed>=0.19.8,<0.20",
     "transformers>=5.16.1,<5.20",
+    "huggingface_hub>=1.0,<3",
     "tokenizers",
     "safetensors",
     "datasets",

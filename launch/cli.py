@@ -50,6 +50,10 @@ COMMANDS: dict[str, Command] = {
     "credit": _command(
         "launch.local:credit", "what the teacher says of stored queries, and is it right? [--num-ranks N]"
     ),
+    "push": _command(
+        "launch.push.command:main",
+        "MODEL --repo OWNER/NAME: a checkpoint's model to the Hugging Face Hub, with a card [--dry-run]",
+    ),
     "world": _command("launch.programs:world", "write the synthetic multi-hop world and its BM25 corpus"),
     "coldstart": _command(
         "launch.programs:coldstart", "train the small start policy on mediocre demonstrations"

@@ -21,7 +21,8 @@ import psutil
 from launch.presets import expand, listing
 from megatron_sd.config import Config
 from megatron_sd.config.load import load
-from megatron_sd.distributed.control import STARTER, STOPPED_EXIT_CODE
+from megatron_sd.distributed.control import STARTER
+from megatron_sd.door import STOPPED_EXIT_CODE
 from megatron_sd.durable.run_lock import refuse_held
 from megatron_sd.errors import ConfigError, MegatronSdError
 from megatron_sd.machine import has_gpu, process_start

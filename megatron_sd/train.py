@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_sd.distributed.control import STOPPED_EXIT_CODE, StopRequest
-from megatron_sd.door import exit_code_of
+from megatron_sd.distributed.control import StopRequest
+from megatron_sd.door import STOPPED_EXIT_CODE, exit_code_of
 from megatron_sd.errors import StopRequested
 
 if TYPE_CHECKING:

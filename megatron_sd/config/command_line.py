@@ -55,6 +55,19 @@ def name_positionals(argv: Sequence[str], names: Sequence[str]) -> list[str]:
     return [*named, *argv[len(named) :]]
 
 
+def choices_of(record: type) -> dict[str, tuple[str, ...]]:
+    """Every key that takes a value, and the names or truth values that it may be chosen from, if it is."""
+    found: dict[str, tuple[str, ...]] = {}
+    for name in _names(record):
+        annotation = _annotation(record, name)
+        if _section_of(annotation) is not None:
+            continue
+        is_list = get_origin(annotation) is tuple
+        names = literals(get_args(annotation)[0] if is_list else annotation)
+        found[name] = ("true", "false") if annotation is bool else tuple(map(str, names))
+    return found
+
+
 def _switches(record: type, argv: Sequence[str]) -> Iterator[bool]:
     """For each word: it names a bool and no value follows."""
     for word, following in zip(argv, [*argv, "--"][1:], strict=True):

@@ -42,7 +42,7 @@ from megatron_sd.errors import ConfigError
 from megatron_sd.observability.metrics import rollout_metrics
 from megatron_sd.observability.progress import Work
 from megatron_sd.observability.recorder import Recorder
-from megatron_sd.observability.sinks.table import check_packages
+from megatron_sd.observability.sinks.packages import check_packages
 from megatron_sd.observability.timers import Timers
 from megatron_sd.records import Batch, RolloutGroup, TrainingSample
 from megatron_sd.retrieval.choice import open_retriever

@@ -3,16 +3,19 @@
 import json
 import logging
 import threading
+from types import SimpleNamespace
 from typing import get_args, get_type_hints
 
 import pytest
 
 from megatron_sd.config import LogConfig
-from megatron_sd.errors import ConfigError
+from megatron_sd.door import STOPPED_EXIT_CODE
+from megatron_sd.errors import ConfigError, StopRequested
 from megatron_sd.observability.metrics_log import MetricsLog, newest_steps, read_metrics
 from megatron_sd.observability.recorder import Recorder
 from megatron_sd.observability.sinks.background import Background
-from megatron_sd.observability.sinks.table import SINKS, check_packages
+from megatron_sd.observability.sinks.packages import check_packages
+from megatron_sd.observability.sinks.table import SINKS
 from tests.config.test_config import REQUIRED
 from tests.observability.fake_services import fake_mlflow, fake_trackio, fake_wandb
 
@@ -67,13 +70,16 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(monkeypatc
     check_packages(("tensorboard",))
 
 
-def test_a_run_says_so_before_its_model_is_read(tmp_path, monkeypatch):
+def test_a_run_says_so_before_its_model_is_read(monkeypatch, capsys):
+    from launch.cli import main as command
     from megatron_sd.build import check_run_dir
     from megatron_sd.config.load import load
 
     monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
     with pytest.raises(ConfigError, match="log.sinks: found wandb"):
         check_run_dir(load([*REQUIRED, "--log.sinks=[wandb]"]))
+    assert command(["train", *REQUIRED, "--log.sinks=[trackio]"]) == 2
+    assert "log.sinks: found trackio, but its package is not installed" in capsys.readouterr().err
 
 
 def test_no_sink_writes_no_event_files(tmp_path):
@@ -203,3 +209,23 @@ def _wait(condition):
             return
         done.wait(0.01)
     raise AssertionError("not within 5 s")
+
+
+def test_a_run_that_is_asked_to_stop_says_so_to_its_services(tmp_path, capsys):
+    """A stop leaves the loop by an error, and its process without a clean end of the interpreter."""
+    from megatron_sd.config.load import load
+    from megatron_sd.distributed.world import lone_world
+    from megatron_sd.train import _train_alone
+
+    closed = []
+
+    class FakeTrainer:
+        step = 3
+        recorder = SimpleNamespace(close=lambda: closed.append(True))
+
+        def train(self):
+            raise StopRequested("asked to")
+
+    config = load([*REQUIRED[1:], f"--run_dir={tmp_path}"])
+    assert _train_alone(config, lone_world(), lambda _config, _world: FakeTrainer()) == STOPPED_EXIT_CODE
+    assert closed == [True] and "stopped: asked to; saved step 3" in capsys.readouterr().err

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 from megatron_sd.durable.files import write_whole
 from megatron_sd.errors import ConfigError
@@ -26,16 +25,6 @@ SERVICES: dict[str, Callable[[TrackedRun, str | None], ServiceSink]] = {
 SINKS = ("tensorboard", *SERVICES)
 
 logger = logging.getLogger(__name__)
-
-
-def check_packages(sinks: Sequence[str]) -> None:
-    """Raise ConfigError for a service whose package is not installed."""
-    for name in sinks:
-        if name in SERVICES and importlib.util.find_spec(name) is None:
-            raise ConfigError(
-                f"log.sinks: found {name}, but its package is not installed: pip install"
-                f" 'megatron-sd[{name}]' (or {name} alone), or take it out of log.sinks"
-            )
 
 
 def open_sinks(tracked: TrackedRun, sent: Mapping[str, int]) -> list[Sink]:

@@ -1,6 +1,7 @@
 #!/bin/bash
-# What both images install: `install.sh system` (packages, torch), then, with the sources in place, `install.sh project`.
-# TORCH: torch, in pip's words. EXTRAS: extras of the project, commas between them, such as vllm,wandb; or none.
+# What both images install: `install.sh system` (packages, torch), then, with the sources in place,
+# `install.sh project`. TORCH: torch, in pip's words. EXTRAS: extras of the project, commas between them, such
+# as vllm,wandb; or none.
 set -euo pipefail
 
 case "${1:-nothing}" in
@@ -8,7 +9,8 @@ system)
     export DEBIAN_FRONTEND=noninteractive
     apt-get update
     # g++ also at run time: triton and DeepSpeed compile; ssh: launches over a hostfile
-    apt-get install -y --no-install-recommends ca-certificates g++ git make openssh-client python3 python3-dev python3-venv
+    apt-get install -y --no-install-recommends ca-certificates g++ git make openssh-client \
+        python3 python3-dev python3-venv
     rm -rf /var/lib/apt/lists/*
     python3 -m venv /opt/venv
     # first and alone, as `make` does it, so that a CPU build that pip can see is taken

@@ -50,7 +50,7 @@ def method(config: Mapping[str, Any]) -> str:
 
 
 def _training(facts: Facts, base_model: str | None) -> list[str]:
-    config = facts.config
+    config, rollout = facts.config, facts.config["rollout"]
     kind = method(config)
     estimator = config.get("advantage", {}).get("estimator", "grpo")  # older checkpoints name none
     named = {"SFT": "likelihood of selected episodes", "GRPO": estimator}
@@ -60,8 +60,8 @@ def _training(facts: Facts, base_model: str | None) -> list[str]:
     rows = {
         "base model": f"{base_model or own_name(config['model']['path'])} ({_digest(facts, 'model')})",
         "method": f"{kind}: {told}",
-        "steps": f"{facts.step} of {config['num_steps']}, {config['rollout']['questions_per_step']} questions a"
-        f" step, {config['rollout']['group_size']} rollouts a question",
+        "steps": f"{facts.step} of {config['num_steps']}, {rollout['questions_per_step']} questions a step,"
+        f" {rollout['group_size']} rollouts a question",
         "data": f"{questions}{f', split {split}' if split else ''} ({_digest(facts, 'data.train')})",
         "corpus": f"version {facts.corpus_version[:16]}",
         "seed": config["seed"],

@@ -1,4 +1,4 @@
-"""What a run's own records say of a model: its checkpoint's state.json, its metrics, attempts, evaluations."""
+"""What a run's own records say of a model: state.json of its checkpoint, metrics, attempts, evaluations."""
 
 from __future__ import annotations
 

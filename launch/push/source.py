@@ -59,8 +59,8 @@ def verify(model: PushedModel) -> None:
     damage = None if model.checkpoint is None else find_damage(model.checkpoint)
     if damage is not None:
         raise DataError(
-            f"{KEY}: {model.checkpoint} does not verify: {damage}; expected it as it was written: push another"
-            " checkpoint, or copy this one again"
+            f"{KEY}: {model.checkpoint} does not verify: {damage}; expected it as it was written: push"
+            " another checkpoint, or copy this one again"
         )
     read_config(model.directory, KEY)
     stored_tensors(model.directory, KEY)

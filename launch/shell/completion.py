@@ -58,8 +58,10 @@ HEADS = {
 # A word after `--key` or `--key=` (which bash cuts in three) is a value; others are options, then files.
 BODY = """\
 _sd_search() {{
-    local current="${{COMP_WORDS[COMP_CWORD]}}" key="${{COMP_WORDS[COMP_CWORD-1]}}" command="${{COMP_WORDS[1]}}" words=""
-    if [ "$current" = "=" ]; then current=""; elif [ "$key" = "=" ]; then key="${{COMP_WORDS[COMP_CWORD-2]}}"; fi
+    local current="${{COMP_WORDS[COMP_CWORD]}}" key="${{COMP_WORDS[COMP_CWORD-1]}}"
+    local command="${{COMP_WORDS[1]}}" words=""
+    if [ "$current" = "=" ]; then current=""
+    elif [ "$key" = "=" ]; then key="${{COMP_WORDS[COMP_CWORD-2]}}"; fi
     case "$command" in {families}) command="$command ${{COMP_WORDS[2]}}" ;; esac
     case "$COMP_CWORD:$command" in
     1:*) words="{firsts}" ;;
@@ -82,7 +84,8 @@ def main(argv: Sequence[str]) -> None:
     """The command line."""
     if len(argv) != 1 or argv[0] not in HEADS:
         raise ConfigError(
-            f"completion: found {' '.join(argv) or 'nothing'}, expected bash or zsh; then source what is printed"
+            f"completion: found {' '.join(argv) or 'nothing'}, expected bash or zsh; then source what is"
+            " printed"
         )
     print(script(argv[0]), end="")
 

@@ -1,4 +1,4 @@
-"""`sd-search --version`: what is installed here, in the lines that a report of a problem should begin with."""
+"""`sd-search --version`: what is installed here, as a report of a problem should begin."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`sd-search push`: what reaches a (fake) Hub, what the card says, and what is refused before anything is sent."""
+"""`sd-search push`: what reaches a (fake) Hub, what the card says, and what is refused unsent."""
 
 import dataclasses
 import json

@@ -45,7 +45,8 @@ def completion(tmp_path_factory):
 def _offered(completion, *words):
     """What bash offers for the last word."""
     typed = " ".join(f"'{word}'" for word in ("sd-search", *words))
-    ask = f"source {completion}; COMP_WORDS=({typed}); COMP_CWORD={len(words)}; _sd_search; echo ${{COMPREPLY[@]}}"
+    typing = f"COMP_WORDS=({typed}); COMP_CWORD={len(words)}"
+    ask = f"source {completion}; {typing}; _sd_search; echo ${{COMPREPLY[@]}}"
     done = subprocess.run(["bash", "-c", ask], capture_output=True, text=True, check=True)
     assert done.stderr == ""
     return done.stdout.split()

@@ -1,4 +1,4 @@
-"""Services beside TensorBoard: what is sent to them, how a run goes on there, and that none of them ends it."""
+"""Services beside TensorBoard: what is sent to them, how a run goes on there, and that none ends it."""
 
 import json
 import logging

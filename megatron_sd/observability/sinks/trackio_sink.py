@@ -9,7 +9,7 @@ from megatron_sd.observability.sinks.sink import TrackedRun
 
 
 class TrackioSink:
-    """A run of trackio. Runs of a project are told apart by their names, so the name ends with an identity."""
+    """A run of trackio. Names tell the runs of a project apart, so this one ends with an identity."""
 
     def __init__(self, tracked: TrackedRun, run_id: str | None) -> None:
         """run_id: the name of the run to go on with; None: a new one."""

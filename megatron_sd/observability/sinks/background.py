@@ -64,12 +64,12 @@ class Background:
         while (record := self._waiting.get()) is not None:
             try:
                 self._sink.write(*record)
-            except Exception as error:  # noqa: BLE001  of whatever kind: the service is not ours
+            except Exception as error:  # of whatever kind: the service is not ours
                 self._lose(f"{type(error).__name__}: {error}")
         try:
             if self._sink is not None:
                 self._sink.close()
-        except Exception as error:  # noqa: BLE001
+        except Exception as error:
             logger.warning("%s: could not be closed: %s: %s", self._name, type(error).__name__, error)
 
     def _lose(self, reason: str) -> None:

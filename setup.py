@@ -28,6 +28,7 @@ REQUIRES = [
     "torch>=2.13,<2.14",
     "deepspeed>=0.19.8,<0.20",
     "transformers>=5.16.1,<5.20",
+    "huggingface_hub>=1.0,<3",
     "tokenizers",
     "safetensors",
     "datasets",
@@ -51,7 +52,10 @@ REQUIRES = [
     "httptools",
     "httpx>=0.27",
 ]
+SINKS = {"wandb": ["wandb>=0.31,<1"], "trackio": ["trackio>=0.43,<1"], "mlflow": ["mlflow>=3.17,<4"]}
 EXTRAS = {
+    **SINKS,
+    "sinks": [package for packages in SINKS.values() for package in packages],
     "vllm": ["vllm>=0.32,<0.33"],
     # Each brings its own `faiss` in place of faiss-cpu's: uninstall faiss-cpu first, and never install both.
     "retriever-gpu-cu12": ["faiss-gpu>=1.15,<2"],

@@ -9,10 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from launch.local import choose_accelerator
+from megatron_sd.door import DONE_EXIT_CODE, FAILED_EXIT_CODE, INTERRUPTED_EXIT_CODE, USAGE_EXIT_CODE
 from megatron_sd.errors import ConfigError, MegatronSdError
-
-USAGE_EXIT_CODE = 2
-INTERRUPTED_EXIT_CODE = 130
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +47,16 @@ COMMANDS: dict[str, Command] = {
     ),
     "credit": _command(
         "launch.local:credit", "what the teacher says of stored queries, and is it right? [--num-ranks N]"
+    ),
+    "version": _command(
+        "launch.shell.version:main", "what is installed here, for a report of a problem; also --version"
+    ),
+    "completion": _command(
+        "launch.shell.completion:main", "bash or zsh: print a script that completes commands and options"
+    ),
+    "push": _command(
+        "launch.push.command:main",
+        "MODEL --repo OWNER/NAME: a checkpoint's model to the Hugging Face Hub, with a card [--dry-run]",
     ),
     "world": _command("launch.programs:world", "write the synthetic multi-hop world and its BM25 corpus"),
     "coldstart": _command(
@@ -157,8 +165,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help"):
         print(usage())
-        return 0
+        return DONE_EXIT_CODE
     choose_accelerator()
+    if argv[0] == "--version":
+        argv[0] = "version"
     try:
         command, rest = find(argv)
         command.load()(rest)
@@ -167,21 +177,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         return USAGE_EXIT_CODE
     except MegatronSdError as error:
         print(f"sd-search: {type(error).__name__}: {error}", file=sys.stderr)
-        return 1
+        return FAILED_EXIT_CODE
     # a full disk, a directory that is a file, a missing permission: the system's words name the path
     except OSError as error:
         print(
             f"sd-search: {error}; expected to read or write there: free the path or choose another",
             file=sys.stderr,
         )
-        return 1
+        return FAILED_EXIT_CODE
     except KeyboardInterrupt:
         print(
             "sd-search: interrupted; a training run goes on from its last checkpoint with the same command",
             file=sys.stderr,
         )
         return INTERRUPTED_EXIT_CODE
-    return 0
+    return DONE_EXIT_CODE
 
 
 if __name__ == "__main__":

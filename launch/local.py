@@ -21,10 +21,12 @@ import psutil
 from launch.presets import expand, listing
 from megatron_sd.config import Config
 from megatron_sd.config.load import load
-from megatron_sd.distributed.control import STARTER, STOPPED_EXIT_CODE
+from megatron_sd.distributed.control import STARTER
+from megatron_sd.door import STOPPED_EXIT_CODE
 from megatron_sd.durable.run_lock import refuse_held
 from megatron_sd.errors import ConfigError, MegatronSdError
 from megatron_sd.machine import has_gpu, process_start
+from megatron_sd.observability.sinks.packages import check_packages
 
 TRAIN = "megatron_sd.train"
 # what a rank may be
@@ -45,6 +47,7 @@ def main(argv: Sequence[str]) -> None:
     config = load(rest)  # a typo ends here, once, before any process starts
     if preset is not None:
         print(f"as {preset.name}: {preset.about}; differs: {preset.differs}", flush=True)
+    check_packages(config.log.sinks)
     refuse_held(Path(config.run_dir))
     remarks = check_memory(config, num_ranks)
     start_ranks(num_ranks, rest, remarks)
@@ -69,6 +72,7 @@ def sft(argv: Sequence[str]) -> None:
 
     num_ranks, rest = split_num_ranks(argv)
     own, config = load_sft(rest)
+    check_packages(config.log.sinks)
     refuse_held(Path(config.run_dir))
     remarks = check_memory(planned_config(own, config), num_ranks)
     start_ranks(num_ranks, rest, remarks, program="megatron_sd.sft")

@@ -42,6 +42,7 @@ from megatron_sd.errors import ConfigError
 from megatron_sd.observability.metrics import rollout_metrics
 from megatron_sd.observability.progress import Work
 from megatron_sd.observability.recorder import Recorder
+from megatron_sd.observability.sinks.packages import check_packages
 from megatron_sd.observability.timers import Timers
 from megatron_sd.records import Batch, RolloutGroup, TrainingSample
 from megatron_sd.retrieval.choice import open_retriever
@@ -283,7 +284,8 @@ def hindsight_of(distill: DistillConfig, seed: int) -> HindsightBlocks:
 
 
 def check_run_dir(config: Config) -> Path:
-    """Where the run writes. Raises ConfigError for a file."""
+    """Where the run writes. Raises ConfigError for a file, and for a sink whose package is not installed."""
+    check_packages(config.log.sinks)
     run_dir = Path(config.run_dir)
     if run_dir.exists() and not run_dir.is_dir():
         raise ConfigError(
@@ -310,7 +312,7 @@ def recorder_of(config: Config, world: World, codec: TextCodec) -> Recorder:
         num_steps=config.num_steps,
         config_text=dump(config),
         decode=codec.decode,
-        transcripts_per_step=config.log.transcripts_per_step,
+        log=config.log,
     )
 
 

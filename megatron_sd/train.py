@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_sd.distributed.control import STOPPED_EXIT_CODE, StopRequest
-from megatron_sd.door import exit_code_of
+from megatron_sd.distributed.control import StopRequest
+from megatron_sd.door import STOPPED_EXIT_CODE, exit_code_of
 from megatron_sd.errors import StopRequested
 
 if TYPE_CHECKING:
@@ -75,6 +75,7 @@ def _train_alone(config: Config, world: World, build: Callable[[Config, World], 
         if world.is_first:
             world.stop.served()
             print(f"stopped: {request}; saved step {trainer.step}", file=sys.stderr, flush=True)
+            trainer.recorder.close()  # services hear that this start is over
         gather_objects(world, None)  # a launcher ends the ranks that are left as soon as one has ended
         return STOPPED_EXIT_CODE
     finally:

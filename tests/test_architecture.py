@@ -62,6 +62,8 @@ HOMES = {
     "bm25s": ("megatron_sd/retrieval/", "data_prep/"),
     "tensorboard": ("megatron_sd/observability/",),
     "torch.utils.tensorboard": ("megatron_sd/observability/",),
+    **dict.fromkeys(("wandb", "trackio", "mlflow"), ("megatron_sd/observability/sinks/",)),
+    "huggingface_hub": ("launch/push/",),
     "torch.distributed": ("megatron_sd/distributed/", "megatron_sd/resharding/transport.py"),
     "os.environ": ("megatron_sd/distributed/world.py", "launch/"),
     "os.getenv": ("megatron_sd/distributed/world.py", "launch/"),

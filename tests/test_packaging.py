@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_sd.observability.sinks.table import SERVICES
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -53,7 +55,7 @@ def test_wheel_declares_command_licence_and_extras(wheel):
         "sd-search = launch.cli:main" in wheel.read("megatron_sd-0.1.0.dist-info/entry_points.txt").decode()
     )
     extras = set(re.findall(r"^Provides-Extra: (\S+)", meta, re.M))
-    assert {"vllm", "retriever-gpu-cu12", "retriever-gpu-cu13", "dev"} <= extras
+    assert {"vllm", "retriever-gpu-cu12", "retriever-gpu-cu13", "dev", *SERVICES, "sinks"} <= extras
     base = {name.lower() for name in re.findall(r"^Requires-Dist: ([\w-]+)(?!.*extra ==)", meta, re.M)}
     assert {"torch", "deepspeed", "transformers", "datasets", "tensorboard", "faiss-cpu"} <= base
 

@@ -27,12 +27,9 @@ from launch.cluster.layout import LayoutConfig
 from launch.cluster.provenance import describe_software
 from launch.cluster.topology import Topology, find_topology
 from megatron_sd.config.command_line import parse
+from megatron_sd.door import GIVEN_UP_EXIT_CODE, STOPPED_EXIT_CODE, USAGE_EXIT_CODE
 from megatron_sd.durable.directories import committed
 from megatron_sd.errors import ConfigError, MegatronSdError
-
-SAVED_EXIT_CODE = 85  # of a rank that was told to stop, and saved
-USAGE_EXIT_CODE = 2  # a configuration that will be no better the next time
-GIVEN_UP_EXIT_CODE = 86  # of a job whose attempts make no progress
 
 Decision = Literal["done", "requeue", "stop"]
 
@@ -91,7 +88,7 @@ def decide(exit_code: int, *, step: int, num_steps: int, stuck: int, most_stuck:
         return "done", f"step {step} of {num_steps} is committed"
     if exit_code == USAGE_EXIT_CODE:
         return "stop", "the configuration was refused (exit code 2); the message stands above"
-    how = "saved and stopped" if exit_code == SAVED_EXIT_CODE else f"ended with exit code {exit_code}"
+    how = "saved and stopped" if exit_code == STOPPED_EXIT_CODE else f"ended with exit code {exit_code}"
     if stuck >= most_stuck:
         return (
             "stop",

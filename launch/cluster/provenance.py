@@ -48,6 +48,14 @@ def kept_environment(environment: Mapping[str, str]) -> dict[str, str]:
     }
 
 
+def checkout() -> tuple[str, str]:
+    """Commit and local changes of the checkout this code runs from, as git prints them; both empty where it
+    is none."""
+    if not (SOURCE / ".git").exists():  # a file in a worktree
+        return "", ""
+    return _git("rev-parse", "HEAD"), _git("status", "--short")
+
+
 def _git(*arguments: str) -> str:
     """A git command's output; a line that says so where the code is no checkout, or git is missing."""
     try:

@@ -12,7 +12,7 @@ from megatron_sd.errors import ConfigError
 if TYPE_CHECKING:
     from megatron_sd.config.loss import AdvantageConfig, PolicyLossConfig
     from megatron_sd.config.rollout import RewardConfig
-    from megatron_sd.config.run import Config
+    from megatron_sd.config.run import Config, LogConfig
     from megatron_sd.config.update import UpdateConfig
 
 
@@ -42,6 +42,7 @@ def check(config: Config) -> None:
             "rollout.keep_groups: found with_spread with rollout.group_size 1, expected all, or a larger group:"
             " one rollout is never right and wrong"
         )
+    _check_sinks(config.log)
     _check_attempts(config)
     _check_reward(config.reward)
     _check_terms(config.advantage, config.reward)
@@ -72,6 +73,12 @@ def check(config: Config) -> None:
             "publish.source: found master with model.lora.rank above 0, expected parameters: W has no master"
             " then"
         )
+
+
+def _check_sinks(log: LogConfig) -> None:
+    repeated = sorted(name for name in set(log.sinks) if log.sinks.count(name) > 1)
+    if repeated:
+        raise ConfigError(f"log.sinks: found {repeated[0]} more than once, expected each sink once")
 
 
 def _check_attempts(config: Config) -> None:

@@ -55,6 +55,19 @@ def name_positionals(argv: Sequence[str], names: Sequence[str]) -> list[str]:
     return [*named, *argv[len(named) :]]
 
 
+def choices_of(record: type) -> dict[str, tuple[str, ...]]:
+    """Every key that takes a value, and the names or truth values that it may be chosen from, if it is."""
+    found: dict[str, tuple[str, ...]] = {}
+    for name in _names(record):
+        annotation = _annotation(record, name)
+        if _section_of(annotation) is not None:
+            continue
+        is_list = get_origin(annotation) is tuple
+        names = literals(get_args(annotation)[0] if is_list else annotation)
+        found[name] = ("true", "false") if annotation is bool else tuple(map(str, names))
+    return found
+
+
 def _switches(record: type, argv: Sequence[str]) -> Iterator[bool]:
     """For each word: it names a bool and no value follows."""
     for word, following in zip(argv, [*argv, "--"][1:], strict=True):
@@ -178,9 +191,11 @@ def _mismatch(name: str, value: Any, annotation: Any) -> str:
 
 def _nearest_choice(value: Any, annotation: Any) -> str:
     """Of several names the one that was probably meant."""
-    choices = map(str, literals(annotation))
+    is_list = get_origin(annotation) is tuple
+    choices = map(str, literals(get_args(annotation)[0] if is_list else annotation))
     near = difflib.get_close_matches(str(value), list(choices), n=1)
-    return f"; did you mean {near[0]}?" if near else ""
+    meant = f"[{near[0]}]" if near and is_list else "".join(near)
+    return f"; did you mean {meant}?" if near else ""
 
 
 def literals(annotation: Any) -> tuple[Any, ...]:

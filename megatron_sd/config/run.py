@@ -57,8 +57,13 @@ class SafetyConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LogConfig:
-    """TensorBoard, metrics.jsonl and transcripts under run_dir."""
+    """metrics.jsonl and transcripts under run_dir, and where else its scalars go (docs/tracking.md)."""
 
+    sinks: tuple[Literal["tensorboard", "wandb", "trackio", "mlflow"], ...] = ("tensorboard",)
+    project: str = "megatron_sd"  # of the services, as the next
+    run_name: str | None = None  # None: the name of run_dir
+    wandb_mode: Literal["online", "offline"] | None = None  # None: as WANDB_MODE says, else online
+    mlflow_uri: str | None = None  # None: as MLFLOW_TRACKING_URI says, else MLflow's own default
     eval_every: int = 0  # 0: only when asked for by `sd-search eval`
     transcripts_every: int = 10
     transcripts_per_step: int = 4

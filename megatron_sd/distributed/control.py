@@ -16,7 +16,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Self
 
-STOPPED_EXIT_CODE = 85  # saved as asked: start the same command again and it goes on
 # set by `sd-search`: its process, "pid start", without which ranks do not go on
 STARTER = "MEGATRON_SD_STARTER"
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM)

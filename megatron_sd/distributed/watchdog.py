@@ -23,8 +23,8 @@ from typing import NoReturn, TextIO
 import torch.distributed as dist
 
 from megatron_sd.distributed.world import World
+from megatron_sd.door import STUCK_EXIT_CODE
 
-STUCK_EXIT_CODE = 86
 TICKS_PER_TIMEOUT = 20
 MAX_TICK_S = 10.0
 GRACE = 0.2  # of the timeout: how long a main thread may take to end by itself when another rank has ended

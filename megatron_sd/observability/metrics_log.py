@@ -66,6 +66,17 @@ def read_metrics(path: Path) -> dict[int, dict[str, float]]:
     return dict(sorted(steps.items()))
 
 
+def newest_steps(path: Path) -> dict[str, int]:
+    """The largest step that each metric was ever recorded at, superseded lines included; empty without a
+    file."""
+    newest: dict[str, int] = {}
+    for line in path.read_bytes().splitlines() if path.is_file() else ():
+        row = _parse(line)
+        for name in (row or {}).get("metrics", ()):
+            newest[name] = max(newest.get(name, row["step"]), row["step"])
+    return newest
+
+
 def _parse(line: bytes) -> dict[str, Any] | None:
     try:
         row = json.loads(line)

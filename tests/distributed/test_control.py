@@ -12,8 +12,9 @@ import pytest
 
 from megatron_sd.distributed.collectives import agree_to_stop, check_stop
 from megatron_sd.distributed.control import SIGNALS, StopRequest
-from megatron_sd.distributed.watchdog import STUCK_EXIT_CODE, Judge, Report
+from megatron_sd.distributed.watchdog import Judge, Report
 from megatron_sd.distributed.world import lone_world
+from megatron_sd.door import STUCK_EXIT_CODE
 from megatron_sd.errors import NoProgressError, StopRequested
 from megatron_sd.training.safety.starts import Attempts
 

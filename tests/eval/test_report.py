@@ -12,6 +12,7 @@ from eval.report_page.curves import render_curves
 from eval.report_page.groups import outcome
 from eval.report_page.text import plain
 from launch.cli import main as command
+from megatron_sd.config import LogConfig
 from megatron_sd.errors import DataError
 from megatron_sd.observability.metrics_log import MetricsLog
 from megatron_sd.observability.recorder import Recorder
@@ -232,7 +233,7 @@ def test_a_change_of_the_plan_is_marked_and_told(tmp_path):
     TensorBoard."""
     told = "from step 2 on optimizer.learning_rate was 1e-06 and is now 5e-07"
     recorder = Recorder(
-        tmp_path, enabled=True, num_steps=4, config_text="", decode=str, transcripts_per_step=1
+        tmp_path, enabled=True, num_steps=4, config_text="", decode=str, log=LogConfig(transcripts_per_step=1)
     )
     recorder.begin(0)
     for step in (1, 2):

@@ -9,11 +9,12 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from eval.report_page.groups import _scores
+from megatron_sd.config import LogConfig
 from megatron_sd.errors import DataError
 from megatron_sd.observability.metrics_log import MetricsLog, read_metrics
 from megatron_sd.observability.progress import Progress
 from megatron_sd.observability.recorder import Recorder
-from megatron_sd.observability.tensorboard import LAYOUT
+from megatron_sd.observability.sinks.tensorboard import LAYOUT
 from megatron_sd.observability.timers import Timers, memory_metrics
 from megatron_sd.observability.transcripts import group_record, render_group
 from megatron_sd.records import RolloutGroup, Scores, StopReason
@@ -26,7 +27,12 @@ def decode(ids):
 
 def _recorder(path, step=0, enabled=True, config_text="run_dir: x\nseed: 3\n"):
     recorder = Recorder(
-        path, enabled=enabled, num_steps=9, config_text=config_text, decode=decode, transcripts_per_step=1
+        path,
+        enabled=enabled,
+        num_steps=9,
+        config_text=config_text,
+        decode=decode,
+        log=LogConfig(transcripts_per_step=1),
     )
     recorder.begin(step)
     return recorder

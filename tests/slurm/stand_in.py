@@ -13,10 +13,11 @@ import sys
 import time
 from pathlib import Path
 
-from launch.cluster.attempt import SAVED_EXIT_CODE, newest_step
+from launch.cluster.attempt import newest_step
 from megatron_sd.config.load import load
 from megatron_sd.distributed.collectives import gather_objects
 from megatron_sd.distributed.world import end_process, join_world
+from megatron_sd.door import STOPPED_EXIT_CODE
 from megatron_sd.durable import directories
 
 STEP_S = 0.2
@@ -37,7 +38,7 @@ def main(argv: list[str]) -> int:
         step += 1
         if any(gather_objects(world, bool(told))):
             save(run_dir, step, world)
-            return SAVED_EXIT_CODE
+            return STOPPED_EXIT_CODE
     save(run_dir, step, world)
     return 0
 

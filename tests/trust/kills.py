@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file
 
-from megatron_sd.distributed.control import STOPPED_EXIT_CODE
+from megatron_sd.door import STOPPED_EXIT_CODE
 from megatron_sd.durable import directories
 from tests.trust.rows import Bench, Row, row
 from tests.whole_runs.test_training import sampled_ids, without_clocks

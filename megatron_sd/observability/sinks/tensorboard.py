@@ -41,9 +41,9 @@ class TensorBoard:
         self._writer = SummaryWriter(str(directory), purge_step=first_step)
         self._writer.add_custom_scalars(LAYOUT)
 
-    def record(self, step: int, metrics: Mapping[str, float]) -> None:
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """One scalar a metric."""
-        for name, value in metrics.items():
+        for name, value in scalars.items():
             self._writer.add_scalar(name, value, step)
         self._writer.flush()
 

@@ -59,7 +59,7 @@ from megatron_sd.rollout.vllm.connect import connect_vllm
 from megatron_sd.rollout.vllm.servers_engine import VllmEngine
 from megatron_sd.search.environment import Environment
 from megatron_sd.search.protocol import build_protocol
-from megatron_sd.search.questions import QuestionStream, load_questions
+from megatron_sd.search.questions import MixedStream, QuestionStream, load_questions, training_stream
 from megatron_sd.search.reward import own_scores, score
 from megatron_sd.search.tokens import TextCodec, load_codec
 from megatron_sd.search.tools import open_tools
@@ -181,12 +181,7 @@ def build_trainer(config: Config, world: World) -> Trainer:
     parts = config.model, config.protocol, config.rollout, config.retriever
     shares = engine_reads_policy(config, world.size)
     side = build_rollout_side(*parts, seed=config.seed, output=run_dir, world=world, on_demand=shares)
-    questions = QuestionStream(
-        questions=load_questions(config.data.train, config.data.train_split),
-        batch_size=config.rollout.questions_per_step,
-        seed=config.seed,
-        shuffle=config.data.shuffle,
-    )
+    questions = training_stream(config.data, batch_size=config.rollout.questions_per_step, seed=config.seed)
     check_same_tokens(config, side.environment.codec)
     critic, has_gradient = build_critic(config, parallel), gradient_test(config.advantage.estimator)
     policy = build_policy(config, parallel, critic)
@@ -322,7 +317,7 @@ def build_watchdog(config: Config, world: World) -> Watchdog:
 
 
 def _sampling_order(
-    config: Config, world: World, questions: QuestionStream, side: RolloutSide
+    config: Config, world: World, questions: QuestionStream | MixedStream, side: RolloutSide
 ) -> SamplingOrder:
     identity = json.dumps(
         run_identity(config, side.retriever.corpus_version) | contents_of(config), sort_keys=True

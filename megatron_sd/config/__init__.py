@@ -21,7 +21,7 @@ from megatron_sd.config.retriever import (
     SearchConfig,
 )
 from megatron_sd.config.rollout import ProtocolConfig, RewardConfig, RolloutConfig, ToolConfig, VllmConfig
-from megatron_sd.config.run import CheckpointConfig, Config, DataConfig, LogConfig, SafetyConfig
+from megatron_sd.config.run import CheckpointConfig, Config, DataConfig, LogConfig, MixConfig, SafetyConfig
 from megatron_sd.config.update import OptimizerConfig, PublishConfig, UpdateConfig
 
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
     "DistillConfig",
     "LogConfig",
     "LoraConfig",
+    "MixConfig",
     "ModelConfig",
     "OpenSearchConfig",
     "OptimizerConfig",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from megatron_sd.errors import ConfigError
 if TYPE_CHECKING:
     from megatron_sd.config.loss import AdvantageConfig, PolicyLossConfig
     from megatron_sd.config.rollout import RewardConfig
-    from megatron_sd.config.run import Config, LogConfig
+    from megatron_sd.config.run import Config, DataConfig, LogConfig
     from megatron_sd.config.update import UpdateConfig
 
 
@@ -43,6 +44,7 @@ def check(config: Config) -> None:
             " one rollout is never right and wrong"
         )
     _check_sinks(config.log)
+    _check_mix(config.data)
     _check_attempts(config)
     _check_reward(config.reward)
     _check_terms(config.advantage, config.reward)
@@ -79,6 +81,19 @@ def _check_sinks(log: LogConfig) -> None:
     repeated = sorted(name for name in set(log.sinks) if log.sinks.count(name) > 1)
     if repeated:
         raise ConfigError(f"log.sinks: found {repeated[0]} more than once, expected each sink once")
+
+
+def _check_mix(data: DataConfig) -> None:
+    for name, own in data.mix.items():
+        if not (0 < own.weight < math.inf):
+            raise ConfigError(f"data.mix.{name}.weight: found {own.weight}, expected more than 0")
+    if data.pass_range[0] > data.pass_range[1]:
+        raise ConfigError(f"data.pass_range: found {list(data.pass_range)}, expected the lower share first")
+    if data.pass_range != (0.0, 1.0) and data.pass_rates is None:
+        raise ConfigError(
+            f"data.pass_range: found {list(data.pass_range)} without data.pass_rates, expected the samples.jsonl of"
+            " an evaluation of these questions"
+        )
 
 
 def _check_attempts(config: Config) -> None:

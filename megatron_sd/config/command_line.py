@@ -153,7 +153,7 @@ def _section_of(annotation: Any) -> Any:
 
 def _element_of(annotation: Any) -> Any:
     """The record that each item of a list of sections is; None for another type."""
-    members = get_args(annotation) if get_origin(annotation) is tuple else ()
+    members = get_args(annotation) if get_origin(annotation) in (tuple, dict) else ()
     return next((member for member in members if dataclasses.is_dataclass(member)), None)
 
 
@@ -218,7 +218,8 @@ def _describe(annotation: Any) -> str:
         return " or ".join(map(_describe, arguments))
     element = _element_of(annotation)
     if element is not None:
-        return f"a list, each {_describe(element)}"
+        kind = "a list, each" if get_origin(annotation) is tuple else "names, each of"
+        return f"{kind} {_describe(element)}"
     if get_origin(annotation) is tuple:
         return f"[{', '.join('...' if a is Ellipsis else _describe(a) for a in arguments)}]"
     if dataclasses.is_dataclass(annotation):

@@ -120,6 +120,7 @@ _RANGES: dict[str, tuple[str, ...]] = {
         "critic.learning_rate",
         "critic.value_clip",
         "num_epochs",
+        "data.weight",
         "safety.stop_after_s",
         "publish.bucket_mib",
         "publish.timeout_s",
@@ -127,6 +128,7 @@ _RANGES: dict[str, tuple[str, ...]] = {
     "between 0 and 1": (
         "rollout.max_failed_share",
         "rollout.keep_range",
+        "data.pass_range",
         "rollout.vllm.gpu_memory_share",
         "optimizer.betas",
         "optimizer.final_ratio",

@@ -13,12 +13,26 @@ from megatron_sd.config.update import OptimizerConfig, PublishConfig, UpdateConf
 
 
 @dataclass(frozen=True, kw_only=True)
+class MixConfig:
+    """A further set of training questions."""
+
+    train: str
+    weight: float = 1.0  # of the set, beside data.weight: the share of the questions that a run asks
+    split: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Questions: jsonl, one record a line (`sd-search data import` writes it)."""
 
     train: str
     eval: str | None = None
     train_split: str | None = None  # keep only records whose `split` equals this
+    weight: float = 1.0  # of these questions beside those of `mix`
+    mix: dict[str, MixConfig] = field(default_factory=dict)  # further sets, by a name
+    # samples.jsonl of `sd-search eval`: only questions that it answered right in a share within pass_range
+    pass_rates: str | None = None
+    pass_range: tuple[float, float] = (0.0, 1.0)
     eval_split: str | None = None
     max_eval_questions: int = 200
     shuffle: bool = True

@@ -15,7 +15,7 @@ from megatron_sd.distributed.world import World, use_device
 from megatron_sd.records import Question, RolloutGroup
 from megatron_sd.rollout.bank import RolloutBank
 from megatron_sd.rollout.rollouter import Rollouter
-from megatron_sd.search.questions import QuestionStream
+from megatron_sd.search.questions import MixedStream, QuestionStream
 
 # this rank's groups of a step, in the first or a further round (collecting.py)
 Sample = Callable[[int, int], list[RolloutGroup]]
@@ -42,7 +42,7 @@ class OwnShare:
     what an earlier step used of its own changes nothing for later ones, so that a resumed run asks the same."""
 
     world: World
-    questions: QuestionStream[Question]
+    questions: QuestionStream[Question] | MixedStream[Question]
     rollouter: Rollouter
     bank: RolloutBank | None
     question_batches: int = 1

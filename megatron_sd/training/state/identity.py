@@ -36,7 +36,14 @@ from megatron_sd.training.state.optimizer_state import listed
 KNOBS = (
     *("num_steps", "run_dir", "checkpoint.", "log.", "safety.", "publish.", "data.eval", "data.max_eval"),
     # where something lies: what it is say contents and corpus_version
-    *("model.path", "data.train", "retriever.corpus", "retriever.endpoints", "retriever.client."),
+    *(
+        "model.path",
+        "data.train",
+        "data.pass_rates",
+        "retriever.corpus",
+        "retriever.endpoints",
+        "retriever.client.",
+    ),
     *("retriever.qdrant", "retriever.opensearch", "distill.teacher_path", "critic.path"),
     *("retriever.search.device", "model.attention", "model.gradient_checkpointing"),
     *("rollout.vllm.", "rollout.bank", "rollout.max_concurrent_sequences", "rollout.max_failed_share"),
@@ -95,10 +102,22 @@ def contents_of(config: Config) -> dict[str, str]:
         beside["critic"] = config.critic.path
     return {
         "model": model_digest(Path(config.model.path)),
-        "data.train": _digest(Path(config.data.train).parent, (Path(config.data.train).name,)),
+        **{name: _file_digest(path) for name, path in _question_files(config.data)},
         **{name: model_digest(Path(path)) for name, path in beside.items() if path is not None},
         **digests(config),
     }
+
+
+def _question_files(data: DataConfig) -> Iterator[tuple[str, str]]:
+    """(key, path) of what training questions are read from."""
+    yield "data.train", data.train
+    yield from ((f"data.mix.{name}.train", own.train) for name, own in data.mix.items())
+    if data.pass_rates is not None:
+        yield "data.pass_rates", data.pass_rates
+
+
+def _file_digest(path: str) -> str:
+    return _digest(Path(path).parent, (Path(path).name,))
 
 
 def model_digest(directory: Path) -> str:
@@ -141,6 +160,8 @@ def kind_of(key: str, *, decays: bool = False) -> str:
     """knob, plan or identity. decays: the learning rate does, towards the last step."""
     if key == "data.train_split":
         return "identity"
+    if key.startswith("data.mix.") and key.endswith(".train"):
+        return "knob"
     if key == "num_steps" and decays:
         return "plan"
     return "knob" if key.startswith(KNOBS) else "plan" if key.startswith(PLAN) else "identity"

@@ -18,7 +18,7 @@ ANSWER_FIGURES = {
     for name, compare in ANSWER_SCORES.items()
 }
 # Means over rollouts of these are shares of yes or no.
-PROPORTIONS = ("em", "em_strict", "sub_em", "sub_em_strict", "answer_in_passages", "format_valid")
+PROPORTIONS = ("em", "em_strict", "sub_em", "sub_em_strict", "answer_in_passages", "format_valid", "judge")
 
 _WORD_OR_MARK = regex.compile(r"[\p{L}\p{N}\p{M}]+|[^\p{Z}\p{C}]")
 

@@ -5,6 +5,7 @@ Below `output`:
 
     evaluation.json          what is evaluated: strategy, model, corpus, questions, limits; a second run must agree with it
     samples.jsonl            one line a question (eval/samples.py)
+    judgements.jsonl         what a judge said, by a hash of what it saw
     transcripts/             the first questions' rollouts, as text and as jsonl for `sd-search report`
     report.json, report.md   figures of each set, averages, intervals
 """
@@ -19,8 +20,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from eval.identity import check_causal, claim, own_code, questions_version, rollouts_identity
+from eval.judge import JudgeConfig, judge
 from eval.overlap import Overlap, measure_overlap
-from eval.samples import SAMPLES_NAME, append_results, read_results, to_result
+from eval.samples import SAMPLES_NAME, QuestionResult, append_results, read_results, to_result
 from eval.strategies.runner import Strategy
 from eval.strategies.table import build_strategy, form_of
 from eval.summary import dumps, summarize, to_markdown
@@ -67,6 +69,7 @@ class EvalConfig:
     protocol: ProtocolConfig = field(default_factory=ProtocolConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
+    judge: JudgeConfig | None = None  # a language model that says whether an answer is right (eval/judge.py)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -106,13 +109,26 @@ def _evaluate(config: EvalConfig, output: Path) -> dict[str, Any]:
             cut_torn_line(output / name)
         strategy = build_strategy(config.strategy, side, top_k=config.retriever.top_k, seed=config.seed)
         _answer_missing(config, questions, strategy, side)
-    results = list(read_results(output / SAMPLES_NAME).values())
+        results = list(read_results(output / SAMPLES_NAME).values())
+        if config.judge is not None:
+            results = _judge(results, config.judge, output, side)
     summary = summarize(results, num_resamples=config.num_resamples, seed=config.seed)
     report = identity | {"num_failed": sum(result.failed for result in results)} | summary.to_json()
     report["overlap"] = dataclasses.asdict(overlap) if overlap else None
     (output / REPORT_NAME).write_text(dumps(report), encoding="utf-8")
     (output / REPORT_NAME).with_suffix(".md").write_text(to_markdown(report), encoding="utf-8")
     return report
+
+
+def _judge(
+    results: Sequence[QuestionResult], config: JudgeConfig, output: Path, side: RolloutSide
+) -> list[QuestionResult]:
+    """The results with the judge's figures, which samples.jsonl then has, too, for `compare`."""
+    with side.work.on("judge", sum(len(result.samples) for result in results), "answers") as task:
+        judged = judge(results, config, output, task)
+    changed = [now for was, now in zip(results, judged, strict=True) if was != now]
+    append_results(output / SAMPLES_NAME, changed)
+    return judged
 
 
 def _identity(config: EvalConfig, questions: Sequence[Question], side: RolloutSide) -> dict[str, Any]:

@@ -81,7 +81,10 @@ _RANGES: dict[str, tuple[str, ...]] = {
         "safety.roll_back_after_refusals",
         "safety.stop_after_refusals",
         "safety.spike_window",
-        "limit",  # of an evaluation, as the next three
+        "judge.tries",  # of an evaluation, as the next six
+        "judge.max_concurrent",
+        "judge.max_tokens",
+        "limit",
         "batch_tokens",
         "num_samples",
         "num_resamples",
@@ -120,6 +123,7 @@ _RANGES: dict[str, tuple[str, ...]] = {
         "critic.learning_rate",
         "critic.value_clip",
         "num_epochs",
+        "judge.deadline_s",
         "data.weight",
         "safety.stop_after_s",
         "publish.bucket_mib",
@@ -129,6 +133,7 @@ _RANGES: dict[str, tuple[str, ...]] = {
         "rollout.max_failed_share",
         "rollout.keep_range",
         "data.pass_range",
+        "judge.max_failed_share",
         "rollout.vllm.gpu_memory_share",
         "optimizer.betas",
         "optimizer.final_ratio",

@@ -1,0 +1,177 @@
+"""A judge over HTTP: what it is asked, what is kept, and what its failures are."""
+
+import http.server
+import json
+import threading
+
+import pytest
+
+from eval.judge import JUDGEMENTS_NAME, JudgeConfig, judge, verdict_of
+from eval.run import EvalConfig
+from eval.samples import QuestionResult, Sample
+from megatron_sd.config.command_line import parse
+from megatron_sd.errors import ConfigError, DataError, RetrievalError
+from megatron_sd.observability.progress import SILENT
+from megatron_sd.records import StopReason
+
+
+class FakeJudge(http.server.ThreadingHTTPServer):
+    """Says what `answers` has for the given answer: a text, a status, or a list of these, one a request."""
+
+    def __init__(self, answers):
+        super().__init__(("127.0.0.1", 0), _Chat)
+        self.answers, self.asked, self.keys = answers, [], []
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+
+
+class _Chat(http.server.BaseHTTPRequestHandler):
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        assert self.path == "/v1/chat/completions" and body["temperature"] == 0
+        self.server.keys.append(self.headers.get("authorization"))
+        given = body["messages"][0]["content"].split("Given answer: ")[1].split("\n")[0]
+        self.server.asked.append(given)
+        answer = self.server.answers[given]
+        answer = answer.pop(0) if isinstance(answer, list) else answer
+        status, reply = (answer, "busy") if isinstance(answer, int) else (200, answer)
+        content = json.dumps({"choices": [{"message": {"content": reply}}]}).encode()
+        self.send_response(status)
+        self.send_header("content-length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def start():
+    servers = []
+
+    def started(answers):
+        servers.append(FakeJudge(answers))
+        return servers[-1]
+
+    yield started
+    for server in servers:
+        server.shutdown()
+
+
+def result(name, *answers, stop=StopReason.ANSWERED):
+    samples = tuple(
+        Sample(answer=answer, stop_reason=stop, queries=(), retrieved=(), figures={"em": 0.0})
+        for answer in answers
+    )
+    return QuestionResult(
+        question_id=name, source="s", question=f"{name}?", golden_answers=("gold", "aurum"), samples=samples
+    )
+
+
+def judged(results, server, output, **options):
+    config = JudgeConfig(url=server.url, model="m", **options)
+    with SILENT.on("judge", 1, "answers") as task:
+        found = judge(results, config, output, task)
+    return [[dict(sample.figures) for sample in one.samples] for one in found]
+
+
+YES, NO = ({"em": 0.0, "judge": value, "judge_failed": 0.0} for value in (1.0, 0.0))
+
+
+def test_answers_are_judged_once_and_kept(start, tmp_path):
+    server = start({"or": "Yes.", "lead": "<think>yes or no?</think> no", "tin": "no"})
+    results = [
+        result("a", "or", "lead", None),
+        result("b", "tin"),
+        result("c", "x", stop=StopReason.ENGINE_FAILED),
+    ]
+    expected = [[YES, NO, NO], [NO], [{"em": 0.0}]]
+    assert judged(results, server, tmp_path) == expected
+    assert sorted(server.asked) == ["lead", "or", "tin"]
+    assert judged(results, server, tmp_path) == expected and len(server.asked) == 3
+    assert judged(results, server, tmp_path, max_tokens=9) == expected and len(server.asked) == 6, (
+        "another question"
+    )
+    lines = [json.loads(line) for line in (tmp_path / JUDGEMENTS_NAME).read_text().splitlines()]
+    assert {line["reply"] for line in lines} == {"Yes.", "<think>yes or no?</think> no", "no"}
+
+
+def test_a_busy_server_is_asked_again_and_a_key_is_sent(start, tmp_path, monkeypatch):
+    monkeypatch.setattr("eval.judge.asyncio.sleep", lambda _: _soon())
+    (tmp_path / "key").write_text("secret\n")
+    server = start({"or": [503, 429, "yes"]})
+    assert judged([result("a", "or")], server, tmp_path, key_file=str(tmp_path / "key")) == [[YES]]
+    assert server.keys == ["Bearer secret"] * 3
+
+
+async def _soon():
+    return None
+
+
+def test_what_could_not_be_judged_has_no_figure_and_is_asked_again(start, tmp_path, monkeypatch):
+    monkeypatch.setattr("eval.judge.asyncio.sleep", lambda _: _soon())
+    server = start({"or": "yes", "lead": ["perhaps", "no"], "tin": [500, 500, 500, "no"]})
+    results = [result("a", "or", "lead", "tin")]
+    failed = {"em": 0.0, "judge_failed": 1.0}
+    assert judged(results, server, tmp_path, max_failed_share=0.7) == [[YES, failed, failed]]
+    assert judged(results, server, tmp_path) == [[YES, NO, NO]]
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        ("perhaps", "judge: replied 'perhaps', expected yes or no"),
+        (500, "gave no answer in 2 tries; the last one: 500"),
+    ],
+)
+def test_too_many_failures_end_the_evaluation_and_keep_the_rest(start, tmp_path, monkeypatch, answer, words):
+    monkeypatch.setattr("eval.judge.asyncio.sleep", lambda _: _soon())
+    server = start({"or": "yes", "lead": answer})
+    with pytest.raises(
+        RetrievalError, match=f"1 of 2 answers could not be judged, expected at most 5%.*{words}"
+    ):
+        judged([result("a", "or", "lead")], server, tmp_path, tries=2)
+    assert len((tmp_path / JUDGEMENTS_NAME).read_text().splitlines()) == 1
+
+
+def test_a_server_that_refuses_is_told_at_once(start, tmp_path):
+    server = start({"or": 404})
+    with pytest.raises(ConfigError, match="answered 404 .*see judge.url and .model"):
+        judged([result("a", "or")], server, tmp_path)
+    assert len(server.asked) == 1
+
+
+def test_a_damaged_line_is_named_and_half_a_line_is_cut(start, tmp_path):
+    server = start({"or": "yes"})
+    (tmp_path / JUDGEMENTS_NAME).write_text('{"key": "x", "judge": 1.0}\n{"key": "y", "ju')
+    assert judged([result("a", "or")], server, tmp_path) == [[YES]]
+    (tmp_path / JUDGEMENTS_NAME).write_text("{}\n")
+    with pytest.raises(DataError, match=f"{JUDGEMENTS_NAME}:1 is no judgement .KeyError"):
+        judged([result("a", "or")], server, tmp_path)
+
+
+def test_a_prompt_holds_what_the_answer_holds_as_it_is(start, tmp_path):
+    server = start({"{question}": "no"})
+    assert judged([result("a", "{question}")], server, tmp_path) == [[NO]]
+    with pytest.raises(ConfigError, match="judge.prompt: found none of {answer}, expected {question}"):
+        JudgeConfig(url="u", model="m", prompt="{question} {golden_answers}")
+
+
+@pytest.mark.parametrize(("reply", "verdict"), [("YES", 1.0), ("No, it is not.", 0.0), ("**yes**", 1.0)])
+def test_a_reply_is_one_of_two_words(reply, verdict):
+    assert verdict_of(reply) == verdict
+
+
+@pytest.mark.parametrize("reply", ["", "yes and no", "maybe", "<think>yes</think>"])
+def test_any_other_reply_is_none(reply):
+    with pytest.raises(RetrievalError, match="expected yes or no"):
+        verdict_of(reply)
+
+
+def test_the_command_line_has_it():
+    argv = ["--model.path=m", "--retriever.corpus=c", "--questions=q", "--output=o"]
+    assert parse(EvalConfig, argv, "eval").judge is None
+    own = parse(EvalConfig, [*argv, "--judge.url=http://j", "--judge.model=big"], "eval").judge
+    assert own == JudgeConfig(url="http://j", model="big")
+    with pytest.raises(ConfigError, match="judge.modle: unknown key; did you mean judge.model?"):
+        parse(EvalConfig, [*argv, "--judge.url=http://j", "--judge.modle=big"], "eval")

@@ -62,7 +62,9 @@ def build(world: Path, run_dir: Path, *overrides: str):
         "--optimizer.learning_rate=1e-12",  # the arms stay the same policy, whose rollouts are the same
         *overrides,
     ]
-    return build_trainer(load(arguments), join_world())
+    trainer = build_trainer(load(arguments), join_world())
+    trainer.resume()  # gives the engine its weights
+    return trainer
 
 
 def phases(trainer) -> dict[str, float]:

@@ -280,8 +280,11 @@ def _check_signature(own: Watched, num_arguments: int) -> None:
 
 
 def _alike(first: Any, second: Any) -> bool:
-    """What cannot be compared, as arrays cannot, looks the same."""
-    return repr(first) == repr(second) or bool(first == second)
+    """They look the same, or are equal; arrays that look otherwise can only be compared by their looks."""
+    try:
+        return repr(first) == repr(second) or bool(first == second)
+    except ValueError:
+        return False
 
 
 def _place(stack: Sequence[traceback.FrameSummary]) -> str:

@@ -65,8 +65,9 @@ def turn_credits(rollouts: Sequence[Rollout], config: AdvantageConfig) -> dict[t
 
 
 def success_chances(edges: Sequence[Edge], discount: float) -> Mapping[Hashable, float]:
-    """phi of every place. A turn that leads nowhere new leads back to its place, so phi is the limit of an
-    iteration, which a discount below 1 makes a contraction."""
+    """phi of every place. A turn that leads nowhere new leads back to its place, for which phi is solved; longer
+    ways back make it the limit of an iteration, which a discount below 1 makes a contraction. From the ends
+    backwards it is there after few rounds."""
     counts: dict[Hashable, Counter[Hashable]] = defaultdict(Counter)
     for place, next_place in edges:
         counts[place][next_place] += 1
@@ -74,9 +75,9 @@ def success_chances(edges: Sequence[Edge], discount: float) -> Mapping[Hashable,
     change = 1.0
     while change > TOLERANCE:
         change = 0.0
-        for place, following in counts.items():
-            value = sum(number * chances[after] for after, number in following.items())
-            value *= discount / following.total()
+        for place, following in reversed(counts.items()):
+            onwards = sum(number * chances[after] for after, number in following.items() if after != place)
+            value = discount * onwards / (following.total() - discount * following[place])
             change, chances[place] = max(change, abs(value - chances[place])), value
     return chances
 

@@ -74,8 +74,9 @@ class AdvantageConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyLossConfig:
-    """GRPO. `aggregation`: token (mean over all completion tokens of the step), rollout (mean of rollout
-    means) or constant (mean of rollout sums, over the most tokens that a rollout may sample)."""
+    """The loss of GRPO and its relatives. `aggregation`: token (mean over all completion tokens of the
+    step), rollout (mean of rollout means) or constant (mean of rollout sums, over the most tokens that a
+    rollout may sample)."""
 
     # algorithm/policy_loss.py; likelihood: of stored rollouts
     objective: Literal["clipped", "likelihood"] = "clipped"

@@ -133,8 +133,9 @@ class RolloutConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RewardConfig:
-    """plain: answer score (+ format_weight if the rollout's form is valid); structured: Search-R1's reward with
-    structure. Less what a rollout near overlong_limit sampled tokens loses (DAPO)."""
+    """What a rollout earns. plain: answer score (+ format_weight if the rollout's form is valid);
+    structured: Search-R1's reward with structure. Less what a rollout near overlong_limit sampled tokens
+    loses (DAPO)."""
 
     answer: Literal["em", "f1", "sub_em"] | OwnFunction = "f1"  # how an answer is compared with the golds
     # scores of your own, by name: figures of training and evaluation, and terms of advantage.terms

@@ -26,7 +26,7 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """`every` 0 saves only at the end."""
+    """What is saved, and when. `every` 0: only at the end."""
 
     every: int = 50  # steps from one checkpoint to the next
     keep: int = 2  # the newest ones

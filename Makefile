@@ -79,8 +79,9 @@ test-vllm: $(VLLM)
 demo-vllm: $(VLLM)
 	@.venv-vllm/bin/sd-search demo --engine vllm
 
+# not --quiet: strict mode would not hear of warnings
 docs: $(DOCS)
-	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 	@echo "the site: build/site/index.html"
 
 wheel: $(READY)

@@ -9,6 +9,7 @@
 # make gpu-check  on a machine with a CUDA GPU and nvcc: build, GPU tests, sanitizers, benchmarks; no set-up, PYTHON needs torch only
 # make gpu-check-train  on a machine with a CUDA GPU and DeepSpeed: what updates of 0.5B, 3B and 7B cost; PYTHON needs the project's packages
 # make gpu-check-all  the first hour on a GPU node, in order, with what is expected and what to send: launch/doctor/first_hour.py
+# make docs    the site of docs/ in build/site, without a warning; the reference is written from the records of parameters
 # make wheel   dist/megatron_sd-*.whl
 # Every target sets up .venv by itself; it is renewed when setup.py changes. Another interpreter: make PYTHON=python3.12 demo
 
@@ -20,6 +21,7 @@ JOBS   ?= 2
 # A file's tests stay together, so that what they share is made once; tests/conftest.py puts the longest files first.
 PYTEST  = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 BENCH  := .venv/ready-bench
+DOCS   := .venv/ready-docs
 # Benchmark figures of this machine, to compare with later.
 JSON   ?= runs/bench.json
 # Those that need neither a GPU nor a pretrained model.
@@ -36,7 +38,7 @@ VLLM_PACKAGES := .venv-vllm/packages
 VLLM_LOCK := tests/vllm/cpu_lock.txt
 VLLM_PIP   = .venv-vllm/bin/python -m pip --quiet --disable-pip-version-check install
 
-.PHONY: demo demo-vllm test test-all trust test-vllm bench gpu-check gpu-check-train gpu-check-all lint wheel clean
+.PHONY: demo demo-vllm test test-all trust test-vllm bench gpu-check gpu-check-train gpu-check-all lint docs wheel clean
 
 demo: $(READY)
 	@$(BIN)/sd-search demo
@@ -77,6 +79,11 @@ test-vllm: $(VLLM)
 demo-vllm: $(VLLM)
 	@.venv-vllm/bin/sd-search demo --engine vllm
 
+# not --quiet: strict mode would not hear of warnings
+docs: $(DOCS)
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+	@echo "the site: build/site/index.html"
+
 wheel: $(READY)
 	@echo "== wheel"
 	@$(BIN)/python -m pip --quiet --disable-pip-version-check wheel --no-deps --wheel-dir dist .
@@ -95,6 +102,11 @@ $(READY): setup.py
 $(BENCH): $(READY)
 	@echo "== set-up: packages that only benchmarks need"
 	@$(PIP) --editable ".[bench]"
+	@touch $@
+
+$(DOCS): $(READY)
+	@echo "== set-up: packages that only the site needs"
+	@$(PIP) --editable ".[docs]"
 	@touch $@
 
 # Apart from the project itself, so that continuous integration can install these while other tests run.

@@ -63,6 +63,7 @@ EXTRAS = {
     "qdrant": ["qdrant-client>=1.15"],
     "opensearch": ["opensearch-py>=3.1,<4"],
     "bench": ["trl>=1.16,<1.17"],
+    "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.7,<10"],
     "dev": [
         "pytest>=8",
         "pytest-xdist>=3.6",

@@ -27,11 +27,11 @@ ALL = "all questions"
 class CompareConfig:
     """Two directories that `sd-search eval` wrote; the difference is second minus first."""
 
-    first: str
-    second: str
-    metric: Literal["em", "f1", "sub_em", "em_strict", "f1_strict", "sub_em_strict"] = "em"
-    num_resamples: int = 10000
-    seed: int = 0
+    first: str  # an evaluation's directory
+    second: str  # another's, of the same questions
+    metric: Literal["em", "f1", "sub_em", "em_strict", "f1_strict", "sub_em_strict"] = "em"  # of an answer
+    num_resamples: int = 10000  # of the bootstrap over questions
+    seed: int = 0  # of the bootstrap
     output: str | None = None  # a JSON file that takes the figures
 
 

@@ -49,7 +49,7 @@ class JudgeConfig:
     deadline_s: float = 60.0
     tries: int = 3
     max_concurrent: int = 16
-    max_tokens: int = 256
+    max_tokens: int = 256  # of a reply, thoughts included
     max_failed_share: float = 0.05
 
     def __post_init__(self) -> None:

@@ -39,7 +39,7 @@ class ReportConfig:
     """Make a page of what `run_dir` (of training, `sd-search eval` or `sd-search credit`) holds:
     transcripts/*.jsonl, metrics.jsonl, report.md of an evaluation."""
 
-    run_dir: str
+    run_dir: str  # what to show
     seeds: tuple[str, ...] = ()  # runs of the same configuration with other seeds: their curves join the band
     output: str | None = None  # None: RUN_DIR/report.html
     max_rollouts: int = 200  # the newest ones

@@ -29,8 +29,8 @@ class RetrievalConfig:
     passages."""
 
     retriever: RetrieverConfig
-    questions: str
-    split: str | None = None
+    questions: str  # a questions file
+    split: str | None = None  # keep only records whose `split` equals this
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -52,18 +52,19 @@ class EvalConfig:
 
     model: ModelConfig
     retriever: RetrieverConfig
-    questions: str
-    output: str
+    questions: str  # a questions file
+    output: str  # a directory; the same command goes on there
+    # how questions are answered
     strategy: Literal[
         "agent", "direct", "cot", "rag", "ircot", "search_o1", "react", "self_ask", "thinker"
     ] = "agent"
-    split: str | None = None
-    limit: int | None = None
+    split: str | None = None  # keep only records whose `split` equals this
+    limit: int | None = None  # the first ones alone
     # rollouts a question: 1 is greedy; more are sampled at rollout.temperature, for pass@k
     num_samples: int = 1
-    seed: int = 0
+    seed: int = 0  # of sampling
     train_questions: str | None = None  # a questions file whose overlap with this one is reported
-    train_split: str | None = None
+    train_split: str | None = None  # of train_questions
     num_transcripts: int = 50  # questions whose rollouts are kept whole
     num_resamples: int = 2000  # of the bootstrap over questions
     protocol: ProtocolConfig = field(default_factory=ProtocolConfig)

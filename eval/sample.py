@@ -49,15 +49,16 @@ class SampleConfig:
 
     model: ModelConfig
     retriever: RetrieverConfig
-    questions: str
-    output: str
+    questions: str  # a questions file
+    output: str  # a directory; the same command goes on there
+    # how questions are answered
     strategy: Literal[
         "agent", "direct", "cot", "rag", "ircot", "search_o1", "react", "self_ask", "thinker"
     ] = "agent"
-    num_samples: int = 8
-    split: str | None = None
-    limit: int | None = None
-    seed: int = 0
+    num_samples: int = 8  # rollouts of a question
+    split: str | None = None  # keep only records whose `split` equals this
+    limit: int | None = None  # the first ones alone
+    seed: int = 0  # of sampling
     protocol: ProtocolConfig = field(default_factory=ProtocolConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)

@@ -39,10 +39,10 @@ class DemoConfig:
     """The whole story on one machine. Everything is written below `output`, which is cleared of an earlier
     demo first."""
 
-    output: str = "runs/demo"
+    output: str = "runs/demo"  # where everything goes
     num_steps: int | None = None  # None: what the recipe says
-    num_eval_questions: int = 200
-    num_ranks: int = 2
+    num_eval_questions: int = 200  # held-out questions that the table is over
+    num_ranks: int = 2  # processes that train
     engine: Literal["torch", "vllm"] = "torch"  # of the rollouts; vllm needs the [vllm] extra
     fresh: bool = False  # cold-start a new start policy (20-40 minutes) instead of using the committed one
 

@@ -52,8 +52,8 @@ class RecipeConfig:
     """What is the recipe's own. gate_may_be_closed: train even from a model that does not read blocks
     (claim nothing of it)."""
 
-    output: str
-    num_ranks: int = 1
+    output: str  # a directory for all stages; the same command goes on there
+    num_ranks: int = 1  # processes of each stage that can have several
     gate_may_be_closed: bool = False
 
 

@@ -19,21 +19,21 @@ from megatron_sd.retrieval.service.state import RetrievalService, ServiceSetting
 class ServeConfig:
     """`sd-search retriever serve`: what to serve, where, and how much a request may ask for."""
 
-    corpus: str
+    corpus: str  # a corpus directory
     host: str = "127.0.0.1"  # any other address needs token_file
     port: int = 8741  # 0: any free one, see port_file
     port_file: str | None = None  # gets the address http://host:port
     token_file: str | None = None  # a file with a secret that every request must carry
     search: SearchConfig = field(default_factory=SearchConfig)
-    default_top_k: int = 3
-    max_top_k: int = 100
+    default_top_k: int = 3  # where a request names none
+    max_top_k: int = 100  # that a request may ask for
     max_queries: int = 16384  # of one request: a loop that asks once a turn for a whole batch
     max_query_bytes: int = 4096  # longer queries are cut
-    max_body_mib: int = 64
+    max_body_mib: int = 64  # of a request
     max_queued_queries: int = 65536  # more are answered 503, and the client comes again
-    max_batch_queries: int = 64
-    max_connections: int = 4096
-    idle_timeout_s: int = 60
+    max_batch_queries: int = 64  # that are searched together
+    max_connections: int = 4096  # at one time
+    idle_timeout_s: int = 60  # until a silent connection is closed
     # refuse blank and long queries, an empty list, a topk out of range; else they are answered
     strict: bool = False
 

@@ -42,9 +42,9 @@ class SftEvalConfig:
     """Greedy rollouts on the first `limit` questions of a file, or of a split of it: before the first step,
     every `every` steps, and at the end."""
 
-    questions: str
-    split: str | None = None
-    limit: int = 200
+    questions: str  # a questions file
+    split: str | None = None  # keep only records whose `split` equals this
+    limit: int = 200  # the first ones alone
     every: int = 0  # 0: before the first step and at the end alone
 
 
@@ -57,15 +57,16 @@ class SftConfig:
     eval: what the policy does on questions, by `retriever`, `protocol`, `rollout`, `reward` and `publish`.
     These are of the evaluation alone: without it no retriever is opened and no engine is built."""
 
-    run_dir: str
+    run_dir: str  # checkpoints and metrics; the same command goes on there
     model: ModelConfig
-    episodes: str
-    num_epochs: float = 2.0
+    episodes: str  # a directory of `sd-search select`
+    num_epochs: float = 2.0  # how often episodes are gone through
     num_steps: int | None = None  # None: as many as num_epochs take
-    episodes_per_step: int = 32
+    episodes_per_step: int = 32  # of all ranks together
     max_validation_episodes: int = 200  # whose loss is measured first, last, and every log.eval_every steps
+    # the loss is a mean over tokens, or over episodes' means
     aggregation: Literal["token", "rollout"] = "token"
-    seed: int = 0
+    seed: int = 0  # of the episodes' order
     optimizer: OptimizerConfig = field(
         default_factory=lambda: OptimizerConfig(learning_rate=1e-5, warmup_steps=10)
     )

@@ -154,7 +154,7 @@ def package_of(name: str) -> str:
 LIBRARY = sources(*PACKAGES)
 EVERYTHING = [
     *LIBRARY,
-    *sources("benchmarks", "tests"),
+    *sources("benchmarks", "docs", "tests"),
     *([ROOT / "setup.py"] if (ROOT / "setup.py").exists() else []),
 ]
 LAWS: dict[str, tuple[Callable[[Path], None], list[Path]]] = {}  # a law of single files, and which they are

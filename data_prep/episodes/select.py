@@ -67,11 +67,11 @@ class SelectConfig:
     that has it; None: the one that sampled. protocol: with another prompt, for a model that shall learn to
     do without examples; None: as sampled."""
 
-    rollouts: str
-    output: str
+    rollouts: str  # a directory of `sd-search sample`
+    output: str  # a directory
     tokenizer: str | None = None
     protocol: ProtocolConfig | None = None
-    seed: int = 0
+    seed: int = 0  # of what is drawn
     selection: Selection = field(default_factory=Selection)
 
 

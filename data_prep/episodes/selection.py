@@ -33,16 +33,17 @@ class Selection:
     wrong_question_share of another question.
     """
 
-    min_pass_rate: float = 0.0
-    max_pass_rate: float = 1.0
-    per_question: int = 2
-    min_searches: int = 1
-    needs_form: bool = True
+    min_pass_rate: float = 0.0  # of a question
+    max_pass_rate: float = 1.0  # of a question
+    per_question: int = 2  # right rollouts that are kept, fewest searches first
+    min_searches: int = 1  # of a rollout
+    needs_form: bool = True  # keep rollouts of valid form alone
     max_tokens: int = 4096  # of an episode, prompt and block included
     blocks_per_question: int = 1  # 0: no episode has a block
-    shuffled_share: float = 0.15
-    wrong_question_share: float = 0.15
+    shuffled_share: float = 0.15  # of the blocks, with permuted labels
+    wrong_question_share: float = 0.15  # of the blocks, of another question
     block: Literal["paper", "leave_one_out"] = "paper"  # of the true labels: algorithm/blocks.py
+    # as `distill.block_format` of the training that follows
     block_format: Literal["outcome_last", "outcome_first"] = "outcome_last"
     correct_above: float = 0.0  # rho of the labels
     validation_share: float = 0.1  # of the questions, with all that belongs to them

@@ -27,9 +27,9 @@ class ChunkConfig:
     """`sd-search data chunk`: a passages directory to one of shorter passages. DPR's Wikipedia is words,
     size 100."""
 
-    passages: str
-    output: str
-    unit: Literal["words", "sentences", "tokens"] = "words"
+    passages: str  # a passages directory
+    output: str  # another
+    unit: Literal["words", "sentences", "tokens"] = "words"  # what size counts
     size: int = 100  # units of a chunk
     stride: int | None = None  # units from one start to the next; None: size, so that chunks do not overlap
     tokenizer: str | None = None  # for tokens: a local Hugging Face directory with a fast tokenizer

@@ -43,21 +43,21 @@ class IndexConfig:
     """`sd-search data index`: passages to a corpus directory. The defaults suit English text."""
 
     passages: str  # a passages directory (`sd-search data import`), or a jsonl file small enough for memory
-    output: str
+    output: str  # a corpus directory
     vectors: str | None = None  # of the same passages (`sd-search data encode`): adds a vector index
     vector_index: VectorIndexConfig = field(default_factory=VectorIndexConfig)
     # a questions file: report the vector index's recall against exact search on its questions
     recall: str | None = None
-    recall_questions: int = 200
-    recall_top_k: int = 10
+    recall_questions: int = 200  # how many of them
+    recall_top_k: int = 10  # passages that are compared
     bm25: bool = True  # false: the vector index alone
     sources: tuple[str, ...] = ()  # of a jsonl file's passages, for the manifest; empty: the file's name
-    licenses: tuple[str, ...] = ()
-    stop_words: Literal["english", "none"] = "english"
-    stemmer: Literal["english", "none"] = "english"
-    token_pattern: str = r"(?u)\b\w\w+\b"
-    k1: float = 1.5
-    b: float = 0.75
+    licenses: tuple[str, ...] = ()  # as sources
+    stop_words: Literal["english", "none"] = "english"  # of BM25, as the next five
+    stemmer: Literal["english", "none"] = "english"  # of words
+    token_pattern: str = r"(?u)\b\w\w+\b"  # what a word is
+    k1: float = 1.5  # how soon a repeated word counts no more
+    b: float = 0.75  # how much a passage's length counts
     max_reject_share: float = 0.01  # more broken lines than this stop the build
 
 

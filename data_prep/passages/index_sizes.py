@@ -26,10 +26,10 @@ LIST_ID_BYTES = 8  # IVF keeps the row of every code
 class IndexSizesConfig:
     """The corpus and the machine."""
 
-    passages: float
-    dim: int = 768
-    words_per_passage: int = 100
-    cores: int = 16
+    passages: float  # how many
+    dim: int = 768  # numbers of a vector
+    words_per_passage: int = 100  # for BM25
+    cores: int = 16  # that build and search
     # passages a second over all devices; measure yours on one shard of `sd-search data encode`
     encoded_per_s: float = 1000.0
 

@@ -14,7 +14,7 @@ from megatron_sd.retrieval.corpus.manifest import Manifest, open_manifest
 class InfoConfig:
     """Which directory (passages, vectors or corpus) to describe."""
 
-    path: str
+    path: str  # of passages, vectors or a corpus
 
 
 def verify_directory(config: InfoConfig, say: Callable[[str], None]) -> None:

@@ -51,8 +51,8 @@ class ImportConfig:
     """`sd-search data import`: one file or folder of questions or passages to our own format, rejects
     beside it."""
 
-    kind: Literal["questions", "passages"]
-    input: str
+    kind: Literal["questions", "passages"]  # what the rows are
+    input: str  # a file, or a folder of one kind of files
     # questions: plain jsonl; passages: a directory; rejected rows go beside it, NAME.rejects.jsonl
     output: str
     source: str = ""  # for rows that name no source (questions: no data set)

@@ -15,10 +15,10 @@ from megatron_sd.errors import DataError
 class UploadConfig:
     """Which passages, and where to: one of the two."""
 
-    passages: str
+    passages: str  # a passages directory
     qdrant: QdrantConfig | None = None
     opensearch: OpenSearchConfig | None = None  # its `vectors`, where set, are uploaded as well
-    batch_size: int = 256
+    batch_size: int = 256  # passages of one request
 
 
 def matching_vectors(directory: str, table: PassageTable, passages: str) -> VectorShards:

@@ -49,17 +49,17 @@ class EncodeConfig:
     What is None is as the encoder's own files say (sentence-transformers'), else mean, "", True and 256.
     """
 
-    passages: str
+    passages: str  # a passages directory
     encoder: str  # a local Hugging Face directory
-    output: str
+    output: str  # a vectors directory
     query_encoder: str | None = None  # of queries, where they have one of their own (DPR's question encoder)
-    pooling: Literal["mean", "cls", "last"] | None = None
-    query_prefix: str | None = None
+    pooling: Literal["mean", "cls", "last"] | None = None  # what becomes the vector
+    query_prefix: str | None = None  # before each query
     passage_format: str = "{contents}"  # fields: {title} {text} {contents}, the last as Search-R1 writes them
-    normalize: bool | None = None
-    max_tokens: int | None = None
-    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
-    batch_size: int = 64
+    normalize: bool | None = None  # to length 1
+    max_tokens: int | None = None  # of a passage or query; the rest is cut
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"  # of the encoder
+    batch_size: int = 64  # passages of one forward
     rows_per_shard: int = 16384  # what a kill can lose
     devices: tuple[str, ...] = ("auto",)  # one process each: [cuda:0, cuda:1]
 

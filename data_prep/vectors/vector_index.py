@@ -32,14 +32,14 @@ class VectorIndexConfig:
     a number); ivf_pq looks into lists of 4-bit codes and reranks the best with 1 byte a number.
     """
 
-    kind: FaissKind = "fp16"
+    kind: FaissKind = "fp16"  # memory, speed and exactness: `sd-search data plan` compares them
     effort: int | None = None  # HNSW's efSearch, IVF's nprobe; None: 64
-    hnsw_links: int = 32
+    hnsw_links: int = 32  # of a passage
     hnsw_build_effort: int = 80  # efConstruction
     num_lists: int | None = None  # of ivf_pq; None: the power of two next to 4 sqrt(N)
     rerank_factor: int = 10  # of ivf_pq: how many candidates for one result are reranked
     training_rows: int = 1 << 20  # at most; drawn at random
-    seed: int = 0
+    seed: int = 0  # of what is trained
 
 
 def write_vector_index(directory: Path, vectors: VectorShards, config: VectorIndexConfig) -> dict[str, Any]:

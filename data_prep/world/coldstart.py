@@ -75,26 +75,27 @@ class ColdstartConfig:
     observation_weight: loss weight of a token of a hindsight block and of an observation; a completion
     token's is 1. Steps between log lines, probes and saves."""
 
-    output: str = "runs/coldstart"
+    output: str = "runs/coldstart"  # a model directory
     # a cold start's directory to go on from, with its tokenizer; None: random weights
     start_from: str | None = None
-    seed: int = 0
-    num_steps: int = 2500
+    seed: int = 0  # of weights and demonstrations
+    num_steps: int = 2500  # of training
     batch_tokens: int = 6144
-    learning_rate: float = 6e-3
-    weight_decay: float = 0.01
-    warmup_steps: int = 60
+    learning_rate: float = 6e-3  # after the warm-up
+    weight_decay: float = 0.01  # of AdamW
+    warmup_steps: int = 60  # over which the rate rises from 0
     decay_share: float = 0.5  # of the steps, over which the learning rate falls to zero
-    max_grad_norm: float = 1.0
+    max_grad_norm: float = 1.0  # a longer gradient is scaled down to it
     block_weight: float = 0.5
     observation_weight: float = 0.1
-    vocab_size: int = 1024
-    log_every: int = 50
-    probe_every: int = 200
-    num_probe_episodes: int = 200
-    save_every: int = 1000
+    vocab_size: int = 1024  # of the tokenizer
+    log_every: int = 50  # steps
+    probe_every: int = 200  # steps
+    num_probe_episodes: int = 200  # of a probe
+    save_every: int = 1000  # steps
     model: SmallQwenShape = field(default_factory=SmallQwenShape)
     demonstrator: DemonstratorConfig = field(default_factory=DemonstratorConfig)
+    # until which share of the steps which kinds of blocks are shown how often
     curriculum: tuple[CurriculumStage, ...] = CURRICULUM
 
 

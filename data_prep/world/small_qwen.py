@@ -16,12 +16,12 @@ ATTENTION = "coldstart_causal"  # its name among transformers' attention impleme
 class SmallQwenShape:
     """A Qwen2 architecture with tied embeddings."""
 
-    hidden_size: int = 128
-    intermediate_size: int = 384
-    num_layers: int = 4
-    num_heads: int = 4
-    rope_theta: float = 10_000.0
-    max_positions: int = 2048
+    hidden_size: int = 128  # of a layer
+    intermediate_size: int = 384  # of its MLP
+    num_layers: int = 4  # of the model
+    num_heads: int = 4  # of a layer
+    rope_theta: float = 10_000.0  # of its positions
+    max_positions: int = 2048  # tokens of a sequence
 
 
 # transformers' interface

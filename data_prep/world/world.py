@@ -53,13 +53,13 @@ Table = Mapping[tuple[str, str], str]  # (relation, entity type) -> the keyword 
 class WorldConfig:
     """`sd-search world`: sizes and difficulty. hop_shares: share of questions with 1, 2, 3, 4 hops."""
 
-    output: str = "runs/world"
-    seed: int = 0
-    num_train_entities: int = 400
-    num_eval_entities: int = 200
+    output: str = "runs/world"  # passages.jsonl, questions.jsonl and corpus/ go there
+    seed: int = 0  # the same seed, the same bytes
+    num_train_entities: int = 400  # whom training questions are about
+    num_eval_entities: int = 200  # others, for held-out questions
     homonym_share: float = 0.1  # of the entities, share their name with an entity of another type
-    num_train_questions: int = 4000
-    num_eval_questions: int = 600
+    num_train_questions: int = 4000  # of split train
+    num_eval_questions: int = 600  # of split eval
     hop_shares: tuple[float, float, float, float] = (0.2, 0.8, 0.0, 0.0)
 
 

@@ -59,15 +59,15 @@ class CreditConfig:
     """
 
     model: ModelConfig
-    transcripts: str
-    output: str
+    transcripts: str  # a jsonl file
+    output: str  # a directory; the same command goes on there
     block: OwnFunction | str = "paper"
-    block_format: str = "outcome_first"
-    correct_above: float = 0.0
+    block_format: str = "outcome_first"  # as `distill.block_format` of training
+    correct_above: float = 0.0  # as `distill.correct_above` of training
     beta: float = 0.5
     temperature: float = 1.0
     num_resamples: int = 2000
-    seed: int = 0
+    seed: int = 0  # of the bootstrap
     batch_tokens: int = 8192
     protocol: ProtocolConfig = field(default_factory=ProtocolConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)

@@ -38,11 +38,11 @@ class GateConfig:
 
     model: ModelConfig
     retriever: RetrieverConfig
-    questions: str
+    questions: str  # a questions file
     output: str | None = None  # a directory for what was sampled, and gate.json
-    split: str | None = "eval"
-    limit: int = 400
-    seed: int = 0
+    split: str | None = "eval"  # keep only records whose `split` equals this
+    limit: int = 400  # the first ones alone
+    seed: int = 0  # of sampling
     # a JSON file, such as the model's coldstart.json, that takes the figures under the key "gate"
     record: str | None = None
     protocol: ProtocolConfig = field(default_factory=ProtocolConfig)

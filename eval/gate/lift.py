@@ -54,7 +54,7 @@ class LiftConfig:
     correct_above: float = 0.0
     block_format: Literal["outcome_first", "outcome_last"] = "outcome_first"
     num_resamples: int = 2000
-    seed: int = 0
+    seed: int = 0  # of permuted labels, other questions and the bootstrap
     variants: tuple[OwnFunction | str, ...] = (*NEEDED_VARIANTS, "only_correct", "inverted")
     only_mixed: bool = False
 

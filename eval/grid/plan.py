@@ -46,12 +46,12 @@ class GridConfig:
     """
 
     recipe: str
-    output: str
-    arms: dict[str, dict[str, Any]]
+    output: str  # a directory; the same command goes on there
+    arms: dict[str, dict[str, Any]]  # name -> dotted keys and their values
     starts: dict[str, str]  # name -> model directory
-    seeds: tuple[int, ...]
-    baseline: str
-    common: dict[str, Any] = field(default_factory=dict)
+    seeds: tuple[int, ...]  # of the runs
+    baseline: str  # an arm
+    common: dict[str, Any] = field(default_factory=dict)  # dotted keys and their values, of all arms
     contrasts: tuple[tuple[str, str], ...] = ()
     outcomes: tuple[str, ...] = OUTCOMES[:3]
     num_eval_questions: int = 60
@@ -59,7 +59,7 @@ class GridConfig:
     devices: tuple[int, ...] = ()  # GPUs; empty: CPU cores
     only: tuple[str, ...] = ()  # arms to run now; empty: all
     table_only: bool = False  # run nothing; write table and picture of what is finished
-    num_resamples: int = 10000
+    num_resamples: int = 10000  # of the bootstrap
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,8 +18,8 @@ from megatron_sd.resharding.names import UnknownArchitectureError, worker_layout
 class LayoutConfig:
     """Where a run of `program` goes. Options that are not these are that program's own."""
 
-    program: Program = "train"
-    cluster: Literal["local", "hosts", "slurm"] = "local"
+    program: Program = "train"  # what is run
+    cluster: Literal["local", "hosts", "slurm"] = "local"  # this machine, those of a hostfile, or SLURM's
     nodes: int = 1  # that train; 0 with retriever_nodes: serve the corpus alone
     rollout_nodes: int = 0  # that serve vLLM and do nothing else
     retriever_nodes: int = 0  # that serve the corpus and do nothing else
@@ -28,17 +28,17 @@ class LayoutConfig:
     gpu: str = "h100"  # whose memory the ranks must fit (launch/planner/gpus.py)
     hostfile: str | None = None  # of cluster hosts: the nodes that train, with their slots
     remote_shell: str = "ssh -o BatchMode=yes"  # of cluster hosts: runs a command on a machine
-    master_port: int = 29500
+    master_port: int = 29500  # of rank 0
     vllm_port: int = 8000  # of a rollout node's first server
-    retriever_port: int = 8741
+    retriever_port: int = 8741  # of a retriever node
     max_attempts_without_progress: int = 3  # in a row, before the run is given up
     doctor: bool = True  # check the nodes before every attempt
     dry_run: bool = False  # write everything, start nothing
     setup: str | None = None  # a line of shell that each node runs first: modules, an environment
     partition: str | None = None  # this and the rest: of SLURM
-    account: str | None = None
-    qos: str | None = None
-    time: str = "24:00:00"
+    account: str | None = None  # of SLURM
+    qos: str | None = None  # of SLURM
+    time: str = "24:00:00"  # of one job
     grace_s: int = 600  # before the time is up, the ranks are told to save
     sbatch: tuple[str, ...] = ()  # further options of sbatch, such as --mem=0
 

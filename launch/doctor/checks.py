@@ -37,18 +37,18 @@ class DoctorConfig:
     """The nodes, and what a node must have. On several nodes every process gets the same options but
     `number`."""
 
-    run_dir: str
+    run_dir: str  # where the run will write
     hosts: tuple[str, ...] = ()  # in order; empty: this machine alone
     number: int = 0  # of this process's host among them
     address: str = "127.0.0.1:29400"  # of the first host, host:port
     endpoints: tuple[str, ...] = ()  # retrievers that must be ready
     gpus_per_node: int | None = None  # None: as many as most nodes have
     min_free_gib: float = 10.0  # below run_dir: room for two checkpoints
-    min_shared_memory_gib: float = 1.0
-    min_open_files: int = 1024
+    min_shared_memory_gib: float = 1.0  # free in /dev/shm
+    min_open_files: int = 1024  # that a process may have
     min_reduce_gb_s: float = 0.0  # of an all-reduce of 16 MiB; 0: only compared between nodes
     max_skew_s: float = 2.0  # between two clocks
-    timeout_s: float = 100.0
+    timeout_s: float = 100.0  # until a node that has not come is at fault
 
 
 @dataclass(frozen=True, kw_only=True)

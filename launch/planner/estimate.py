@@ -75,11 +75,11 @@ class PlanConfig:
     fits here. Further options are the run's, as of `sd-search train`, or of `sd-search sft`."""
 
     model: str
-    program: Program = "train"
-    gpus: int = 0
-    this_machine: bool = False
-    gpu: str = "h100"
-    gpus_per_node: int = 8
+    program: Program = "train"  # what would be run
+    gpus: int = 0  # of the cluster
+    this_machine: bool = False  # plan for it instead
+    gpu: str = "h100"  # their kind
+    gpus_per_node: int = 8  # at most
 
 
 def main(argv: Sequence[str]) -> None:

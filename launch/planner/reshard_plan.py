@@ -26,7 +26,7 @@ class ReshardPlanConfig:
     num_ranks: int  # of the trainer, under ZeRO-3
     tp_size: int  # workers of one engine
     num_replicas: int = 1  # engines
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"  # of the workers' weights
 
 
 def main(argv: Sequence[str]) -> None:

@@ -23,9 +23,9 @@ class PushConfig:
     """Upload `model` (a model directory, a checkpoint, or a run, of which the newest checkpoint is taken) to
     `repo` on the Hugging Face Hub, with a card written from the run's records."""
 
-    model: str
+    model: str  # what to upload
     repo: str  # owner/name; created when it is not there
-    private: bool = False
+    private: bool = False  # nobody else may read it
     dry_run: bool = False  # print files, sizes and card; send nothing
     license: str | None = None  # as the Hub spells it, such as apache-2.0; None: the card says unknown
     base_model: str | None = None  # its name on the Hub, such as Qwen/Qwen2.5-3B

@@ -60,7 +60,7 @@ def choices_of(record: type) -> dict[str, tuple[str, ...]]:
     found: dict[str, tuple[str, ...]] = {}
     for name in _names(record):
         annotation = _annotation(record, name)
-        if _section_of(annotation) is not None:
+        if section_of(annotation) is not None:
             continue
         is_list = get_origin(annotation) is tuple
         names = literals(get_args(annotation)[0] if is_list else annotation)
@@ -119,7 +119,7 @@ def _check_keys(record: type, tree: Mapping[Any, Any], section: str = "") -> Non
             raise ConfigError(_unknown(name, record))
         if value is None and type(None) in get_args(annotation):
             continue
-        is_section = _section_of(annotation) is not None
+        is_section = section_of(annotation) is not None
         if value is None or (is_section and not isinstance(value, dict)):
             raise ConfigError(_mismatch(name, value, annotation))
         if is_section:
@@ -131,7 +131,7 @@ def _check_option(record: type, word: str) -> None:
     section."""
     name = word.removeprefix("--").partition("=")[0]
     above = _annotation(record, name.rpartition(".")[0]) if word.startswith("--") else None
-    is_optional = _section_of(above) is not None and type(None) in get_args(above)
+    is_optional = section_of(above) is not None and type(None) in get_args(above)
     if is_optional and _annotation(record, name) is None:
         raise ConfigError(_unknown(name, record))
 
@@ -140,12 +140,12 @@ def _annotation(record: type, name: str) -> Any:
     """The type of a dotted key, None when there is no such key."""
     annotation: Any = record
     for part in name.split("."):
-        section = _section_of(annotation)
+        section = section_of(annotation)
         annotation = get_type_hints(section).get(part) if section else None
     return annotation
 
 
-def _section_of(annotation: Any) -> Any:
+def section_of(annotation: Any) -> Any:
     """The record that a section is, or may be where it may also be null; None for another type."""
     members = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
     return next((member for member in members if dataclasses.is_dataclass(member)), None)
@@ -162,7 +162,7 @@ def _names(record: type, section: str = "") -> list[str]:
     names = []
     for name, annotation in get_type_hints(record).items():
         names.append(f"{section}{name}")
-        if (inner := _section_of(annotation)) is not None:
+        if (inner := section_of(annotation)) is not None:
             names += _names(inner, f"{section}{name}.")
     return names
 
@@ -186,7 +186,7 @@ def _unknown(key: str, record: type) -> str:
 
 def _mismatch(name: str, value: Any, annotation: Any) -> str:
     found = "nothing" if value == "" else "null" if value in (None, "None") else repr(value)
-    return f"{name}: found {found}, expected {_describe(annotation)}{_nearest_choice(value, annotation)}"
+    return f"{name}: found {found}, expected {describe(annotation)}{_nearest_choice(value, annotation)}"
 
 
 def _nearest_choice(value: Any, annotation: Any) -> str:
@@ -205,7 +205,7 @@ def literals(annotation: Any) -> tuple[Any, ...]:
     return get_args(annotation) if get_origin(annotation) is Literal else ()
 
 
-def _describe(annotation: Any) -> str:
+def describe(annotation: Any) -> str:
     """A type in the words of a YAML file."""
     arguments = get_args(annotation)
     if annotation is type(None):
@@ -215,13 +215,13 @@ def _describe(annotation: Any) -> str:
     if get_origin(annotation) is Literal:
         return f"one of {', '.join(map(str, arguments))}"
     if get_origin(annotation) in (Union, types.UnionType):
-        return " or ".join(map(_describe, arguments))
+        return " or ".join(map(describe, arguments))
     element = _element_of(annotation)
     if element is not None:
         kind = "a list, each" if get_origin(annotation) is tuple else "names, each of"
-        return f"{kind} {_describe(element)}"
+        return f"{kind} {describe(element)}"
     if get_origin(annotation) is tuple:
-        return f"[{', '.join('...' if a is Ellipsis else _describe(a) for a in arguments)}]"
+        return f"[{', '.join('...' if a is Ellipsis else describe(a) for a in arguments)}]"
     if dataclasses.is_dataclass(annotation):
         return f"a section with {', '.join(get_type_hints(annotation))}"
     return annotation.__name__

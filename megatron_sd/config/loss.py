@@ -74,12 +74,13 @@ class AdvantageConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyLossConfig:
-    """GRPO. `aggregation`: token (mean over all completion tokens of the step), rollout (mean of rollout
-    means) or constant (mean of rollout sums, over the most tokens that a rollout may sample)."""
+    """The loss of GRPO and its relatives. `aggregation`: token (mean over all completion tokens of the
+    step), rollout (mean of rollout means) or constant (mean of rollout sums, over the most tokens that a
+    rollout may sample)."""
 
     # algorithm/policy_loss.py; likelihood: of stored rollouts
     objective: Literal["clipped", "likelihood"] = "clipped"
-    clip: float = 0.2
+    clip: float = 0.2  # of ratios below 1, and above unless clip_high is set
     clip_high: float | None = None  # of ratios above 1; None: as clip (DAPO: 0.28)
     # of negative advantages: bound of the loss, in advantages (verl: 3); None: off
     dual_clip: float | None = None
@@ -107,7 +108,7 @@ class CriticConfig:
     gae alone."""
 
     path: str | None = None  # of the model that it starts from; None: model.path
-    learning_rate: float = 1e-5
+    learning_rate: float = 1e-5  # of its own AdamW
     warmup_steps: int = 15  # optimiser steps of its own
     lam: float = 1.0  # a token later, a temporal difference counts so much less
     gamma: float = 1.0  # a token later, a reward counts so much less
@@ -131,9 +132,9 @@ class AlphaConfig:
     """Weight of L_SD. fixed: `value` (paper: 1e-3); grad_ratio: adapted to |alpha grad L_SD| = target_ratio
     |grad L_GRPO|."""
 
-    mode: Literal["fixed", "grad_ratio"] = "fixed"
-    value: float = 1e-3
-    target_ratio: float = 0.2
+    mode: Literal["fixed", "grad_ratio"] = "fixed"  # constant, or adapted to the gradients
+    value: float = 1e-3  # of fixed; where grad_ratio begins
+    target_ratio: float = 0.2  # of grad_ratio
     warmup_steps: int = 50  # alpha is 0 for the first steps
     max_value: float = 3.0  # of the adapted alpha: beyond it a live teacher feeds back on itself
 
@@ -143,6 +144,7 @@ class DistillConfig:
     """Hindsight self-distillation. `block: none` is plain GRPO, bit for bit."""
 
     block: BlockName | OwnFunction = "paper"  # algorithm/blocks.py
+    # where an attempt's line says how it ended
     block_format: Literal["outcome_last", "outcome_first"] = "outcome_last"
     correct_above: float = 0.0  # rho: a rollout is CORRECT when its answer's token F1 exceeds this
     # which groups distil
@@ -159,7 +161,7 @@ class DistillConfig:
     # sampled: log student - log teacher of the sampled token, as an advantage is (ops/head/sampled.py)
     divergence: Literal["jsd", "forward_kl", "reverse_kl", "mse", "sampled"] = "jsd"
     beta: float = 0.5  # of jsd alone: 0 < beta < 1
-    temperature: float = 1.0
+    temperature: float = 1.0  # of both distributions, before they are compared
     scale_by_temperature_squared: bool = False  # the divergence, as Hinton's distillation
     top_k: int | None = None  # None: the full vocabulary; the paper: 50, the teacher's, renormalised
     support: Literal["teacher", "student"] = "teacher"  # with top_k: whose likeliest tokens (SDPO: student)

@@ -14,7 +14,8 @@ class LoraConfig:
     from and saved."""
 
     rank: int = 0  # 0: the whole model is trained
-    alpha: float = 32.0
+    alpha: float = 32.0  # what alpha / rank is made of
+    # linear layers that get adapters
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 

@@ -28,15 +28,15 @@ class ClientConfig:
     and counted."""
 
     deadline_s: float = 60.0  # of one search, retries included
-    try_timeout_s: float = 20.0
+    try_timeout_s: float = 20.0  # of one try
     ready_s: float = 600.0  # how long the start of a run waits for a server that is still loading
     first_pause_s: float = 0.2  # pauses between tries are drawn from [0, p), p doubling from here
-    max_pause_s: float = 5.0
+    max_pause_s: float = 5.0  # the longest p
     gather_s: float = 0.002  # queries asked within this time travel together
-    max_request_queries: int = 64
-    max_connections: int = 16
+    max_request_queries: int = 64  # of one request
+    max_connections: int = 16  # to an endpoint
     breaker_failures: int = 5  # in a row: the endpoint is left alone
-    breaker_open_s: float = 10.0
+    breaker_open_s: float = 10.0  # how long, before it is probed
     cache_size: int = 100_000  # searches whose passages are remembered
     token_file: str | None = None  # a file with the server's secret
     corpus_version: str | None = None  # a name for the corpus of servers that have no /info
@@ -46,12 +46,12 @@ class ClientConfig:
 class QdrantConfig:
     """A Qdrant collection that `sd-search data upload` filled."""
 
-    url: str
-    collection: str
+    url: str  # of the server
+    collection: str  # in it
     # the vectors directory it was filled from: its encoder reads the queries, its version is the corpus
     # version
     vectors: str
-    deadline_s: float = 60.0
+    deadline_s: float = 60.0  # of one search, retries included
     device: Literal["auto", "cpu", "cuda"] = "auto"  # of the query encoder
     token_file: str | None = None  # a file with the server's API key
 
@@ -61,14 +61,14 @@ class OpenSearchConfig:
     """An OpenSearch index that `sd-search data upload` filled, searched by BM25 (bm25) or by vectors
     (knn)."""
 
-    url: str
-    index: str
+    url: str  # of the server
+    index: str  # in it
     # for knn: the vectors directory it was filled from, whose encoder reads the queries
     vectors: str | None = None
-    method: Literal["bm25", "knn"] = "bm25"
+    method: Literal["bm25", "knn"] = "bm25"  # over words, or over vectors
     k1: float = 1.5  # of BM25, for upload
-    b: float = 0.75
-    deadline_s: float = 60.0
+    b: float = 0.75  # of BM25, for upload
+    deadline_s: float = 60.0  # of one search, retries included
     device: Literal["auto", "cpu", "cuda"] = "auto"  # of the query encoder
     login_file: str | None = None  # a file with USER:PASSWORD
     ca_file: str | None = None  # certificates to believe an https server by; None: the public ones
@@ -79,13 +79,13 @@ class RetrieverConfig:
     """Where passages come from: a corpus directory (`sd-search data index`) in this process, running
     servers, Qdrant, OpenSearch, or a function of your own."""
 
-    corpus: str | None = None
+    corpus: str | None = None  # a corpus directory, opened in this process
     endpoints: tuple[str, ...] = ()  # http://host:port of servers of one corpus, which share the load
     sharded: bool = False  # the endpoints serve different parts of one corpus; each search asks all of them
     qdrant: QdrantConfig | None = None
     opensearch: OpenSearchConfig | None = None
     # your own: search(queries, top_k) -> of each query at most top_k Hits, best first; client.deadline_s holds
     function: OwnFunction | None = None
-    top_k: int = 3
+    top_k: int = 3  # passages that a search shows
     search: SearchConfig = field(default_factory=SearchConfig)
     client: ClientConfig = field(default_factory=ClientConfig)

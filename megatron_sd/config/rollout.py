@@ -33,15 +33,16 @@ class ProtocolConfig:
     """The text protocol between policy and environment. `preset` fills every field left at None
     (search/protocol.py)."""
 
+    # prompt, tags and texts by name
     preset: Literal["search_r1", "few_shot", "autorefine", "compact"] | OwnFunction = "search_r1"
     prompt: str | None = None  # needs {question} and {hindsight}; the student's {hindsight} is empty
     chat_template: bool = False  # wrap the prompt as a user message of the tokenizer's chat template
     # of the template, as {enable_thinking: false}
     template_arguments: dict[str, bool | int | str] = field(default_factory=dict)
-    search_tags: tuple[str, str] | None = None
-    information_tags: tuple[str, str] | None = None
-    answer_tags: tuple[str, str] | None = None
-    think_tags: tuple[str, str] | None = None
+    search_tags: tuple[str, str] | None = None  # around a query
+    information_tags: tuple[str, str] | None = None  # around what a search found
+    answer_tags: tuple[str, str] | None = None  # around the answer
+    think_tags: tuple[str, str] | None = None  # around a thought
     # a span that may come before the thought, where the preset has one (AutoRefine's)
     note_tags: tuple[str, str] | None = None
     passage_format: str | None = None  # fields: {rank} {title} {text}
@@ -62,7 +63,7 @@ class VllmConfig:
     placement: Literal["process", "server", "colocated"] = "process"
     urls: tuple[str, ...] = ()  # of running servers, such as http://node7:8000
     num_replicas: int = 1  # servers that a node of the run starts
-    tensor_parallel_size: int = 1
+    tensor_parallel_size: int = 1  # GPUs of one server or engine
     # GPUs of the node's servers, tensor_parallel_size for each; empty: those that vLLM sees
     devices: tuple[int, ...] = ()
     kv_cache_gib: float | None = None  # of each worker; None: what gpu_memory_share leaves beside the weights
@@ -76,7 +77,7 @@ class VllmConfig:
     # shards for servers, gather for colocated, where a rank and a worker share a GPU.
     publish: Literal["auto", "shards", "gather"] = "auto"
     publish_host: str | None = None  # name under which servers elsewhere reach this node; None: its host name
-    start_timeout_s: float = 900.0
+    start_timeout_s: float = 900.0  # until a server is ready
     request_timeout_s: float = 600.0  # for one completion, or for one bucket of an update
 
     @property
@@ -89,20 +90,20 @@ class VllmConfig:
 class RolloutConfig:
     """How rollouts are sampled. Token limits count the policy's tokenizer's tokens."""
 
-    questions_per_step: int = 256
-    group_size: int = 5
+    questions_per_step: int = 256  # of all ranks together
+    group_size: int = 5  # rollouts of each question
     # which groups make a step (rollout/collecting.py): all, or those that are right and wrong, or right in a
     # share within keep_range; further questions are asked until there are enough, at most max_resamples times
     keep_groups: Literal["all", "with_spread", "in_range"] = "all"
-    keep_range: tuple[float, float] = (0.0, 1.0)
-    max_resamples: int = 10
-    temperature: float = 1.0
+    keep_range: tuple[float, float] = (0.0, 1.0)  # of in_range: lowest and highest share of right rollouts
+    max_resamples: int = 10  # further batches of questions that a step may ask
+    temperature: float = 1.0  # of sampling
     # of an attempt, calls of other tools included; one last turn follows, in which a search is not served
     max_search_turns: int = 4
     # answers of a rollout: after each but the last it is asked, in the same context, to look at its answer again
     attempts: int = 1
-    max_turn_tokens: int = 500
-    max_observation_tokens: int = 512
+    max_turn_tokens: int = 500  # that the policy samples in a turn
+    max_observation_tokens: int = 512  # that a search or a tool adds
     max_query_bytes: int = 4096  # a longer query is cut, with the corpus in process as with servers
     max_rollout_tokens: int = 4096  # prompt, completions and observations
     # the run stops when more of a rank's rollouts of a step failed for infrastructure reasons
@@ -114,7 +115,7 @@ class RolloutConfig:
     bank: Literal["auto", "all", "whole", "off"] = "auto"
     # optimiser steps that sampling may be behind: 1 rolls out the next batch during the update
     max_lag: Literal[0, 1] = 0
-    engine: Literal["torch", "vllm"] = "torch"
+    engine: Literal["torch", "vllm"] = "torch"  # embedded in the ranks, or vLLM
     max_concurrent_sequences: int = 256  # in the engine at one time; further rollouts wait
     vllm: VllmConfig = field(default_factory=VllmConfig)
 
@@ -132,13 +133,14 @@ class RolloutConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RewardConfig:
-    """plain: answer score (+ format_weight if the rollout's form is valid); structured: Search-R1's reward with
-    structure. Less what a rollout near overlong_limit sampled tokens loses (DAPO)."""
+    """What a rollout earns. plain: answer score (+ format_weight if the rollout's form is valid);
+    structured: Search-R1's reward with structure. Less what a rollout near overlong_limit sampled tokens
+    loses (DAPO)."""
 
-    answer: Literal["em", "f1", "sub_em"] | OwnFunction = "f1"
+    answer: Literal["em", "f1", "sub_em"] | OwnFunction = "f1"  # how an answer is compared with the golds
     # scores of your own, by name: figures of training and evaluation, and terms of advantage.terms
     own: dict[str, OwnFunction] = field(default_factory=dict)
-    normalization: Literal["search_r1", "strict"] = "search_r1"
+    normalization: Literal["search_r1", "strict"] = "search_r1"  # of both, before they are compared
     format_weight: float = 0.0  # of plain
     # search/reward_shapes.py; all but the first two have their own numbers
     shape: Literal["plain", "structured", "r1_searcher", "r1_searcher_first", "research", "autorefine"] = (

@@ -16,34 +16,34 @@ from megatron_sd.config.update import OptimizerConfig, PublishConfig, UpdateConf
 class MixConfig:
     """A further set of training questions."""
 
-    train: str
+    train: str  # its file
     weight: float = 1.0  # of the set, beside data.weight: the share of the questions that a run asks
-    split: str | None = None
+    split: str | None = None  # keep only records whose `split` equals this
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Questions: jsonl, one record a line (`sd-search data import` writes it)."""
 
-    train: str
-    eval: str | None = None
+    train: str  # questions to train on
+    eval: str | None = None  # held-out questions, for log.eval_every
     train_split: str | None = None  # keep only records whose `split` equals this
     weight: float = 1.0  # of these questions beside those of `mix`
     mix: dict[str, MixConfig] = field(default_factory=dict)  # further sets, by a name
     # samples.jsonl of `sd-search eval`: only questions that it answered right in a share within pass_range
     pass_rates: str | None = None
-    pass_range: tuple[float, float] = (0.0, 1.0)
-    eval_split: str | None = None
-    max_eval_questions: int = 200
-    shuffle: bool = True
+    pass_range: tuple[float, float] = (0.0, 1.0)  # from the lowest to the highest share
+    eval_split: str | None = None  # as train_split
+    max_eval_questions: int = 200  # the first ones, when there are more
+    shuffle: bool = True  # the training questions, anew in each pass
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """`every` 0 saves only at the end."""
+    """What is saved, and when. `every` 0: only at the end."""
 
-    every: int = 50
-    keep: int = 2
+    every: int = 50  # steps from one checkpoint to the next
+    keep: int = 2  # the newest ones
     resume: bool = True  # continue from the newest checkpoint of run_dir that verifies
     # go on with another plan (learning rate, batch, limits, weights of the loss), and record it
     allow_changes: bool = False
@@ -73,26 +73,27 @@ class SafetyConfig:
 class LogConfig:
     """metrics.jsonl and transcripts under run_dir, and where else its scalars go (docs/tracking.md)."""
 
+    # where scalars go, beside metrics.jsonl
     sinks: tuple[Literal["tensorboard", "wandb", "trackio", "mlflow"], ...] = ("tensorboard",)
     project: str = "megatron_sd"  # of the services, as the next
     run_name: str | None = None  # None: the name of run_dir
     wandb_mode: Literal["online", "offline"] | None = None  # None: as WANDB_MODE says, else online
     mlflow_uri: str | None = None  # None: as MLFLOW_TRACKING_URI says, else MLflow's own default
     eval_every: int = 0  # 0: only when asked for by `sd-search eval`
-    transcripts_every: int = 10
-    transcripts_per_step: int = 4
+    transcripts_every: int = 10  # steps from one to the next; 0: never
+    transcripts_per_step: int = 4  # questions whose groups are written
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """One training run."""
 
-    run_dir: str
+    run_dir: str  # checkpoints, metrics and transcripts; the same command goes on there
     model: ModelConfig
     data: DataConfig
     retriever: RetrieverConfig
-    num_steps: int = 200
-    seed: int = 0
+    num_steps: int = 200  # of the loop: rollouts, and the update that they are used for
+    seed: int = 0  # of questions' order and of sampling
     protocol: ProtocolConfig = field(default_factory=ProtocolConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)

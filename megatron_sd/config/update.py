@@ -10,13 +10,13 @@ from typing import Literal
 class OptimizerConfig:
     """AdamW under ZeRO-3."""
 
-    learning_rate: float = 1e-6
+    learning_rate: float = 1e-6  # after the warm-up
     schedule: Literal["constant", "linear", "cosine"] = "constant"  # algorithm/learning_rate.py
     final_ratio: float | None = None  # of one that decays: the last step's share of learning_rate; None: 0
-    betas: tuple[float, float] = (0.9, 0.95)
-    weight_decay: float = 0.0
-    warmup_steps: int = 0
-    max_grad_norm: float = 1.0
+    betas: tuple[float, float] = (0.9, 0.95)  # of AdamW's moments
+    weight_decay: float = 0.0  # of AdamW
+    warmup_steps: int = 0  # over which the rate rises from 0
+    max_grad_norm: float = 1.0  # a longer gradient is scaled down to it
 
     @property
     def decays(self) -> bool:
@@ -31,9 +31,9 @@ class UpdateConfig:
     max_microbatch_tokens: int = 16384  # student and teacher positions, padding included
     # optimiser steps that a batch is cut into, by question, and how often it is gone through
     minibatches: int = 1
-    epochs: int = 1
+    epochs: int = 1  # how often a batch is gone through
     head_chunk_rows: int = 1024  # hidden rows whose vocabulary logits exist at one time
-    zero_stage: Literal[0, 1, 2, 3] = 3
+    zero_stage: Literal[0, 1, 2, 3] = 3  # of DeepSpeed
     # masters and moments in host memory, stepped there, or on NVMe
     offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
     # shards of the weights in host memory between uses; stage 3
@@ -67,8 +67,9 @@ class PublishConfig:
 
     # master: the optimiser's float32 weights (ZeRO-3, float32 workers)
     source: Literal["parameters", "master"] = "parameters"
+    # how bytes travel between processes
     wire: Literal["auto", "shared_memory", "gloo", "cuda_ipc", "nccl"] = "auto"
-    bucket_mib: float = 64
+    bucket_mib: float = 64  # that a rank packs at a time
     # compare what lies in the workers with what was sent, by parameter; each publish packs twice
     checksums: bool = False
     timeout_s: float = 120  # without an answer for so long a worker counts as lost

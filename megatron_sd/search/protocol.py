@@ -11,6 +11,7 @@ import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from megatron_sd.config import ProtocolConfig, ToolConfig
 from megatron_sd.errors import ConfigError
@@ -185,7 +186,7 @@ PRESETS: dict[str, Protocol] = {
 PROTOCOL_SEAM = Seam(
     key="protocol.preset",
     form="protocol() -> Protocol",
-    table={name: lambda own=protocol: own for name, protocol in PRESETS.items()},
+    table={name: partial(PRESETS.__getitem__, name) for name in PRESETS},
     example=tuple,
     fault=lambda protocol, *_: fault_of_type(protocol, Protocol),
 )

@@ -145,14 +145,14 @@ def test_a_long_result_is_cut_and_closed():
 
 def test_plain_functions_and_coroutines_answer(tmp_path):
     (tmp_path / "mine.py").write_text(
-        "import asyncio\n"
+        "import asyncio, time\n"
         "from megatron_sd.search.tools import ToolFailure\n"
         "def plain(text, call): return f'{text} for {call.question_id}'\n"
         "async def waits(text, call):\n    await asyncio.sleep(0.01)\n    return text.upper()\n"
         "def cannot(text, call): return ToolFailure(message='ask otherwise')\n"
         "def boom(text, call): return {}[text]\n"
         "async def late(text, call): await asyncio.sleep(60)\n"
-        "def stuck(text, call):\n    while True: pass\n"
+        "def stuck(text, call):\n    while True: time.sleep(0.01)\n"
         "def number(text, call): return 4\n"
         "def one(text): return text\n"
     )

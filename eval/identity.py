@@ -14,7 +14,7 @@ import xxhash
 from megatron_sd.config import ModelConfig, ProtocolConfig, RetrieverConfig, RewardConfig, RolloutConfig
 from megatron_sd.durable.files import write_whole
 from megatron_sd.errors import ConfigError, DataError
-from megatron_sd.own_code import digests
+from megatron_sd.own_code.loading import digests
 from megatron_sd.records import Question
 from megatron_sd.retrieval.corpus.manifest import file_entry
 

@@ -1,9 +1,9 @@
 """A language model as judge of answers: a further figure of an evaluation, asked of any server that speaks
 OpenAI's chat completions (a vLLM server of one's own among them).
 
-What was judged is kept by a hash of all that the judge saw, so nothing is asked twice, and the same command goes
-on where it was killed. A judge that cannot be reached, or whose reply is neither yes nor no, gives no figure: it
-is counted, and never a 0.
+What was judged is kept by a hash of all that the judge saw, so nothing is asked twice, and the same command
+goes on where it was killed. A judge that cannot be reached, or whose reply is neither yes nor no, gives no
+figure: it is counted, and never a 0.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ _RETRIED = frozenset({408, 409, 425, 429})  # beside what the server's side got 
 @dataclass(frozen=True, kw_only=True)
 class JudgeConfig:
     """url: of the server, without /v1/chat/completions. model: its name there. prompt: needs {question},
-    {golden_answers} (one a line) and {answer}. key_file: holds the server's API key. deadline_s: of one request.
-    tries: of one question. max_concurrent: requests at one time. max_failed_share: of the answers; with more the
-    evaluation ends by an error, and goes on with the same command."""
+    {golden_answers} (one a line) and {answer}. key_file: holds the server's API key. deadline_s: of one
+    request. tries: of one question. max_concurrent: requests at one time. max_failed_share: of the answers;
+    with more the evaluation ends by an error, and goes on with the same command."""
 
     url: str
     model: str
@@ -71,11 +71,12 @@ class _Case:
 def judge(
     results: Sequence[QuestionResult], config: JudgeConfig, output: Path, task: Task
 ) -> list[QuestionResult]:
-    """The results with a figure `judge` for every answer: 1.0 when the judge says yes. No answer is 0.0, and is not
-    asked; rollouts that are no data have none. Where the judge failed the figure is missing, and judge_failed 1.0.
+    """The results with a figure `judge` for every answer: 1.0 when the judge says yes. No answer is 0.0,
+    and is not asked; rollouts that are no data have none. Where the judge failed the figure is missing, and
+    judge_failed 1.0.
 
-    Raises RetrievalError when it failed for more than max_failed_share of the answers, DataError for judgements
-    that cannot be read, ConfigError when the server refuses what it is asked.
+    Raises RetrievalError when it failed for more than max_failed_share of the answers, DataError for
+    judgements that cannot be read, ConfigError when the server refuses what it is asked.
     """
     path = output / JUDGEMENTS_NAME
     cut_torn_line(path)
@@ -195,7 +196,8 @@ def _text_of(answer: httpx.Response) -> str:
 
 
 def verdict_of(reply: str) -> float:
-    """1.0 for yes, 0.0 for no, thoughts left out. Raises RetrievalError for a reply that says neither, or both."""
+    """1.0 for yes, 0.0 for no, thoughts left out. Raises RetrievalError for a reply that says neither, or
+    both."""
     words = re.findall(r"\w+", re.sub(r"<think>.*?</think>", "", reply, flags=re.DOTALL).lower())
     said = {word for word in words if word in ("yes", "no")}
     if len(said) != 1:

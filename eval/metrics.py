@@ -32,7 +32,8 @@ def rollout_figures(
     supporting_recall: over the passages of all searches, 0 without a search; supporting_recall is None
     where the question names no passage. searches: how many. turns: completions. completion_tokens: sampled;
     observation_tokens: read after the prompt. format_valid: by the function. em@1, em@2, ...: of each attempt's
-    answer, where a rollout makes several; em@2 costs the tokens of two.
+    answer, where a rollout makes several; em@2 costs the tokens of two. Of a scored rollout further those
+    of reward.own.
     """
     if rollout.stop_reason.is_infrastructure:
         return {}
@@ -54,15 +55,8 @@ def rollout_figures(
         "completion_tokens": float(sum(len(turn.completion_ids) for turn in rollout.turns)),
         "observation_tokens": float(sum(len(turn.observation_ids) for turn in rollout.turns)),
         "format_valid": format_valid(rollout),
+        **(rollout.scores.own if rollout.scores is not None else {}),
     }
-
-
-def own_figures(rollout: Rollout) -> Mapping[str, float]:
-    """What functions of the user's own (reward.own) made of a scored rollout; an infrastructure failure is no
-    data."""
-    if rollout.stop_reason.is_infrastructure or rollout.scores is None:
-        return {}
-    return rollout.scores.own
 
 
 def answered_in_form(rollout: Rollout) -> float:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eval.metrics import own_figures, rollout_figures
+from eval.metrics import rollout_figures
 from megatron_sd.durable.files import append_lines
 from megatron_sd.errors import DataError
 from megatron_sd.records import Rollout, RolloutGroup, StopReason
@@ -63,7 +63,7 @@ def to_result(group: RolloutGroup, format_valid: Callable[[Rollout], float]) -> 
             retrieved=tuple(
                 tuple(h.passage.id for h in turn.hits) for turn in rollout.turns if turn.query is not None
             ),
-            figures=rollout_figures(rollout, question, format_valid) | own_figures(rollout),
+            figures=rollout_figures(rollout, question, format_valid),
         )
         for rollout in group.rollouts
     )

@@ -177,7 +177,10 @@ def build_trainer(config: Config, world: World) -> Trainer:
     """The trainer of a run. Raises ConfigError or DataError before anything is trained."""
     parallel = Parallel.of(config.update, world)
     run_dir = check_run_dir(config)
-    try_own_functions(config)
+    # functions of the user's own are tried before a model is loaded
+    hindsight = hindsight_of(config.distill, config.seed)
+    gate, advantages = GATE_SEAM.choose(config.distill.gate), estimator_of(config.advantage)
+    own_scores(config.reward)
     parts = config.model, config.protocol, config.rollout, config.retriever
     shares = engine_reads_policy(config, world.size)
     side = build_rollout_side(*parts, seed=config.seed, output=run_dir, world=world, on_demand=shares)
@@ -194,13 +197,13 @@ def build_trainer(config: Config, world: World) -> Trainer:
         sampling=_sampling_order(config, world, questions, side),
         collect=Collecting(config.rollout),
         score=functools.partial(score, config=config.reward),
-        advantages=estimator_of(config.advantage),
-        hindsight=hindsight_of(config.distill, config.seed),
+        advantages=advantages,
+        hindsight=hindsight,
         teacher_prompts=functools.partial(
             teacher_prompts,
             prompt_ids=side.environment.prompt_ids,
             config=config.distill,
-            gate=GATE_SEAM.choose(config.distill.gate),
+            gate=gate,
             has_gradient=has_gradient,
         ),
         to_samples=functools.partial(
@@ -222,18 +225,6 @@ def build_trainer(config: Config, world: World) -> Trainer:
         stability=Stability(config.safety),
         attempts=Attempts(run_dir / ATTEMPTS_NAME, world, limit=config.safety.max_idle_attempts),
     )
-
-
-def try_own_functions(config: Config) -> None:
-    """Before a model is loaded. Raises ConfigError for one that does not fit its place."""
-    build_protocol(config.protocol)
-    own_scores(config.reward)
-    for seam, name in (
-        (BLOCK_SEAM, config.distill.block),
-        (GATE_SEAM, config.distill.gate),
-        (ESTIMATOR_SEAM, config.advantage.estimator),
-    ):
-        seam.choose(name)
 
 
 def estimator_of(config: AdvantageConfig) -> Callable[[Sequence[RolloutGroup]], list[GroupAdvantages]]:

@@ -67,7 +67,8 @@ class GradientSpikeError(RefusedStepError):
 
 
 class OwnCodeError(MegatronSdError):
-    """A function of the user's own raised, came back with something else than was asked for, or not at all."""
+    """A function of the user's own raised, came back with something else than was asked for, or not at
+    all."""
 
 
 class CheckpointError(MegatronSdError):

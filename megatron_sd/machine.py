@@ -1,13 +1,16 @@
 """What this machine computes with, told by files alone: configuration is read before any framework is
-loaded. And its memory."""
+loaded. And its memory, and which optional packages it has."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
 import functools
+import importlib.util
 import logging
 from pathlib import Path
+
+from megatron_sd.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 _BFLOAT16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})  # x86's in "flags", Arm's in "Features"
@@ -60,3 +63,12 @@ def processor_flags(cpuinfo: Path) -> frozenset[str]:
         if name.strip() in ("flags", "Features"):
             return frozenset(words.split())
     return frozenset()
+
+
+def require_extra(module: str, extra: str, key: str) -> None:
+    """Raise ConfigError when the module of an extra is not installed. key: of the configuration that needs it."""
+    if importlib.util.find_spec(module) is None:
+        raise ConfigError(
+            f"{key}: found {extra}, but its package {module} is not installed here, expected it from `pip install"
+            f" 'megatron-sd[{extra}]'` (`pip install .[{extra}]` in a checkout)"
+        )

@@ -4,7 +4,6 @@ import textwrap
 
 import pytest
 
-from megatron_sd import own_code
 from megatron_sd.algorithm.advantages.table import ESTIMATOR_SEAM
 from megatron_sd.algorithm.blocks import BLOCK_SEAM, paper_block
 from megatron_sd.algorithm.samples import GATE_SEAM
@@ -13,7 +12,9 @@ from megatron_sd.config.command_line import parse
 from megatron_sd.config.load import dump, load
 from megatron_sd.config.own_function import OwnFunction, own_functions
 from megatron_sd.errors import ConfigError, OwnCodeError
-from megatron_sd.own_code import digests, example_groups
+from megatron_sd.own_code import loading, seam
+from megatron_sd.own_code.example_rollouts import example_groups
+from megatron_sd.own_code.loading import digests
 from megatron_sd.search import reward
 from megatron_sd.search.protocol import build_protocol
 from megatron_sd.search.reward import own_scores, score_rollout
@@ -61,7 +62,7 @@ def test_a_function_is_called_with_the_records_and_its_module_is_shared(write):
     assert scored(name) == 1.25
     other = OwnFunction(f"{name.place}:g")
     assert [scored(other, index) for index in range(2)] == [1.0, 0.0]
-    assert own_code.load(name, "k").__globals__ is own_code.load(other, "k").__globals__
+    assert loading.load(name, "k", "f", 2).__globals__ is loading.load(other, "k", "g", 2).__globals__
 
 
 def test_a_module_is_looked_for_in_the_working_directory(write):
@@ -105,7 +106,7 @@ def test_one_that_does_not_fit_is_refused_before_the_run(write, source, words):
 
 
 def test_one_that_never_returns_is_named_with_the_line_it_is_at(write, monkeypatch):
-    monkeypatch.setattr(own_code, "MOST_SECONDS", 0.2)
+    monkeypatch.setattr(seam, "MOST_SECONDS", 0.2)
     name = write("import time\ndef f(r, q):\n    while True:\n        time.sleep(0.01)")
     with pytest.raises(ConfigError, match=r"own_0.py:f has not returned after 0.2 s \(at .*own_0.py:[34]\)"):
         own_scores(RewardConfig(own={"mine": name}))

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from data_prep.upload.source import UploadConfig
 from megatron_sd.errors import ConfigError
-from megatron_sd.retrieval.choice import require_extra
+from megatron_sd.machine import require_extra
 
 
 def upload(config: UploadConfig) -> str:
@@ -19,7 +19,8 @@ def upload(config: UploadConfig) -> str:
             f"qdrant, opensearch: found {found}, expected one: --qdrant.url ... or --opensearch.url ..."
         )
     require_extra(
-        *(("qdrant_client", "qdrant") if config.qdrant is not None else ("opensearchpy", "opensearch"))
+        *(("qdrant_client", "qdrant") if config.qdrant is not None else ("opensearchpy", "opensearch")),
+        "upload",
     )
     if config.qdrant is not None:
         from data_prep.upload.qdrant import upload_passages

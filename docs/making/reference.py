@@ -22,6 +22,7 @@ from launch.cli import COMMANDS
 from launch.shell.completion import OPTIONS
 from megatron_sd.config import Config
 from megatron_sd.config.command_line import describe, section_of
+from megatron_sd.config.load import plain
 
 RUN_PAGE, PROGRAMS_PAGE = "reference/run.md", "reference/programs.md"
 EXTRA = {  # options that are in no record
@@ -185,16 +186,8 @@ def _default(field: dataclasses.Field[Any], section: type | None) -> str | None:
 
 def _yaml(value: Any) -> str:
     """On one line."""
-    text = yaml.safe_dump(_plain(value), default_flow_style=True, width=10_000, allow_unicode=True)
+    text = yaml.safe_dump(plain(value), default_flow_style=True, width=10_000, allow_unicode=True)
     return text.removesuffix("\n").removesuffix("\n...")
-
-
-def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return _plain(dataclasses.asdict(value))
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _walk(record: type, name: str) -> Iterator[tuple[str, type]]:

@@ -9,6 +9,7 @@ report`, transcripts with each token's log-ratio.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import sys
 from collections.abc import Sequence
@@ -26,7 +27,7 @@ from eval.credit.transcripts import read_groups
 from eval.gate.lift import rounded
 from eval.identity import claim, model_version, own_code
 from megatron_sd.algorithm.blocks import BLOCK_SEAM, BLOCKS, BY_TURN
-from megatron_sd.algorithm.hindsight import RENDERERS, BlockContext
+from megatron_sd.algorithm.hindsight import RENDERERS, BlockBuilder, BlockContext
 from megatron_sd.config import ModelConfig, ProtocolConfig, RewardConfig, RolloutConfig
 from megatron_sd.config.command_line import parse
 from megatron_sd.config.own_function import OwnFunction
@@ -53,9 +54,9 @@ class CreditConfig:
     """Score `transcripts` (jsonl of training, of `sd-search eval`, or of Search-R1's kind) with `model` as
     teacher and student.
 
-    block: a key of BLOCKS that is the same for every turn, or a block of your own. beta, temperature: of the divergence.
-    num_resamples: of the bootstrap over questions. batch_tokens: padded tokens of one forward, which bounds
-    its memory. What is scored is kept in `output`: the same command goes on where it was killed.
+    block: a key of BLOCKS that is the same for every turn, or a block of your own. beta, temperature: of the
+    divergence. num_resamples: of the bootstrap over questions. batch_tokens: padded tokens of one forward,
+    which bounds its memory. What is scored is kept in `output`: the same command goes on where it was killed.
     """
 
     model: ModelConfig
@@ -97,6 +98,7 @@ def credit(config: CreditConfig, world: World | None = None) -> CreditTable:
         value = getattr(config, name)
         if not isinstance(value, OwnFunction) and value not in table:
             raise ConfigError(f"{name} is {value!r}, expected one of {', '.join(sorted(table))}")
+    _builder(config.block)  # one of the user's own fails before a model is loaded
     world, own = world or lone_world(), config.protocol
     codec = load_codec(
         config.model.path, chat_template=own.chat_template, template_arguments=own.template_arguments
@@ -208,13 +210,18 @@ def _is_scored(group: RolloutGroup) -> bool:
     )
 
 
+@functools.cache
+def _builder(name: str) -> BlockBuilder:
+    return dataclasses.replace(BLOCK_SEAM, key="block").choose(name)
+
+
 def _blocks(groups: Sequence[RolloutGroup], number: int, config: CreditConfig) -> list[str]:
     shared = {
         "correct_above": config.correct_above,
         "seed": config.seed,
         "render": RENDERERS[config.block_format],
     }
-    build = BLOCK_SEAM.choose(config.block)
+    build = _builder(config.block)
     size = len(groups[number].rollouts)
     return [build(BlockContext(groups=groups, group=number, focal=focal, **shared)) for focal in range(size)]
 

@@ -45,8 +45,8 @@ class Sampler(Protocol):
 class LiftConfig:
     """correct_above: rho of the labels. block_format: a key of RENDERERS, the one the model was or will be
     trained with. num_resamples: of the bootstrap over questions. variants: keys of VARIANTS, or blocks of
-    your own (module:function or file.py:function). only_mixed:
-    blocks are shown for questions with both outcomes alone, for a model whose rollouts take long.
+    your own (module:function or file.py:function). only_mixed: blocks are shown for questions with both
+    outcomes alone, for a model whose rollouts take long.
 
     Raises ConfigError for a variant that does not exist or is missing.
     """
@@ -142,13 +142,14 @@ def measure_lift(sample: Sampler, questions: Sequence[Question], config: LiftCon
 
     A question with an empty block takes no part in a variant.
     """
+    builders = [VARIANT_SEAM.choose(name) for name in config.variants]
     source = list(sample(questions, None, 0))
     second = list(sample(questions, None, 1))
     without = _success_by_question(second)
     kinds = [group_kind(group, config.correct_above) for group in source]
     lifts: dict[str, np.ndarray] = {}
-    for draw, name in enumerate(config.variants, start=2):
-        blocks = [_block(VARIANT_SEAM.choose(name), source, i, config) for i in range(len(source))]
+    for draw, (name, build) in enumerate(zip(config.variants, builders, strict=True), start=2):
+        blocks = [_block(build, source, i, config) for i in range(len(source))]
         shown = [
             i for i, block in enumerate(blocks) if block and (kinds[i] == "mixed" or not config.only_mixed)
         ]

@@ -12,9 +12,9 @@ from typing import Any
 from eval.identity import model_version
 from eval.run import REPORT_NAME
 from launch.push.source import PushedModel
+from megatron_sd.config.load import flat
 from megatron_sd.errors import DataError
 from megatron_sd.observability.metrics_log import METRICS_NAME, read_metrics
-from megatron_sd.observability.sinks.mlflow_sink import flat
 from megatron_sd.training.state.identity import Change, kind_of
 
 _TRAINED = ("reward/mean", "reward/em", "reward/f1", "rollout/searches", "loss/policy")
@@ -52,7 +52,7 @@ def read_facts(model: PushedModel) -> Facts | None:
         contents=state.get("contents", {}),
         corpus_version=state["corpus_version"],
         world_size=state["world_size"],
-        values={key: value for key, value in flat(state["config"]) if kind_of(key) != "knob"},
+        values={key: value for key, value in flat(state["config"]).items() if kind_of(key) != "knob"},
         commit=None if run_dir is None else commit_of(run_dir),
         changes=tuple(
             f"from step {change['step']} on {Change(**change)}" for change in state.get("changes", ())

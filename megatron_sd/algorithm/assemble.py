@@ -27,8 +27,8 @@ def teacher_prompts(
 ) -> TeacherPrompts:
     """The teacher's prompts of every rollout; none where there is no block or the gate is closed.
 
-    gate: which groups distil (samples.GATES). prompt_ids: of a question and the hindsight block in front of it
-    (search.Environment.prompt_ids).
+    gate: which groups distil (samples.GATES). prompt_ids: of a question and the hindsight block in front of
+    it (search.Environment.prompt_ids).
     has_gradient: of a group's advantages (advantages/table.py).
     """
     encode = functools.lru_cache(maxsize=None)(prompt_ids)  # rollouts of a group share their block

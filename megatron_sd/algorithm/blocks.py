@@ -21,7 +21,8 @@ from megatron_sd.algorithm.hindsight import (
     is_correct,
     quoted,
 )
-from megatron_sd.own_code import Seam, example_groups, fault_of_type
+from megatron_sd.own_code.example_rollouts import example_groups
+from megatron_sd.own_code.seam import Seam, fault_of_type
 from megatron_sd.records import Rollout
 
 FILLER = "the"  # one token in every tokenizer of ours, and no news
@@ -62,8 +63,9 @@ def only_correct_shuffled_block(context: BlockContext) -> str:
 
 
 def settled_block(context: BlockContext) -> str:
-    """The paper's block with each attempt's last query about each thing that it asked for (ours). A query that
-    was asked again in other words did not find what it was for; in a CORRECT attempt the label would praise it."""
+    """The paper's block with each attempt's last query about each thing that it asked for (ours). A query
+    that was asked again in other words did not find what it was for; in a CORRECT attempt the label would
+    praise it."""
     return context.render([_settled(attempt) for attempt in context.attempts])
 
 
@@ -208,7 +210,8 @@ def _shuffled(context: BlockContext) -> list[AttemptLine]:
 
 
 def _of_another_question(context: BlockContext) -> list[AttemptLine]:
-    """The attempts at another question, one draw for all rollouts of the group; none when there is no other."""
+    """The attempts at another question, one draw for all rollouts of the group; none when there is no
+    other."""
     others = [i for i in range(len(context.groups)) if i != context.group]
     if not others:
         return []

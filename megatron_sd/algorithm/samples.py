@@ -12,7 +12,8 @@ from megatron_sd.algorithm.advantages.estimator import GroupAdvantages
 from megatron_sd.algorithm.advantages.table import any_advantage
 from megatron_sd.algorithm.hindsight import is_correct
 from megatron_sd.errors import BarrenStepError, RolloutError
-from megatron_sd.own_code import Seam, example_groups, fault_of_type
+from megatron_sd.own_code.example_rollouts import example_groups
+from megatron_sd.own_code.seam import Seam, fault_of_type
 from megatron_sd.records import Rollout, RolloutGroup, TokenIds, TrainingSample
 
 

@@ -43,9 +43,10 @@ def jsd_rows(
     where it would corrupt something. impl: "cpp" and "cuda" are the native code of kernels/csrc (float32 or
     bfloat16, full vocabulary, no entry_clip) on CPU and on CUDA tensors, "torch" is the reference, "auto"
     the native code where it can and otherwise the reference, said once in the log. Raises ConfigError for
-    an impl that this build has not or a top_k above V, and ValueError for tensors that do not fit; row indices are checked
-    only where that costs no device synchronisation (on the CPU; the CUDA code makes rows out of range NaN).
-    NaN in a row's logits is NaN in its value, and on the CPU a warning with the row's number.
+    an impl that this build has not or a top_k above V, and ValueError for tensors that do not fit; row
+    indices are checked only where that costs no device synchronisation (on the CPU; the CUDA code makes
+    rows out of range NaN). NaN in a row's logits is NaN in its value, and on the CPU a warning with the
+    row's number.
     """
     _check_impl(impl)
     if divergence.kind not in ROW_DIVERGENCES:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 from megatron_sd.config import RetrieverConfig
 from megatron_sd.errors import ConfigError
+from megatron_sd.machine import require_extra
 from megatron_sd.retrieval.corpus.directory import CorpusRetriever
 from megatron_sd.retrieval.own import OwnRetriever
 from megatron_sd.retrieval.retriever import Retriever
@@ -22,12 +21,12 @@ def open_retriever(config: RetrieverConfig) -> Retriever:
     if config.function is not None:
         return OwnRetriever(config.function, deadline_s=config.client.deadline_s)
     if config.qdrant is not None:
-        require_extra("qdrant_client", "qdrant")
+        require_extra("qdrant_client", "qdrant", "retriever")
         from megatron_sd.retrieval.remote.qdrant import QdrantRetriever, connect
 
         return QdrantRetriever(config.qdrant, connect(config.qdrant))
     if config.opensearch is not None:
-        require_extra("opensearchpy", "opensearch")
+        require_extra("opensearchpy", "opensearch", "retriever")
         from megatron_sd.retrieval.remote import opensearch
 
         return opensearch.OpenSearchRetriever(config.opensearch, opensearch.connect(config.opensearch))
@@ -48,12 +47,3 @@ def _local(config: RetrieverConfig, corpus: str) -> CorpusRetriever:
             f" {corpus}"
         )
     return retriever
-
-
-def require_extra(module: str, extra: str) -> None:
-    """Raise ConfigError when the module of an extra is not installed."""
-    if importlib.util.find_spec(module) is None:
-        raise ConfigError(
-            f"{extra}: its client {module} is not installed here, expected it from `pip install"
-            f" 'megatron-sd[{extra}]'` (`pip install .[{extra}]` in a checkout)"
-        )

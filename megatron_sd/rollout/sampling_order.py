@@ -39,7 +39,8 @@ class SamplingOrder(Protocol):
 class OwnShare:
     """Samples this rank's part of a step's questions. bank: where finished rollouts wait for a run that is
     started again; None: nowhere. question_batches: how many batches of questions are set apart for a step:
-    what an earlier step used of its own changes nothing for later ones, so that a resumed run asks the same."""
+    what an earlier step used of its own changes nothing for later ones, so that a resumed run asks the
+    same."""
 
     world: World
     questions: QuestionStream[Question] | MixedStream[Question]

@@ -135,8 +135,8 @@ class Environment:
         called: Mapping[str, int] = NO_CALLS,
     ) -> Verdict:
         """What follows the completion of 0-based `turn` of an attempt. truncated: sampling ended at a token
-        limit. called: how often each tool was, in the rollout. An attempt that has answered, or come to its last
-        turn, is followed by the next one, if any.
+        limit. called: how often each tool was, in the rollout. An attempt that has answered, or come to its
+        last turn, is followed by the next one, if any.
 
         Turns 0 .. max_search_turns - 1 may search; turn max_search_turns is the last, in which a search is
         not served.
@@ -148,9 +148,9 @@ class Environment:
         is_last = turn >= self.limits.max_search_turns
         action = None if found.action is None else self._servable(found.action)
         if action is not None and not is_last:
-            used_up = called.get(action.tool, 0) >= self._most_calls.get(action.tool, math.inf)
-            refusal = self.result_ids(f"{action.tool} may not be called again.") if used_up else ()
-            return Verdict(observation_ids=refusal) if used_up else Verdict(action=action)
+            if called.get(action.tool, 0) >= self._most_calls.get(action.tool, math.inf):
+                return Verdict(observation_ids=self.result_ids(f"{action.tool} may not be called again."))
+            return Verdict(action=action)
         if truncated:
             return Verdict(stop=StopReason.TOKEN_LIMIT)
         if is_last:

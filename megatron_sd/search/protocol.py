@@ -15,7 +15,7 @@ from functools import partial
 
 from megatron_sd.config import ProtocolConfig, ToolConfig
 from megatron_sd.errors import ConfigError
-from megatron_sd.own_code import Seam, fault_of_type
+from megatron_sd.own_code.seam import Seam, fault_of_type
 from megatron_sd.records import SEARCH, Action
 from megatron_sd.search.sanitize import Sanitizer
 from megatron_sd.search.tokens import TextCodec, fill
@@ -75,10 +75,10 @@ _FEW_SHOT_PROMPT = (
 class Protocol:
     """A complete text protocol: every field of ProtocolConfig, filled, and what belongs to the preset alone.
 
-    note_tags is None where turns begin with the thought. tools: those beside search. information_format: what an
-    observation looks like; {passages} are the passages one after the other, without white space around them where
-    strips_passages says so. keeps_line_breaks: those within a passage; else they become spaces.
-    question_end: put behind a question that does not end in it.
+    note_tags is None where turns begin with the thought. tools: those beside search. information_format:
+    what an observation looks like; {passages} are the passages one after the other, without white space
+    around them where strips_passages says so. keeps_line_breaks: those within a passage; else they become
+    spaces. question_end: put behind a question that does not end in it.
     """
 
     prompt: str

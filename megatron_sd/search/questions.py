@@ -129,8 +129,8 @@ def training_stream(
 
 
 def read_pass_rates(path: Path) -> dict[str, float]:
-    """question id -> share of its answers that were right (exact match), of an evaluation's samples.jsonl, whose
-    last line of a question counts. Raises DataError."""
+    """question id -> share of its answers that were right (exact match), of an evaluation's samples.jsonl,
+    whose last line of a question counts. Raises DataError."""
     if not path.is_file():
         raise DataError(
             f"data.pass_rates: found no file at {path}, expected the samples.jsonl of `sd-search eval`"

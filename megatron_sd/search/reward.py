@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING
 
 from megatron_sd.config import RewardConfig
 from megatron_sd.config.own_function import OwnFunction
-from megatron_sd.own_code import Seam, example_groups, fault_of_number
+from megatron_sd.own_code.example_rollouts import example_groups
+from megatron_sd.own_code.seam import Seam, fault_of_number
 from megatron_sd.records import Question, Rollout, RolloutGroup, Scores, StopReason
 from megatron_sd.search.reward_shapes import REWARD_SHAPES, RewardParts, overlong_penalty
 

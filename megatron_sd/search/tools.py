@@ -1,15 +1,13 @@
 """Tools beside search: what a turn may call, and what comes back to the policy.
 
 `protocol.tools` names them. A tool is a function `(text, call) -> str or ToolFailure`, plain or a coroutine
-function: a plain one is answered inline, so that rollouts stay a function of their seed; one that waits should
-be a coroutine function, and its results are then as repeatable as what it waits for.
+function: a plain one is answered inline, so that rollouts stay a function of their seed; one that waits
+should be a coroutine function, and its results are then as repeatable as what it waits for.
 """
 
 from __future__ import annotations
 
 import ast
-import asyncio
-import inspect
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +16,8 @@ from typing import Any, Protocol
 from megatron_sd.config import ToolConfig
 from megatron_sd.config.own_function import OwnFunction
 from megatron_sd.errors import ConfigError, OwnCodeError, ToolError
-from megatron_sd.own_code import load, within_limits
+from megatron_sd.own_code.loading import load
+from megatron_sd.own_code.watching import answer
 from megatron_sd.records import Turn
 
 FORM = "tool(text: str, call: ToolCall) -> str or ToolFailure"
@@ -27,7 +26,8 @@ MOST_DIGITS = 400  # of a whole number that the calculator makes
 
 @dataclass(frozen=True, kw_only=True)
 class ToolCall:
-    """Who calls: the question, and the rollout's turns so far, the calling one last and without its result."""
+    """Who calls: the question, and the rollout's turns so far, the calling one last and without its
+    result."""
 
     question_id: str
     turns: tuple[Turn, ...]
@@ -63,28 +63,16 @@ class Tool:
         on_error is show; OwnCodeError where it returns something else."""
         who = f"protocol.tools: {self.config.name}"
         try:
-            result = await self._result(text, call, who)
-        except Exception as error:
-            if isinstance(error, TimeoutError):
-                error = ToolError(f"{who} has not returned after {self.config.timeout_s:g} s (timeout_s)")
+            result = await answer(self.function, (text, call), who, self.config.timeout_s)
+        except OwnCodeError as error:
             if self.config.on_error == "show":
                 return f"{self.config.name} failed."
-            if isinstance(error, ToolError):
-                raise error from None
-            raise ToolError(f"{who} raised {type(error).__name__}: {error}") from error
+            raise ToolError(str(error)) from error
         if isinstance(result, ToolFailure):
             return f"{self.config.name}: {result.message}"
         if not isinstance(result, str):
             raise OwnCodeError(f"{who} returned {result!r} ({type(result).__name__}), expected {FORM}")
         return result
-
-    async def _result(self, text: str, call: ToolCall, who: str) -> Any:
-        if inspect.iscoroutinefunction(self.function):
-            return await asyncio.wait_for(self.function(text, call), self.config.timeout_s)
-        try:
-            return within_limits(lambda: self.function(text, call), who, self.config.timeout_s)
-        except OwnCodeError as error:
-            raise ToolError(str(error)) from error
 
 
 def open_tools(configs: Sequence[ToolConfig], pages: Pages | None) -> dict[str, Tool]:
@@ -95,14 +83,7 @@ def open_tools(configs: Sequence[ToolConfig], pages: Pages | None) -> dict[str, 
 
 def _function(config: ToolConfig, pages: Pages | None) -> ToolFunction:
     if isinstance(config.function, OwnFunction):
-        function = load(config.function, f"protocol.tools: {config.name}")
-        try:
-            inspect.signature(function).bind("", None)
-        except TypeError as error:
-            raise ConfigError(
-                f"protocol.tools: {config.name}: {config.function} cannot be called so ({error}), expected {FORM}"
-            ) from error
-        return function
+        return load(config.function, f"protocol.tools: {config.name}", FORM, num_arguments=2)
     return TOOLS[config.function](pages)
 
 
@@ -154,8 +135,8 @@ def _value(node: ast.AST) -> int | float:
 
 @dataclass(frozen=True)
 class OpenPage:
-    """The whole document of a passage: by the passage's id, its title as shown, or its number among the newest
-    results."""
+    """The whole document of a passage: by the passage's id, its title as shown, or its number among the
+    newest results."""
 
     pages: Pages
 

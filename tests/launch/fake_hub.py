@@ -11,7 +11,8 @@ TOKEN = "hf_fake"
 
 
 class FakeHub:
-    """repos: private or not, by name. files: committed ones, by repository and path. asked: (method, path)."""
+    """repos: private or not, by name. files: committed ones, by repository and path. asked: (method,
+    path)."""
 
     def __init__(self):
         self.repos, self.files, self.objects, self.asked = {}, {}, {}, []

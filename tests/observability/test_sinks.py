@@ -79,7 +79,7 @@ def test_a_run_says_so_before_its_model_is_read(monkeypatch, capsys):
     with pytest.raises(ConfigError, match="log.sinks: found wandb"):
         check_run_dir(load([*REQUIRED, "--log.sinks=[wandb]"]))
     assert command(["train", *REQUIRED, "--log.sinks=[trackio]"]) == 2
-    assert "log.sinks: found trackio, but its package is not installed" in capsys.readouterr().err
+    assert "log.sinks: found trackio, but its package trackio is not installed" in capsys.readouterr().err
 
 
 def test_no_sink_writes_no_event_files(tmp_path):

@@ -275,7 +275,8 @@ class FakeAddress:
 def test_a_client_that_is_not_installed_is_named_with_the_way_to_get_it(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda module: None)
     with pytest.raises(
-        ConfigError, match=r"opensearch: its client opensearchpy is not installed.*megatron-sd\[opensearch\]"
+        ConfigError,
+        match=r"found opensearch, but its package opensearchpy is not installed.*megatron-sd\[opensearch\]",
     ):
         open_retriever(
             RetrieverConfig(opensearch=OpenSearchConfig(url="http://127.0.0.1:9", index="passages"))

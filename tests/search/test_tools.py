@@ -167,7 +167,7 @@ def test_plain_functions_and_coroutines_answer(tmp_path):
         assert ask(f"{mine}:{name}", timeout_s=0.1, on_error="show") == "mine failed."
     with pytest.raises(OwnCodeError, match=r"mine returned 4 \(int\), expected tool\(text: str, call"):
         ask(f"{mine}:number", on_error="show")
-    with pytest.raises(ConfigError, match="mine.py:one cannot be called so .*, expected tool"):
+    with pytest.raises(ConfigError, match=r"mine.py:one\(text\) cannot be called so .*, expected tool"):
         ask(f"{mine}:one")
 
 

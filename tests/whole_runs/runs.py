@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 from collections.abc import Sequence
+from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,19 @@ from megatron_sd.observability.metrics_log import read_metrics
 from tests.nursery import Ranks, nursery
 
 LIMIT_S = 300
+START_POLICY = Path(str(files("data_prep"))) / "coldstart_model"
+
+
+def on_the_world(world: Path, run_dir: Path, *options: str) -> list[str]:
+    """Arguments of a run from the committed start policy on a world's train questions."""
+    return [
+        f"--config={files('launch') / 'configs' / 'world.yaml'}",
+        f"--run_dir={run_dir}",
+        f"--model.path={START_POLICY}",
+        f"--data.train={world / 'questions.jsonl'}",
+        f"--retriever.corpus={world / 'corpus'}",
+        *options,
+    ]
 
 
 def start(num_ranks: int, argv: Sequence[str], program: str = TRAIN) -> Ranks:

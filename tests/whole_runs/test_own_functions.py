@@ -1,8 +1,8 @@
-"""The functions of docs/extending.md in a run, from the page itself, and one that fails in the middle of one."""
+"""The functions of docs/extending.md in a run, from the page itself, and one that fails in the middle of
+one."""
 
 import asyncio
 import re
-from importlib.resources import files
 from pathlib import Path
 
 import pytest
@@ -11,12 +11,12 @@ from data_prep.world.world import WorldConfig
 from launch.programs import make_world
 from megatron_sd.config.own_function import OwnFunction
 from megatron_sd.observability.metrics_log import read_metrics
-from megatron_sd.own_code import example_groups, load
+from megatron_sd.own_code.example_rollouts import example_groups
+from megatron_sd.own_code.loading import load
 from megatron_sd.retrieval.own import OwnRetriever
-from tests.whole_runs.runs import run, start
+from tests.whole_runs.runs import on_the_world, run, start
 
 ROOT = Path(__file__).resolve().parents[2]
-START_POLICY = Path(str(files("data_prep"))) / "coldstart_model"
 MOST_LINES = 20
 
 
@@ -43,22 +43,17 @@ def world(tmp_path_factory):
 
 
 def arguments(world, run_dir, *options):
-    return [
-        f"--config={files('launch') / 'configs' / 'world.yaml'}",
-        f"--run_dir={run_dir}",
-        f"--model.path={START_POLICY}",
-        f"--data.train={world / 'questions.jsonl'}",
-        f"--retriever.corpus={world / 'corpus'}",
+    small = (
         "--num_steps=2",
         "--rollout.questions_per_step=4",
         "--distill.alpha.warmup_steps=0",
         "--log.eval_every=0",
-        *options,
-    ]
+    )
+    return on_the_world(world, run_dir, *small, *options)
 
 
-def function_of(page, name):
-    return load(OwnFunction(f"{page / name.split(':')[0]}:{name.split(':')[1]}"), "key")
+def function_of(page, name, num_arguments=2):
+    return load(OwnFunction(f"{page}/{name}"), "key", "form", num_arguments)
 
 
 def test_every_file_of_the_page_is_short():
@@ -69,12 +64,12 @@ def test_every_file_of_the_page_is_short():
 
 def test_the_pages_functions_do_what_it_says(page):
     group = example_groups()[0]
-    assert function_of(page, "numeric.py:numbers")("about 1,200 or -3.5") == [1200.0, -3.5]
+    assert function_of(page, "numeric.py:numbers", 1)("about 1,200 or -3.5") == [1200.0, -3.5]
     assert function_of(page, "habits.py:thrift")(group.rollouts[0], group.question) == 0.5
     assert function_of(page, "credit.py:halved_before")([group], None) == [[[0.25, 0.5], [-0.25, -0.5]]]
     days = function_of(page, "days.py:days")
     assert days("1912-04-10, 1912-04-15", None) == "5" and "two dates" in days("soon", None).message
-    protocol = function_of(page, "brackets.py:brackets")()
+    protocol = function_of(page, "brackets.py:brackets", 0)()
     assert protocol.information_tags == ("<results>", "</results>")
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import signal
 import time
-from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +17,8 @@ from data_prep.world.world import WorldConfig
 from launch.presets import expand, presets
 from launch.programs import make_world
 from tests.training.same_steps import assert_same_movement
-from tests.whole_runs.runs import parameters, run, start, without_clocks
+from tests.whole_runs.runs import START_POLICY, on_the_world, parameters, run, start, without_clocks
 
-START_POLICY = Path(str(files("data_prep"))) / "coldstart_model"
 LAST = "step_00000003"
 # the demo's rollouts, fewer and shorter
 SMALL = ("--rollout.group_size=3", "--rollout.max_search_turns=2", "--rollout.max_turn_tokens=32")
@@ -46,11 +44,7 @@ def arguments(name: str, world: Path, run_dir: Path, *options: str) -> list[str]
     """Of a run of the method on the world, whose rollouts, protocol and learning rate stay the world's."""
     argv = [
         f"--as={name}",
-        f"--config={files('launch') / 'configs' / 'world.yaml'}",
-        f"--run_dir={run_dir}",
-        f"--model.path={START_POLICY}",
-        f"--data.train={world / 'questions.jsonl'}",
-        f"--retriever.corpus={world / 'corpus'}",
+        *on_the_world(world, run_dir),
         "--num_steps=3",
         "--protocol.preset=compact",
         "--rollout.questions_per_step=4",

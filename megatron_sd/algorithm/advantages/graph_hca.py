@@ -65,9 +65,9 @@ def turn_credits(rollouts: Sequence[Rollout], config: AdvantageConfig) -> dict[t
 
 
 def success_chances(edges: Sequence[Edge], discount: float) -> Mapping[Hashable, float]:
-    """phi of every place. A turn that leads nowhere new leads back to its place, for which phi is solved; longer
-    ways back make it the limit of an iteration, which a discount below 1 makes a contraction. From the ends
-    backwards it is there after few rounds."""
+    """phi of every place. A turn that leads nowhere new leads back to its place, for which phi is solved;
+    longer ways back make it the limit of an iteration, which a discount below 1 makes a contraction. From
+    the ends backwards it is there after few rounds."""
     counts: dict[Hashable, Counter[Hashable]] = defaultdict(Counter)
     for place, next_place in edges:
         counts[place][next_place] += 1

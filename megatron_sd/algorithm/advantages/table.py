@@ -13,7 +13,8 @@ from megatron_sd.algorithm.advantages.graph_hca import graph_hca
 from megatron_sd.algorithm.advantages.mr_search import mr_search
 from megatron_sd.algorithm.advantages.stepsearch import stepsearch
 from megatron_sd.config import AdvantageConfig
-from megatron_sd.own_code import Seam, example_groups, fault_of_number, fault_of_type
+from megatron_sd.own_code.example_rollouts import example_groups
+from megatron_sd.own_code.seam import Seam, fault_of_number, fault_of_type
 from megatron_sd.records import RolloutGroup
 
 ADVANTAGES: Mapping[str, Estimator] = {

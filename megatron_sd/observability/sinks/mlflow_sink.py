@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Mapping
 
+from megatron_sd.config.load import flat
 from megatron_sd.observability.sinks.sink import TrackedRun
 
 MOST_PARAMETERS, LONGEST_VALUE = 100, 500  # of one request, and in characters: what every MLflow server takes
@@ -28,7 +28,8 @@ class MlflowSink:
         experiment = found.experiment_id if found else self._client.create_experiment(tracked.log.project)
         self.run_id = self._client.create_run(experiment, run_name=tracked.name).info.run_id
         parameters = [
-            mlflow.entities.Param(key, str(value)[:LONGEST_VALUE]) for key, value in flat(tracked.parameters)
+            mlflow.entities.Param(key, str(value)[:LONGEST_VALUE])
+            for key, value in flat(tracked.parameters).items()
         ]
         for start in range(0, len(parameters), MOST_PARAMETERS):
             self._client.log_batch(self.run_id, params=parameters[start : start + MOST_PARAMETERS])
@@ -42,16 +43,3 @@ class MlflowSink:
     def close(self) -> None:
         """The run is over, until a later start goes on with it."""
         self._client.set_terminated(self.run_id)
-
-
-def flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Leaves by dotted key.
-
-    >>> dict(flat({"a": {"b": 1}, "c": [2]}))
-    {'a.b': 1, 'c': [2]}
-    """
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value

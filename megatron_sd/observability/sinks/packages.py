@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 
-from megatron_sd.errors import ConfigError
+from megatron_sd.machine import require_extra
 
 OURS = ("tensorboard",)  # installed with the project; another sink's name is its package's, and our extra's
 
@@ -13,8 +12,5 @@ OURS = ("tensorboard",)  # installed with the project; another sink's name is it
 def check_packages(sinks: Sequence[str]) -> None:
     """Raise ConfigError for a service whose package is not installed."""
     for name in sinks:
-        if name not in OURS and importlib.util.find_spec(name) is None:
-            raise ConfigError(
-                f"log.sinks: found {name}, but its package is not installed: pip install"
-                f" 'megatron-sd[{name}]' (or {name} alone), or take it out of log.sinks"
-            )
+        if name not in OURS:
+            require_extra(name, name, "log.sinks")

@@ -27,10 +27,11 @@ from typing import Any
 import xxhash
 
 from megatron_sd.config import Config, DataConfig, ModelConfig, RetrieverConfig
+from megatron_sd.config.load import flat
 from megatron_sd.distributed.collectives import gather_objects
 from megatron_sd.distributed.world import World
 from megatron_sd.errors import DataError
-from megatron_sd.own_code import digests
+from megatron_sd.own_code.loading import digests
 from megatron_sd.training.state.optimizer_state import listed
 
 KNOBS = (
@@ -172,7 +173,7 @@ def differences(
 ) -> Differences:
     """saved: a checkpoint's state.json."""
     defaults = _values(_defaults())
-    before, after = defaults | _in_todays_words(_flat(saved["config"])), defaults | _values(config)
+    before, after = defaults | _in_todays_words(flat(saved["config"])), defaults | _values(config)
     decays = before["optimizer.schedule"] != "constant" or config.optimizer.decays
     then = _decisive(before, decays=decays) | {"corpus_version": saved["corpus_version"]}
     now = _decisive(after, decays=decays) | {"corpus_version": corpus_version}
@@ -223,15 +224,7 @@ def _defaults() -> Config:
 
 def _values(config: Config) -> dict[str, Any]:
     """By dotted key, as JSON values."""
-    return _flat(json.loads(json.dumps(dataclasses.asdict(config))))
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}"""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
+    return flat(json.loads(json.dumps(dataclasses.asdict(config))))
 
 
 def _digest(directory: Path, patterns: tuple[str, ...]) -> str:

@@ -119,10 +119,9 @@ def build_rollout_side(
     ConfigError for an engine that cannot be had as configured.
     """
     world = world or lone_world()
-    codec = load_codec(
-        model.path, chat_template=protocol.chat_template, template_arguments=protocol.template_arguments
-    )
-    environment = Environment(codec, build_protocol(protocol), rollout)
+    texts = build_protocol(protocol)
+    codec = load_codec(model.path, texts.chat)
+    environment = Environment(codec, texts, rollout)
     passages = open_retriever(retriever)
     engine = build_engine(model, rollout, codec, world, output=output, on_demand=on_demand)
     work = Work(sys.stderr if world.is_first else None)

@@ -73,7 +73,7 @@ def check_same_tokens(config: Config, codec: TextCodec) -> None:
     if config.advantage.estimator in FROM_VALUES:
         paths["critic.path"] = config.critic.path
     for key, path in paths.items():
-        found = codec.fingerprint if path is None else load_codec(path, chat_template=False).fingerprint
+        found = codec.fingerprint if path is None else load_codec(path).fingerprint
         if found != codec.fingerprint:
             whose = "critic" if key == "critic.path" else "teacher"
             raise ConfigError(

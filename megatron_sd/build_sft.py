@@ -86,7 +86,7 @@ def build_sft_trainer(config: Config, own: SftConfig, world: World) -> Trainer:
     another tokenizer made."""
     parallel = Parallel.of(config.update, world)
     run_dir, directory = check_run_dir(config), Path(own.episodes)
-    codec = load_codec(config.model.path, chat_template=False)
+    codec = load_codec(config.model.path)
     record = _checked_record(own, directory, codec, world)
     stored = _stored(config, world)
     side = None if own.eval is None else _rollout_side(evaluation_config(own, config), world)

@@ -66,7 +66,8 @@ def processor_flags(cpuinfo: Path) -> frozenset[str]:
 
 
 def require_extra(module: str, extra: str, key: str) -> None:
-    """Raise ConfigError when the module of an extra is not installed. key: of the configuration that needs it."""
+    """Raise ConfigError when the module of an extra is not installed. key: of the configuration that
+    needs it."""
     if importlib.util.find_spec(module) is None:
         raise ConfigError(
             f"{key}: found {extra}, but its package {module} is not installed here, expected it from `pip install"

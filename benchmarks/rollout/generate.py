@@ -35,6 +35,7 @@ from megatron_sd.config import ModelConfig, ProtocolConfig, RolloutConfig, VllmC
 from megatron_sd.distributed.world import lone_world
 from megatron_sd.pretrained.loading import load_causal_lm
 from megatron_sd.rollout.engine import GenerationRequest
+from megatron_sd.search.chat_template import ChatArguments
 from megatron_sd.search.environment import Environment
 from megatron_sd.search.protocol import build_protocol
 from megatron_sd.search.tokens import TextCodec, load_codec
@@ -108,7 +109,7 @@ def with_engine(
 
 def measure_here(model_dir: str, side: str) -> None:
     """One process of a side: a run, then its figures as a line."""
-    codec = load_codec(model_dir, chat_template=True)
+    codec = load_codec(model_dir, ChatArguments())
     with contextlib.ExitStack() as closing:
         run = (
             with_transformers(model_dir, codec)

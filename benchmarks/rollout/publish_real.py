@@ -59,7 +59,7 @@ def run_here(model_dir: str, tp_size: int, rounds: int, output: Path) -> None:
     rollout = dataclasses.replace(
         config.rollout, engine="vllm", vllm=served, max_rollout_tokens=1024, max_concurrent_sequences=8
     )
-    codec = load_codec(model_dir, chat_template=False)
+    codec = load_codec(model_dir)
     engine = build_engine(config.model, rollout, codec, world, output=output)
     policy = build_policy(config, Parallel.of(config.update, world))
     publishers: dict[str, Any] = {

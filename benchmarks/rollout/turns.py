@@ -147,7 +147,7 @@ class Bench:
 
     def __init__(self, directory: Path):
         self._directory = directory
-        self._codec = load_codec(str(directory), chat_template=False)
+        self._codec = load_codec(str(directory))
         self._environment = Environment(self._codec, build_protocol(ProtocolConfig(preset="compact")), LIMITS)
         texts = random_prompts(NUM_QUESTIONS, PROMPT_TOKENS - 12)
         self._questions = [

@@ -49,7 +49,7 @@ def main() -> None:
         write_model(Path(directory), vocabulary=1024, hidden=64, layers=2)
         model, codec = (
             ModelConfig(path=directory, dtype="float32"),
-            load_codec(directory, chat_template=False),
+            load_codec(directory),
         )
         bench, slow = Bench(Path(directory)), SlowRetriever(num_letters=60, median_s=MEDIAN_LATENCY_S)
         with contextlib.closing(

@@ -86,7 +86,7 @@ class OurStep:
         self.work, self.model, self.step = work, model, 0
         self.config = load([f"--{key}={value}" for key, value in settings.items()])
         self.world = join_world()
-        self.codec = load_codec(str(model), chat_template=False)
+        self.codec = load_codec(str(model))
         shares = engine_reads_policy(self.config, self.world.size)
         weights = load_model(str(model), dtype=torch.float32, device=self.world.device, on_demand=shares)
         self.engine = TorchEngine(weights, self.codec, max_rows=work.num_rollouts)

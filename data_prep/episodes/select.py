@@ -150,15 +150,11 @@ def prompt_of(config: SelectConfig, sampled: Mapping[str, Any]) -> Prompt:
     tokenizer than the sample's, ConfigError for a protocol that would read or show something else than the
     rollouts do."""
     then = _protocol_of(sampled["protocol"])
-    own = config.protocol or then
-    codec = load_codec(
-        config.tokenizer or sampled["model"],
-        chat_template=own.chat_template,
-        template_arguments=own.template_arguments,
-    )
+    own = build_protocol(config.protocol or then)
+    codec = load_codec(config.tokenizer or sampled["model"], own.chat)
     check_tokenizer(codec.fingerprint, sampled, Path(config.rollouts))
-    check_same_form(build_protocol(own), build_protocol(then))
-    environment = Environment(codec, build_protocol(own), RolloutConfig(**sampled["limits"]))
+    check_same_form(own, build_protocol(then))
+    environment = Environment(codec, own, RolloutConfig(**sampled["limits"]))
     return environment.prompt_ids
 
 

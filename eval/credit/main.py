@@ -99,11 +99,8 @@ def credit(config: CreditConfig, world: World | None = None) -> CreditTable:
         if not isinstance(value, OwnFunction) and value not in table:
             raise ConfigError(f"{name} is {value!r}, expected one of {', '.join(sorted(table))}")
     _builder(config.block)  # one of the user's own fails before a model is loaded
-    world, own = world or lone_world(), config.protocol
-    codec = load_codec(
-        config.model.path, chat_template=own.chat_template, template_arguments=own.template_arguments
-    )
-    environment = Environment(codec, build_protocol(own), RolloutConfig())
+    world, protocol = world or lone_world(), build_protocol(config.protocol)
+    environment = Environment(load_codec(config.model.path, protocol.chat), protocol, RolloutConfig())
     source = Path(config.transcripts)
     groups = [
         group if _is_scored(group) else score([group], config.reward)[0]
@@ -125,7 +122,9 @@ def credit(config: CreditConfig, world: World | None = None) -> CreditTable:
         if world.is_first:
             records = [
                 with_log_ratios(
-                    group_record(group, _blocks(groups, n, config), codec.decode), by_group[n], environment
+                    group_record(group, _blocks(groups, n, config), environment.codec.decode),
+                    by_group[n],
+                    environment,
                 )
                 for n, group in enumerate(groups)
             ]

@@ -26,7 +26,7 @@ from megatron_sd.errors import DataError
 from megatron_sd.records import Hit, Passage, Question, Rollout, RolloutGroup, StopReason, Turn
 from megatron_sd.rollout.stored import rollout_of
 from megatron_sd.search.environment import Environment
-from megatron_sd.search.protocol import parse_completion
+from megatron_sd.search.parsing import parse_completion
 
 _RESPONSE_NAMES = ("response", "output", "completion", "sequence", "text")
 _GOLD_NAMES = ("golden_answers", "answers", "answer", "target", "ground_truth", "gts")

@@ -108,11 +108,6 @@ def _check_attempts(config: Config) -> None:
             f" expected at least {needed}: attempts x (max_search_turns + 1) x (max_turn_tokens +"
             " max_observation_tokens), since all attempts share one context"
         )
-    if config.protocol.chat_template:
-        raise ConfigError(
-            f"rollout.attempts: found {own.attempts} with protocol.chat_template true, expected 1, or"
-            " chat_template false: the request for another attempt is plain text"
-        )
 
 
 def _check_reward(reward: RewardConfig) -> None:

@@ -13,8 +13,8 @@ _FORM = re.compile(r"(?P<place>[^:]+):(?P<function>[A-Za-z_]\w*)")
 
 
 class OwnFunction(str):
-    """`module:function` or `path/to/file.py:function` (own_code/loading.py finds it). Raises ValueError for another
-    form."""
+    """`module:function` or `path/to/file.py:function` (own_code/loading.py finds it). Raises ValueError for
+    another form."""
 
     def __new__(cls, text: str) -> OwnFunction:
         """Checked."""

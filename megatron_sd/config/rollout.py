@@ -17,6 +17,7 @@ class ToolConfig:
     tags: tuple[str, str] | None = None  # around what it is asked; None: <name> and </name>
     # one sentence for the prompt, which also says which tags; empty: the prompt says nothing of it
     description: str = ""
+    argument: str = "text"  # what a native call names it (protocol.preset qwen_tools)
     max_calls: int | None = None  # in a rollout; a further call is answered by a message
     timeout_s: float = 10.0
     # where it raises or takes too long: the rollout is no data, or the policy is told
@@ -34,9 +35,12 @@ class ProtocolConfig:
     (search/protocol.py)."""
 
     # prompt, tags and texts by name
-    preset: Literal["search_r1", "few_shot", "autorefine", "compact"] | OwnFunction = "search_r1"
+    preset: Literal["search_r1", "few_shot", "autorefine", "qwen_tools", "compact"] | OwnFunction = (
+        "search_r1"
+    )
     prompt: str | None = None  # needs {question} and {hindsight}; the student's {hindsight} is empty
-    chat_template: bool = False  # wrap the prompt as a user message of the tokenizer's chat template
+    # wrap the prompt as a user message of the tokenizer's chat template; qwen_tools always does
+    chat_template: bool = False
     # of the template, as {enable_thinking: false}
     template_arguments: dict[str, bool | int | str] = field(default_factory=dict)
     search_tags: tuple[str, str] | None = None  # around a query

@@ -1,7 +1,8 @@
 """Where a function of the user's own may stand in for one of ours.
 
-A room that offers such a place has a Seam beside its table. `seam.choose(name)` gives the table's function, or
-the user's: imported, called on an example, and from then on called within limits of time and of what it prints.
+A room that offers such a place has a Seam beside its table. `seam.choose(name)` gives the table's function,
+or the user's: imported, called on an example, and from then on called within limits of time and of what it
+prints.
 """
 
 from __future__ import annotations

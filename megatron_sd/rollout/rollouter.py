@@ -206,6 +206,7 @@ class Rollouter:
             truncated=completion.finish == "length",
             attempt=episode.number,
             called=Counter(turn.action.tool for turn in episode.turns if turn.action is not None),
+            num_faults=episode.num_faults,
         )
         episode.act(
             completion,
@@ -270,6 +271,7 @@ class _Episode:
     answer: str | None = None
     stop: StopReason | None = None
     number: int = 0  # of the attempt at work
+    num_faults: int = 0  # native calls that could not be read
 
     def act(self, completion: Completion, verdict: Verdict, *, well_formed: bool, note: str) -> None:
         """Append what the policy sampled."""
@@ -286,6 +288,7 @@ class _Episode:
             )
         )
         self.number += verdict.ends_attempt
+        self.num_faults += verdict.is_fault
         self.ids = (*self.ids, *completion.ids)
         self.answer, self.stop = verdict.answer, verdict.stop
 

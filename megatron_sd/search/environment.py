@@ -14,37 +14,43 @@ from megatron_sd.config import RolloutConfig
 from megatron_sd.errors import ConfigError
 from megatron_sd.records import Action, Hit, StopReason, TokenIds
 from megatron_sd.retrieval.queries import fit_query
-from megatron_sd.search.protocol import Protocol, Tags, fill, parse_completion
+from megatron_sd.search.chat_template import ChatTemplate
+from megatron_sd.search.parsing import parse_completion
+from megatron_sd.search.protocol import Protocol, Tags
 from megatron_sd.search.reward import completion_is_well_formed
 from megatron_sd.search.sanitize import Sanitizer
-from megatron_sd.search.tokens import TextCodec
+from megatron_sd.search.tokens import TextCodec, fill
 
 NO_CALLS: Mapping[str, int] = MappingProxyType({})
+MOST_FAULTS_SHOWN = 1  # unreadable native calls of a rollout that are answered; the next one ends it
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
     """What follows a completion: an action to serve, a message and another turn (observation_ids), or the
     end (stop, with the answer if there is one). Exactly one of the three holds: a search that is not served
-    is no action. ends_attempt: the message asks for another attempt; `answer` is then the one that ended."""
+    is no action. ends_attempt: the message asks for another attempt; `answer` is then the one that ended.
+    is_fault: the message says what is wrong with a native call."""
 
     action: Action | None = None
     answer: str | None = None
     observation_ids: TokenIds = ()
     stop: StopReason | None = None
     ends_attempt: bool = False
+    is_fault: bool = False
 
 
 class Environment:
     """A text protocol bound to a tokenizer and to limits. It holds no state: every method is a function of
     its arguments.
 
-    Raises ConfigError when max_observation_tokens cannot hold the information tags.
+    Raises ConfigError when max_observation_tokens cannot hold the information tags, or when the chat template
+    does not have what the protocol needs of it.
     """
 
     def __init__(self, codec: TextCodec, protocol: Protocol, limits: RolloutConfig):
         self.codec = codec
-        self.protocol = protocol
+        self.protocol = protocol = _in_chat(protocol, codec.chat, limits)
         self.limits = limits
         self.sanitizer = Sanitizer((*protocol.control_tags, *codec.control_strings))
         self._most_calls = {
@@ -133,10 +139,11 @@ class Environment:
         truncated: bool,
         attempt: int = 0,
         called: Mapping[str, int] = NO_CALLS,
+        num_faults: int = 0,
     ) -> Verdict:
         """What follows the completion of 0-based `turn` of an attempt. truncated: sampling ended at a token
-        limit. called: how often each tool was, in the rollout. An attempt that has answered, or come to its
-        last turn, is followed by the next one, if any.
+        limit. called: how often each tool was, in the rollout; num_faults: verdicts with is_fault before. An
+        attempt that has answered, or come to its last turn, is followed by the next one, if any.
 
         Turns 0 .. max_search_turns - 1 may search; turn max_search_turns is the last, in which a search is
         not served.
@@ -144,7 +151,7 @@ class Environment:
         found = parse_completion(completion_ids, self.protocol, self.codec)
         more = attempt + 1 < self.limits.attempts
         if found.answer is not None:
-            return self._end(StopReason.ANSWERED, found.answer.strip(), more=more)
+            return self._end(completion_ids, StopReason.ANSWERED, found.answer.strip(), more=more)
         is_last = turn >= self.limits.max_search_turns
         action = None if found.action is None else self._servable(found.action)
         if action is not None and not is_last:
@@ -154,16 +161,26 @@ class Environment:
         if truncated:
             return Verdict(stop=StopReason.TOKEN_LIMIT)
         if is_last:
-            return self._end(StopReason.TURN_LIMIT, more=more)
-        if not self._retry_ids:
+            return self._end(completion_ids, StopReason.TURN_LIMIT, more=more)
+        if found.fault and num_faults < MOST_FAULTS_SHOWN:
+            return Verdict(observation_ids=self.result_ids(found.fault), is_fault=True)
+        if found.fault or not self._retry_ids:
             return Verdict(stop=StopReason.NO_ACTION)
-        return Verdict(observation_ids=self._retry_ids)
+        return Verdict(observation_ids=self._message(completion_ids, self._retry_ids))
 
-    def _end(self, stop: StopReason, answer: str | None = None, *, more: bool) -> Verdict:
+    def _end(
+        self, completion_ids: TokenIds, stop: StopReason, answer: str | None = None, *, more: bool
+    ) -> Verdict:
         """Of an attempt; with `more` the next one begins."""
         if more:
-            return Verdict(answer=answer, observation_ids=self._reflection_ids, ends_attempt=True)
+            asks = self._message(completion_ids, self._reflection_ids)
+            return Verdict(answer=answer, observation_ids=asks, ends_attempt=True)
         return Verdict(answer=answer, stop=stop)
+
+    def _message(self, completion_ids: TokenIds, message: TokenIds) -> TokenIds:
+        """The message without the end-of-sequence id before it, where the policy has sampled that itself."""
+        is_twice = completion_ids[-1:] == message[:1] and completion_ids[-1] in self.codec.eos_ids
+        return message[1:] if is_twice else message
 
     def _servable(self, action: Action) -> Action | None:
         """The action as the retriever or the tool gets it; None where nothing is left of its text."""
@@ -183,6 +200,26 @@ class Environment:
         if self.protocol.note_tags is None:
             return ""
         return " ".join(_between(self.codec.decode(completion_ids), self.protocol.note_tags))
+
+
+def _in_chat(protocol: Protocol, chat: ChatTemplate | None, limits: RolloutConfig) -> Protocol:
+    """The protocol with what is shown and said later in the frames of the chat template: of native calls, and
+    of another attempt."""
+    if chat is None:
+        if protocol.native_calls:
+            raise ValueError("native calls need a codec with the protocol's chat template")
+        return protocol
+    if protocol.native_calls:
+        result = "{passages}".join(chat.result_frame())
+        message = protocol.invalid_action_message and protocol.invalid_action_message.join(
+            chat.message_frame()
+        )
+        protocol = replace(protocol, information_format=result, invalid_action_message=message)
+    if limits.attempts > 1:
+        protocol = replace(
+            protocol, reflection_message=protocol.reflection_message.strip().join(chat.message_frame())
+        )
+    return protocol
 
 
 def _between(text: str, tags: Tags) -> Iterator[str]:

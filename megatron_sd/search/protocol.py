@@ -1,4 +1,4 @@
-"""The text protocol: tags, prompt, how passages are shown, and how a completion is read.
+"""The text protocol: tags, prompt, and how passages are shown.
 
 A rollout reads  prompt | <think>..</think> <search>q</search> | <information>passages</information> | ... | <answer>a</answer>
 Tags and texts are configuration; a preset fills what the configuration leaves open.
@@ -8,19 +8,26 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from bisect import bisect_left, bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from megatron_sd.config import ProtocolConfig, ToolConfig
 from megatron_sd.errors import ConfigError
 from megatron_sd.own_code.seam import Seam, fault_of_type
-from megatron_sd.records import SEARCH, Action
+from megatron_sd.records import SEARCH
+from megatron_sd.search.chat_template import ChatArguments
+from megatron_sd.search.native_calls import CALL_TAGS, RESULT_TAGS, native_call, schema
 from megatron_sd.search.sanitize import Sanitizer
-from megatron_sd.search.tokens import TextCodec, fill
+from megatron_sd.search.tokens import fill
 
 Tags = tuple[str, str]
+
+QUERY = "query"  # what a native call of search names its argument
+SEARCH_DESCRIPTION = (
+    "Finds the passages of an encyclopedia that fit a query best. Ask for one fact at a time."
+)
 
 _INSTRUCTIONS = (
     "Answer the question below. Think between {think_open} and {think_close} each time you learn something"
@@ -69,6 +76,36 @@ _FEW_SHOT_PROMPT = (
     ' "Dunmere") Dunmere is a market town on the river Asel.{information_close}\n\n{think_open} The river is'
     " the Asel. {think_close}\n{answer_open} Asel {answer_close}\n\n"
 )
+_NATIVE_RETRY = (
+    "That was neither a call of a function nor an answer. Call search, or write the answer between {answer_open}"
+    " and {answer_close}."
+)
+_NATIVE_RULES = (
+    "Answer each question. Look up what it needs with the search function: one call a message, one fact a call, and"
+    " before it a sentence about what you know and what you need. When you know enough, write the answer alone, in a"
+    " few words, between {answer_open} and {answer_close}.\n"
+)
+# One question as the chat goes; the model's template writes the call.
+_NATIVE_EXAMPLE = (
+    {
+        "role": "user",
+        "content": _NATIVE_RULES + "Question: In which town was the painter of The Harbour Wall born?",
+    },
+    {
+        "role": "assistant",
+        "content": "I need the painter, and the town.",
+        "tool_calls": [native_call(SEARCH, {QUERY: "painter of The Harbour Wall birthplace"})],
+    },
+    {
+        "role": "tool",
+        "content": 'Doc 1(Title: "The Harbour Wall") The Harbour Wall is a painting of 1871 by Ida Kerrow, who was'
+        " born in Dunmere.",
+    },
+    {
+        "role": "assistant",
+        "content": "It is by Ida Kerrow, who was born in Dunmere.\n{answer_open} Dunmere {answer_close}",
+    },
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +115,9 @@ class Protocol:
     note_tags is None where turns begin with the thought. tools: those beside search. information_format:
     what an observation looks like; {passages} are the passages one after the other, without white space
     around them where strips_passages says so. keeps_line_breaks: those within a passage; else they become
-    spaces. question_end: put behind a question that does not end in it.
+    spaces. question_end: put behind a question that does not end in it. native_calls: the model calls search
+    and tools as its chat template has it (native_calls.py), and what comes back are messages of the chat;
+    thoughts stand free before a call or an answer. opening: messages of the chat before the prompt.
     """
 
     prompt: str
@@ -97,22 +136,45 @@ class Protocol:
     strips_passages: bool = False
     keeps_line_breaks: bool = False
     question_end: str = ""
+    native_calls: bool = False
+    opening: tuple[Mapping[str, Any], ...] = ()
 
     @property
     def action_tags(self) -> dict[str, Tags]:
-        """Of search and of every other tool, by name."""
-        return {SEARCH: self.search_tags} | {tool.name: tool.own_tags for tool in self.tools}
+        """Of search and of every other tool, by name; native calls have one pair for all."""
+        others = () if self.native_calls else self.tools
+        return {SEARCH: self.search_tags} | {tool.name: tool.own_tags for tool in others}
+
+    @property
+    def call_arguments(self) -> dict[str, str]:
+        """What a native call names its one argument, by tool."""
+        return {SEARCH: QUERY} | {tool.name: tool.argument for tool in self.tools}
+
+    @property
+    def chat(self) -> ChatArguments | None:
+        """What the chat template is given; None where none is used."""
+        if not self.chat_template:
+            return None
+        described = {SEARCH: SEARCH_DESCRIPTION} | {tool.name: tool.description for tool in self.tools}
+        schemas = [schema(name, argument, described[name]) for name, argument in self.call_arguments.items()]
+        return ChatArguments(
+            arguments=self.template_arguments,
+            tools=schemas if self.native_calls else (),
+            opening=[
+                {**message, "content": _fill_tags(message["content"], self)} for message in self.opening
+            ],
+        )
 
     @property
     def control_tags(self) -> tuple[str, ...]:
         """Every tag that means something to the environment."""
+        actions = (tag for tags in self.action_tags.values() for tag in tags)
         return (
-            *self.search_tags,
+            *actions,
             *self.information_tags,
             *self.answer_tags,
             *self.think_tags,
             *(self.note_tags or ()),
-            *(tag for tool in self.tools for tag in tool.own_tags),
         )
 
     @property
@@ -169,6 +231,21 @@ PRESETS: dict[str, Protocol] = {
         passage_format="Doc {rank}(Title: {title}) {text}\n",
         invalid_action_message=_RETRY,
     ),
+    # For models that were trained to call functions (Qwen2.5, Qwen3, Hermes), through their chat template.
+    "qwen_tools": Protocol(
+        prompt="{hindsight}Question: {question}",
+        opening=_NATIVE_EXAMPLE,
+        search_tags=CALL_TAGS,
+        information_tags=RESULT_TAGS,
+        answer_tags=_tag("answer"),
+        think_tags=_tag("think"),
+        passage_format='Doc {rank}(Title: "{title}") {text}\n',
+        invalid_action_message=_NATIVE_RETRY,
+        strips_passages=True,
+        keeps_line_breaks=True,
+        chat_template=True,
+        native_calls=True,
+    ),
     # Few tokens for small models trained from scratch (the synthetic world): no instructions, one line a
     # passage.
     "compact": Protocol(
@@ -205,10 +282,14 @@ def build_protocol(config: ProtocolConfig) -> Protocol:
     cannot work."""
     own = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name in _FIELDS}
     own = {name: value for name, value in own.items() if value is not None}
-    protocol = dataclasses.replace(PROTOCOL_SEAM.choose(config.preset)(), **own)
+    preset = PROTOCOL_SEAM.choose(config.preset)()
+    own["chat_template"] = config.chat_template or preset.chat_template
+    protocol = dataclasses.replace(preset, **own)
+    _refuse_own_tags(protocol, preset)
+    instructions = "" if protocol.native_calls else "".join(map(_instruction, protocol.tools))
     protocol = dataclasses.replace(
         protocol,
-        prompt=_fill_tags("".join(map(_instruction, protocol.tools)) + protocol.prompt, protocol),
+        prompt=_fill_tags(instructions + protocol.prompt, protocol),
         invalid_action_message=_fill_tags(protocol.invalid_action_message, protocol),
         reflection_message=_fill_tags(protocol.reflection_message, protocol),
         information_format=_fill_tags(protocol.information_format, protocol),
@@ -241,6 +322,23 @@ def _instruction(tool: ToolConfig) -> str:
         f"{tool.description.strip()} To do so write {opening} what you ask {closing}; the result comes back between"
         " {information_open} and {information_close}.\n"
     )
+
+
+def _refuse_own_tags(protocol: Protocol, preset: Protocol) -> None:
+    """Raise ConfigError for tags beside those that native calls have."""
+    if not protocol.native_calls:
+        return
+    for name in ("search_tags", "information_tags"):
+        if (found := getattr(protocol, name)) != (expected := getattr(preset, name)):
+            raise ConfigError(
+                f"protocol.{name}: found {found}, expected none beside a preset of native calls: the chat template"
+                f" has {' '.join(expected)}"
+            )
+    if tagged := [tool.name for tool in protocol.tools if tool.tags is not None]:
+        raise ConfigError(
+            f"protocol.tools: found tags for {', '.join(tagged)}, expected none beside a preset of native calls: the"
+            " chat template has its own (`argument` names what a call gives)"
+        )
 
 
 def _refuse_tools(protocol: Protocol) -> None:
@@ -281,57 +379,3 @@ def _refuse_unread_tags(protocol: Protocol) -> None:
                 f" environment reads it; expected exactly {tags}, or {{search_open}}, {{search_close}} and so"
                 " on in their places"
             )
-
-
-@dataclass(frozen=True, kw_only=True)
-class ParsedCompletion:
-    """What a completion does: an action, an answer, or neither. Both texts as sampled, not yet sanitised."""
-
-    action: Action | None = None
-    answer: str | None = None
-
-
-def parse_completion(completion_ids: Sequence[int], protocol: Protocol, codec: TextCodec) -> ParsedCompletion:
-    """Read the first complete action or answer of one completion: the first closing tag of a search, another
-    tool or an answer that has its opening before it.
-
-    Works on the raw bytes of the ids, so that no id is ever decoded and encoded again; the last opening tag
-    before the closing one counts. Bytes that are no UTF-8 read as U+FFFD.
-
-    The straddle rule: a token belongs to the query when all its bytes lie between the last byte of the
-    opening tag and the first byte of the closing one. A token that also holds a byte of a tag is excluded,
-    and so is every token of the tags themselves.
-    """
-    offsets = codec.offsets(completion_ids)
-    text = codec.bytes_of(completion_ids)
-    answer = _first_enclosed(text, protocol.answer_tags)
-    calls = ((name, _first_enclosed(text, tags)) for name, tags in protocol.action_tags.items())
-    called = [(place, name) for name, place in calls if place is not None]
-    if called:
-        place, name = min(called, key=lambda call: call[0][1])
-        if answer is None or place[1] < answer[1]:
-            span = _tokens_inside(offsets, place)
-            return ParsedCompletion(action=Action(tool=name, text=_decode(text, place), span=span))
-    return ParsedCompletion(answer=None if answer is None else _decode(text, answer))
-
-
-def _first_enclosed(text: bytes, tags: Tags) -> tuple[int, int] | None:
-    """[start, stop) of the bytes before the first closing tag that follows an opening one, from the last
-    such opening."""
-    opening, closing = (tag.encode("utf-8") for tag in tags)
-    first = text.find(opening)
-    if first < 0:
-        return None
-    stop = text.find(closing, first + len(opening))
-    return None if stop < 0 else (text.rfind(opening, first, stop) + len(opening), stop)
-
-
-def _tokens_inside(offsets: Sequence[int], span: tuple[int, int]) -> tuple[int, int]:
-    """[start, stop) of the tokens whose bytes all lie within the byte span; offsets: [C + 1] byte offsets."""
-    start = bisect_left(offsets, span[0])
-    stop = bisect_right(offsets, span[1]) - 1
-    return (start, max(start, stop))
-
-
-def _decode(text: bytes, span: tuple[int, int]) -> str:
-    return text[span[0] : span[1]].decode("utf-8", errors="replace")

@@ -22,6 +22,7 @@ from megatron_sd.config.own_function import OwnFunction
 from megatron_sd.own_code.example_rollouts import example_groups
 from megatron_sd.own_code.seam import Seam, fault_of_number
 from megatron_sd.records import Question, Rollout, RolloutGroup, Scores, StopReason
+from megatron_sd.search.native_calls import UnreadableCallError, read_call
 from megatron_sd.search.reward_shapes import REWARD_SHAPES, RewardParts, overlong_penalty
 
 if TYPE_CHECKING:  # the protocol needs tokenizers, and those who only compare answers need none
@@ -163,7 +164,8 @@ def completion_is_well_formed(text: str, protocol: Protocol) -> bool:
     one span of a search, another tool or an answer, white space around them, nothing else.
 
     `text` is one decoded completion without the end-of-sequence token. No control tag may occur inside a
-    span.
+    span. Beside native calls thoughts stand free before the call, which must be a readable one, or the
+    answer.
     """
     body = text.strip()
     for opening, closing in filter(None, (protocol.note_tags, protocol.think_tags)):
@@ -172,11 +174,26 @@ def completion_is_well_formed(text: str, protocol: Protocol) -> bool:
             if not closed or _holds_tag(thought, protocol):
                 return False
             body = body.strip()
-    for opening, closing in (*protocol.action_tags.values(), protocol.answer_tags):
+    acts = (*protocol.action_tags.values(), protocol.answer_tags)
+    if protocol.native_calls:
+        begins = min((body.find(opening) for opening, _ in acts if opening in body), default=0)
+        if _holds_tag(body[:begins], protocol):
+            return False
+        body = body[begins:]
+    for opening, closing in acts:
         if body.startswith(opening) and body.endswith(closing):
             content = body[len(opening) : -len(closing)]
-            return bool(content.strip()) and not _holds_tag(content, protocol)
+            is_sound = bool(content.strip()) and not _holds_tag(content, protocol)
+            is_call = protocol.native_calls and opening != protocol.answer_tags[0]
+            return is_sound and (not is_call or _is_readable(content, protocol))
     return False
+
+
+def _is_readable(call: str, protocol: Protocol) -> bool:
+    try:
+        return bool(read_call(call.encode(), protocol.call_arguments).text.strip())
+    except UnreadableCallError:
+        return False
 
 
 def _holds_tag(text: str, protocol: Protocol) -> bool:

@@ -16,15 +16,13 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import xxhash
-from jinja2 import meta
-from jinja2.ext import loopcontrols
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from megatron_sd.errors import ConfigError, DataError
+from megatron_sd.errors import DataError
 from megatron_sd.records import TokenIds
+from megatron_sd.search.chat_template import ChatArguments, ChatTemplate
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -35,12 +33,6 @@ _TOKENIZER_FILES = (
     "tekken.json",
 )
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
-_JINJA = jinja2.Environment(extensions=[loopcontrols])  # only to see what a template reads
-_OUR_ARGUMENTS = frozenset(
-    {"messages", "conversation", "add_generation_prompt", "continue_final_message", "tokenize"}
-)
-# stands for the user's message while a chat template is taken apart
-_CONTENT_MARK = "@@megatron-sd-content@@"
 
 
 def _byte_alphabet() -> dict[str, int]:
@@ -74,18 +66,12 @@ class TextCodec:
 
     token_bytes: raw bytes of every id (added tokens: their text; ids without an entry: nothing).
     control_ids: ids that plain text never encodes to. control_strings: their texts. eos_ids: ids that end a
-    completion. Raises DataError for a tokenizer whose ids cannot be read as bytes, or which turns plain
-    text into control ids; ConfigError when `chat_template` is asked for and absent. template_arguments:
-    what the chat template is given beside the message, such as enable_thinking.
+    completion. chat: the chat template that prompts are wrapped in, None without one. Raises DataError for
+    a tokenizer whose ids cannot be read as bytes, or which turns plain text into control ids; ConfigError
+    for a chat template that cannot be had.
     """
 
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        chat_template: bool,
-        template_arguments: Mapping[str, Any] | None = None,
-    ):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, chat: ChatArguments | None = None):
         spec = json.loads(tokenizer.backend_tokenizer.to_str())
         added = {entry["id"]: entry["content"] for entry in spec["added_tokens"]}
         self._plain = Tokenizer.from_str(json.dumps(spec | {"added_tokens": [], "post_processor": None}))
@@ -97,10 +83,12 @@ class TextCodec:
         self.eos_ids = frozenset() if tokenizer.eos_token_id is None else frozenset({tokenizer.eos_token_id})
         self._refuse_leaks()
         self._own_tokens = _AddedTokens(spec["added_tokens"])
-        if chat_template:
-            self._prefix_ids, self._suffix_ids = _chat_frame(tokenizer, template_arguments or {})
-        else:
+        self.chat = None if chat is None else ChatTemplate(tokenizer, chat)
+        if self.chat is None:
             self._prefix_ids, self._suffix_ids = _plain_frame(tokenizer)
+        else:
+            before, after = self.chat.prompt_frame()
+            self._prefix_ids, self._suffix_ids = _ids(tokenizer, before), _ids(tokenizer, after)
 
     @staticmethod
     def _read_vocabulary(
@@ -216,62 +204,16 @@ def _plain_frame(tokenizer: PreTrainedTokenizerBase) -> tuple[TokenIds, TokenIds
     return (tuple(full[: starts[0]]) if starts else ()), ()
 
 
-def _chat_frame(
-    tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, Any]
-) -> tuple[TokenIds, TokenIds]:
-    """Ids before and after the user's message in the tokenizer's chat template, the assistant's opening
-    included."""
-    if not tokenizer.chat_template:
-        raise ConfigError(
-            "protocol.chat_template is true but the tokenizer has no chat template; set it to false"
-        )
-    _refuse_unread(arguments, tokenizer.get_chat_template())
-    messages = [{"role": "user", "content": _CONTENT_MARK}]
-    given: dict[str, Any] = {"tokenize": False, "add_generation_prompt": True, **arguments}
-    try:
-        text = str(tokenizer.apply_chat_template(messages, **given))
-    except (jinja2.TemplateError, TypeError, ValueError) as error:
-        raise ConfigError(
-            f"the tokenizer's chat template refuses a user's message with {dict(arguments)} ({error}); see"
-            " protocol.template_arguments, or set protocol.chat_template to false and write the frame into"
-            " protocol.prompt"
-        ) from error
-    frame = text.split(_CONTENT_MARK)
-    if len(frame) != 2:
-        raise ConfigError(
-            f"the tokenizer's chat template shows the user's message {len(frame) - 1} times, expected once; "
-            "set protocol.chat_template to false and write the frame into protocol.prompt"
-        )
-    before, after = (tuple(tokenizer(part, add_special_tokens=False).input_ids) for part in frame)
-    return before, after
-
-
-def _refuse_unread(arguments: Mapping[str, Any], template: str) -> None:
-    """A template passes over what it does not know, so a misspelt argument would do nothing."""
-    try:
-        read = meta.find_undeclared_variables(_JINJA.parse(template))
-    except jinja2.TemplateSyntaxError:  # it uses tags of transformers' own: nobody can tell
-        return
-    if ours := sorted(arguments.keys() & _OUR_ARGUMENTS):
-        raise ConfigError(
-            f"protocol.template_arguments: found {', '.join(ours)}, which rollouts set themselves; leave"
-            " it out"
-        )
-    if unread := sorted(arguments.keys() - read):
-        known = ", ".join(sorted(read - _OUR_ARGUMENTS)) or "nothing"
-        raise ConfigError(
-            f"protocol.template_arguments: the chat template reads no {', '.join(unread)}, expected some of"
-            f" what it reads beside the message: {known}"
-        )
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> TokenIds:
+    """Of the template's own text."""
+    return tuple(tokenizer(text, add_special_tokens=False).input_ids)
 
 
 def _first_line(error: Exception) -> str:
     return str(error).split("\n")[0]
 
 
-def load_codec(
-    path: str, *, chat_template: bool, template_arguments: Mapping[str, Any] | None = None
-) -> TextCodec:
+def load_codec(path: str, chat: ChatArguments | None = None) -> TextCodec:
     """The codec of a local model directory. Raises DataError when there is no tokenizer."""
     if not Path(path).is_dir():
         raise DataError(
@@ -288,4 +230,4 @@ def load_codec(
         raise DataError(
             f"no tokenizer in {path} ({_first_line(error)}); expected a directory with tokenizer.json"
         ) from error
-    return TextCodec(tokenizer, chat_template=chat_template, template_arguments=template_arguments)
+    return TextCodec(tokenizer, chat)

@@ -147,10 +147,6 @@ PPO = ("--advantage.estimator=gae", "--rollout.group_size=1", "--distill.block=n
             "rollout.max_rollout_tokens: found 4096 with rollout.attempts 3, expected at least 15180",
         ),
         (
-            ["--rollout.attempts=2", "--rollout.max_rollout_tokens=99999", "--protocol.chat_template=true"],
-            "rollout.attempts: found 2 with protocol.chat_template true, expected 1",
-        ),
-        (
             ["--rollout.keep_groups=with_spread", "--rollout.group_size=1", "--distill.block=none"],
             "rollout.keep_groups: found with_spread with rollout.group_size 1, expected all, or a larger group",
         ),

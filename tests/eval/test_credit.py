@@ -43,7 +43,7 @@ SECOND = (
 
 @pytest.fixture(scope="module")
 def environment():
-    return Environment(load_codec(MODEL, chat_template=False), build_protocol(COMPACT), RolloutConfig())
+    return Environment(load_codec(MODEL), build_protocol(COMPACT), RolloutConfig())
 
 
 @pytest.fixture

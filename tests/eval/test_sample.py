@@ -74,7 +74,7 @@ def test_rollouts_are_whole_and_pass_rates_follow_from_them(sampled):
     assert [len(group.rollouts) for group in groups] == [4] * 12
     assert [rollout.index for rollout in groups[0].rollouts] == [0, 1, 2, 3]
     assert len({tuple(turn.completion_ids for turn in rollout.turns) for rollout in groups[0].rollouts}) > 1
-    environment = Environment(load_codec(MODEL, chat_template=False), build_protocol(COMPACT), LIMITS)
+    environment = Environment(load_codec(MODEL), build_protocol(COMPACT), LIMITS)
     for group in groups:
         for rollout in group.rollouts:
             assert rollout.prompt_ids == environment.prompt_ids(group.question.text)
@@ -182,7 +182,7 @@ def test_selected_episodes_are_the_rollouts_behind_their_prompts(sampled, tmp_pa
     wanted = Selection(block_format="outcome_first", validation_share=0.3, per_question=3, shuffled_share=0.3)
     tally = select(SelectConfig(rollouts=str(sampled), output=str(tmp_path / "a"), selection=wanted))
     whole = {group.question.id: group for group in StoredGroups(sampled / "rollouts.jsonl")}
-    environment = Environment(load_codec(MODEL, chat_template=False), build_protocol(COMPACT), LIMITS)
+    environment = Environment(load_codec(MODEL), build_protocol(COMPACT), LIMITS)
     counted = {}
     for name in ("train", "validation"):
         for group, kind in episodes_of(tmp_path / "a", f"{name}.jsonl"):
@@ -235,7 +235,7 @@ def test_wanted_questions_go_to_training_and_held_out_ones_do_not(sampled, tmp_p
 def test_episodes_may_have_another_prompt_but_no_other_form(sampled, tmp_path):
     short = dataclasses.replace(COMPACT, prompt="{hindsight}Q {question}\n")
     select(SelectConfig(rollouts=str(sampled), output=str(tmp_path / "short"), protocol=short))
-    codec = load_codec(MODEL, chat_template=False)
+    codec = load_codec(MODEL)
     texts = [
         codec.decode(group.rollouts[0].prompt_ids)
         for group, kind in episodes_of(tmp_path / "short")

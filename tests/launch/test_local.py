@@ -152,5 +152,5 @@ def test_a_model_without_a_tokenizer_is_named(tmp_path):
 
     (tmp_path / "config.json").write_text((START_POLICY / "config.json").read_text())
     with pytest.raises(DataError, match=f"no tokenizer in {tmp_path}, expected tokenizer.json"):
-        load_codec(str(tmp_path), chat_template=False)
+        load_codec(str(tmp_path))
     assert os.listdir(tmp_path) == ["config.json"]

@@ -33,9 +33,7 @@ def main(output: str, model: str, tp_size: str, publish: str) -> None:
     config = make_config(Path(model), rollout=rollout, optimizer={"learning_rate": 0.05})
     torch.manual_seed(1)
     before = torch.random.get_rng_state()
-    engine = connect_vllm(
-        config.model, rollout, load_codec(model, chat_template=False), world, log_dir=Path(model)
-    )
+    engine = connect_vllm(config.model, rollout, load_codec(model), world, log_dir=Path(model))
     policy = make_policy(config, world)
     publisher = choose_publisher(policy, config, engine)
     found = {

@@ -31,9 +31,7 @@ def play(world: World, model: str, url: str, tp_size: int, publish: str) -> dict
     """Two publishes, each after an optimiser step."""
     rollout = limits(tp_size, placement="server", urls=(url,), publish=publish)
     config = dataclasses.replace(make_config(Path(model), optimizer={"learning_rate": 0.05}), rollout=rollout)
-    engine = connect_vllm(
-        config.model, rollout, load_codec(model, chat_template=False), world, log_dir=Path(model)
-    )
+    engine = connect_vllm(config.model, rollout, load_codec(model), world, log_dir=Path(model))
     policy = make_policy(config, world)
     publisher = choose_publisher(policy, config, engine)
     requests = [ask(f"r{n}", prompt(n, world.rank), seed=n) for n in (5, BLOCK, 3 * BLOCK + 2)]

@@ -83,7 +83,7 @@ def byte_fallback_tokenizer() -> PreTrainedTokenizerFast:
 
 @cache
 def codec() -> TextCodec:
-    return TextCodec(byte_level_tokenizer(), chat_template=False)
+    return TextCodec(byte_level_tokenizer())
 
 
 def environment(protocol: ProtocolConfig | None = None, **limits: object) -> Environment:

@@ -188,7 +188,7 @@ def test_the_models_own_tokens_stand_in_what_we_write_and_in_nothing_else():
     """A tokenizer that has <think> and <information> as added tokens: so the model knows them."""
     tokenizer = byte_level_tokenizer()
     tokenizer.add_tokens(["<think>", "</think>", "<information>", "</information>"])
-    own_codec = TextCodec(tokenizer, chat_template=False)
+    own_codec = TextCodec(tokenizer)
     protocol = build_protocol(ProtocolConfig(prompt="Use <think>.\n{hindsight}Question: {question}\n"))
     own = Environment(own_codec, protocol, RolloutConfig())
     think, opening, closing = (

@@ -9,7 +9,8 @@ from megatron_sd.config import ProtocolConfig, RolloutConfig
 from megatron_sd.errors import ConfigError
 from megatron_sd.records import SEARCH, Action, Hit, Passage
 from megatron_sd.search.environment import Environment
-from megatron_sd.search.protocol import ParsedCompletion, build_protocol, fill, parse_completion
+from megatron_sd.search.parsing import ParsedCompletion, parse_completion
+from megatron_sd.search.protocol import build_protocol, fill
 from megatron_sd.search.reward import completion_is_well_formed
 from megatron_sd.search.tokens import TextCodec
 from tests.rollout.fakes import byte_level_tokenizer, codec
@@ -33,7 +34,7 @@ def straddling() -> TextCodec:
         "<answer>so</answer>",
         "é漢 </search>",
     ]
-    return TextCodec(byte_level_tokenizer(texts, vocab_size=400, use_regex=False), chat_template=False)
+    return TextCodec(byte_level_tokenizer(texts, vocab_size=400, use_regex=False))
 
 
 def parse(text: str, own: TextCodec | None = None) -> Action:
@@ -75,7 +76,7 @@ def test_a_token_that_straddles_a_tag_boundary_is_outside():
 
 def test_a_single_token_over_both_boundaries_leaves_an_empty_span():
     texts = ["<search>q</search>"]
-    own = TextCodec(byte_level_tokenizer(texts * 3, vocab_size=300, use_regex=False), chat_template=False)
+    own = TextCodec(byte_level_tokenizer(texts * 3, vocab_size=300, use_regex=False))
     ids = own.encode(texts[0])
     assert len(ids) == 1  # the whole action is one token
     assert parse_completion(ids, PROTOCOL, own).action == Action(tool=SEARCH, text="q", span=(1, 1))

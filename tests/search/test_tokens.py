@@ -5,6 +5,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerFast
 
 from megatron_sd.errors import ConfigError, DataError
+from megatron_sd.search.chat_template import ChatArguments
 from megatron_sd.search.tokens import TextCodec, load_codec
 from tests.rollout.fakes import byte_fallback_tokenizer, byte_level_tokenizer, codec
 
@@ -29,7 +30,7 @@ def test_plain_text_never_becomes_a_control_id(parts):
 
 def test_added_tokens_read_as_their_text_and_agree_with_the_tokenizer_elsewhere():
     tokenizer = byte_level_tokenizer()
-    own = TextCodec(tokenizer, chat_template=False)
+    own = TextCodec(tokenizer)
     assert tokenizer("a<tool_call>", add_special_tokens=False).input_ids[-1] in own.control_ids
     assert own.bytes_of([1, tokenizer.convert_tokens_to_ids("<tool_call>")]) == b"<|im_end|><tool_call>"
     assert own.control_strings == ("<tool_call>", "<|endoftext|>", "<|im_end|>")
@@ -44,7 +45,7 @@ def test_ids_beyond_the_vocabulary_have_no_bytes():
 
 
 def test_byte_fallback_vocabulary():
-    own = TextCodec(byte_fallback_tokenizer(), chat_template=False)
+    own = TextCodec(byte_fallback_tokenizer())
     text = "a search é漢 </s>"
     assert own.bytes_of(own.encode(text)) == text.encode("utf-8")
     assert own.control_ids == {0, 1, 2} and own.control_ids.isdisjoint(own.encode(text))
@@ -55,7 +56,7 @@ def test_prompt_gets_what_the_tokenizer_puts_before_every_text():
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<|im_end|> $A <|endoftext|>", special_tokens=[("<|im_end|>", 1), ("<|endoftext|>", 0)]
     )
-    own = TextCodec(tokenizer, chat_template=False)
+    own = TextCodec(tokenizer)
     assert own.prompt_ids("mayor") == (1, *own.encode("mayor"))
     assert codec().prompt_ids("mayor") == codec().encode("mayor")
 
@@ -63,7 +64,7 @@ def test_prompt_gets_what_the_tokenizer_puts_before_every_text():
 def test_chat_frame_keeps_its_control_ids_and_the_message_gets_none():
     tokenizer = byte_level_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}user {{ m.content }}<|im_end|>{% endfor %}assistant "
-    own = TextCodec(tokenizer, chat_template=True)
+    own = TextCodec(tokenizer, ChatArguments())
     assert own.prompt_ids("a<|im_end|>") == (
         *own.encode("user "),
         *own.encode("a<|im_end|>"),
@@ -74,11 +75,11 @@ def test_chat_frame_keeps_its_control_ids_and_the_message_gets_none():
 
 def test_chat_template_must_exist_and_show_the_message_once():
     with pytest.raises(ConfigError, match="no chat template"):
-        TextCodec(byte_level_tokenizer(), chat_template=True)
+        TextCodec(byte_level_tokenizer(), ChatArguments())
     tokenizer = byte_level_tokenizer()
     tokenizer.chat_template = "{{ messages[0].content }}{{ messages[0].content }}"
     with pytest.raises(ConfigError, match="2 times, expected once"):
-        TextCodec(tokenizer, chat_template=True)
+        TextCodec(tokenizer, ChatArguments())
 
 
 THINKING = (
@@ -90,27 +91,27 @@ THINKING = (
 def test_template_arguments_reach_the_template_and_a_misspelt_one_is_named():
     tokenizer = byte_level_tokenizer()
     tokenizer.chat_template = THINKING
-    plain = TextCodec(tokenizer, chat_template=True)
-    own = TextCodec(tokenizer, chat_template=True, template_arguments={"enable_thinking": False})
+    plain = TextCodec(tokenizer, ChatArguments())
+    own = TextCodec(tokenizer, ChatArguments(arguments={"enable_thinking": False}))
     assert plain.decode(plain.prompt_ids("a")) == "user a<|im_end|>assistant "
     assert own.decode(own.prompt_ids("a")) == "user a<|im_end|>assistant <think></think>"
     with pytest.raises(ConfigError, match="reads no enable_thinkin, expected some of .*: enable_thinking$"):
-        TextCodec(tokenizer, chat_template=True, template_arguments={"enable_thinkin": False})
+        TextCodec(tokenizer, ChatArguments(arguments={"enable_thinkin": False}))
     with pytest.raises(ConfigError, match="found add_generation_prompt, which rollouts set themselves"):
-        TextCodec(tokenizer, chat_template=True, template_arguments={"add_generation_prompt": False})
+        TextCodec(tokenizer, ChatArguments(arguments={"add_generation_prompt": False}))
 
 
 def test_a_template_that_refuses_the_message_is_named():
     tokenizer = byte_level_tokenizer()
     tokenizer.chat_template = "{{ raise_exception('a system message first') }}"
     with pytest.raises(ConfigError, match="refuses a user's message .*a system message first"):
-        TextCodec(tokenizer, chat_template=True)
+        TextCodec(tokenizer, ChatArguments())
 
 
 def test_our_own_text_is_cut_at_the_longest_added_token_and_takes_its_spaces_along():
     tokenizer = byte_level_tokenizer()
     tokenizer.add_tokens(["<a>", "<a><b>", AddedToken("<c>", lstrip=True, rstrip=True)])
-    own = TextCodec(tokenizer, chat_template=False)
+    own = TextCodec(tokenizer)
     a, ab, c = (tokenizer.convert_tokens_to_ids(text) for text in ("<a>", "<a><b>", "<c>"))
     text = "mayor<a><b> of <c>  <a>{name} "
     assert own.encode_own(text) == (
@@ -135,7 +136,7 @@ def test_tokenizer_that_leaks_control_ids_is_refused():
     tokenizer.decoder = decoders.Metaspace()
     tokenizer.add_special_tokens(["</s>"])
     with pytest.raises(DataError, match="</s>"):
-        TextCodec(PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>"), chat_template=False)
+        TextCodec(PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>"))
 
 
 def test_unreadable_vocabulary_is_refused():
@@ -145,16 +146,16 @@ def test_unreadable_vocabulary_is_refused():
         ["a b"], trainers.WordLevelTrainer(special_tokens=["?"], show_progress=False)
     )
     with pytest.raises(DataError, match="raw bytes"):
-        TextCodec(PreTrainedTokenizerFast(tokenizer_object=tokenizer), chat_template=False)
+        TextCodec(PreTrainedTokenizerFast(tokenizer_object=tokenizer))
 
 
 def test_codec_of_a_directory(tmp_path):
     byte_level_tokenizer().save_pretrained(tmp_path)
-    assert load_codec(str(tmp_path), chat_template=False).encode("mayor") == codec().encode("mayor")
+    assert load_codec(str(tmp_path)).encode("mayor") == codec().encode("mayor")
     with pytest.raises(
         DataError, match="model.path: found no directory at .*absent, expected a local Hugging Face"
     ):
-        load_codec(str(tmp_path / "absent"), chat_template=False)
+        load_codec(str(tmp_path / "absent"))
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="no tokenizer in .*empty"):
-        load_codec(str(tmp_path / "empty"), chat_template=False)
+        load_codec(str(tmp_path / "empty"))

@@ -177,7 +177,7 @@ def test_a_teacher_of_another_tokenizer_is_refused(tmp_path):
     first, second = list(words)[200:202]
     words[first], words[second] = words[second], words[first]
     (tmp_path / "another/tokenizer.json").write_text(json.dumps(spec))
-    codec = load_codec(str(START_POLICY), chat_template=False)
+    codec = load_codec(str(START_POLICY))
 
     def check(path):
         distill = {"teacher": "other", "teacher_path": str(path)}

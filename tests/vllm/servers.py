@@ -83,7 +83,7 @@ class Served:
 
     @property
     def codec(self) -> TextCodec:
-        return load_codec(str(self.directory), chat_template=False)
+        return load_codec(str(self.directory))
 
     def policy(self) -> ServedPolicy:
         return policy_of(self.directory)
@@ -157,7 +157,7 @@ def policy_of(directory: Path, **changes: object) -> ServedPolicy:
     shape, model = ServedModel.read(str(directory)), ModelConfig(path=str(directory), dtype="float32")
     return ServedPolicy(
         description=describe(shape, model) | changes,
-        eos_ids=eos_ids(str(directory), load_codec(str(directory), chat_template=False)),
+        eos_ids=eos_ids(str(directory), load_codec(str(directory))),
         vocabulary_size=shape.vocabulary_size,
         max_length=MAX_LENGTH,
     )
@@ -178,7 +178,7 @@ def make_engine(
         publish_host="127.0.0.1",
         num_replicas=len(urls),
     )
-    codec, policy = load_codec(str(directory), chat_template=False), policy_of(directory, **changes)
+    codec, policy = load_codec(str(directory)), policy_of(directory, **changes)
     return VllmEngine(servers, codec, policy, start_timeout_s=START_TIMEOUT_S, request_timeout_s=timeout_s)
 
 

@@ -10,6 +10,8 @@ share of questions with every hop found.
 from __future__ import annotations
 
 import asyncio
+import sys
+import time
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,10 +19,13 @@ from dataclasses import dataclass
 from megatron_sd.config import RetrieverConfig
 from megatron_sd.config.ranges import check_ranges
 from megatron_sd.errors import DataError
+from megatron_sd.observability.progress import SILENT, Work
 from megatron_sd.records import Hit, Question
 from megatron_sd.retrieval.choice import open_retriever
 from megatron_sd.retrieval.retriever import Retriever
 from megatron_sd.search.questions import load_questions
+
+TOGETHER = 64  # questions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,15 +54,23 @@ def hop_recall(hits: Sequence[Hit], supporting: Sequence[Sequence[str]]) -> floa
     return sum(not found.isdisjoint(hop) for hop in supporting) / len(supporting)
 
 
-async def measure(retriever: Retriever, questions: Sequence[Question], top_k: int) -> list[RetrievalFigures]:
-    """Figures per `Question.source`, in order of name; questions without known hops are left out."""
+async def measure(
+    retriever: Retriever, questions: Sequence[Question], top_k: int, work: Work = SILENT
+) -> list[RetrievalFigures]:
+    """Figures per `Question.source`, in order of name; questions without known hops are left out. Asks
+    TOGETHER questions at a time."""
     asked = [question for question in questions if question.supporting]
     if not asked:
         raise DataError(
             f"none of the {len(questions)} questions names a passage that it needs (supporting), expected some:"
             " import them with --passages, which finds the ids of hops that are given by title"
         )
-    found = await retriever.search([question.text for question in asked], top_k)
+    found: list[tuple[Hit, ...]] = []
+    with work.on("questions", len(asked), "asked") as task:
+        for start in range(0, len(asked), TOGETHER):
+            texts = [question.text for question in asked[start : start + TOGETHER]]
+            found += await retriever.search(texts, top_k)
+            task.add(done=len(texts))
     recalls = defaultdict(list)
     for question, hits in zip(asked, found, strict=True):
         recalls[question.source].append(hop_recall(hits, question.supporting))
@@ -83,6 +96,11 @@ def main(config: RetrievalConfig) -> list[RetrievalFigures]:
     check_ranges(config)
     questions = load_questions(config.questions, config.split, needs_answers=False)
     retriever = open_retriever(config.retriever)
-    figures = asyncio.run(measure(retriever, questions, config.retriever.top_k))
-    print(f"corpus version {retriever.corpus_version}, top {config.retriever.top_k}\n\n{render(figures)}")
+    started = time.perf_counter()
+    figures = asyncio.run(measure(retriever, questions, config.retriever.top_k, Work(sys.stderr)))
+    seconds, asked = time.perf_counter() - started, sum(own.num_questions for own in figures)
+    print(
+        f"corpus version {retriever.corpus_version}, top {config.retriever.top_k}; {asked} questions in"
+        f" {seconds:.1f} s, {asked / seconds:.1f} a second\n\n{render(figures)}"
+    )
     return figures

@@ -111,6 +111,10 @@ COMMANDS: dict[str, Command] = {
         "launch.data:import_index",
         "take the vectors of a FAISS index over (Search-R1's e5_Flat.index) instead of encoding",
     ),
+    "data build": _command(
+        "launch.data:build",
+        "a file or folder of passages to a corpus, all parts in one command; says what it takes [--serve true]",
+    ),
     "data index": _command("launch.data:index", "build a corpus directory: passages, BM25, vectors"),
     "data verify": _command(
         "launch.data:verify", "check every file of a prepared directory against its manifest"

@@ -81,6 +81,21 @@ def recall(argv: Sequence[str]) -> None:
     retrieval.main(parse(retrieval.RetrievalConfig, argv, "sd-search data recall"))
 
 
+def build(argv: Sequence[str]) -> None:
+    """`sd-search data build`."""
+    from data_prep.passages import build as parts
+    from launch import retriever
+
+    config = parse(parts.BuildConfig, argv, "sd-search data build")
+    corpus = parts.build(config, print)
+    if corpus is None:
+        return
+    if config.serve:
+        retriever.main([f"--corpus={corpus}", f"--port={config.port}"])
+    else:
+        print(f"corpus {corpus}; `sd-search retriever serve --corpus {corpus}` serves it")
+
+
 def plan(argv: Sequence[str]) -> None:
     """`sd-search data plan`."""
     from data_prep.passages.index_sizes import IndexSizesConfig, estimates, render_plan

@@ -93,27 +93,46 @@ def _depth(n: float) -> float:
     return math.log(max(2.0, n * MEASURED_PASSAGES)) / math.log(MEASURED_PASSAGES)
 
 
+def _words(config: IndexSizesConfig) -> float:
+    return config.passages * config.words_per_passage
+
+
+def text_gb(config: IndexSizesConfig) -> float:
+    """Of the passages as they are mapped; every estimate's memory includes it."""
+    return _words(config) * ARROW_BYTES_PER_WORD / 1e9
+
+
+def passages_gb(config: IndexSizesConfig) -> float:
+    """Of the passages directory on disk."""
+    return _words(config) * PARQUET_BYTES_PER_WORD / 1e9
+
+
+def vectors_gb(config: IndexSizesConfig) -> float:
+    """Of the vectors directory on disk: float16."""
+    return config.passages * config.dim * 2 / 1e9
+
+
 def estimates(config: IndexSizesConfig) -> list[IndexEstimate]:
     """One estimate for each choice. Raises ConfigError for a corpus or machine that cannot be."""
     for name in ("passages", "dim", "words_per_passage", "cores", "encoded_per_s"):
         if not 0 < getattr(config, name) < math.inf:
             raise ConfigError(f"{name}: found {getattr(config, name)!r}, expected more than 0")
     n, d = config.passages / MEASURED_PASSAGES, config.dim / MEASURED_DIM
-    text_gb = config.passages * config.words_per_passage * ARROW_BYTES_PER_WORD / 1e9
+    in_memory_gb = text_gb(config)
     words = config.words_per_passage / 100
     bm25 = IndexEstimate(
         name="bm25",
         index="postings",
-        ram_gb=text_gb + config.passages * config.words_per_passage * BM25_BYTES_PER_WORD / 1e9,
+        ram_gb=in_memory_gb + _words(config) * BM25_BYTES_PER_WORD / 1e9,
         build_hours=_BM25_BUILD_CORE_S * n * words / 3600,
         qps=config.cores * _BM25_QPS / (n * words),
         remark="no encoder",
     )
-    return [bm25, *(_dense(measured, config, (n, d), text_gb) for measured in _MEASURED)]
+    return [bm25, *(_dense(measured, config, (n, d), in_memory_gb) for measured in _MEASURED)]
 
 
 def _dense(
-    measured: _Measured, config: IndexSizesConfig, growth: tuple[float, float], text_gb: float
+    measured: _Measured, config: IndexSizesConfig, growth: tuple[float, float], in_memory_gb: float
 ) -> IndexEstimate:
     n, d = growth
     build_s = (
@@ -126,7 +145,7 @@ def _dense(
     return IndexEstimate(
         name=measured.kind,
         index=factory_string(VectorIndexConfig(kind=measured.kind), int(config.passages), config.dim),
-        ram_gb=text_gb + config.passages * measured.bytes_per_vector(config.dim) / 1e9,
+        ram_gb=in_memory_gb + config.passages * measured.bytes_per_vector(config.dim) / 1e9,
         build_hours=build_s / 3600,
         qps=config.cores * measured.qps / _slower(measured.kind, n, d),
         remark=f"recall@3 {measured.recall:g} as measured",
@@ -135,7 +154,6 @@ def _dense(
 
 def render_plan(config: IndexSizesConfig, found: Sequence[IndexEstimate]) -> str:
     """The table, and what it rests on."""
-    words = config.passages * config.words_per_passage
     head = f"{'index':<10}{'FAISS name':<34}{'RAM, disk GB':>13}{'build h':>10}{'queries/s':>12}   remark"
     rows = [
         f"{e.name:<10}{e.index:<34}{e.ram_gb:>13,.1f}{e.build_hours:>10,.2f}{e.qps:>12,.0f}   {e.remark}"
@@ -153,8 +171,8 @@ def render_plan(config: IndexSizesConfig, found: Sequence[IndexEstimate]) -> str
             *rows,
             "",
             (
-                f"passages directory {words * PARQUET_BYTES_PER_WORD / 1e9:,.1f} GB; float16 vectors before"
-                f" indexing {config.passages * config.dim * 2 / 1e9:,.1f} GB, {encoding:,.1f} h at"
+                f"passages directory {passages_gb(config):,.1f} GB; float16 vectors before"
+                f" indexing {vectors_gb(config):,.1f} GB, {encoding:,.1f} h at"
                 f" {config.encoded_per_s:,.0f} passages/s"
             ),
             (

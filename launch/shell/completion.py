@@ -42,6 +42,7 @@ OPTIONS: Mapping[str, tuple[str, ...]] = {
     "data chunk": ("data_prep.passages.chunk:ChunkConfig",),
     "data encode": ("data_prep.vectors.encode:EncodeConfig",),
     "data import-index": ("data_prep.vectors.import_index:ImportIndexConfig",),
+    "data build": ("data_prep.passages.build:BuildConfig",),
     "data index": ("data_prep.passages.index:IndexConfig",),
     "data verify": ("data_prep.passages.inspect:InfoConfig",),
     "data info": ("data_prep.passages.inspect:InfoConfig",),

@@ -17,8 +17,10 @@ from megatron_sd.config.retriever import (
     ClientConfig,
     OpenSearchConfig,
     QdrantConfig,
+    RerankConfig,
     RetrieverConfig,
     SearchConfig,
+    WebSearchConfig,
 )
 from megatron_sd.config.rollout import ProtocolConfig, RewardConfig, RolloutConfig, ToolConfig, VllmConfig
 from megatron_sd.config.run import CheckpointConfig, Config, DataConfig, LogConfig, MixConfig, SafetyConfig
@@ -47,7 +49,9 @@ __all__ = [
     "RewardConfig",
     "RolloutConfig",
     "SafetyConfig",
+    "RerankConfig",
     "SearchConfig",
+    "WebSearchConfig",
     "ToolConfig",
     "UpdateConfig",
     "VllmConfig",

@@ -49,9 +49,18 @@ _RANGES: dict[str, tuple[str, ...]] = {
         "retriever.search.effort",
         "retriever.search.fusion_depth",
         "retriever.search.fusion_constant",
-        "search.effort",  # of `sd-search retriever serve`, as the next
+        "retriever.search.rerank.depth",
+        "retriever.web.num_results",
+        "retriever.web.max_calls",
+        "retriever.web.max_connections",
+        "retriever.search.rerank.max_tokens",
+        "retriever.search.rerank.batch_size",
+        "search.effort",  # of `sd-search retriever serve`, as the next five
         "search.fusion_depth",
         "search.fusion_constant",
+        "search.rerank.depth",
+        "search.rerank.max_tokens",
+        "search.rerank.batch_size",
         "vector_index.effort",  # of `sd-search data index`
         "retriever.client.max_request_queries",
         "retriever.client.max_connections",
@@ -99,6 +108,8 @@ _RANGES: dict[str, tuple[str, ...]] = {
         "retriever.client.deadline_s",
         "retriever.qdrant.deadline_s",
         "retriever.opensearch.deadline_s",
+        "retriever.web.deadline_s",
+        "retriever.web.try_timeout_s",
         "retriever.client.try_timeout_s",
         "retriever.client.first_pause_s",
         "retriever.client.max_pause_s",
@@ -168,15 +179,15 @@ def check_ranges(config: Any) -> None:
     if retriever is not None:
         found = [
             name
-            for name in ("corpus", "endpoints", "qdrant", "opensearch", "function")
+            for name in ("corpus", "endpoints", "qdrant", "opensearch", "web", "function")
             if getattr(retriever, name)
         ]
         if len(found) != 1:
             expected = (
-                "expected one: a corpus directory, its servers, a Qdrant collection, an OpenSearch index, or a"
-                " function of your own"
+                "expected one: a corpus directory, its servers, a Qdrant collection, an OpenSearch index, a"
+                " search engine of the web, or a function of your own"
             )
-            names = "retriever.corpus, .endpoints, .qdrant, .opensearch, .function"
+            names = "retriever.corpus, .endpoints, .qdrant, .opensearch, .web, .function"
             raise ConfigError(f"{names}: found {' and '.join(found) or 'none'}, {expected}")
     for expected, keys in _RANGES.items():
         in_range = _IN_RANGE[expected.split()[0]]

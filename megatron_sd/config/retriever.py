@@ -9,6 +9,19 @@ from megatron_sd.config.own_function import OwnFunction
 
 
 @dataclass(frozen=True, kw_only=True)
+class RerankConfig:
+    """A cross-encoder that reads the first passages of a search again and puts them into its own order
+    (retrieval/reranker.py)."""
+
+    model: str  # a local directory: a classifier of query and passage, with one score or two classes
+    depth: int = 50  # passages of a query that it reads
+    passage_format: str = "{title}\n{text}"  # what it reads of a passage; fields: {title} {text}
+    max_tokens: int = 512  # of query and passage together; what is longer is cut
+    batch_size: int = 32  # pairs read together
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"  # of its weights
+
+
+@dataclass(frozen=True, kw_only=True)
 class SearchConfig:
     """How a corpus directory is searched, in a run's own process or by `sd-search retriever serve`."""
 
@@ -20,6 +33,7 @@ class SearchConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     fusion_depth: int = 100  # hybrid: how many passages of each method are ranked together
     fusion_constant: int = 60  # hybrid: a passage at rank r counts 1 / (constant + r)
+    rerank: RerankConfig | None = None  # on `device`, after any method
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,15 +89,36 @@ class OpenSearchConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class WebSearchConfig:
+    """A search engine of the web, and the file that remembers what it found (retrieval/remote/web_search.py)."""
+
+    engine: Literal["serper", "searxng"]  # whose requests and replies
+    store: str  # a JSONL file: what was found, each query once
+    # replay: from the store alone, no network; record: what the store does not hold is asked for and added
+    mode: Literal["replay", "record"] = "replay"
+    url: str | None = None  # of a SearXNG instance that serves JSON; None: Serper's own
+    token_file: str | None = None  # a file with the API key
+    num_results: int = 10  # asked for and kept of every query; at least top_k
+    # searches that the store may hold when another is to be asked for: of all ranks and restarts together
+    max_calls: int = 1000
+    # results from there or below are left out, as pages that hold a benchmark's answers
+    blocked_domains: tuple[str, ...] = ()
+    deadline_s: float = 60.0  # of one search, retries included
+    try_timeout_s: float = 15.0  # of one try
+    max_connections: int = 4  # at one time, of a rank
+
+
+@dataclass(frozen=True, kw_only=True)
 class RetrieverConfig:
     """Where passages come from: a corpus directory (`sd-search data index`) in this process, running
-    servers, Qdrant, OpenSearch, or a function of your own."""
+    servers, Qdrant, OpenSearch, a search engine of the web, or a function of your own."""
 
     corpus: str | None = None  # a corpus directory, opened in this process
     endpoints: tuple[str, ...] = ()  # http://host:port of servers of one corpus, which share the load
     sharded: bool = False  # the endpoints serve different parts of one corpus; each search asks all of them
     qdrant: QdrantConfig | None = None
     opensearch: OpenSearchConfig | None = None
+    web: WebSearchConfig | None = None
     # your own: search(queries, top_k) -> of each query at most top_k Hits, best first; client.deadline_s holds
     function: OwnFunction | None = None
     top_k: int = 3  # passages that a search shows

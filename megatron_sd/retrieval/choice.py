@@ -11,7 +11,7 @@ from megatron_sd.retrieval.retriever import Retriever
 
 
 def open_retriever(config: RetrieverConfig) -> Retriever:
-    """A corpus directory in this process, a client of its servers, or the user's own function.
+    """A corpus directory in this process, a client of its servers or of others', or the user's own function.
 
     Raises DataError for a damaged corpus, ConfigError for a top_k above its passages, endpoints of
     different corpora or a client that is not installed, RetrievalError when a server cannot be reached.
@@ -30,6 +30,10 @@ def open_retriever(config: RetrieverConfig) -> Retriever:
         from megatron_sd.retrieval.remote import opensearch
 
         return opensearch.OpenSearchRetriever(config.opensearch, opensearch.connect(config.opensearch))
+    if config.web is not None:
+        from megatron_sd.retrieval.remote.web_search import WebSearchRetriever
+
+        return WebSearchRetriever(config.web, top_k=config.top_k)
     from megatron_sd.retrieval.remote.client import HttpRetriever
     from megatron_sd.retrieval.remote.shards import ShardedRetriever
 

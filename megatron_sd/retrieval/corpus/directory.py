@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from megatron_sd.config import SearchConfig
 from megatron_sd.errors import ConfigError, RetrievalError
@@ -13,6 +13,9 @@ from megatron_sd.retrieval.corpus.bm25 import BM25_FILES, Bm25Index
 from megatron_sd.retrieval.corpus.fusion import Ranking, reciprocal_rank_fusion
 from megatron_sd.retrieval.corpus.manifest import Manifest, read_manifest, verify_files
 from megatron_sd.retrieval.corpus.passages import PASSAGES_NAME, PassageStore
+
+if TYPE_CHECKING:
+    from megatron_sd.retrieval.reranker import Reranker
 
 
 class Index(Protocol):
@@ -24,7 +27,8 @@ class Index(Protocol):
 
 
 class CorpusRetriever:
-    """Searches a corpus directory inline, by BM25, by vectors or by both.
+    """Searches a corpus directory inline, by BM25, by vectors or by both, and puts what it finds into a
+    reranker's order where one is configured.
 
     `corpus_version` is the SHA-256 of the manifest, `passages` the store, `method` how it is searched. One
     object serves one thread.
@@ -57,16 +61,26 @@ class CorpusRetriever:
             for name in PARTS[self.method]
         ]
         self._search = search
+        self._reranker = _open_reranker(search, say)
 
     def find(self, queries: Sequence[str], top_k: int) -> list[tuple[Hit, ...]]:
         """The best `top_k` passages of each query, best first, ties by passage id; fewer when the corpus
-        matches no more.
+        matches no more. Scores and order are the reranker's, if there is one.
 
         Raises RetrievalError when top_k is below 1.
         """
         if top_k < 1:
             raise RetrievalError(f"top_k is {top_k}, expected at least 1")
-        return [self._hits(ranking) for ranking in self._rank(queries, top_k)]
+        if self._reranker is None:
+            return [self._hits(ranking) for ranking in self._rank(queries, top_k)]
+        depth = max(top_k, self._reranker.depth)
+        found = [self._hits(ranking) for ranking in self._rank(queries, depth)]
+        return self._reranker.rerank(queries, found, top_k)
+
+    @property
+    def rerank_depth(self) -> int:
+        """Passages of a query that a reranker reads; 0 without one."""
+        return 0 if self._reranker is None else self._reranker.depth
 
     async def search(self, queries: Sequence[str], top_k: int) -> list[tuple[Hit, ...]]:
         """`find`, answered inline: it never waits, so rollouts stay a function of their seed."""
@@ -120,6 +134,17 @@ def _open_dense(
 
     say("opening the encoder and the vector index")
     return DenseIndex(directory, manifest, search, shares_gpus=shares_gpus)
+
+
+def _open_reranker(search: SearchConfig, say: Callable[[str], None]) -> Reranker | None:
+    if search.rerank is None:
+        return None
+    # imports torch, which a BM25 service does without
+    from megatron_sd.retrieval.corpus.encoder import choose_device
+    from megatron_sd.retrieval.reranker import Reranker
+
+    say("opening the reranker")
+    return Reranker(search.rerank, choose_device(search.device))
 
 
 OPENERS = {"bm25": _open_bm25, "dense": _open_dense}

@@ -110,6 +110,7 @@ class RetrievalService:
             "corpus_version": corpus.corpus_version,
             "num_passages": corpus.manifest.num_passages,
             "method": corpus.method,
+            "rerank_depth": corpus.rerank_depth,
             "licenses": list(corpus.manifest.licenses),
             "max_queries": limits.max_queries,
             "max_query_bytes": limits.max_query_bytes,

@@ -46,6 +46,8 @@ KNOBS = (
         "retriever.client.",
     ),
     *("retriever.qdrant", "retriever.opensearch", "distill.teacher_path", "critic.path"),
+    *(f"retriever.web.{key}" for key in ("store", "token_file", "max_calls", "max_connections")),
+    *("retriever.web.deadline_s", "retriever.web.try_timeout_s", "retriever.search.rerank.batch_size"),
     *("retriever.search.device", "model.attention", "model.gradient_checkpointing"),
     *("rollout.vllm.", "rollout.bank", "rollout.max_concurrent_sequences", "rollout.max_failed_share"),
     *(

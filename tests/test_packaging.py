@@ -1,5 +1,6 @@
 """What a wheel holds and what a newcomer types."""
 
+import os
 import re
 import subprocess
 import sys
@@ -8,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron_sd.observability.metrics_log import read_metrics
 from megatron_sd.observability.sinks.table import SERVICES
+from tests.whole_runs.test_own_functions import files_of_the_page
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -31,6 +34,31 @@ def wheel(tmp_path_factory):
     assert done.returncode == 0, done.stderr[-2000:]
     (path,) = out.glob("*.whl")
     return zipfile.ZipFile(path)
+
+
+@pytest.fixture(scope="module")
+def installed(wheel, tmp_path_factory):
+    """Where the wheel is unpacked, as pip does; what it needs is where it is for these tests."""
+    place = tmp_path_factory.mktemp("installed")
+    wheel.extractall(place)
+    return place
+
+
+def command(installed, folder, *words):
+    """`sd-search` of the wheel, in a folder of the user's."""
+    own = os.environ | {"PYTHONPATH": str(installed), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "launch.cli", *words],
+        cwd=folder,
+        env=own,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+    return done.stdout
 
 
 @pytest.mark.slow
@@ -58,6 +86,47 @@ def test_wheel_declares_command_licence_and_extras(wheel):
     assert {"vllm", "retriever-gpu-cu12", "retriever-gpu-cu13", "dev", *SERVICES, "sinks"} <= extras
     base = {name.lower() for name in re.findall(r"^Requires-Dist: ([\w-]+)(?!.*extra ==)", meta, re.M)}
     assert {"torch", "deepspeed", "transformers", "datasets", "tensorboard", "faiss-cpu"} <= base
+
+
+@pytest.mark.slow
+def test_five_files_of_a_user_work_with_the_wheel_and_no_checkout(installed, tmp_path):
+    for name, source in files_of_the_page():
+        (tmp_path / name).write_text(source, encoding="utf-8")
+    where = subprocess.run(
+        [sys.executable, "-P", "-c", "import megatron_sd; print(megatron_sd.__file__)"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(installed)},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert where.startswith(str(installed))
+    command(
+        installed, tmp_path, "world", "--output=world", "--num_train_questions=40", "--num_eval_questions=10"
+    )
+    command(
+        installed,
+        tmp_path,
+        "train",
+        f"--config={installed}/launch/configs/world.yaml",
+        f"--model.path={installed}/data_prep/coldstart_model",
+        "--run_dir=run",
+        "--data.train=world/questions.jsonl",
+        "--num_steps=2",
+        "--rollout.questions_per_step=4",
+        "--log.eval_every=0",
+        "--log.transcripts_every=1",
+        "--retriever.corpus=null",
+        "--retriever.function=lookup.py:search",
+        "--reward.own={thrift: habits.py:thrift}",
+        "--advantage.terms={reward: 1.0, thrift: 0.1}",
+        "--distill.gate=hard.py:hard",
+        "--protocol.preset=brackets.py:brackets",
+        '--protocol.tools=[{name: days, function: "days.py:days", description: "You can count days."}]',
+    )
+    steps = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert list(steps) == [1, 2] and all(0 < metrics["reward/thrift"] <= 1 for metrics in steps.values())
+    assert "You can count days." in (tmp_path / "run" / "transcripts" / "step_00000001.txt").read_text()
 
 
 def test_every_make_target_expands():

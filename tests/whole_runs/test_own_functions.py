@@ -3,8 +3,10 @@ one."""
 
 import asyncio
 import re
+import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from data_prep.world.world import WorldConfig
@@ -14,7 +16,7 @@ from megatron_sd.observability.metrics_log import read_metrics
 from megatron_sd.own_code.example_rollouts import example_groups
 from megatron_sd.own_code.loading import load
 from megatron_sd.retrieval.own import OwnRetriever
-from tests.whole_runs.runs import on_the_world, run, start
+from tests.whole_runs.runs import on_the_world, parameters, run, start, without_clocks
 
 ROOT = Path(__file__).resolve().parents[2]
 MOST_LINES = 20
@@ -114,3 +116,34 @@ def test_what_was_trained_is_saved_when_a_function_fails(world, tmp_path):
     assert ranks.wait() == [1]
     assert f"OwnCodeError: reward.own.late: {late}:late raised ZeroDivisionError" in ranks.output()
     assert [path.name for path in (tmp_path / "run" / "checkpoints").glob("step_*")] == ["step_00000001"]
+
+
+@pytest.mark.slow
+def test_a_run_killed_within_a_tools_call_resumes_bit_for_bit(world, tmp_path):
+    """The start policy's searches are made a tool's calls; the tool ends the process in the second step."""
+    (tmp_path / "tool.py").write_text(
+        "import os, pathlib, signal\n"
+        "calls = []\n"
+        "def answers(text, call):\n"
+        "    calls.append(text)\n"
+        f"    kill = pathlib.Path('{tmp_path}/kill')\n"
+        "    if len(calls) == 30 and kill.exists():\n"
+        "        kill.unlink()\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return f'{text} is {len(text)} letters long'\n"
+    )
+    tool = f'{{name: lookup, function: "{tmp_path}/tool.py:answers", tags: [<search>, </search>]}}'
+    own = ("--protocol.search_tags=[<find>, </find>]", f"--protocol.tools=[{tool}]", "--checkpoint.every=1")
+    run(1, arguments(world, tmp_path / "straight", *own))
+    (tmp_path / "kill").touch()
+    argv = arguments(world, tmp_path / "killed", *own)
+    assert start(1, argv).wait() == [-signal.SIGKILL]
+    assert list(read_metrics(tmp_path / "killed" / "metrics.jsonl")) == [1]
+    assert "resumed from" in run(1, argv)
+    expected, found = (parameters(tmp_path / side, "step_00000002") for side in ("straight", "killed"))
+    assert all(np.array_equal(found[name], array) for name, array in expected.items())
+    metrics = without_clocks(tmp_path / "straight")
+    assert metrics == without_clocks(tmp_path / "killed")
+    assert all(
+        step["rollout/calls_lookup"] > 0 and step["rollout/searches"] == 0 for step in metrics.values()
+    )

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from eval.identity import check_causal, claim, own_code, questions_version, rollouts_identity
-from eval.judge import JudgeConfig, judge
+from eval.judge import EvalJudgeConfig, judge
 from eval.overlap import Overlap, measure_overlap
 from eval.samples import SAMPLES_NAME, QuestionResult, append_results, read_results, to_result
 from eval.strategies.runner import Strategy
@@ -70,7 +70,9 @@ class EvalConfig:
     protocol: ProtocolConfig = field(default_factory=ProtocolConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
-    judge: JudgeConfig | None = None  # a language model that says whether an answer is right (eval/judge.py)
+    judge: EvalJudgeConfig | None = (
+        None  # a language model that says whether an answer is right (eval/judge.py)
+    )
 
 
 def main(argv: Sequence[str]) -> None:
@@ -122,7 +124,7 @@ def _evaluate(config: EvalConfig, output: Path) -> dict[str, Any]:
 
 
 def _judge(
-    results: Sequence[QuestionResult], config: JudgeConfig, output: Path, side: RolloutSide
+    results: Sequence[QuestionResult], config: EvalJudgeConfig, output: Path, side: RolloutSide
 ) -> list[QuestionResult]:
     """The results with the judge's figures, which samples.jsonl then has, too, for `compare`."""
     with side.work.on("judge", sum(len(result.samples) for result in results), "answers") as task:

@@ -22,7 +22,15 @@ from megatron_sd.config.retriever import (
     SearchConfig,
     WebSearchConfig,
 )
-from megatron_sd.config.rollout import ProtocolConfig, RewardConfig, RolloutConfig, ToolConfig, VllmConfig
+from megatron_sd.config.rollout import (
+    JudgeConfig,
+    ProtocolConfig,
+    RewardConfig,
+    RewardJudgeConfig,
+    RolloutConfig,
+    ToolConfig,
+    VllmConfig,
+)
 from megatron_sd.config.run import CheckpointConfig, Config, DataConfig, LogConfig, MixConfig, SafetyConfig
 from megatron_sd.config.update import OptimizerConfig, PublishConfig, UpdateConfig
 
@@ -35,6 +43,7 @@ __all__ = [
     "CriticConfig",
     "DataConfig",
     "DistillConfig",
+    "JudgeConfig",
     "LogConfig",
     "LoraConfig",
     "MixConfig",
@@ -45,14 +54,15 @@ __all__ = [
     "ProtocolConfig",
     "PublishConfig",
     "QdrantConfig",
+    "RerankConfig",
     "RetrieverConfig",
     "RewardConfig",
+    "RewardJudgeConfig",
     "RolloutConfig",
     "SafetyConfig",
-    "RerankConfig",
     "SearchConfig",
-    "WebSearchConfig",
     "ToolConfig",
     "UpdateConfig",
     "VllmConfig",
+    "WebSearchConfig",
 ]

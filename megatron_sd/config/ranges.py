@@ -90,6 +90,9 @@ _RANGES: dict[str, tuple[str, ...]] = {
         "safety.roll_back_after_refusals",
         "safety.stop_after_refusals",
         "safety.spike_window",
+        "reward.judge.tries",
+        "reward.judge.max_concurrent",
+        "reward.judge.max_tokens",
         "judge.tries",  # of an evaluation, as the next six
         "judge.max_concurrent",
         "judge.max_tokens",
@@ -135,6 +138,7 @@ _RANGES: dict[str, tuple[str, ...]] = {
         "critic.value_clip",
         "num_epochs",
         "judge.deadline_s",
+        "reward.judge.deadline_s",
         "data.weight",
         "safety.stop_after_s",
         "publish.bucket_mib",

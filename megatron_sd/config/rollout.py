@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from megatron_sd.config.own_function import OwnFunction
+from megatron_sd.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,13 +136,52 @@ class RolloutConfig:
         return min(self.max_turn_tokens * turns, self.max_rollout_tokens)
 
 
+_JUDGE_PROMPT = (
+    "Question: {question}\nAccepted answers: {golden_answers}\nGiven answer: {answer}\n\nDoes the given answer mean"
+    " the same as an accepted answer? Reply with one word, yes or no."
+)
+_JUDGE_PLACES = ("{question}", "{golden_answers}", "{answer}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgeConfig:
+    """A language model that says whether an answer is right (search/judge.py). prompt: needs {question},
+    {golden_answers} (one a line) and {answer}."""
+
+    url: str  # of the server, without /v1/chat/completions
+    model: str  # its name there
+    prompt: str = _JUDGE_PROMPT
+    key_file: str | None = None  # holds the server's API key
+    deadline_s: float = 60.0  # of one request
+    tries: int = 3  # of one answer
+    max_concurrent: int = 16  # requests at one time
+    max_tokens: int = 256  # of a reply, thoughts included
+
+    def __post_init__(self) -> None:
+        missing = [place for place in _JUDGE_PLACES if place not in self.prompt]
+        if missing:
+            raise ConfigError(
+                f"judge.prompt: found none of {', '.join(missing)}, expected {', '.join(_JUDGE_PLACES)}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardJudgeConfig(JudgeConfig):
+    """A judge whose verdicts are rewards: what it said is kept, so that a run that goes on has the same ones. An
+    answer that could not be judged ends the run, which then goes on."""
+
+    store: str  # a JSONL file of what was judged; runs may share it
+
+
 @dataclass(frozen=True, kw_only=True)
 class RewardConfig:
     """What a rollout earns. plain: answer score (+ format_weight if the rollout's form is valid);
     structured: Search-R1's reward with structure. Less what a rollout near overlong_limit sampled tokens
     loses (DAPO)."""
 
-    answer: Literal["em", "f1", "sub_em"] | OwnFunction = "f1"  # how an answer is compared with the golds
+    # how an answer is compared with the golds; judge: by a language model
+    answer: Literal["em", "f1", "sub_em", "judge"] | OwnFunction = "f1"
+    judge: RewardJudgeConfig | None = None  # asked of every answer, also where another score is the reward
     # scores of your own, by name: figures of training and evaluation, and terms of advantage.terms
     own: dict[str, OwnFunction] = field(default_factory=dict)
     normalization: Literal["search_r1", "strict"] = "search_r1"  # of both, before they are compared

@@ -15,13 +15,16 @@ import string
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_sd.config import RewardConfig
+from megatron_sd.config import RewardConfig, RewardJudgeConfig
 from megatron_sd.config.own_function import OwnFunction
+from megatron_sd.errors import RetrievalError
 from megatron_sd.own_code.example_rollouts import example_groups
 from megatron_sd.own_code.seam import Seam, fault_of_number
 from megatron_sd.records import Question, Rollout, RolloutGroup, Scores, StopReason
+from megatron_sd.search.judge import GivenAnswer, Judge
 from megatron_sd.search.native_calls import UnreadableCallError, read_call
 from megatron_sd.search.reward_shapes import REWARD_SHAPES, RewardParts, overlong_penalty
 
@@ -221,17 +224,20 @@ def hop_hit_rate(rollout: Rollout, supporting: Sequence[Sequence[str]]) -> float
     return sum(not found.isdisjoint(passages) for passages in supporting) / len(supporting)
 
 
-def score_rollout(rollout: Rollout, group: RolloutGroup, config: RewardConfig) -> Scores:
+def score_rollout(
+    rollout: Rollout, group: RolloutGroup, config: RewardConfig, verdict: float | None = None
+) -> Scores:
     """What one rollout earned, by the shape that the configuration names (reward_shapes.py). No answer scores
-    0."""
+    0. verdict: the judge's, where there is one."""
     normalize = NORMALIZERS[config.normalization]
     golds = group.question.golden_answers
     answer = dict.fromkeys(ANSWER_SCORES, 0.0)
     if rollout.answer is not None:
         answer = {name: compare(rollout.answer, golds, normalize) for name, compare in ANSWER_SCORES.items()}
+    judged = {} if verdict is None else {"judge": verdict}
     valid = format_valid(rollout)
     parts = RewardParts(
-        answer=_answer_score(rollout, group.question, answer, config),
+        answer=_answer_score(rollout, group.question, judged | answer, config),
         **answer,
         answer_words=len((rollout.answer or "").split()),
         has_answer=rollout.answer is not None,
@@ -249,7 +255,7 @@ def score_rollout(rollout: Rollout, group: RolloutGroup, config: RewardConfig) -
         format_valid=valid,
         hop_hit_rate=hop_hit_rate(rollout, group.question.supporting),
         em_by_attempt=_em_by_attempt(rollout, golds, normalize),
-        own={name: own(rollout, group.question) for name, own in own_scores(config).items()},
+        own=judged | {name: own(rollout, group.question) for name, own in own_scores(config).items()},
     )
 
 
@@ -287,13 +293,40 @@ def _holds_gold(text: str, golden_answers: Sequence[str], normalize: Normalizer)
 
 def score(groups: Sequence[RolloutGroup], config: RewardConfig) -> list[RolloutGroup]:
     """The groups with `Rollout.scores` filled in, infrastructure failures (which `RolloutGroup.usable`
-    leaves out) included."""
+    leaves out) included. Raises RetrievalError when a judge cannot say of every answer."""
+    verdicts = iter(_verdicts(groups, config))
     return [
         dataclasses.replace(
             group,
             rollouts=tuple(
-                dataclasses.replace(r, scores=score_rollout(r, group, config)) for r in group.rollouts
+                dataclasses.replace(r, scores=score_rollout(r, group, config, next(verdicts)))
+                for r in group.rollouts
             ),
         )
         for group in groups
     ]
+
+
+def _verdicts(groups: Sequence[RolloutGroup], config: RewardConfig) -> list[float | None]:
+    """The judge's, rollout by rollout; 0.0 without an answer. None of each where there is no judge."""
+    rollouts = [(group.question, rollout) for group in groups for rollout in group.rollouts]
+    if config.judge is None:
+        return [None] * len(rollouts)
+    answers = [
+        GivenAnswer(question=asked.text, golden_answers=asked.golden_answers, answer=rollout.answer)
+        for asked, rollout in rollouts
+        if rollout.answer is not None
+    ]
+    verdicts = _judge(config.judge).verdicts(answers)
+    if verdicts.failures:
+        raise RetrievalError(
+            f"reward.judge: {len(verdicts.failures)} of {len(answers)} answers could not be judged; the first cause:"
+            f" {verdicts.failures[0]}; what was judged is kept: start the run again"
+        )
+    found = iter(verdicts.found)
+    return [0.0 if rollout.answer is None else next(found) for _, rollout in rollouts]
+
+
+@functools.cache
+def _judge(config: RewardJudgeConfig) -> Judge:
+    return Judge(config, Path(config.store))

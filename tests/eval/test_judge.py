@@ -1,18 +1,24 @@
 """A judge over HTTP: what it is asked, what is kept, and what its failures are."""
 
+import dataclasses
 import http.server
 import json
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from eval.judge import JUDGEMENTS_NAME, JudgeConfig, judge, verdict_of
+from eval.judge import JUDGEMENTS_NAME, EvalJudgeConfig, judge
 from eval.run import EvalConfig
 from eval.samples import QuestionResult, Sample
+from megatron_sd.config import RewardConfig, RewardJudgeConfig
 from megatron_sd.config.command_line import parse
 from megatron_sd.errors import ConfigError, DataError, RetrievalError
 from megatron_sd.observability.progress import SILENT
-from megatron_sd.records import StopReason
+from megatron_sd.records import RolloutGroup, StopReason
+from megatron_sd.search.judge import GivenAnswer, Judge, verdict_of
+from megatron_sd.search.reward import score
+from tests.builders import question, rollout
 
 
 class FakeJudge(http.server.ThreadingHTTPServer):
@@ -69,7 +75,7 @@ def result(name, *answers, stop=StopReason.ANSWERED):
 
 
 def judged(results, server, output, **options):
-    config = JudgeConfig(url=server.url, model="m", **options)
+    config = EvalJudgeConfig(url=server.url, model="m", **options)
     with SILENT.on("judge", 1, "answers") as task:
         found = judge(results, config, output, task)
     return [[dict(sample.figures) for sample in one.samples] for one in found]
@@ -97,7 +103,7 @@ def test_answers_are_judged_once_and_kept(start, tmp_path):
 
 
 def test_a_busy_server_is_asked_again_and_a_key_is_sent(start, tmp_path, monkeypatch):
-    monkeypatch.setattr("eval.judge.asyncio.sleep", lambda _: _soon())
+    monkeypatch.setattr("megatron_sd.search.judge.asyncio.sleep", lambda _: _soon())
     (tmp_path / "key").write_text("secret\n")
     server = start({"or": [503, 429, "yes"]})
     assert judged([result("a", "or")], server, tmp_path, key_file=str(tmp_path / "key")) == [[YES]]
@@ -109,7 +115,7 @@ async def _soon():
 
 
 def test_what_could_not_be_judged_has_no_figure_and_is_asked_again(start, tmp_path, monkeypatch):
-    monkeypatch.setattr("eval.judge.asyncio.sleep", lambda _: _soon())
+    monkeypatch.setattr("megatron_sd.search.judge.asyncio.sleep", lambda _: _soon())
     server = start({"or": "yes", "lead": ["perhaps", "no"], "tin": [500, 500, 500, "no"]})
     results = [result("a", "or", "lead", "tin")]
     failed = {"em": 0.0, "judge_failed": 1.0}
@@ -125,7 +131,7 @@ def test_what_could_not_be_judged_has_no_figure_and_is_asked_again(start, tmp_pa
     ],
 )
 def test_too_many_failures_end_the_evaluation_and_keep_the_rest(start, tmp_path, monkeypatch, answer, words):
-    monkeypatch.setattr("eval.judge.asyncio.sleep", lambda _: _soon())
+    monkeypatch.setattr("megatron_sd.search.judge.asyncio.sleep", lambda _: _soon())
     server = start({"or": "yes", "lead": answer})
     with pytest.raises(
         RetrievalError, match=f"1 of 2 answers could not be judged, expected at most 5%.*{words}"
@@ -146,7 +152,9 @@ def test_a_damaged_line_is_named_and_half_a_line_is_cut(start, tmp_path):
     (tmp_path / JUDGEMENTS_NAME).write_text('{"key": "x", "judge": 1.0}\n{"key": "y", "ju')
     assert judged([result("a", "or")], server, tmp_path) == [[YES]]
     (tmp_path / JUDGEMENTS_NAME).write_text("{}\n")
-    with pytest.raises(DataError, match=f"{JUDGEMENTS_NAME}:1 is no judgement .KeyError"):
+    with pytest.raises(
+        DataError, match=f"{JUDGEMENTS_NAME}: found .* from byte 0 on, which is no judgement .KeyError"
+    ):
         judged([result("a", "or")], server, tmp_path)
 
 
@@ -154,7 +162,7 @@ def test_a_prompt_holds_what_the_answer_holds_as_it_is(start, tmp_path):
     server = start({"{question}": "no"})
     assert judged([result("a", "{question}")], server, tmp_path) == [[NO]]
     with pytest.raises(ConfigError, match="judge.prompt: found none of {answer}, expected {question}"):
-        JudgeConfig(url="u", model="m", prompt="{question} {golden_answers}")
+        EvalJudgeConfig(url="u", model="m", prompt="{question} {golden_answers}")
 
 
 @pytest.mark.parametrize(("reply", "verdict"), [("YES", 1.0), ("No, it is not.", 0.0), ("**yes**", 1.0)])
@@ -172,6 +180,60 @@ def test_the_command_line_has_it():
     argv = ["--model.path=m", "--retriever.corpus=c", "--questions=q", "--output=o"]
     assert parse(EvalConfig, argv, "eval").judge is None
     own = parse(EvalConfig, [*argv, "--judge.url=http://j", "--judge.model=big"], "eval").judge
-    assert own == JudgeConfig(url="http://j", model="big")
+    assert own == EvalJudgeConfig(url="http://j", model="big")
     with pytest.raises(ConfigError, match="judge.modle: unknown key; did you mean judge.model?"):
         parse(EvalConfig, [*argv, "--judge.url=http://j", "--judge.modle=big"], "eval")
+
+
+def groups_of(*answers):
+    rollouts = [rollout(n, answer=answer) for n, answer in enumerate(answers)]
+    return [RolloutGroup(question=question(answers=("lead",)), rollouts=tuple(rollouts))]
+
+
+def judged_reward(server, tmp_path, **options):
+    own = {"url": server.url, "model": "big", "store": str(tmp_path / "judged.jsonl"), "tries": 1}
+    return RewardConfig(answer="judge", judge=RewardJudgeConfig(**(own | options)))
+
+
+def test_verdicts_are_rewards_and_a_run_that_goes_on_has_the_same(start, tmp_path):
+    server = start({"the lead": "yes", "tin": "no"})
+    config = judged_reward(server, tmp_path)
+    (group,) = score(groups_of("the lead", "tin", None, "the lead"), config)
+    assert [own.scores.reward for own in group.rollouts] == [1.0, 0.0, 0.0, 1.0]
+    assert [own.scores.own for own in group.rollouts] == [{"judge": value} for value in (1.0, 0.0, 0.0, 1.0)]
+    assert server.asked == ["the lead", "tin"] or server.asked == ["tin", "the lead"]
+    changed = judged_reward(
+        start({}), tmp_path, max_concurrent=2
+    )  # another process, a server that knows nothing
+    (again,) = score(groups_of("the lead", "tin", None, "the lead"), changed)
+    assert [own.scores for own in again.rollouts] == [own.scores for own in group.rollouts]
+
+
+def test_a_judge_beside_another_score_is_a_figure(start, tmp_path):
+    config = dataclasses.replace(judged_reward(start({"tin": "yes"}), tmp_path), answer="em")
+    (group,) = score(groups_of("tin"), config)
+    assert group.rollouts[0].scores.reward == 0.0 and group.rollouts[0].scores.own == {"judge": 1.0}
+
+
+def test_an_answer_that_cannot_be_judged_ends_the_run_and_the_others_are_kept(start, tmp_path):
+    server = start({"tin": "no", "gold": ["perhaps", "no"]})
+    config = judged_reward(server, tmp_path)
+    with pytest.raises(RetrievalError, match="reward.judge: 1 of 2 answers could not be judged; .*'perhaps'"):
+        score(groups_of("tin", "gold"), config)
+    (group,) = score(groups_of("tin", "gold"), config)
+    assert [own.scores.reward for own in group.rollouts] == [0.0, 0.0]
+    assert sorted(server.asked) == ["gold", "gold", "tin"]
+
+
+def test_ranks_ask_once_between_them(start, tmp_path):
+    server = start({str(n): "yes" for n in range(8)})
+    config = judged_reward(server, tmp_path)
+    groups = groups_of(*map(str, range(8)))
+    ranks = [Judge(config.judge, tmp_path / "judged.jsonl") for _ in range(3)]
+    answers = [
+        GivenAnswer(question="who?", golden_answers=("lead",), answer=own.answer)
+        for own in groups[0].rollouts
+    ]
+    with ThreadPoolExecutor(3) as threads:
+        found = list(threads.map(lambda rank: rank.verdicts(answers), ranks))
+    assert all(own.found == (1.0,) * 8 for own in found) and len(server.asked) == 8

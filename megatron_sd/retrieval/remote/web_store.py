@@ -7,15 +7,13 @@
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_sd.durable.files import append_lines, cut_torn_line
+from megatron_sd.durable.shared_lines import SharedLines
 from megatron_sd.errors import ConfigError, DataError
 from megatron_sd.retrieval.remote.web_engines import Page
 
@@ -29,15 +27,13 @@ class WebStore:
 
     def __init__(self, path: Path, made_by: Mapping[str, Any], *, may_add: bool) -> None:
         """made_by: what the answers depend on. may_add: the file is made where there is none."""
-        self._path = path
+        self._lines = SharedLines(path)
         self._pages: dict[str, tuple[Page, ...]] = {}
-        self._read_bytes = 0
         self._made_by = dict(made_by)
         if may_add:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with self._locked():
+            with self._lines.locked():
                 if not path.exists() or path.stat().st_size == 0:
-                    append_lines(path, [{"made_by": self._made_by}])
+                    self._lines.add([{"made_by": self._made_by}])
         elif not path.is_file():
             raise DataError(
                 f"retriever.web.store: found no file {path} to replay, expected one that a run with"
@@ -56,54 +52,39 @@ class WebStore:
     def keep(self, query: str, pages: Sequence[Page]) -> tuple[Page, ...]:
         """Add an answer, durable when this returns. Comes back with what stands: another process's, if it
         was first."""
-        with self._locked():
+        with self._lines.locked():
             self.refresh()
             if query not in self._pages:
-                append_lines(
-                    self._path, [{"query": query, "pages": [dataclasses.asdict(page) for page in pages]}]
-                )
+                self._lines.add([{"query": query, "pages": [dataclasses.asdict(page) for page in pages]}])
                 self.refresh()
         return self._pages[query]
 
     def refresh(self) -> None:
-        """Read what was added since; a last line that is still being written is left for later."""
-        with open(self._path, "rb") as handle:
-            handle.seek(self._read_bytes)
-            for line in handle:
-                if not line.endswith(b"\n"):
-                    break
-                self._add(line)
-                self._read_bytes += len(line)
+        """Read what was added since."""
+        for line in self._lines.new():
+            self._add(line)
 
     def digest(self) -> str:
         """Of the whole file."""
-        return hashlib.sha256(self._path.read_bytes()).hexdigest()
+        return hashlib.sha256(self._lines.path.read_bytes()).hexdigest()
 
     def _add(self, line: bytes) -> None:
         try:
             record = json.loads(line)
-            if self._read_bytes == 0:
+            if self._lines.read_bytes == 0:
                 self._check(record["made_by"])
                 return
             pages = tuple(Page(**page) for page in record["pages"])
             self._pages.setdefault(record["query"], pages)
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(
-                f"retriever.web.store: {self._path} is no record of web searches from byte {self._read_bytes} on"
+                f"retriever.web.store: {self._lines.path} is no record of web searches from byte {self._lines.read_bytes} on"
                 f" ({error!r}): found {line[:80]!r}; expected what retriever.web.mode record writes"
             ) from error
 
     def _check(self, made_by: Any) -> None:
         if made_by != self._made_by:
             raise ConfigError(
-                f"retriever.web: {self._path} holds answers of {made_by}, expected {self._made_by}: choose another"
+                f"retriever.web: {self._lines.path} holds answers of {made_by}, expected {self._made_by}: choose another"
                 " store, or the settings it was made with"
             )
-
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
-        """The file is this process's alone, and without a line that a crash left half-written."""
-        with open(self._path.with_name(f".{self._path.name}.lock"), "ab") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            cut_torn_line(self._path)
-            yield

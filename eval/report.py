@@ -22,7 +22,7 @@ from megatron_sd.config.command_line import name_positionals, parse
 from megatron_sd.durable.files import write_whole
 from megatron_sd.errors import DataError
 from megatron_sd.observability.metrics_log import METRICS_NAME, read_metrics
-from megatron_sd.observability.recorder import CHANGES_NAME, TRANSCRIPTS_NAME
+from megatron_sd.observability.names import CHANGES_NAME, TRANSCRIPTS_NAME
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 LEGEND = (

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from eval.report_page.groups import Record, is_failed, is_right
+from megatron_sd.observability.metrics import folded_query
 from megatron_sd.records import StopReason
 
 TRUNCATED = (StopReason.TOKEN_LIMIT, StopReason.TURN_LIMIT)
@@ -36,10 +37,8 @@ def is_wrong_despite_gold(rollout: Record, question: Record) -> bool:
 
 
 def repeats_a_query(rollout: Record, question: Record) -> bool:
-    """It searched twice for the same words, upper or lower case and spaces apart."""
-    queries = [
-        " ".join(turn["query"].casefold().split()) for turn in rollout["turns"] if turn["query"] is not None
-    ]
+    """It searched twice for the same words, as rollout/duplicate_query_share counts them."""
+    queries = [folded_query(turn["query"]) for turn in rollout["turns"] if turn["query"] is not None]
     return len(set(queries)) < len(queries)
 
 

@@ -44,17 +44,25 @@ class Section:
 def check_is_run(run_dir: Path) -> None:
     """Raise DataError for a directory that is missing, or that no training run has written to."""
     if not run_dir.is_dir():
-        found = "a file" if run_dir.exists() else "nothing"
+        what = "a file" if run_dir.exists() else "nothing"
         raise DataError(
-            f"found {found} at {run_dir}, expected the run_dir of a training run: start the run first, or"
+            f"found {what} at {run_dir}, expected the run_dir of a training run: start the run first, or"
             " mend the path"
         )
-    if any((run_dir / name).exists() for name in _MARKS_OF_AN_EVALUATION):
+    found = {name for name in MARKS_OF_A_RUN if (run_dir / name).exists()}
+    is_evaluation = any((run_dir / name).exists() for name in _MARKS_OF_AN_EVALUATION)
+    if is_evaluation and METRICS_NAME not in found:
         raise DataError(
             f"{run_dir} is the output of an evaluation, expected the run_dir of a training run: look at it"
             f" with `sd-search report {run_dir}`"
         )
-    if not any((run_dir / name).exists() for name in MARKS_OF_A_RUN):
+    runs = sorted(path.parent.name for path in run_dir.glob(f"*/{METRICS_NAME}"))
+    if runs and not found - {LOCK_NAME}:  # a recipe holds its directory, too
+        raise DataError(
+            f"{run_dir} is no run itself but holds {', '.join(runs)}; expected the run_dir of a training run:"
+            f" give one of them, such as {run_dir / runs[-1]}"
+        )
+    if not found:
         raise DataError(
             f"{run_dir} holds none of {', '.join(MARKS_OF_A_RUN)}, expected the run_dir of a training run:"
             " start the run first, or give its directory"

@@ -32,7 +32,7 @@ CONFIG = "num_steps: 8\nlog:\n  transcripts_every: 4\n"
 
 def run_of(directory, steps=4):
     """A run directory after some steps, with transcripts of the fourth."""
-    directory.mkdir(exist_ok=True)
+    directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.yaml").write_text(CONFIG)
     log = MetricsLog(directory / "metrics.jsonl", first_step=1)
     for step in range(1, steps + 1):
@@ -278,6 +278,9 @@ def test_directories_that_are_no_run_are_refused(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="found a file"):
         check_is_run(tmp_path / "file")
+    run_of(tmp_path / "recipe" / "train")
+    with hold(tmp_path / "recipe"), pytest.raises(DataError, match=r"but holds train; .*recipe/train"):
+        check_is_run(tmp_path / "recipe")
     (tmp_path / "samples.jsonl").write_text("")
     with pytest.raises(DataError, match="look at it with `sd-search report"):
         check_is_run(tmp_path)

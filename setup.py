@@ -206,7 +206,7 @@ setup(
     package_data={
         "launch": ["configs/*.yaml", "configs/recipes/*.yaml", "configs/as/*.yaml", "*.sh", "slurm/*"],
         "data_prep": ["coldstart_model/*"],
-        "eval": ["report_page/*.css"],
+        "eval": ["report_page/*.css", "watch/*.css", "watch/*.js"],
     },
     ext_modules=[NATIVE, NATIVE_CUDA],
     cmdclass={"build_ext": BuildNative, "bdist_wheel": NativeWheel},

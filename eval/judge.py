@@ -16,7 +16,7 @@ from eval.samples import QuestionResult, Sample
 from megatron_sd.config import JudgeConfig
 from megatron_sd.errors import RetrievalError
 from megatron_sd.observability.progress import Task
-from megatron_sd.search.judge import GivenAnswer, Judge
+from megatron_sd.search.judge import AnswerJudge, GivenAnswer
 
 JUDGEMENTS_NAME = "judgements.jsonl"
 FIGURE, FAILED = "judge", "judge_failed"
@@ -49,7 +49,7 @@ def judge(
         for number, sample in enumerate(result.samples)
         if sample.answer is not None and not sample.stop_reason.is_infrastructure
     }
-    verdicts = Judge(config, output / JUDGEMENTS_NAME).verdicts(list(answers.values()), task)
+    verdicts = AnswerJudge(config, output / JUDGEMENTS_NAME).verdicts(list(answers.values()), task)
     if len(verdicts.failures) > config.max_failed_share * max(1, len(answers)):
         raise RetrievalError(
             f"judge: {len(verdicts.failures)} of {len(answers)} answers could not be judged, expected at most"

@@ -15,23 +15,16 @@ from importlib.resources import files
 from pathlib import Path
 
 from eval.report_page.curves import render_curves
-from eval.report_page.groups import OUTCOMES, Record, has_log_ratios, outcome, render_group
+from eval.report_page.groups import OUTCOMES, Record, outcome, render_group, render_legend
 from eval.report_page.text import element, plain
 from eval.samples import read_lines
 from megatron_sd.config.command_line import name_positionals, parse
 from megatron_sd.durable.files import write_whole
 from megatron_sd.errors import DataError
 from megatron_sd.observability.metrics_log import METRICS_NAME, read_metrics
-from megatron_sd.observability.recorder import CHANGES_NAME, TRANSCRIPTS_NAME
+from megatron_sd.observability.names import CHANGES_NAME, TRANSCRIPTS_NAME
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
-LEGEND = (
-    ("policy trained", "policy, in the loss"),
-    ("observed", "environment"),
-    ("block", "hindsight block, teacher only"),
-)
-
-JUDGED_LEGEND = (("more2", "likelier to the teacher"), ("less2", "less likely"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,11 +165,7 @@ def _groups(groups: Sequence[Shown]) -> str:
         f'<label for="show-{key}">{plain(title)}</label>'
         for key, title in choices.items()
     )
-    legend = "".join(element("span", plain(title), kind) for kind, title in LEGEND)
-    legend += "<span><mark>query token</mark></span>"
-    if any(has_log_ratios(shown.group) for shown in groups):
-        legend += "".join(element("span", plain(title), kind) for kind, title in JUDGED_LEGEND)
-    bar = element("div", f"{buttons}{element('div', legend, 'legend')}", "filter")
+    bar = element("div", f"{buttons}{render_legend([shown.group for shown in groups])}", "filter")
     num_rollouts = sum(len(shown.group["rollouts"]) for shown in groups)
     head = f"<h2>{len(groups)} questions, {num_rollouts} rollouts, by outcome</h2>"
     return head + bar + "".join(shown.render() for shown in groups)

@@ -45,6 +45,10 @@ COMMANDS: dict[str, Command] = {
     "report": _command(
         "eval.report:main", "RUN_DIR: a run or an evaluation as one HTML page: curves, rollouts, blocks"
     ),
+    "watch": _command(
+        "eval.watch.command:main",
+        "RUN_DIR: a page on this machine that follows a run while it trains [--port P]",
+    ),
     "credit": _command(
         "launch.local:credit", "what the teacher says of stored queries, and is it right? [--num-ranks N]"
     ),

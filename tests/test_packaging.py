@@ -67,7 +67,8 @@ def test_wheel_holds_the_packages_and_their_data(wheel):
     for package in ("megatron_sd", "data_prep", "eval", "launch"):
         for path in (ROOT / package).rglob("*"):
             is_source = (
-                path.suffix in (".py", ".yaml", ".sbatch", ".css") or path.parent.name == "coldstart_model"
+                path.suffix in (".py", ".yaml", ".sbatch", ".css", ".js")
+                or path.parent.name == "coldstart_model"
             )
             if path.is_file() and is_source and "__pycache__" not in path.parts:
                 assert path.relative_to(ROOT).as_posix() in names

@@ -36,8 +36,8 @@ from megatron_sd.distributed.collectives import hold_together, share, together
 from megatron_sd.distributed.world import World, end_process, lone_world, world_of_program
 from megatron_sd.door import exit_code_of
 from megatron_sd.errors import ConfigError, DataError
+from megatron_sd.observability.names import TRANSCRIPTS_NAME
 from megatron_sd.observability.progress import Work
-from megatron_sd.observability.recorder import TRANSCRIPTS_NAME
 from megatron_sd.observability.transcripts import group_record
 from megatron_sd.pretrained.loading import check_head, load_config
 from megatron_sd.records import RolloutGroup

@@ -3,11 +3,13 @@ lowest to the highest."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 from eval.report_page.text import element, plain
 
 Steps = Mapping[int, Mapping[str, float]]  # metrics by step, of one run
+Point = tuple[int, float, float, float]  # step, lowest, mean, highest
 
 WIDTH, HEIGHT, MAX_POINTS = 240, 72, 160
 FIRST = (
@@ -30,14 +32,35 @@ def render_curves(runs: Sequence[Steps], changes: Sequence[tuple[int, str]] = ()
     """The charts of the metrics that people look at first, and of all others. changes: steps at which the
     run's plan was changed, with what it was; a line marks each."""
     names = sorted({name for steps in runs for metrics in steps.values() for name in metrics})
-    first = [name for name in FIRST if name in names]
-    charts = {name: _chart(name, _points(name, runs), changes) for name in names}
-    return "".join(charts[name] for name in first), "".join(
-        charts[name] for name in names if name not in first
-    )
+    points = {name: _points(name, runs) for name in names}
+    first = {name: points[name] for name in FIRST if name in points}
+    others = {name: points[name] for name in names if name not in first}
+    return render_charts(first, changes), render_charts(others, changes)
 
 
-def _points(name: str, runs: Sequence[Steps]) -> list[tuple[int, float, float, float]]:
+def render_charts(points: Mapping[str, Sequence[Point]], changes: Sequence[tuple[int, str]] = ()) -> str:
+    """A chart for each metric that has a point, in the order given. changes: as in `render_curves`."""
+    return "".join(_chart(name, own, changes) for name, own in points.items())
+
+
+def thinned(steps: Sequence[int], values: Sequence[float], most: int = MAX_POINTS) -> list[Point]:
+    """One run's metric in at most `most` points: each the mean, the lowest and the highest of 1, 2, 4, ...
+    neighbours, at the step of the last of them; the newest value stands by itself at the end. Points stay
+    where they are while a run grows, until it takes twice as many neighbours. Values that are not finite
+    are left out."""
+    known = [(step, value) for step, value in zip(steps, values) if math.isfinite(value)]
+    width = 1
+    while len(known) > width * (most - 2):
+        width *= 2
+    points = []
+    for start in range(0, len(known) - 1, width):
+        part = known[start : min(start + width, len(known) - 1)]
+        own = [value for _, value in part]
+        points.append((part[-1][0], min(own), math.fsum(own) / len(own), max(own)))
+    return [*points, *((step, value, value, value) for step, value in known[-1:])]
+
+
+def _points(name: str, runs: Sequence[Steps]) -> list[Point]:
     """(step, lowest, mean, highest) over the runs that have the metric at that step, at most MAX_POINTS of
     them."""
     values: dict[int, list[float]] = {}
@@ -53,9 +76,7 @@ def _points(name: str, runs: Sequence[Steps]) -> list[tuple[int, float, float, f
     ]
 
 
-def _chart(
-    name: str, points: Sequence[tuple[int, float, float, float]], changes: Sequence[tuple[int, str]]
-) -> str:
+def _chart(name: str, points: Sequence[Point], changes: Sequence[tuple[int, str]]) -> str:
     if not points:
         return ""
     low, high = min(point[1] for point in points), max(point[3] for point in points)
@@ -75,11 +96,20 @@ def _chart(
         if first <= step <= last
     ]
     marks = "".join(_mark(x, words) for x, words in inside)
-    drawing = f'{marks}<polygon points="{" ".join(upper + lower)}"/><polyline points="{line}"/>'
+    drawing = f'{marks}<polygon points="{" ".join(upper + lower)}"/>{_line(line, len(points))}'
     svg = f'<svg viewBox="-2 -2 {WIDTH + 4} {HEIGHT + 4}" role="img">{drawing}</svg>'
     scale = f"{low:.3g} to {high:.3g} · steps {first} to {last}"
     caption = f"{element('b', plain(name))} {element('span', f'{points[-1][2]:.3g}', 'last')}"
     return element("figure", f"<figcaption>{caption}</figcaption>{svg}{element('small', plain(scale))}")
+
+
+def _line(places: str, num_points: int) -> str:
+    """A lone point is drawn as a dot: a line of no length with round ends."""
+    return (
+        f'<polyline points="{places}"/>'
+        if num_points > 1
+        else f'<polyline points="{places} {places}" class="alone"/>'
+    )
 
 
 def _mark(x: float, words: str) -> str:

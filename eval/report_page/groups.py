@@ -3,14 +3,22 @@ earned."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from eval.report_page.text import element, plain
 from megatron_sd.records import StopReason
 
 Record = Mapping[str, Any]  # observability.transcripts.group_record, as JSON brings it back
+# (a rollout's record, its question's) -> what is said of it, by the class that its article gets
+Tags = Callable[[Record, Record], Mapping[str, str]]
 
+LEGEND = (
+    ("policy trained", "policy, in the loss"),
+    ("observed", "environment"),
+    ("block", "hindsight block, teacher only"),
+)
+JUDGED_LEGEND = (("more2", "likelier to the teacher"), ("less2", "less likely"))
 OUTCOMES = {
     "right": "all right",
     "mixed": "mixed",
@@ -42,11 +50,28 @@ def is_failed(rollout: Record) -> bool:
     return StopReason(rollout["stop_reason"]).is_infrastructure
 
 
-def render_group(group: Record, place: str, *, trained: bool) -> str:
+def no_tags(rollout: Record, question: Record) -> Mapping[str, str]:
+    """Nothing is said of any rollout."""
+    return {}
+
+
+def render_legend(groups: Sequence[Record]) -> str:
+    """What the colours of these groups mean."""
+    legend = "".join(element("span", plain(title), kind) for kind, title in LEGEND)
+    legend += "<span><mark>query token</mark></span>"
+    if any(map(has_log_ratios, groups)):
+        legend += "".join(element("span", plain(title), kind) for kind, title in JUDGED_LEGEND)
+    return element("div", legend, "legend")
+
+
+def render_group(
+    group: Record, place: str, *, trained: bool, tags: Tags = no_tags, folds: bool = False
+) -> str:
     """One group, folded: a line with question, gold answers and outcomes; inside, the prompt and the
     rollouts side by side.
 
-    trained: these rollouts went into an update, so that it can be said which tokens the loss saw.
+    trained: these rollouts went into an update, so that it can be said which tokens the loss saw. tags: what
+    is said of a rollout besides. folds: observations are folded, too.
     """
     question, kind = group["question"], outcome(group)
     dots = "".join(element("i", "", f"dot {_mark(rollout)}") for rollout in group["rollouts"])
@@ -59,8 +84,16 @@ def render_group(group: Record, place: str, *, trained: bool) -> str:
         shown += _block(*blocks)
     own_blocks = [rollout["hindsight"] if len(blocks) > 1 else "" for rollout in group["rollouts"]]
     articles = [
-        _rollout(rollout, question["supporting"], own, in_loss=trained and not is_failed(rollout))
+        element(
+            "article",
+            _headline(rollout, said, in_loss=in_loss)
+            + _block(own)
+            + _turns(rollout, question["supporting"], in_loss=in_loss, folds=folds),
+            " ".join((_mark(rollout), *said)),
+        )
         for rollout, own in zip(group["rollouts"], own_blocks)
+        for said in [tags(rollout, question)]
+        for in_loss in [trained and not is_failed(rollout)]
     ]
     return element(
         "details",
@@ -73,7 +106,8 @@ def _block(text: str) -> str:
     return _segment("block", plain(text)) if text else ""
 
 
-def _rollout(rollout: Record, supporting: Sequence[Sequence[str]], block: str, *, in_loss: bool) -> str:
+def _headline(rollout: Record, said: Mapping[str, str], *, in_loss: bool) -> str:
+    """Its answer, how it ended, what is said of it and what it earned."""
     num_sampled = sum(len(turn["completion_ids"]) for turn in rollout["turns"])
     num_read = len(rollout["prompt_ids"]) + sum(len(turn["observation_ids"]) for turn in rollout["turns"])
     facts = (
@@ -82,22 +116,28 @@ def _rollout(rollout: Record, supporting: Sequence[Sequence[str]], block: str, *
     )
     mark = _mark(rollout)
     answer = "none" if rollout["answer"] is None else rollout["answer"]
-    parts = [
-        element(
-            "h3", f"{element('i', '', f'dot {mark}')} rollout {plain(rollout['index'])}: {plain(answer)}"
-        ),
-        element("p", plain(facts), "facts"),
-        _scores(rollout["scores"]),
-        _block(block),
-    ]
+    title = f"{element('i', '', f'dot {mark}')} rollout {plain(rollout['index'])}: {plain(answer)}"
+    told = "".join(element("span", plain(words), "tag") for words in said.values())
+    return (
+        f"{element('h3', title)}{element('p', plain(facts), 'facts')}{element('p', told, 'tags') if told else ''}"
+        f"{_scores(rollout['scores'])}"
+    )
+
+
+def _turns(rollout: Record, supporting: Sequence[Sequence[str]], *, in_loss: bool, folds: bool) -> str:
+    """What was written, found and read, in this order."""
+    parts = []
     for turn in rollout["turns"]:
         if turn["completion_ids"]:
             parts.append(_segment("policy trained" if in_loss else "policy", _completion(turn)))
         if turn["query"] is not None:
             parts.append(_hits(turn["hits"], supporting))
         if turn["observation_text"]:
-            parts.append(_segment("observed", plain(turn["observation_text"])))
-    return element("article", "".join(parts), mark)
+            observed = _segment("observed", plain(turn["observation_text"]))
+            parts.append(
+                element("details", f"<summary>observation</summary>{observed}", "fold") if folds else observed
+            )
+    return "".join(parts)
 
 
 def _mark(rollout: Record) -> str:

@@ -17,3 +17,12 @@ def element(name: str, content: str, kind: str = "") -> str:
     """An element around content that is HTML already; kind: its classes."""
     classes = f' class="{plain(kind)}"' if kind else ""
     return f"<{name}{classes}>{content}</{name}>"
+
+
+def counted(number: int, noun: str) -> str:
+    """A number of things.
+
+    >>> [counted(number, "group") for number in (0, 1, 2)]
+    ['0 groups', '1 group', '2 groups']
+    """
+    return f"{number} {noun}{'' if number == 1 else 's'}"

@@ -21,6 +21,7 @@ OPTIONS: Mapping[str, tuple[str, ...]] = {
     "eval": ("eval.run:EvalConfig",),
     "compare": ("eval.compare:CompareConfig",),
     "report": ("eval.report:ReportConfig",),
+    "watch": ("eval.watch.command:WatchConfig",),
     "credit": ("eval.credit.main:CreditConfig", RANKS),
     "version": (),
     "completion": (),

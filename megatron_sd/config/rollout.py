@@ -150,7 +150,7 @@ class JudgeConfig:
 
     url: str  # of the server, without /v1/chat/completions
     model: str  # its name there
-    prompt: str = _JUDGE_PROMPT
+    prompt: str = _JUDGE_PROMPT  # the one message that it is sent
     key_file: str | None = None  # holds the server's API key
     deadline_s: float = 60.0  # of one request
     tries: int = 3  # of one answer

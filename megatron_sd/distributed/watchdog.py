@@ -22,6 +22,7 @@ from typing import NoReturn, TextIO
 
 import torch.distributed as dist
 
+from megatron_sd.distributed.pulses import PULSES_NAME, RankPulse, keep_written
 from megatron_sd.distributed.world import World
 from megatron_sd.door import STUCK_EXIT_CODE
 
@@ -92,18 +93,29 @@ class Judge:
             f" {self._all(now)}"
         )
 
+    def pulses(self, now: float) -> list[RankPulse]:
+        """Of every rank, as it was last heard."""
+        return [
+            RankPulse(
+                phase=own.report.phase if own.report else "start",
+                waits=own.report is not None and own.report.waits,
+                moved_s=now - own.moved,
+                heard_s=now - own.ticked,
+            )
+            for own in self.seen
+        ]
+
     def _all(self, now: float) -> str:
         parts = []
-        for rank, own in enumerate(self.seen):
-            phase = own.report.phase if own.report else "start"
-            waits = ", waits for others" if own.report and own.report.waits else ""
-            parts.append(f"rank {rank}: {phase}{waits}, moved {now - own.moved:.1f} s ago")
+        for rank, own in enumerate(self.pulses(now)):
+            waits = ", waits for others" if own.waits else ""
+            parts.append(f"rank {rank}: {own.phase}{waits}, moved {own.moved_s:.1f} s ago")
         return "; ".join(parts)
 
 
 class Watchdog:
     """Watches from `start` to `stop`; a timeout of 0 watches nothing. Stacks go to stderr and to
-    directory/rank_N.txt."""
+    directory/rank_N.txt; what ranks were last heard doing, while all is well, to directory/pulses.json."""
 
     def __init__(self, world: World, *, timeout_s: float, directory: Path):
         self._world = world
@@ -125,11 +137,18 @@ class Watchdog:
         self._world.pulse.move("start")
         self._arm()
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+        if self._world.is_first:
+            threading.Thread(target=self._tell, name="pulses", daemon=True).start()
 
     def stop(self) -> None:
         """The run is over, well or not; the process may take its time to end."""
         self._stopped.set()
         faulthandler.cancel_dump_traceback_later()
+
+    def _tell(self) -> None:
+        """What the ranks do, for people; apart from the thread that judges, which no disk may hold up."""
+        path, judge = self._path.with_name(PULSES_NAME), self._judge
+        keep_written(path, lambda: judge.pulses(time.monotonic()), self._stopped, timeout_s=self._timeout_s)
 
     def _own_store(self) -> dist.Store:
         """A connection of the thread's own to the store of the process group."""

@@ -73,7 +73,7 @@ def _tool_metrics(usable: Sequence[Rollout]) -> dict[str, float]:
 
 
 def _length_metrics(usable: Sequence[Rollout]) -> dict[str, float]:
-    queries = [[_fold(query) for query in rollout.queries] for rollout in usable]
+    queries = [[folded_query(query) for query in rollout.queries] for rollout in usable]
     num_queries = sum(map(len, queries))
     num_repeats = sum(len(own) - len(set(own)) for own in queries)
     return {
@@ -161,13 +161,14 @@ def _copy_rates(pairs: Sequence[tuple[RolloutGroup, Rollout]]) -> Mapping[str, f
             siblings = [
                 o for o in group.usable if o is not rollout and (o.scores.f1 > 0) == (label == "correct")
             ]
-            asked = {_fold(query) for other in siblings for query in other.queries}
+            asked = {folded_query(query) for other in siblings for query in other.queries}
             if siblings:
-                flags.extend(_fold(query) in asked for query in rollout.queries)
+                flags.extend(folded_query(query) in asked for query in rollout.queries)
     return {f"distill/copy_rate_{label}": _mean(flags) for label, flags in copied.items() if flags}
 
 
-def _fold(text: str) -> str:
+def folded_query(text: str) -> str:
+    """A query as it is compared with others: upper or lower case and spaces do not count."""
     return " ".join(text.casefold().split())
 
 

@@ -50,7 +50,7 @@ def read_metrics(path: Path) -> dict[int, dict[str, float]]:
     if not path.is_file():
         raise DataError(f"{path} does not exist: expected the metrics.jsonl of a run directory")
     lines = path.read_bytes().splitlines()
-    parsed = [_parse(line) for line in lines]
+    parsed = [parse_line(line) for line in lines]
     steps: dict[int, dict[str, float]] = {}
     for number, row in enumerate(parsed, start=1):
         if row is None:
@@ -71,13 +71,14 @@ def newest_steps(path: Path) -> dict[str, int]:
     file."""
     newest: dict[str, int] = {}
     for line in path.read_bytes().splitlines() if path.is_file() else ():
-        row = _parse(line)
+        row = parse_line(line)
         for name in (row or {}).get("metrics", ()):
             newest[name] = max(newest.get(name, row["step"]), row["step"])
     return newest
 
 
-def _parse(line: bytes) -> dict[str, Any] | None:
+def parse_line(line: bytes) -> dict[str, Any] | None:
+    """The row of a line of metrics.jsonl; None for a line that is none: torn, or changed by hand."""
     try:
         row = json.loads(line)
     except ValueError:

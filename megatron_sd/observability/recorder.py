@@ -10,6 +10,7 @@ from pathlib import Path
 from megatron_sd.config import LogConfig
 from megatron_sd.durable.files import write_whole
 from megatron_sd.observability.metrics_log import METRICS_NAME, MetricsLog, newest_steps
+from megatron_sd.observability.names import CHANGES_NAME, CONFIG_NAME, TRANSCRIPTS_NAME
 from megatron_sd.observability.progress import Progress
 from megatron_sd.observability.sinks.background import Background
 from megatron_sd.observability.sinks.sink import Sink, TrackedRun
@@ -17,10 +18,6 @@ from megatron_sd.observability.sinks.table import open_sinks
 from megatron_sd.observability.sinks.tensorboard import TensorBoard
 from megatron_sd.observability.transcripts import Decode, group_record, render_group
 from megatron_sd.records import RolloutGroup
-
-CONFIG_NAME = "config.yaml"
-CHANGES_NAME = "plan_changes.jsonl"
-TRANSCRIPTS_NAME = "transcripts"
 
 
 class Recorder:

@@ -50,7 +50,7 @@ class _Case:
     key: str
 
 
-class Judge:
+class AnswerJudge:
     """A judge and the file of what it said. Processes may share the file: one asks while the others wait."""
 
     def __init__(self, config: JudgeConfig, store: Path) -> None:

@@ -24,7 +24,7 @@ from megatron_sd.errors import RetrievalError
 from megatron_sd.own_code.example_rollouts import example_groups
 from megatron_sd.own_code.seam import Seam, fault_of_number
 from megatron_sd.records import Question, Rollout, RolloutGroup, Scores, StopReason
-from megatron_sd.search.judge import GivenAnswer, Judge
+from megatron_sd.search.judge import AnswerJudge, GivenAnswer
 from megatron_sd.search.native_calls import UnreadableCallError, read_call
 from megatron_sd.search.reward_shapes import REWARD_SHAPES, RewardParts, overlong_penalty
 
@@ -328,5 +328,5 @@ def _verdicts(groups: Sequence[RolloutGroup], config: RewardConfig) -> list[floa
 
 
 @functools.cache
-def _judge(config: RewardJudgeConfig) -> Judge:
-    return Judge(config, Path(config.store))
+def _judge(config: RewardJudgeConfig) -> AnswerJudge:
+    return AnswerJudge(config, Path(config.store))

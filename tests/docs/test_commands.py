@@ -19,7 +19,12 @@ from megatron_sd.errors import ConfigError
 from megatron_sd.sft_config import SftConfig
 
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
-POSITIONAL = {"compare": ("first", "second"), "report": ("run_dir",), "push": ("model",)}
+POSITIONAL = {
+    "compare": ("first", "second"),
+    "report": ("run_dir",),
+    "watch": ("run_dir",),
+    "push": ("model",),
+}
 # a page may leave keys to the reader, or to a file of the reader's
 LEFT_OUT = "missing from the configuration"
 

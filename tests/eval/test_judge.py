@@ -16,7 +16,7 @@ from megatron_sd.config.command_line import parse
 from megatron_sd.errors import ConfigError, DataError, RetrievalError
 from megatron_sd.observability.progress import SILENT
 from megatron_sd.records import RolloutGroup, StopReason
-from megatron_sd.search.judge import GivenAnswer, Judge, verdict_of
+from megatron_sd.search.judge import AnswerJudge, GivenAnswer, verdict_of
 from megatron_sd.search.reward import score
 from tests.builders import question, rollout
 
@@ -229,7 +229,7 @@ def test_ranks_ask_once_between_them(start, tmp_path):
     server = start({str(n): "yes" for n in range(8)})
     config = judged_reward(server, tmp_path)
     groups = groups_of(*map(str, range(8)))
-    ranks = [Judge(config.judge, tmp_path / "judged.jsonl") for _ in range(3)]
+    ranks = [AnswerJudge(config.judge, tmp_path / "judged.jsonl") for _ in range(3)]
     answers = [
         GivenAnswer(question="who?", golden_answers=("lead",), answer=own.answer)
         for own in groups[0].rollouts

@@ -222,7 +222,7 @@ def test_curves_of_several_seeds_have_a_band():
     assert '<polygon points="0.0,0.0 240.0,0.0 240.0,0.0 0.0,72.0"/>' in first
     assert "0 to 1 · steps 1 to 3" in first
     constant, _ = render_curves([{5: {"reward/em": 0.5}, 6: {"reward/em": float("nan")}}])
-    assert '<polyline points="0.0,36.0"/>' in constant
+    assert '<polyline points="0.0,36.0 0.0,36.0" class="alone"/>' in constant, "a dot"
     long, _ = render_curves([{step: {"reward/mean": float(step)} for step in range(1, 1001)}])
     assert long.count(",") < 1000
     assert "steps 6 to 1000" in long, "the last step is always there"

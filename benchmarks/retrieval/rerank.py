@@ -30,7 +30,7 @@ from megatron_sd.retrieval.corpus.directory import CorpusRetriever
 from megatron_sd.search.questions import load_questions
 
 TOP_K, MAX_TOKENS = 3, 192
-MINED, NEGATIVES = 20, 5  # passages that BM25 finds of a question, and those of them that are read with it
+MINED, NEGATIVES = 20, 3  # passages that BM25 finds of a question, and those of them that are read with it
 BATCH, LEARNING_RATE, WARMUP = 24, 5e-5, 40
 
 Pair = tuple[str, Passage, float]

@@ -38,6 +38,10 @@ class Reranker:
             self._tokenizer = AutoTokenizer.from_pretrained(path, **options)
             weights = {"use_safetensors": True, "dtype": getattr(torch, config.dtype)}
             model = load_whole(AutoModelForSequenceClassification, path, weights, key=KEY)
+        except DataError as error:
+            raise DataError(
+                f"{error}; expected a cross-encoder: a classifier of query and passage"
+            ) from error
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise DataError(
                 f"{KEY}: {path} cannot be loaded ({str(error).strip().splitlines()[0]}); expected a tokenizer,"

@@ -40,6 +40,11 @@ class ChatTemplate:
     read an argument."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, given: ChatArguments):
+        if not tokenizer.chat_template and given.tools:
+            raise ConfigError(
+                "protocol.preset: the tokenizer has no chat template, expected that of a model that was trained to call"
+                " functions: choose a protocol.preset with tags of its own"
+            )
         if not tokenizer.chat_template:
             raise ConfigError(
                 "protocol.chat_template is true but the tokenizer has no chat template; set it to false"

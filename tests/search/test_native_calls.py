@@ -250,7 +250,7 @@ def test_whole_rollouts_call_and_go_on(monkeypatch):
 @pytest.mark.parametrize(
     ("template", "words"),
     [
-        (None, "the tokenizer has no chat template"),
+        (None, "protocol.preset: the tokenizer has no chat template, expected that of a model"),
         (
             "{{ messages[0].content }}",
             "chat template reads no tools, expected one of a model that was trained",

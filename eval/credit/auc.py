@@ -21,10 +21,11 @@ from eval.gate.lift import Estimate, bootstrap_mean
 Score = Callable[[QueryCredit], float]
 
 GROUP_KINDS = ("all", "mixed", "all_wrong", "all_right")
+POSITION = "earlier_is_better"  # what position alone would give
 SCORES: Mapping[str, Score] = {
     "log_ratio": lambda query: query.log_ratio,
     "jsd": lambda query: query.jsd,
-    "earlier_is_better": lambda query: -float(query.number),
+    POSITION: lambda query: -float(query.number),
 }
 
 
@@ -67,11 +68,14 @@ def _shown(area: Estimate) -> str:
 def credit_table(queries: Sequence[QueryCredit], *, num_resamples: int, seed: int) -> CreditTable:
     """All figures. Queries of which nobody knows whether they hit take no part in the areas."""
     known = [query for query in queries if query.hit is not None]
+    scores = dict(SCORES)
+    if known and all(query.usefulness is not None for query in known):
+        scores["usefulness"] = lambda query: query.usefulness or 0.0
 
     def estimates(cut: Callable[[Iterable[QueryCredit]], list[list[QueryCredit]]], names: Sequence[str]):
         return {
             kind: {
-                name: _mean_auc(cut(_of_kind(known, kind)), SCORES[name], num_resamples, seed)
+                name: _mean_auc(cut(_of_kind(known, kind)), scores[name], num_resamples, seed)
                 for name in names
             }
             for kind in GROUP_KINDS
@@ -83,8 +87,8 @@ def credit_table(queries: Sequence[QueryCredit], *, num_resamples: int, seed: in
         hit_share=_share(query.hit for query in known),
         leak_share=_share(query.leak for query in queries),
         copy_share=_share(query.copy for query in queries),
-        within=estimates(by_rollout, list(SCORES)),
-        matched=estimates(by_place, ["log_ratio", "jsd"]),
+        within=estimates(by_rollout, list(scores)),
+        matched=estimates(by_place, [name for name in scores if name != POSITION]),
     )
 
 

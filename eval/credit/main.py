@@ -24,6 +24,7 @@ from eval.credit.queries import QueryCredit
 from eval.credit.scorer import ScoreOptions, score_group
 from eval.credit.store import Scored
 from eval.credit.transcripts import read_groups
+from eval.credit.usefulness import usefulness_of_group
 from eval.gate.lift import rounded
 from eval.identity import claim, model_version, own_code
 from megatron_sd.algorithm.blocks import BLOCK_SEAM, BLOCKS, BY_TURN
@@ -70,6 +71,8 @@ class CreditConfig:
     num_resamples: int = 2000
     seed: int = 0  # of the bootstrap
     batch_tokens: int = 8192
+    # how much likelier each search's result makes the gold answer, too (Toolformer): three more forwards a search
+    usefulness: bool = False
     protocol: ProtocolConfig = field(default_factory=ProtocolConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
 
@@ -134,7 +137,7 @@ def credit(config: CreditConfig, world: World | None = None) -> CreditTable:
 
 def _begin(config: CreditConfig, groups: Sequence[RolloutGroup], store: Scored) -> None:
     """Make the output this scoring's, or go on with it."""
-    names = ("block", "block_format", "correct_above", "beta", "temperature", "seed")
+    names = ("block", "block_format", "correct_above", "beta", "temperature", "seed", "usefulness")
     identity = {
         "credit": {name: getattr(config, name) for name in names},
         "transcripts_version": file_entry(Path(config.transcripts)).xxh3_128,
@@ -177,10 +180,14 @@ def _score_missing(
     with Work(sys.stderr if world.is_first else None).on("credit", len(mine), "groups") as task:
         for number in mine:
             group = groups[number]
-            store.keep(
-                number,
-                score_group(model, environment, group, _blocks(groups, number, config), options=options),
-            )
+            credits = score_group(model, environment, group, _blocks(groups, number, config), options=options)
+            if config.usefulness:
+                useful = usefulness_of_group(model, environment, group, config.batch_tokens)
+                credits = [
+                    dataclasses.replace(own, usefulness=useful.get((own.rollout, own.number)))
+                    for own in credits
+                ]
+            store.keep(number, credits)
             task.add(done=1, tokens=sum(rollout.num_tokens for rollout in group.rollouts))
 
 

@@ -33,7 +33,7 @@ class ScoreOptions:
     batch_tokens: int = 8192
 
 
-class Reading(NamedTuple):
+class RowsToRead(NamedTuple):
     """A sequence and the positions whose next token is asked for: ids [L], positions [Q], int64."""
 
     ids: np.ndarray
@@ -72,17 +72,17 @@ def score_group(
     return credits
 
 
-def _student(sample: TrainingSample) -> Reading:
-    return Reading(sample.ids, sample.query_positions - 1)
+def _student(sample: TrainingSample) -> RowsToRead:
+    return RowsToRead(sample.ids, sample.query_positions - 1)
 
 
-def _teacher(sample: TrainingSample) -> Reading:
+def _teacher(sample: TrainingSample) -> RowsToRead:
     (view,) = sample.teacher_views
     ids = np.concatenate([np.array(view.prompt_ids[:-1], dtype=np.int64), view.continuation])
-    return Reading(ids, len(view.prompt_ids) - 1 + view.offsets)
+    return RowsToRead(ids, len(view.prompt_ids) - 1 + view.offsets)
 
 
-def hidden_rows(model: PreTrainedModel, readings: Sequence[Reading], batch_tokens: int) -> list[Tensor]:
+def hidden_rows(model: PreTrainedModel, readings: Sequence[RowsToRead], batch_tokens: int) -> list[Tensor]:
     """[Q, H] of each reading, before the head. Readings of like lengths share a forward of at most
     `batch_tokens` padded tokens (one that is longer has its own); what pads a sequence stands behind it,
     where causal attention does not look."""

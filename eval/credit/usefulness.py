@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from eval.credit.scorer import Reading, hidden_rows
+from eval.credit.scorer import RowsToRead, hidden_rows
 from megatron_sd.records import Rollout, RolloutGroup, TokenIds
 from megatron_sd.search.environment import Environment
 
@@ -64,6 +64,6 @@ def _contexts(rollout: Rollout, environment: Environment) -> Iterator[tuple[Toke
         before = after
 
 
-def _reading(context: TokenIds, answer: TokenIds) -> Reading:
+def _reading(context: TokenIds, answer: TokenIds) -> RowsToRead:
     ids = np.array((*context, *answer), dtype=np.int64)
-    return Reading(ids, np.arange(len(context) - 1, len(ids) - 1))
+    return RowsToRead(ids, np.arange(len(context) - 1, len(ids) - 1))

@@ -27,12 +27,19 @@ from eval.strategies.runner import Strategy
 from eval.strategies.table import build_strategy, form_of
 from eval.summary import dumps, summarize, to_markdown
 from megatron_sd.build import RolloutSide, build_rollout_side
-from megatron_sd.config import ModelConfig, ProtocolConfig, RetrieverConfig, RewardConfig, RolloutConfig
+from megatron_sd.config import (
+    JudgeConfig,
+    ModelConfig,
+    ProtocolConfig,
+    RetrieverConfig,
+    RewardConfig,
+    RolloutConfig,
+)
 from megatron_sd.config.command_line import parse
 from megatron_sd.config.ranges import check_ranges
 from megatron_sd.durable.files import append_lines, cut_torn_line
 from megatron_sd.durable.run_lock import hold
-from megatron_sd.errors import RolloutError
+from megatron_sd.errors import ConfigError, RolloutError
 from megatron_sd.observability.transcripts import group_record, render_group
 from megatron_sd.records import Question, RolloutGroup
 from megatron_sd.search.questions import load_questions
@@ -96,6 +103,8 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
 
 def _evaluate(config: EvalConfig, output: Path) -> dict[str, Any]:
     own_scores(config.reward)  # what does not fit fails before a model is loaded
+    if config.judge is not None and config.reward.judge is not None:
+        raise ConfigError("judge, reward.judge: found both, expected one: both give the figure `judge`")
     # what cannot be written fails before the rollouts
     (output / TRANSCRIPTS).parent.mkdir(parents=True, exist_ok=True)
     questions = load_questions(config.questions, config.split, config.limit)
@@ -134,6 +143,13 @@ def _judge(
     return judged
 
 
+def _judged_by(judge: JudgeConfig | None) -> dict[str, Any]:
+    """What a judge that rewards has to be for two runs to be one evaluation."""
+    if judge is None:
+        return {}
+    return {"reward_judge": {name: getattr(judge, name) for name in ("model", "prompt", "max_tokens")}}
+
+
 def _identity(config: EvalConfig, questions: Sequence[Question], side: RolloutSide) -> dict[str, Any]:
     """What two runs must have in common to be one evaluation. A greedy one has no temperature."""
     sampling = (
@@ -145,6 +161,7 @@ def _identity(config: EvalConfig, questions: Sequence[Question], side: RolloutSi
         "num_questions": len(questions),
         "num_samples": config.num_samples,
         **sampling,
+        **_judged_by(config.reward.judge),
         **rollouts_identity(
             config.model,
             config.retriever,

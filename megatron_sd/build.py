@@ -34,7 +34,7 @@ from megatron_sd.config import (
 )
 from megatron_sd.config.checks import engine_reads_policy
 from megatron_sd.config.load import dump
-from megatron_sd.distributed.collectives import shared_out
+from megatron_sd.distributed.collectives import each, shared_out
 from megatron_sd.distributed.parallel import Parallel
 from megatron_sd.distributed.watchdog import Watchdog
 from megatron_sd.distributed.world import World, lone_world
@@ -356,10 +356,8 @@ def greedy_evaluation(config: Config, world: World, side: RolloutSide) -> Callab
     questions = load_questions(config.data.eval, config.data.eval_split, config.data.max_eval_questions)
 
     def evaluate(step: int) -> dict[str, float]:
-        groups = score(
-            shared_out(world, questions, lambda mine: side.rollouter.run(mine, step=step, greedy=True)),
-            config.reward,
-        )
+        sampled = shared_out(world, questions, lambda mine: side.rollouter.run(mine, step=step, greedy=True))
+        groups = each(world, lambda: score(sampled, config.reward))
         return {f"eval/{name}": value for name, value in rollout_metrics(groups).items()}
 
     return evaluate

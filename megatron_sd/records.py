@@ -27,11 +27,17 @@ class StopReason(StrEnum):
     RETRIEVAL_FAILED = "retrieval_failed"  # infrastructure: the retriever gave up
     ENGINE_FAILED = "engine_failed"  # infrastructure: the engine returned nothing
     TOOL_FAILED = "tool_failed"  # infrastructure: a tool raised or took too long
+    JUDGE_FAILED = "judge_failed"  # infrastructure: the judge whose verdict is the reward said nothing of it
 
     @property
     def is_infrastructure(self) -> bool:
         """True when the rollout is no data: it leaves the loss and the group baseline, and is counted."""
-        return self in (StopReason.RETRIEVAL_FAILED, StopReason.ENGINE_FAILED, StopReason.TOOL_FAILED)
+        return self in (
+            StopReason.RETRIEVAL_FAILED,
+            StopReason.ENGINE_FAILED,
+            StopReason.TOOL_FAILED,
+            StopReason.JUDGE_FAILED,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

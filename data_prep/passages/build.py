@@ -20,6 +20,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import xxhash
+
 from data_prep.passages.index import IndexConfig, build_index
 from data_prep.passages.index_sizes import IndexSizesConfig, estimates, passages_gb, text_gb, vectors_gb
 from data_prep.passages.sourced import SourcedPassage
@@ -42,6 +44,7 @@ from megatron_sd.retrieval.corpus.encoder import Encoder, choose_device
 
 PLAN_NAME = "build.json"
 SAMPLED_ROWS, ENCODED_ROWS = 5_000, 128
+LOOKED_AT_BYTES = 1 << 20  # of each end of a file
 IMPORTED_PER_S = 10_000  # passages of 100 words: docs/retrieval.md
 COMPRESSION = 3.0  # of text, where nothing says it
 NOT_OF_THE_CORPUS = ("output", "devices", "dry_run", "serve", "port")
@@ -203,6 +206,11 @@ def _begin(output: Path, config: BuildConfig) -> None:
     """Note what the parts are made from, or check that they were made from the same."""
     told = dataclasses.asdict(config)
     begun = {name: value for name, value in told.items() if name not in NOT_OF_THE_CORPUS}
+    begun["contents"] = {
+        name: _contents(Path(path))
+        for name, path in (("input", config.input), ("encoder", config.encoder))
+        if path
+    }
     text = json.dumps(begun, indent=1) + "\n"
     plan = output / PLAN_NAME
     if plan.exists() and plan.read_text(encoding="utf-8") != text:
@@ -213,6 +221,21 @@ def _begin(output: Path, config: BuildConfig) -> None:
         )
     output.mkdir(parents=True, exist_ok=True)
     write_whole(plan, text)
+
+
+def _contents(path: Path) -> str:
+    """Of the sizes of all files and of what they begin and end with: a changed corpus is told without reading all
+    of it."""
+    digest = xxhash.xxh3_128()
+    for own in [path] if path.is_file() else sorted(one for one in path.rglob("*") if one.is_file()):
+        size = own.stat().st_size
+        name = own.name if own == path else own.relative_to(path)
+        digest.update(f"{name} {size}\n".encode())
+        with open(own, "rb") as handle:
+            digest.update(handle.read(LOOKED_AT_BYTES))
+            handle.seek(max(0, size - LOOKED_AT_BYTES))
+            digest.update(handle.read())
+    return digest.hexdigest()
 
 
 def _refuse_small_disk(output: Path, found: Forecast) -> None:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.samples import read_lines
-from megatron_sd.errors import DataError
+from megatron_sd.errors import ConfigError, DataError
 from megatron_sd.records import Hit, Passage, Question, Rollout, RolloutGroup, StopReason, Turn
 from megatron_sd.rollout.stored import rollout_of
 from megatron_sd.search.environment import Environment
@@ -158,7 +158,12 @@ def _question(record: Mapping[str, Any], place: str) -> Question:
 
 def _rollout(question: Question, response: str, index: int, environment: Environment) -> Rollout:
     """Completions and observations of a text: what the information tags enclose was not written by the
-    policy."""
+    policy. Raises ConfigError beside native calls, whose chat is more than tags."""
+    if environment.protocol.native_calls:
+        raise ConfigError(
+            "protocol.preset: found one of native calls with transcripts that are text, expected those of training or of"
+            " `sd-search eval`, whose token ids say what the policy wrote"
+        )
     opening, closing = map(re.escape, environment.protocol.information_tags)
     messages = [_RETRY_MESSAGE, *filter(None, [re.escape(environment.protocol.invalid_action_message)])]
     written = "|".join([rf"\s*{opening}.*?(?:{closing}\s*|\Z)", *messages])

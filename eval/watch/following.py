@@ -197,7 +197,7 @@ def read_records(content: bytes) -> tuple[list[dict[str, Any]], int]:
     for line in whole:
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             record = None
         if isinstance(record, dict):
             records.append(record)

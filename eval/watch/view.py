@@ -93,7 +93,10 @@ class _Settings:
             status = self._path.stat()
             mark = (status.st_ino, status.st_mtime_ns)
             if mark != self._mark:
-                self._known, self._mark = _settings(self._path.read_text(encoding="utf-8")), mark
+                self._known, self._mark = (
+                    _settings(self._path.read_text(encoding="utf-8", errors="replace")),
+                    mark,
+                )
         except FileNotFoundError:
             self._known, self._mark = {}, (0, 0)
         return self._known

@@ -111,10 +111,6 @@ def _check_attempts(config: Config) -> None:
 
 
 def _check_reward(reward: RewardConfig) -> None:
-    if reward.answer == "judge" and reward.judge is None:
-        raise ConfigError(
-            "reward.answer: found judge without reward.judge, expected its url, model and store"
-        )
     if reward.overlong_buffer > reward.overlong_limit:
         raise ConfigError(
             f"reward.overlong_limit: found {reward.overlong_limit} with reward.overlong_buffer"

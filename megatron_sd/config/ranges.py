@@ -149,6 +149,7 @@ _RANGES: dict[str, tuple[str, ...]] = {
         "rollout.keep_range",
         "data.pass_range",
         "judge.max_failed_share",
+        "reward.judge.max_failed_share",
         "rollout.vllm.gpu_memory_share",
         "optimizer.betas",
         "optimizer.final_ratio",

@@ -167,10 +167,11 @@ class JudgeConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RewardJudgeConfig(JudgeConfig):
-    """A judge whose verdicts are rewards: what it said is kept, so that a run that goes on has the same ones. An
-    answer that could not be judged ends the run, which then goes on."""
+    """A judge whose verdicts are rewards: what it said is kept, so that a run that goes on has the same ones."""
 
-    store: str  # a JSONL file of what was judged; runs may share it
+    store: str  # a JSONL file of what was judged; ranks and runs share it
+    # of a step's answers: those without a verdict are no data; with more the run is saved and ends
+    max_failed_share: float = 0.05
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,3 +196,9 @@ class RewardConfig:
     retrieval: float = 0.0  # of structured: a gold answer was found, in a valid form
     overlong_limit: int = 0  # sampled tokens at which a rollout loses 1
     overlong_buffer: int = 0  # over how many tokens before that the loss grows; 0: none
+
+    def __post_init__(self) -> None:
+        if self.answer == "judge" and self.judge is None:
+            raise ConfigError(
+                "reward.answer: found judge without reward.judge, expected its url, model and store"
+            )

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import xxhash
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from megatron_sd.config import RerankConfig
@@ -14,6 +15,7 @@ from megatron_sd.errors import ConfigError, DataError
 from megatron_sd.pretrained.loading import load_whole
 from megatron_sd.records import Hit, Passage
 from megatron_sd.retrieval.corpus.encoder_files import positions_of
+from megatron_sd.retrieval.corpus.manifest import file_entry
 
 KEY = "search.rerank.model"
 
@@ -21,7 +23,8 @@ KEY = "search.rerank.model"
 class Reranker:
     """Any local sequence classifier of query and passage with one score, or with the classes "does not fit"
     and "fits" (ms-marco MiniLM, BGE, monoBERT, ...). Nothing of the directory's code runs. One object serves
-    one thread. `depth`: hits of a query that it should be given.
+    one thread. `depth`: hits of a query that it should be given;
+    `digest`: of all that its order depends on.
 
     Raises DataError for a directory that holds none that can be loaded safely, ConfigError for a format of
     passages with other fields.
@@ -56,6 +59,7 @@ class Reranker:
         self._model = model.to(device).eval()
         self._config = config
         self.depth = config.depth
+        self.digest = _digest(config, path)
         self._device = device
         self._tokenizer.padding_side = "right"
         if self._tokenizer.pad_token is None:
@@ -104,6 +108,15 @@ class Reranker:
 
     def _text(self, passage: Passage) -> str:
         return self._config.passage_format.format(title=passage.title, text=passage.text)
+
+
+def _digest(config: RerankConfig, path: Path) -> str:
+    """Of the model's files and of how they are used."""
+    told = [f"{config.depth} {config.passage_format!r} {config.max_tokens} {config.dtype}"]
+    for own in sorted(path.glob("*")):
+        if own.suffix in (".json", ".safetensors", ".txt", ".model"):
+            told.append(f"{own.name} {file_entry(own).xxh3_128}")
+    return xxhash.xxh3_128_hexdigest("\n".join(told).encode())
 
 
 def _refuse(config: RerankConfig, positions: int | None, path: Path) -> None:

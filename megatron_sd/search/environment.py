@@ -215,7 +215,7 @@ def _in_chat(protocol: Protocol, chat: ChatTemplate | None, limits: RolloutConfi
             chat.message_frame()
         )
         protocol = replace(protocol, information_format=result, invalid_action_message=message)
-    if limits.attempts > 1:
+    if limits.attempts > 1 and protocol.reflection_message:
         protocol = replace(
             protocol, reflection_message=protocol.reflection_message.strip().join(chat.message_frame())
         )

@@ -22,6 +22,8 @@ from megatron_sd.durable.shared_lines import SharedLines
 from megatron_sd.errors import ConfigError, DataError, RetrievalError
 from megatron_sd.observability.progress import Task
 
+_AGAIN = "Reply with one word: yes or no."
+_CUT = "... (cut at judge.max_tokens)"  # stands behind a reply that came to no end
 _RETRIED = frozenset({408, 409, 425, 429})  # beside what the server's side got wrong
 
 
@@ -56,7 +58,7 @@ class AnswerJudge:
     def __init__(self, config: JudgeConfig, store: Path) -> None:
         self._config = config
         self._lines = SharedLines(store)
-        self._known: dict[str, float] = {}
+        self._known: dict[str, float | None] = {}  # None: it was settled that there is no verdict
 
     def verdicts(self, answers: Sequence[GivenAnswer], task: Task | None = None) -> Verdicts:
         """task: counts the answers that are asked. Raises DataError for judgements that cannot be read,
@@ -73,27 +75,48 @@ class AnswerJudge:
         for line in self._lines.new():
             try:
                 record = json.loads(line)
-                self._known[record["key"]] = float(record["judge"])
+                said = record["judge"]
+                self._known.setdefault(record["key"], None if said is None else float(said))
             except (ValueError, KeyError, TypeError) as error:
                 raise DataError(
                     f"{self._lines.path}: found {line[:80]!r} from byte {self._lines.read_bytes} on, which is no"
                     f" judgement ({type(error).__name__}: {error}): remove the line; its answer is judged again"
                 ) from error
 
+    def settle(self, answers: Sequence[GivenAnswer]) -> Verdicts:
+        """Note of those without a verdict that they shall have none, so that whoever asks again, on any rank or
+        after a restart, finds the same; what another process heard meanwhile stands."""
+        cases = [_case(answer, self._config) for answer in answers]
+        with self._lines.locked():
+            self._read()
+            without = {case.key for case in cases if case.key not in self._known}
+            self._lines.add(
+                {"key": key, "judge": None, "model": self._config.model} for key in sorted(without)
+            )
+            self._read()
+        return Verdicts(found=tuple(self._known[case.key] for case in cases), failures=())
+
     async def _ask_all(self, cases: Sequence[_Case], task: Task | None) -> list[str]:
-        """Adds to the file what is said; returns why some could not be judged."""
-        config, failures = self._config, []
+        """Adds to the file what is said; returns why some could not be judged. A judge that has failed for as many
+        as may be asked at one time, and answered nobody, is not asked any more."""
+        config = self._config
+        failures: list[str] = []
+        num_judged = 0
         at_one_time = asyncio.Semaphore(config.max_concurrent)
         headers = {} if config.key_file is None else {"authorization": f"Bearer {_key_of(config.key_file)}"}
 
         async def ask(http: httpx.AsyncClient, case: _Case) -> None:
+            nonlocal num_judged
             async with at_one_time:
+                if num_judged == 0 and len(failures) >= config.max_concurrent:
+                    failures.append("judge: not asked, since it has answered nothing so far")
+                    return
                 try:
-                    reply = await _reply(http, case, config)
-                    verdict = verdict_of(reply)
+                    reply, verdict = await _judged(http, case, config)
                 except RetrievalError as error:
                     failures.append(str(error))
                     return
+            num_judged += 1
             self._lines.add([{"key": case.key, "judge": verdict, "model": config.model, "reply": reply}])
             if task is not None:
                 task.add(done=1)
@@ -109,6 +132,8 @@ def _case(answer: GivenAnswer, config: JudgeConfig) -> _Case:
         "golden_answers": "\n".join(answer.golden_answers),
         "answer": answer.answer,
     }
+    # a lone surrogate, which no request can hold, becomes a question mark
+    fields = {name: text.encode("utf-8", errors="replace").decode() for name, text in fields.items()}
     text = re.sub(r"\{(\w+)\}", lambda found: fields.get(found[1], found[0]), config.prompt)
     messages = ({"role": "user", "content": text},)
     seen = json.dumps([config.model, messages, config.max_tokens])
@@ -124,12 +149,24 @@ def _key_of(path: str) -> str:
         ) from error
 
 
-async def _reply(http: httpx.AsyncClient, case: _Case, config: JudgeConfig) -> str:
+async def _judged(http: httpx.AsyncClient, case: _Case, config: JudgeConfig) -> tuple[str, float]:
+    """(reply, verdict). A reply that is none is asked for once more, with what is wanted said again. Raises
+    RetrievalError, ConfigError."""
+    reply = await _reply(http, case.messages, config)
+    try:
+        return reply, verdict_of(reply)
+    except RetrievalError:
+        again = ({"role": "assistant", "content": reply}, {"role": "user", "content": _AGAIN})
+        reply = await _reply(http, (*case.messages, *again), config)
+        return reply, verdict_of(reply)
+
+
+async def _reply(http: httpx.AsyncClient, messages: Sequence[Mapping[str, str]], config: JudgeConfig) -> str:
     """Raises RetrievalError when no try was answered, ConfigError when the server will never answer this."""
     url = f"{config.url.rstrip('/').removesuffix('/v1')}/v1/chat/completions"
     body = {
         "model": config.model,
-        "messages": case.messages,
+        "messages": messages,
         "temperature": 0,
         "max_tokens": config.max_tokens,
     }
@@ -154,16 +191,20 @@ async def _reply(http: httpx.AsyncClient, case: _Case, config: JudgeConfig) -> s
 
 def _text_of(answer: httpx.Response) -> str:
     try:
-        return str(answer.json()["choices"][0]["message"]["content"])
+        choice = answer.json()["choices"][0]
+        if choice.get("finish_reason") == "length":
+            return f"{choice['message']['content']} {_CUT}"
+        return str(choice["message"]["content"])
     except (ValueError, KeyError, IndexError, TypeError) as error:
         raise RetrievalError(f"judge: found {answer.text[:200]!r}, expected a chat completion") from error
 
 
 def verdict_of(reply: str) -> float:
-    """1.0 for yes, 0.0 for no, thoughts left out. Raises RetrievalError for a reply that says neither, or
-    both."""
-    words = re.findall(r"\w+", re.sub(r"<think>.*?</think>", "", reply, flags=re.DOTALL).lower())
-    said = {word for word in words if word in ("yes", "no")}
-    if len(said) != 1:
+    """1.0 for yes, 0.0 for no, as the reply's first or last word, thoughts left out. Raises RetrievalError for a
+    reply that begins and ends otherwise, says both, or was cut."""
+    said_at_last = reply.rpartition("</think>")[2]
+    words = re.findall(r"\w+", said_at_last.lower())
+    said = {word for word in (*words[:1], *words[-1:]) if word in ("yes", "no")}
+    if len(said) != 1 or "<think>" in said_at_last or reply.endswith(_CUT):
         raise RetrievalError(f"judge: replied {reply[:200]!r}, expected yes or no")
     return float(said == {"yes"})

@@ -80,6 +80,10 @@ _NATIVE_RETRY = (
     "That was neither a call of a function nor an answer. Call search, or write the answer between {answer_open}"
     " and {answer_close}."
 )
+_NATIVE_REFLECTION = (
+    "Look at this answer again. What speaks against it, and what was not looked up? Call search again where that"
+    " helps, then write the answer that you hold to be right between {answer_open} and {answer_close}."
+)
 _NATIVE_RULES = (
     "Answer each question. Look up what it needs with the search function: one call a message, one fact a call, and"
     " before it a sentence about what you know and what you need. When you know enough, write the answer alone, in a"
@@ -241,6 +245,7 @@ PRESETS: dict[str, Protocol] = {
         think_tags=_tag("think"),
         passage_format='Doc {rank}(Title: "{title}") {text}\n',
         invalid_action_message=_NATIVE_RETRY,
+        reflection_message=_NATIVE_REFLECTION,
         strips_passages=True,
         keeps_line_breaks=True,
         chat_template=True,

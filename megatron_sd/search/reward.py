@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from megatron_sd.config import RewardConfig, RewardJudgeConfig
 from megatron_sd.config.own_function import OwnFunction
-from megatron_sd.errors import RetrievalError
+from megatron_sd.errors import RolloutError
 from megatron_sd.own_code.example_rollouts import example_groups
 from megatron_sd.own_code.seam import Seam, fault_of_number
 from megatron_sd.records import Question, Rollout, RolloutGroup, Scores, StopReason
@@ -293,18 +293,23 @@ def _holds_gold(text: str, golden_answers: Sequence[str], normalize: Normalizer)
 
 def score(groups: Sequence[RolloutGroup], config: RewardConfig) -> list[RolloutGroup]:
     """The groups with `Rollout.scores` filled in, infrastructure failures (which `RolloutGroup.usable`
-    leaves out) included. Raises RetrievalError when a judge cannot say of every answer."""
+    leaves out) included. An answer of which the judge says nothing makes its rollout no data (judge_failed). Raises
+    RolloutError when there are too many of these."""
     verdicts = iter(_verdicts(groups, config))
     return [
         dataclasses.replace(
             group,
-            rollouts=tuple(
-                dataclasses.replace(r, scores=score_rollout(r, group, config, next(verdicts)))
-                for r in group.rollouts
-            ),
+            rollouts=tuple(_scored(r, group, config, verdict=next(verdicts)) for r in group.rollouts),
         )
         for group in groups
     ]
+
+
+def _scored(rollout: Rollout, group: RolloutGroup, config: RewardConfig, *, verdict: float | None) -> Rollout:
+    if config.judge is not None and verdict is None and not rollout.stop_reason.is_infrastructure:
+        rollout = dataclasses.replace(rollout, stop_reason=StopReason.JUDGE_FAILED)
+        verdict = 0.0  # of no data
+    return dataclasses.replace(rollout, scores=score_rollout(rollout, group, config, verdict))
 
 
 def _verdicts(groups: Sequence[RolloutGroup], config: RewardConfig) -> list[float | None]:
@@ -317,13 +322,16 @@ def _verdicts(groups: Sequence[RolloutGroup], config: RewardConfig) -> list[floa
         for asked, rollout in rollouts
         if rollout.answer is not None
     ]
-    verdicts = _judge(config.judge).verdicts(answers)
-    if verdicts.failures:
-        raise RetrievalError(
-            f"reward.judge: {len(verdicts.failures)} of {len(answers)} answers could not be judged; the first cause:"
-            f" {verdicts.failures[0]}; what was judged is kept: start the run again"
+    judge = _judge(config.judge)
+    verdicts = judge.verdicts(answers)
+    without = sum(one is None for one in verdicts.found)
+    if without > config.judge.max_failed_share * len(answers):
+        raise RolloutError(
+            f"reward.judge: {without} of {len(answers)} answers could not be judged, expected at most"
+            f" {config.judge.max_failed_share:.0%} (reward.judge.max_failed_share); the first cause:"
+            f" {(*verdicts.failures, 'settled before')[0]}; what was judged is kept: start the run again"
         )
-    found = iter(verdicts.found)
+    found = iter(judge.settle(answers).found if without else verdicts.found)
     return [0.0 if rollout.answer is None else next(found) for _, rollout in rollouts]
 
 

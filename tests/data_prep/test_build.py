@@ -75,6 +75,14 @@ def test_a_build_goes_on_after_the_parts_that_are_there(texts, tmp_path, monkeyp
         build(BuildConfig(input=str(texts), output=str(tmp_path / "out"), license="MIT"), print)
 
 
+def test_a_changed_input_is_no_corpus_that_is_there(texts, tmp_path):
+    config = BuildConfig(input=str(texts), output=str(tmp_path / "out"))
+    build(config, print)
+    texts.write_text(texts.read_text().replace("number 7 ", "number 8 "))
+    with pytest.raises(DataError, match="was begun with another contents"):
+        build(config, print)
+
+
 def test_a_dry_run_only_says(texts, tmp_path):
     said = []
     assert (

@@ -13,7 +13,7 @@ from eval.run import EvalConfig
 from eval.samples import QuestionResult, Sample
 from megatron_sd.config import RewardConfig, RewardJudgeConfig
 from megatron_sd.config.command_line import parse
-from megatron_sd.errors import ConfigError, DataError, RetrievalError
+from megatron_sd.errors import ConfigError, DataError, RetrievalError, RolloutError
 from megatron_sd.observability.progress import SILENT
 from megatron_sd.records import RolloutGroup, StopReason
 from megatron_sd.search.judge import AnswerJudge, GivenAnswer, verdict_of
@@ -26,7 +26,7 @@ class FakeJudge(http.server.ThreadingHTTPServer):
 
     def __init__(self, answers):
         super().__init__(("127.0.0.1", 0), _Chat)
-        self.answers, self.asked, self.keys = answers, [], []
+        self.answers, self.asked, self.keys, self.cut = answers, [], [], set()
         threading.Thread(target=self.serve_forever, daemon=True).start()
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
 
@@ -41,7 +41,9 @@ class _Chat(http.server.BaseHTTPRequestHandler):
         answer = self.server.answers[given]
         answer = answer.pop(0) if isinstance(answer, list) else answer
         status, reply = (answer, "busy") if isinstance(answer, int) else (200, answer)
-        content = json.dumps({"choices": [{"message": {"content": reply}}]}).encode()
+        why = "length" if given in self.server.cut else "stop"
+        choice = {"message": {"content": reply}, "finish_reason": why}
+        content = json.dumps({"choices": [choice]}).encode()
         self.send_response(status)
         self.send_header("content-length", str(len(content)))
         self.end_headers()
@@ -116,7 +118,7 @@ async def _soon():
 
 def test_what_could_not_be_judged_has_no_figure_and_is_asked_again(start, tmp_path, monkeypatch):
     monkeypatch.setattr("megatron_sd.search.judge.asyncio.sleep", lambda _: _soon())
-    server = start({"or": "yes", "lead": ["perhaps", "no"], "tin": [500, 500, 500, "no"]})
+    server = start({"or": "yes", "lead": ["perhaps", "perhaps", "no"], "tin": [500, 500, 500, "no"]})
     results = [result("a", "or", "lead", "tin")]
     failed = {"em": 0.0, "judge_failed": 1.0}
     assert judged(results, server, tmp_path, max_failed_share=0.7) == [[YES, failed, failed]]
@@ -165,15 +167,36 @@ def test_a_prompt_holds_what_the_answer_holds_as_it_is(start, tmp_path):
         EvalJudgeConfig(url="u", model="m", prompt="{question} {golden_answers}")
 
 
-@pytest.mark.parametrize(("reply", "verdict"), [("YES", 1.0), ("No, it is not.", 0.0), ("**yes**", 1.0)])
+@pytest.mark.parametrize(
+    ("reply", "verdict"),
+    [("YES", 1.0), ("No, it is not.", 0.0), ("**yes**", 1.0), ("<think>no</think> It is: yes.", 1.0)],
+)
 def test_a_reply_is_one_of_two_words(reply, verdict):
     assert verdict_of(reply) == verdict
 
 
-@pytest.mark.parametrize("reply", ["", "yes and no", "maybe", "<think>yes</think>"])
+@pytest.mark.parametrize(
+    "reply",
+    [
+        "",
+        "yes and no",
+        "maybe",
+        "<think>yes</think>",
+        "<think> There is no contradiction so far, but",
+        "There is no doubt that they mean the same.",
+        "I cannot answer yes here; the answers differ.",
+    ],
+)
 def test_any_other_reply_is_none(reply):
     with pytest.raises(RetrievalError, match="expected yes or no"):
         verdict_of(reply)
+
+
+def test_a_reply_that_was_cut_is_no_verdict(start, tmp_path):
+    server = start({"or": "yes", "tin": ["perhaps", "yes"]})
+    server.cut = {"or"}
+    own = judged([result("a", "or", "tin")], server, tmp_path, max_failed_share=0.5)
+    assert own == [[{"em": 0.0, "judge_failed": 1.0}, YES]] and len(server.asked) == 4
 
 
 def test_the_command_line_has_it():
@@ -215,14 +238,51 @@ def test_a_judge_beside_another_score_is_a_figure(start, tmp_path):
     assert group.rollouts[0].scores.reward == 0.0 and group.rollouts[0].scores.own == {"judge": 1.0}
 
 
-def test_an_answer_that_cannot_be_judged_ends_the_run_and_the_others_are_kept(start, tmp_path):
-    server = start({"tin": "no", "gold": ["perhaps", "no"]})
+def test_too_many_answers_without_a_verdict_end_the_run_and_the_others_are_kept(start, tmp_path):
+    server = start({"tin": "no", "gold": ["perhaps", "perhaps", "no"]})
     config = judged_reward(server, tmp_path)
-    with pytest.raises(RetrievalError, match="reward.judge: 1 of 2 answers could not be judged; .*'perhaps'"):
+    with pytest.raises(
+        RolloutError, match="reward.judge: 1 of 2 answers could not be judged, expected at most 5%"
+    ):
         score(groups_of("tin", "gold"), config)
     (group,) = score(groups_of("tin", "gold"), config)
     assert [own.scores.reward for own in group.rollouts] == [0.0, 0.0]
-    assert sorted(server.asked) == ["gold", "gold", "tin"]
+    assert sorted(server.asked) == ["gold", "gold", "gold", "tin"]
+
+
+def test_an_answer_without_a_verdict_is_no_data_and_stays_so(start, tmp_path):
+    config = judged_reward(start({"tin": "yes", "gold": "perhaps"}), tmp_path, max_failed_share=0.5)
+    (group,) = score(groups_of("tin", "gold", None), config)
+    stops = [own.stop_reason for own in group.rollouts]
+    assert stops == [StopReason.ANSWERED, StopReason.JUDGE_FAILED, StopReason.ANSWERED]
+    assert [own.index for own in group.usable] == [0, 2] and group.rollouts[1].scores.own == {"judge": 0.0}
+    recovered = judged_reward(start({"gold": "yes"}), tmp_path, max_failed_share=0.5, max_concurrent=2)
+    (again,) = score(groups_of("tin", "gold", None), recovered)
+    assert again == group
+
+
+def test_what_another_rank_heard_meanwhile_stands(start, tmp_path):
+    server = start({"gold": ["perhaps", "perhaps", "yes"]})
+    config = judged_reward(server, tmp_path).judge
+    first, second = (AnswerJudge(config, tmp_path / "judged.jsonl") for _ in range(2))
+    answers = [GivenAnswer(question="who?", golden_answers=("lead",), answer="gold")]
+    assert first.verdicts(answers).found == (None,) and second.verdicts(answers).found == (1.0,)
+    assert first.settle(answers).found == second.settle(answers).found == (1.0,)
+
+
+def test_a_judge_that_answers_nobody_is_not_asked_by_all(start, tmp_path):
+    server = start({str(n): 503 for n in range(40)})
+    config = judged_reward(server, tmp_path, max_concurrent=4)
+    with pytest.raises(RolloutError, match="40 of 40 answers could not be judged"):
+        score(groups_of(*map(str, range(40))), config)
+    assert 4 <= len(server.asked) < 8
+
+
+def test_a_judge_as_reward_needs_a_judge():
+    with pytest.raises(
+        ConfigError, match="reward.answer: found judge without reward.judge, expected its url"
+    ):
+        RewardConfig(answer="judge")
 
 
 def test_ranks_ask_once_between_them(start, tmp_path):

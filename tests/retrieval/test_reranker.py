@@ -1,6 +1,8 @@
 """A real cross-encoder, small: its scores are those of one pair at a time, and a corpus is shown in its order."""
 
 import asyncio
+import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -79,6 +81,20 @@ def test_a_corpus_is_searched_deeper_and_shown_in_the_rerankers_order(model, tmp
     assert [one.passage.id for one in shown] == [one.passage.id for one in expected]
     assert [one.passage.id for one in shown] != [one.passage.id for one in deep[:3]]
     assert (plain.rerank_depth, own.rerank_depth) == (0, 20)
+    versions = {plain.corpus_version, own.corpus_version}
+    for other in (
+        replace(rerank, depth=21),
+        replace(rerank, model=str(tiny_cross_encoder(tmp_path / "b", seed=1))),
+    ):
+        config = RetrieverConfig(corpus=f"{tmp_path}/corpus", search=SearchConfig(rerank=other))
+        versions.add(open_retriever(config).corpus_version)
+    assert len(versions) == 4
+    moved = shutil.copytree(model, tmp_path / "moved")
+    config = RetrieverConfig(
+        corpus=f"{tmp_path}/corpus",
+        search=SearchConfig(rerank=replace(rerank, model=str(moved), batch_size=2)),
+    )
+    assert open_retriever(config).corpus_version == own.corpus_version
     assert len(own.find([WORDS[2]], 30)[0]) == len(plain.find([WORDS[2]], 30)[0])
 
 

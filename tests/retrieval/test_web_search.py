@@ -159,7 +159,7 @@ def test_the_budget_holds_over_restarts_and_processes(tmp_path, engine):
     first, second = (web(tmp_path, engine, mode="record", max_calls=2) for _ in range(2))
     search(first, "b")
     with pytest.raises(
-        RetrievalError, match=r"max_calls: .*store.jsonl holds 2 searches, which is the budget"
+        RetrievalError, match=r"max_calls: .*store.jsonl holds 2 searches and 0 are being made, which is"
     ):
         search(second, "c")
     assert len(search(second, "b")[0]) == 3 and len(engine.asked) == 2
@@ -188,6 +188,73 @@ def test_blocked_domains_are_left_out_and_others_move_up(tmp_path, engine):
 def test_a_domain_and_all_below_it(url, blocked):
     assert is_blocked(url, ("huggingface.co",)) is blocked
     assert not is_blocked(url, ())
+
+
+@pytest.mark.parametrize(
+    "domain",
+    [
+        "https://huggingface.co",
+        "huggingface.co/datasets",
+        "*.huggingface.co",
+        "huggingface.co:443",
+        "",
+        "a b",
+    ],
+)
+def test_a_domain_that_would_block_nothing_is_refused(tmp_path, engine, domain):
+    with pytest.raises(ConfigError, match="blocked_domains: found .*expected a bare domain such as"):
+        web(tmp_path, engine, mode="record", blocked_domains=(domain,))
+
+
+def test_domains_are_compared_in_one_spelling(tmp_path, engine):
+    engine.replies = [
+        (200, {"organic": [{"link": "https://a.xn--mnchen-3ya.de/x", "title": "A"}, SERPER[0]]})
+    ]
+    own = web(tmp_path, engine, mode="record", blocked_domains=(" MÜNCHEN.de.",))
+    assert [hit.passage.title for hit in search(own, "a")[0]] == ["Lyon"]
+
+
+def test_an_engine_that_could_ask_nobody_has_found_nothing_to_record(tmp_path, engine):
+    engine.replies = [(200, {"message": "quota exhausted"})]
+    with pytest.raises(RetrievalError, match="expected JSON with a list 'organic'"):
+        search(web(tmp_path, engine, mode="record"), "a")
+    own = web(
+        tmp_path, engine, mode="record", engine="searxng", store=str(tmp_path / "s.jsonl"), deadline_s=9.0
+    )
+    busy = {"results": [], "unresponsive_engines": [["google", "too many requests"]]}
+    engine.replies = [(200, busy), (200, {"results": [], "unresponsive_engines": []})]
+    assert search(own, "a") == [()] and len(engine.asked) == 3
+    assert (tmp_path / "store.jsonl").read_text().count("query") == 0
+
+
+def test_the_budget_holds_for_searches_at_one_time(tmp_path, engine):
+    own = web(tmp_path, engine, mode="record", max_calls=2, max_connections=8)
+
+    async def all_at_once():
+        return await asyncio.gather(*(own.search([f"q{n}"], 3) for n in range(12)), return_exceptions=True)
+
+    found = asyncio.run(all_at_once())
+    assert sum(isinstance(one, RetrievalError) for one in found) >= 10
+    assert len(engine.asked) <= 2
+
+
+def test_who_gives_up_waiting_ends_nobody_elses_search(tmp_path, engine):
+    own = web(tmp_path, engine, mode="record", max_connections=1)
+
+    async def one_gives_up():
+        first = asyncio.create_task(own.search(["a"], 3))
+        gives_up, waits = (asyncio.create_task(own.search(["b"], 3)) for _ in range(2))
+        await asyncio.sleep(0)
+        gives_up.cancel()
+        return await first, await waits
+
+    assert len(asyncio.run(one_gives_up())[1][0]) == 3
+    assert len(search(own, "b")[0]) == 3
+
+
+def test_a_lone_surrogate_is_a_question_mark(tmp_path, engine):
+    own = web(tmp_path, engine, mode="record")
+    assert search(own, "x\ud800y") == search(own, "x?y") and engine.asked[0][3]["q"] == "x?y"
 
 
 def test_an_engine_that_recovers_is_asked_again_and_one_that_refuses_is_not(tmp_path, engine):

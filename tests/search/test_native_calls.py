@@ -180,7 +180,7 @@ def test_another_attempt_is_asked_for_in_a_message():
     verdict = judged(own, "<answer>Lyon</answer>")
     assert verdict.ends_attempt and verdict.answer == "Lyon"
     asks = shown(own, verdict.observation_ids)
-    assert asks.startswith("<|im_end|>\nuser\nLook at this answer again.")
+    assert asks.startswith("<|im_end|>\nuser\nLook at this answer again.") and "tool_call" not in asks
     assert asks.endswith("</answer>.<|im_end|>\nassistant\n")
 
 

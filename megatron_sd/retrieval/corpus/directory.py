@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -30,8 +31,8 @@ class CorpusRetriever:
     """Searches a corpus directory inline, by BM25, by vectors or by both, and puts what it finds into a
     reranker's order where one is configured.
 
-    `corpus_version` is the SHA-256 of the manifest, `passages` the store, `method` how it is searched. One
-    object serves one thread.
+    `corpus_version` is the SHA-256 of the manifest, or of that and of the reranker, `passages` the store,
+    `method` how it is searched. One object serves one thread.
     """
 
     def __init__(
@@ -62,6 +63,9 @@ class CorpusRetriever:
         ]
         self._search = search
         self._reranker = _open_reranker(search, say)
+        if self._reranker is not None:
+            told = f"{self.corpus_version} reranked by {self._reranker.digest}"
+            self.corpus_version = hashlib.sha256(told.encode()).hexdigest()
 
     def find(self, queries: Sequence[str], top_k: int) -> list[tuple[Hit, ...]]:
         """The best `top_k` passages of each query, best first, ties by passage id; fewer when the corpus

@@ -31,13 +31,21 @@ class WebRequest:
 @dataclass(frozen=True, kw_only=True)
 class WebEngine:
     """url: where it is unless the configuration says otherwise; None: nowhere. request: of a query, with the
-    key or none. listed: the key of a reply's results. fields: of a result, address, title and text."""
+    key or none. listed: the key of a reply's results; answers: the key that a reply has which found nothing, where
+    it then has no list. unasked: the key that names what could not be asked. fields: of a result, address, title
+    and text."""
 
     url: str | None
     needs_key: bool
     request: Callable[[str, str, WebSearchConfig, str], WebRequest]
     listed: str
     fields: tuple[str, str, str]
+    answers: str | None = None
+    unasked: str | None = None
+
+
+class EngineBusyError(Exception):
+    """The engine answered that it could not search, in the form of an answer that found nothing."""
 
 
 def _serper(url: str, query: str, config: WebSearchConfig, key: str) -> WebRequest:
@@ -60,19 +68,27 @@ WEB_ENGINES: Mapping[str, WebEngine] = {
         request=_serper,
         listed="organic",
         fields=("link", "title", "snippet"),
+        answers="searchParameters",
     ),
     "searxng": WebEngine(
-        url=None, needs_key=False, request=_searxng, listed="results", fields=("url", "title", "content")
+        url=None,
+        needs_key=False,
+        request=_searxng,
+        listed="results",
+        fields=("url", "title", "content"),
+        unasked="unresponsive_engines",
     ),
 }
 
 
 def read_pages(reply: Any, engine: WebEngine, num_results: int) -> list[Page]:
     """The first results of a reply, best first, each address once; those without one are left out. Raises
-    ValueError for a reply of another form."""
+    ValueError for a reply of another form, EngineBusyError for one that found nothing since nobody was asked."""
     found = reply.get(engine.listed) if isinstance(reply, dict) else None
-    if found is None and isinstance(reply, dict) and engine.listed == "organic":
-        found = []  # Serper leaves the list out where nothing was found
+    if found is None and isinstance(reply, dict) and engine.answers in reply:
+        found = []
+    if found == [] and engine.unasked and reply.get(engine.unasked):
+        raise EngineBusyError(f"nothing found, and {engine.unasked} {str(reply[engine.unasked])[:200]}")
     if not isinstance(found, list) or not all(isinstance(one, dict) for one in found):
         raise ValueError(f"found {str(reply)[:200]!r}, expected JSON with a list {engine.listed!r}")
     url, title, text = engine.fields

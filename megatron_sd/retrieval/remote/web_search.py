@@ -10,6 +10,7 @@ import asyncio
 import hashlib
 import json
 import random
+import re
 import threading
 import time
 from collections.abc import Sequence
@@ -23,11 +24,12 @@ from megatron_sd.config import WebSearchConfig
 from megatron_sd.errors import ConfigError, DataError, RetrievalError
 from megatron_sd.records import Hit, Passage
 from megatron_sd.retrieval.remote.client import read_token
-from megatron_sd.retrieval.remote.web_engines import WEB_ENGINES, Page, read_pages
+from megatron_sd.retrieval.remote.web_engines import WEB_ENGINES, EngineBusyError, Page, read_pages
 from megatron_sd.retrieval.remote.web_store import WebStore
 
 _RETRIED = (429, 500, 502, 503, 504)
 _FIRST_PAUSE_S, _MAX_PAUSE_S = 0.5, 8.0
+_HOST = re.compile(r"[a-z0-9-]+(\.[a-z0-9-]+)*")
 Pages = tuple[Page, ...]
 
 
@@ -39,8 +41,8 @@ class WebSearchRetriever:
     """Searches the web, or a store of what it found. A passage is a result: its address is the id, and its
     score 1 / place. `corpus_version` is a hash of the settings, and of the store where it is replayed.
 
-    Raises ConfigError for an engine without its address or key, and for fewer results than top_k; DataError
-    for a store that cannot be read.
+    Raises ConfigError for an engine without its address or key, for fewer results than top_k and for a domain that
+    is none; DataError for a store that cannot be read.
     """
 
     def __init__(self, config: WebSearchConfig, *, top_k: int):
@@ -65,6 +67,8 @@ class WebSearchRetriever:
         self.corpus_version = f"web-{hashlib.sha256(json.dumps(told).encode()).hexdigest()[:32]}"
         self._lock = threading.Lock()  # of the store and of what is being asked
         self._asked: dict[str, Future[Pages]] = {}
+        self._num_asking = 0
+        self._blocked = tuple(map(_host, config.blocked_domains))
         self._threads = ThreadPoolExecutor(config.max_connections, thread_name_prefix="web search")
         self._http = httpx.Client(timeout=config.try_timeout_s)  # through the environment's proxies, if any
 
@@ -72,7 +76,9 @@ class WebSearchRetriever:
         """The best `top_k` results of each query, those of blocked domains left out; what the store holds comes
         without waiting. Raises RetrievalError for an engine that does not answer, and beyond the budget;
         DataError for a query that is not in a store that is replayed."""
-        found = await asyncio.gather(*(self._find(query) for query in queries))
+        # a lone surrogate, which no file and no request can hold, becomes a question mark
+        texts = [query.encode("utf-8", errors="replace").decode() for query in queries]
+        found = await asyncio.gather(*(self._find(text) for text in texts))
         return [self._hits(pages, top_k) for pages in found]
 
     async def _find(self, query: str) -> Pages:
@@ -89,27 +95,33 @@ class WebSearchRetriever:
             if query not in self._asked:
                 self._asked[query] = self._threads.submit(self._ask_and_keep, query)
             future = self._asked[query]
-        return await asyncio.wrap_future(future)
+        # who gives up waiting must not end the search of others
+        return await asyncio.shield(asyncio.wrap_future(future))
 
     def _ask_and_keep(self, query: str) -> Pages:
         try:
-            self._refuse_beyond_budget()
-            pages = self._ask(query)
+            self._take_of_budget()
+            try:
+                pages = self._ask(query)
+            finally:
+                with self._lock:
+                    self._num_asking -= 1
             with self._lock:
                 return self._store.keep(query, pages)
         finally:
             with self._lock:
                 del self._asked[query]
 
-    def _refuse_beyond_budget(self) -> None:
+    def _take_of_budget(self) -> None:
         with self._lock:
             self._store.refresh()  # other processes have the same budget
             spent = len(self._store)
-        if spent >= self._config.max_calls:
-            raise RetrievalError(
-                f"retriever.web.max_calls: {self._config.store} holds {spent} searches, which is the budget: raise it,"
-                " or replay what there is"
-            )
+            if spent + self._num_asking >= self._config.max_calls:
+                raise RetrievalError(
+                    f"retriever.web.max_calls: {self._config.store} holds {spent} searches and {self._num_asking} are"
+                    f" being made, which is the budget of {self._config.max_calls}: raise it, or replay what there is"
+                )
+            self._num_asking += 1
 
     def _ask(self, query: str) -> list[Page]:
         """From the engine, tried again until the deadline. Raises RetrievalError."""
@@ -143,12 +155,14 @@ class WebSearchRetriever:
             raise refused(f"retriever.web: {self._url}: status {reply.status_code}: {reply.text[:200]}")
         try:
             return read_pages(reply.json(), self._engine, self._config.num_results)
+        except EngineBusyError as error:
+            raise RetrievalError(f"retriever.web: {self._url}: {error}") from error
         except ValueError as error:
             raise _RefusedError(f"retriever.web: {self._url}: {error}") from error
 
     def _hits(self, pages: Pages, top_k: int) -> tuple[Hit, ...]:
         """Blocked here and not before: a store can be replayed with other domains."""
-        allowed = [page for page in pages if not is_blocked(page.url, self._config.blocked_domains)]
+        allowed = [page for page in pages if not is_blocked(page.url, self._blocked)]
         return tuple(
             Hit(passage=Passage(id=page.url, title=page.title, text=page.text), score=1.0 / place)
             for place, page in enumerate(allowed[:top_k], start=1)
@@ -157,12 +171,31 @@ class WebSearchRetriever:
 
 def is_blocked(url: str, domains: Sequence[str]) -> bool:
     """True for an address of one of the domains or below it, and, where some are blocked, for an address of
-    which nobody can say."""
+    which nobody can say. domains: as _host gives them."""
     if not domains:
         return False
     try:
-        host = (urlsplit(url).hostname or "").rstrip(".").lower()
+        host = _ascii(urlsplit(url).hostname or "")
+    except ValueError:
+        return True
+    return not host or any(host == name or host.endswith(f".{name}") for name in domains)
+
+
+def _host(domain: str) -> str:
+    """A blocked domain as it is compared. Raises ConfigError for an address, a pattern or anything else that would
+    block nothing."""
+    try:
+        host = _ascii(domain)
     except ValueError:
         host = ""
-    names = [domain.lower().strip(".") for domain in domains]
-    return not host or any(host == name or host.endswith(f".{name}") for name in names)
+    if not _HOST.fullmatch(host):
+        raise ConfigError(
+            f"retriever.web.blocked_domains: found {domain!r}, expected a bare domain such as huggingface.co, which"
+            " stands for all below it: no https://, no path, no port, no *"
+        )
+    return host
+
+
+def _ascii(host: str) -> str:
+    """Lower case, without a dot at its ends, other letters in IDNA's spelling. Raises ValueError."""
+    return host.strip().strip(".").lower().encode("idna").decode()

@@ -48,7 +48,12 @@ KNOBS = (
     *("retriever.qdrant", "retriever.opensearch", "distill.teacher_path", "critic.path"),
     *(f"reward.judge.{key}" for key in ("url", "key_file", "deadline_s", "tries", "max_concurrent", "store")),
     *(f"retriever.web.{key}" for key in ("store", "token_file", "max_calls", "max_connections")),
-    *("retriever.web.deadline_s", "retriever.web.try_timeout_s", "retriever.search.rerank.batch_size"),
+    *(
+        "retriever.web.deadline_s",
+        "retriever.web.try_timeout_s",
+        "retriever.search.rerank.batch_size",
+        "retriever.search.rerank.model",
+    ),
     *("retriever.search.device", "model.attention", "model.gradient_checkpointing"),
     *("rollout.vllm.", "rollout.bank", "rollout.max_concurrent_sequences", "rollout.max_failed_share"),
     *(

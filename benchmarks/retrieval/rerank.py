@@ -5,8 +5,8 @@
 
 No published cross-encoder could be had where these figures were made, so `train` makes a stand-in: an encoder
 (all-MiniLM-L6-v2) with a new score on top, fitted to the supporting passages of the questions' `train` split
-against the first passages that BM25 finds for them. `compare` asks the other questions once without it and
-once with it.
+against the first passages that BM25 finds for them (a softmax over each choice). `compare` asks the other
+questions once without it and once with it.
 """
 
 from __future__ import annotations
@@ -29,29 +29,29 @@ from megatron_sd.records import Passage, Question
 from megatron_sd.retrieval.corpus.directory import CorpusRetriever
 from megatron_sd.search.questions import load_questions
 
-TOP_K, MAX_TOKENS = 3, 192
+TOP_K, MAX_TOKENS = 3, 128
 MINED, NEGATIVES = 20, 3  # passages that BM25 finds of a question, and those of them that are read with it
-BATCH, LEARNING_RATE, WARMUP = 24, 5e-5, 40
+BATCH, LEARNING_RATE, WARMUP = 8, 1e-4, 20
 
-Pair = tuple[str, Passage, float]
+Choice = tuple[str, list[Passage]]  # a question, a passage that it needs, and some that it does not
 
 
-def pairs_of(questions: Sequence[Question], corpus: CorpusRetriever, rng: random.Random) -> Iterator[Pair]:
-    """(question, passage, 1 or 0): every supporting passage, and some that BM25 takes for such."""
+def choices_of(
+    questions: Sequence[Question], corpus: CorpusRetriever, rng: random.Random
+) -> Iterator[Choice]:
+    """One for every supporting passage; the others are among the first that BM25 takes for such."""
     for start in range(0, len(questions), TOGETHER):
         block = questions[start : start + TOGETHER]
         for question, hits in zip(block, corpus.find([own.text for own in block], MINED), strict=True):
             needed = {id for hop in question.supporting for id in hop}
+            others = [hit.passage for hit in hits if hit.passage.id not in needed]
             for id in sorted(needed):
                 for passage in corpus.passages.between(id, id):
-                    yield question.text, passage, 1.0
-            others = [hit.passage for hit in hits if hit.passage.id not in needed]
-            for passage in rng.sample(others, min(NEGATIVES, len(others))):
-                yield question.text, passage, 0.0
+                    yield question.text, [passage, *rng.sample(others, min(NEGATIVES, len(others)))]
 
 
 def train(arguments: argparse.Namespace) -> None:
-    """One pass over the pairs in an order by chance; writes the model to --output."""
+    """One pass over the choices in an order by chance; writes the model to --output."""
     rng = random.Random(0)
     torch.manual_seed(0)
     asked = [
@@ -59,38 +59,42 @@ def train(arguments: argparse.Namespace) -> None:
         for question in load_questions(arguments.questions, "train")
         if question.source == arguments.source and question.supporting
     ]
-    pairs = list(pairs_of(asked, CorpusRetriever(arguments.corpus, SearchConfig(method="bm25")), rng))
-    rng.shuffle(pairs)
+    choices = list(choices_of(asked, CorpusRetriever(arguments.corpus, SearchConfig(method="bm25")), rng))
+    rng.shuffle(choices)
     tokenizer = AutoTokenizer.from_pretrained(arguments.encoder)
     model = AutoModelForSequenceClassification.from_pretrained(arguments.encoder, num_labels=1).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
-    num_steps = -(-len(pairs) // BATCH)
+    num_steps = -(-len(choices) // BATCH)
     rates = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1.0, (step + 1) / WARMUP) * (1 - step / num_steps)
     )
-    print(f"{len(pairs)} pairs of {len(asked)} questions", flush=True)
-    with Work(sys.stderr).on("training", len(pairs), "pairs") as task:
-        for start in range(0, len(pairs), BATCH):
-            batch = pairs[start : start + BATCH]
+    print(f"{len(choices)} choices for {len(asked)} questions", flush=True)
+    with Work(sys.stderr).on("training", len(choices), "choices") as task:
+        for start in range(0, len(choices), BATCH):
+            batch = choices[start : start + BATCH]
             inputs = tokenizer(
-                [query for query, _, _ in batch],
-                [f"{passage.title}\n{passage.text}" for _, passage, _ in batch],
+                [query for query, passages in batch for _ in passages],
+                [f"{passage.title}\n{passage.text}" for _, passages in batch for passage in passages],
                 truncation="longest_first",
                 max_length=MAX_TOKENS,
                 padding=True,
                 return_tensors="pt",
             )
-            logits = model(**inputs).logits[:, 0]
-            fits = torch.tensor([fit for _, _, fit in batch])
-            loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, fits)
+            scores = model(**inputs).logits[:, 0].split([len(passages) for _, passages in batch])
+            loss = -torch.stack([own.log_softmax(0)[0] for own in scores]).mean()
             loss.backward()
             optimizer.step()
             rates.step()
             optimizer.zero_grad()
             task.add(done=len(batch))
+            if start // BATCH % 20 == 0:
+                right = sum(int(own.argmax()) == 0 for own in scores)
+                print(
+                    f"{start + len(batch)}: loss {loss.item():.3f}, {right} of {len(batch)} right", flush=True
+                )
     model.save_pretrained(arguments.output)
     tokenizer.save_pretrained(arguments.output)
-    print(f"the last batch's loss {loss.item():.3f}; stand-in written to {arguments.output}")
+    print(f"stand-in written to {arguments.output}")
 
 
 def compare(arguments: argparse.Namespace) -> None:

@@ -306,9 +306,9 @@ def score(groups: Sequence[RolloutGroup], config: RewardConfig) -> list[RolloutG
 
 
 def _scored(rollout: Rollout, group: RolloutGroup, config: RewardConfig, *, verdict: float | None) -> Rollout:
-    if config.judge is not None and verdict is None and not rollout.stop_reason.is_infrastructure:
-        rollout = dataclasses.replace(rollout, stop_reason=StopReason.JUDGE_FAILED)
-        verdict = 0.0  # of no data
+    if config.judge is not None and verdict is None:
+        failed = rollout.stop_reason if rollout.stop_reason.is_infrastructure else StopReason.JUDGE_FAILED
+        rollout, verdict = dataclasses.replace(rollout, stop_reason=failed), 0.0  # of no data
     return dataclasses.replace(rollout, scores=score_rollout(rollout, group, config, verdict))
 
 

@@ -261,6 +261,14 @@ def test_an_answer_without_a_verdict_is_no_data_and_stays_so(start, tmp_path):
     assert again == group
 
 
+def test_a_rollout_that_is_no_data_already_keeps_its_reason(start, tmp_path):
+    config = judged_reward(start({"gold": "perhaps", "tin": "yes"}), tmp_path, max_failed_share=0.5)
+    lost = rollout(1, answer="gold", stop_reason=StopReason.RETRIEVAL_FAILED)
+    (first,) = groups_of("tin")
+    (group,) = score([dataclasses.replace(first, rollouts=(*first.rollouts, lost))], config)
+    assert [own.stop_reason.value for own in group.rollouts] == ["answered", "retrieval_failed"]
+
+
 def test_what_another_rank_heard_meanwhile_stands(start, tmp_path):
     server = start({"gold": ["perhaps", "perhaps", "yes"]})
     config = judged_reward(server, tmp_path).judge

@@ -45,6 +45,7 @@ def test_rollout_metrics():
         "rollout/stop_retrieval_failed": 1 / 5,
         "rollout/stop_engine_failed": 0.0,
         "rollout/stop_tool_failed": 0.0,
+        "rollout/stop_judge_failed": 0.0,
         "distill/share_groups_all_wrong": 0.5,
         "distill/share_groups_all_right": 0.0,
         "distill/share_groups_mixed": 0.5,

@@ -51,7 +51,7 @@ VOCABULARY = json.loads((START_POLICY / "config.json").read_text())["vocab_size"
         (RewardConfig, "shape", REWARD_SHAPES),
         (RolloutConfig, "keep_groups", KEEPERS),
         (AdvantageConfig, "modulation", {"none", *MODULATIONS}),
-        (RewardConfig, "answer", ANSWER_SCORES),
+        (RewardConfig, "answer", {"judge", *ANSWER_SCORES}),
     ],
 )
 def test_every_choice_of_the_configuration_exists(section, key, table):

@@ -300,7 +300,14 @@ def test_a_port_in_use_is_named(tmp_path, capsys):
 
 def test_the_command_serves_until_it_is_interrupted(tmp_path):
     program = [sys.executable, "-m", "launch.cli", "watch", str(run_of(tmp_path)), "--port=0"]
-    process = subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        program,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # these tests may run in the background of a shell, whose children ignore it
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     try:
         line = process.stdout.readline()
         port = int(re.search(r"at http://127\.0\.0\.1:(\d+)/ \(Ctrl-C ends\)", line)[1])

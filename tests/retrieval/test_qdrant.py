@@ -103,6 +103,7 @@ def test_passages_come_from_one_place(config):
     check_ranges(Holder(RetrieverConfig(qdrant=config.qdrant)))
     for options, found in [({}, "none"), ({"corpus": "c", "qdrant": config.qdrant}, "corpus and qdrant")]:
         with pytest.raises(
-            ConfigError, match=f"retriever.corpus, .endpoints, .qdrant, .opensearch, .function: found {found}"
+            ConfigError,
+            match=f"retriever.corpus, .endpoints, .qdrant, .opensearch, .web, .function: found {found}",
         ):
             check_ranges(Holder(RetrieverConfig(**options)))

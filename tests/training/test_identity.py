@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_sd.config import RerankConfig, RewardJudgeConfig, WebSearchConfig
 from megatron_sd.config.load import load
 from megatron_sd.distributed.world import lone_world
 from megatron_sd.errors import DataError
@@ -201,6 +202,11 @@ def test_a_critic_is_part_of_the_plan_and_the_model_it_starts_from_of_the_identi
 
 def test_every_prefix_names_a_key(paths):
     keys = [*run_identity(configured(paths), "v"), *_all_keys(dataclasses.asdict(configured(paths)))]
+    judge = RewardJudgeConfig(url="u", model="m", store="s")
+    web, rerank = WebSearchConfig(engine="serper", store="s"), RerankConfig(model="m")
+    keys += [f"reward.judge.{field.name}" for field in dataclasses.fields(judge)]
+    keys += [f"retriever.web.{field.name}" for field in dataclasses.fields(web)]
+    keys += [f"retriever.search.rerank.{field.name}" for field in dataclasses.fields(rerank)]
     for prefix in (*KNOBS, *PLAN):
         assert any(key.startswith(prefix) for key in keys), prefix
     assert kind_of("data.train") == "knob" and kind_of("data.train_split") == "identity"

@@ -125,7 +125,7 @@ def test_a_protocol_that_the_episodes_do_not_have_is_told(episodes, tmp_path):
         (
             "--retriever.corpus",
             (),
-            "retriever.corpus, .endpoints, .qdrant, .opensearch, .function: found none, expected one",
+            "retriever.corpus, .endpoints, .qdrant, .opensearch, .web, .function: found none, expected one",
         ),
         (
             "--eval.questions",

@@ -41,6 +41,7 @@ def _num_alive(kind):
     return sum(type(own) is kind for own in gc.get_objects())
 
 
+@pytest.mark.slow
 def test_no_more_rows_are_in_memory_than_are_sorted_at_a_time(tmp_path, monkeypatch):
     """benchmarks/retrieval/import_memory.py measures bytes; here rows are counted, wherever there may be
     most of them."""

@@ -158,6 +158,7 @@ def test_killed_before_each_change_it_makes_on_disk(stage, folder, undisturbed, 
     assert {0, num_rows} < seen and len(seen) > 3
 
 
+@pytest.mark.slow
 @pytest.mark.ranks
 def test_an_index_goes_on_after_its_finished_parts(folder, undisturbed, tmp_path):
     files, _, num_changes = undisturbed["index"]

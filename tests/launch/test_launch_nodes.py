@@ -84,6 +84,7 @@ def test_two_machines_train_as_one_does(world, tmp_path, monkeypatch):
     assert "deepspeed==" in (attempt / "packages.txt").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("asked", "code"), [("2", 0), ("4", 3)])
 def test_another_number_of_ranks_than_was_asked_for_is_refused(asked, code):
     ranks = nursery().start("tests.rank_programs.join:run", None, ranks=2, environment={EXPECTED_SIZE: asked})

@@ -143,6 +143,7 @@ def test_every_zero_stage_takes_the_critics_steps(world, model_path, sharded, st
     assert_same_movement(found["parameters"], sharded["parameters"], sharded["start"])
 
 
+@pytest.mark.slow
 def test_the_policy_waits_for_the_critic(world, model_path):
     found = take_critic_steps(CriticOrder(model=model_path, critic={"warmup_only_steps": 2}), world)
     assert found["updates"] == 1 and found["version"] == 3

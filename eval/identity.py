@@ -16,7 +16,7 @@ from megatron_sd.durable.files import write_whole
 from megatron_sd.errors import ConfigError, DataError
 from megatron_sd.own_code.loading import digests
 from megatron_sd.records import Question
-from megatron_sd.retrieval.corpus.manifest import file_entry
+from megatron_sd.retrieval.corpus.manifest import files_version
 
 _LIMITS = (
     "max_search_turns",
@@ -37,12 +37,7 @@ def questions_version(questions: Sequence[Question]) -> str:
 
 def model_version(path: str) -> str:
     """A hash of the configuration, tokenizer and weights of a model directory."""
-    entries = {
-        file.name: file_entry(file).xxh3_128
-        for file in sorted(Path(path).iterdir())
-        if file.is_file() and file.suffix in (".json", ".safetensors", ".bin", ".model", ".txt")
-    }
-    return xxhash.xxh3_128(json.dumps(entries).encode()).hexdigest()
+    return files_version(Path(path), (".json", ".safetensors", ".bin", ".model", ".txt"))
 
 
 # Sections of the configuration that an identity holds whole: a key that is newer than an evaluation counts as its

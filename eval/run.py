@@ -77,9 +77,8 @@ class EvalConfig:
     protocol: ProtocolConfig = field(default_factory=ProtocolConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
-    judge: EvalJudgeConfig | None = (
-        None  # a language model that says whether an answer is right (eval/judge.py)
-    )
+    # a language model that says whether an answer is right (eval/judge.py)
+    judge: EvalJudgeConfig | None = None
 
 
 def main(argv: Sequence[str]) -> None:

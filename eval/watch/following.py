@@ -4,7 +4,6 @@ later. Nothing is written and nothing is locked."""
 from __future__ import annotations
 
 import json
-import os
 import re
 from array import array
 from bisect import bisect_left
@@ -13,54 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_sd.durable.growing_file import GrowingFile
 from megatron_sd.observability.metrics_log import parse_line
-
-_CHUNK_BYTES = 1 << 20
-
-
-@dataclass(frozen=True, kw_only=True)
-class NewLines:
-    """Whole lines that were not there before. anew: the file is another one, or was cut: what was read of it
-    before does not hold."""
-
-    lines: list[bytes]
-    anew: bool
-
-
-class GrowingFile:
-    """A file that others append to."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._inode = 0
-        self._tail = b""  # what follows the last line break
-        self.offset = 0  # bytes that were read so far
-
-    def take(self) -> NewLines:
-        """Read what was appended since the last call. A missing file has no lines yet."""
-        try:
-            file = self._path.open("rb")
-        except FileNotFoundError:
-            return NewLines(lines=[], anew=False)
-        with file:
-            size, inode = _size_and_inode(file.fileno())
-            anew = self.offset > 0 and (inode != self._inode or size < self.offset)
-            if anew:
-                self.offset, self._tail = 0, b""
-            self._inode = inode
-            file.seek(self.offset)
-            lines: list[bytes] = []
-            while self.offset < size and (chunk := file.read(min(_CHUNK_BYTES, size - self.offset))):
-                self.offset += len(chunk)
-                *whole, self._tail = (self._tail + chunk).split(b"\n")
-                lines += whole
-        return NewLines(lines=lines, anew=anew)
-
-
-def _size_and_inode(descriptor: int) -> tuple[int, int]:
-
-    status = os.fstat(descriptor)
-    return status.st_size, status.st_ino
 
 
 @dataclass

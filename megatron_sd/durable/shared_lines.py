@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sd.durable.files import append_lines, cut_torn_line
+from megatron_sd.durable.growing_file import GrowingFile
 
 
 class SharedLines:
@@ -16,20 +17,11 @@ class SharedLines:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.read_bytes = 0  # that `new` has handed out
+        self._file = GrowingFile(path)
 
-    def new(self) -> Iterator[bytes]:
-        """The lines that were added since the last call, none where there is no file; one that is still being
-        written is left for later."""
-        if not self.path.exists():
-            return
-        with open(self.path, "rb") as handle:
-            handle.seek(self.read_bytes)
-            for line in handle:
-                if not line.endswith(b"\n"):
-                    return
-                yield line
-                self.read_bytes += len(line)
+    def new(self) -> list[bytes]:
+        """Those that were added since the last call, none where there is no file."""
+        return self._file.take().lines
 
     def add(self, records: Iterable[Mapping[str, Any]]) -> None:
         """Whole, and on the disk when this returns. To be called while locked."""

@@ -15,14 +15,14 @@ from megatron_sd.errors import ConfigError, DataError
 from megatron_sd.pretrained.loading import load_whole
 from megatron_sd.records import Hit, Passage
 from megatron_sd.retrieval.corpus.encoder_files import positions_of
-from megatron_sd.retrieval.corpus.manifest import file_entry
+from megatron_sd.retrieval.corpus.manifest import files_version
 
 KEY = "search.rerank.model"
 
 
 class Reranker:
     """Any local sequence classifier of query and passage with one score, or with the classes "does not fit"
-    and "fits" (ms-marco MiniLM, BGE, monoBERT, ...). Nothing of the directory's code runs. One object serves
+    and "fits". Nothing of the directory's code runs. One object serves
     one thread. `depth`: hits of a query that it should be given;
     `digest`: of all that its order depends on.
 
@@ -112,11 +112,9 @@ class Reranker:
 
 def _digest(config: RerankConfig, path: Path) -> str:
     """Of the model's files and of how they are used."""
-    told = [f"{config.depth} {config.passage_format!r} {config.max_tokens} {config.dtype}"]
-    for own in sorted(path.glob("*")):
-        if own.suffix in (".json", ".safetensors", ".txt", ".model"):
-            told.append(f"{own.name} {file_entry(own).xxh3_128}")
-    return xxhash.xxh3_128_hexdigest("\n".join(told).encode())
+    files = files_version(path, (".json", ".safetensors", ".txt", ".model"))
+    told = f"{config.depth} {config.passage_format!r} {config.max_tokens} {config.dtype} {files}"
+    return xxhash.xxh3_128_hexdigest(told.encode())
 
 
 def _refuse(config: RerankConfig, positions: int | None, path: Path) -> None:

@@ -83,7 +83,7 @@ class ChatTemplate:
         if RESULT_TAGS[0] not in before or RESULT_TAGS[1] not in after:
             raise ConfigError(
                 f"the tokenizer's chat template shows results as {before!r} ... {after!r}, expected {RESULT_TAGS[0]}"
-                f" and {RESULT_TAGS[1]} (Qwen2.5, Qwen3, Hermes): choose a protocol.preset with tags of its own"
+                f" and {RESULT_TAGS[1]} (Hermes' form): choose a protocol.preset with tags of its own"
             )
         return before, after
 

@@ -23,7 +23,6 @@ from megatron_sd.errors import ConfigError, DataError, RetrievalError
 from megatron_sd.observability.progress import Task
 
 _AGAIN = "Reply with one word: yes or no."
-_CUT = "... (cut at judge.max_tokens)"  # stands behind a reply that came to no end
 _RETRIED = frozenset({408, 409, 425, 429})  # beside what the server's side got wrong
 
 
@@ -79,11 +78,11 @@ class AnswerJudge:
                 self._known.setdefault(record["key"], None if said is None else float(said))
             except (ValueError, KeyError, TypeError) as error:
                 raise DataError(
-                    f"{self._lines.path}: found {line[:80]!r} from byte {self._lines.read_bytes} on, which is no"
+                    f"{self._lines.path}: found the line {line[:80]!r}, which is no"
                     f" judgement ({type(error).__name__}: {error}): remove the line; its answer is judged again"
                 ) from error
 
-    def settle(self, answers: Sequence[GivenAnswer]) -> Verdicts:
+    def settle(self, answers: Sequence[GivenAnswer]) -> tuple[float | None, ...]:
         """Note of those without a verdict that they shall have none, so that whoever asks again, on any rank or
         after a restart, finds the same; what another process heard meanwhile stands."""
         cases = [_case(answer, self._config) for answer in answers]
@@ -94,7 +93,7 @@ class AnswerJudge:
                 {"key": key, "judge": None, "model": self._config.model} for key in sorted(without)
             )
             self._read()
-        return Verdicts(found=tuple(self._known[case.key] for case in cases), failures=())
+        return tuple(self._known[case.key] for case in cases)
 
     async def _ask_all(self, cases: Sequence[_Case], task: Task | None) -> list[str]:
         """Adds to the file what is said; returns why some could not be judged. A judge that has failed for as many
@@ -192,19 +191,20 @@ async def _reply(http: httpx.AsyncClient, messages: Sequence[Mapping[str, str]],
 def _text_of(answer: httpx.Response) -> str:
     try:
         choice = answer.json()["choices"][0]
-        if choice.get("finish_reason") == "length":
-            return f"{choice['message']['content']} {_CUT}"
-        return str(choice["message"]["content"])
+        content, is_cut = str(choice["message"]["content"]), choice.get("finish_reason") == "length"
     except (ValueError, KeyError, IndexError, TypeError) as error:
         raise RetrievalError(f"judge: found {answer.text[:200]!r}, expected a chat completion") from error
+    if is_cut:
+        raise RetrievalError(f"judge: replied {content[:200]!r} and was cut: raise judge.max_tokens")
+    return content
 
 
 def verdict_of(reply: str) -> float:
     """1.0 for yes, 0.0 for no, as the reply's first or last word, thoughts left out. Raises RetrievalError for a
-    reply that begins and ends otherwise, says both, or was cut."""
+    reply that begins and ends otherwise, or says both."""
     said_at_last = reply.rpartition("</think>")[2]
     words = re.findall(r"\w+", said_at_last.lower())
     said = {word for word in (*words[:1], *words[-1:]) if word in ("yes", "no")}
-    if len(said) != 1 or "<think>" in said_at_last or reply.endswith(_CUT):
+    if len(said) != 1 or "<think>" in said_at_last:
         raise RetrievalError(f"judge: replied {reply[:200]!r}, expected yes or no")
     return float(said == {"yes"})

@@ -235,7 +235,7 @@ PRESETS: dict[str, Protocol] = {
         passage_format="Doc {rank}(Title: {title}) {text}\n",
         invalid_action_message=_RETRY,
     ),
-    # For models that were trained to call functions (Qwen2.5, Qwen3, Hermes), through their chat template.
+    # For models that were trained to call functions in Hermes' form, as Qwen2.5, through their chat template.
     "qwen_tools": Protocol(
         prompt="{hindsight}Question: {question}",
         opening=_NATIVE_EXAMPLE,

@@ -331,7 +331,7 @@ def _verdicts(groups: Sequence[RolloutGroup], config: RewardConfig) -> list[floa
             f" {config.judge.max_failed_share:.0%} (reward.judge.max_failed_share); the first cause:"
             f" {(*verdicts.failures, 'settled before')[0]}; what was judged is kept: start the run again"
         )
-    found = iter(judge.settle(answers).found if without else verdicts.found)
+    found = iter(judge.settle(answers) if without else verdicts.found)
     return [0.0 if rollout.answer is None else next(found) for _, rollout in rollouts]
 
 

@@ -155,7 +155,7 @@ def test_a_damaged_line_is_named_and_half_a_line_is_cut(start, tmp_path):
     assert judged([result("a", "or")], server, tmp_path) == [[YES]]
     (tmp_path / JUDGEMENTS_NAME).write_text("{}\n")
     with pytest.raises(
-        DataError, match=f"{JUDGEMENTS_NAME}: found .* from byte 0 on, which is no judgement .KeyError"
+        DataError, match=f"{JUDGEMENTS_NAME}: found the line .* which is no judgement .KeyError"
     ):
         judged([result("a", "or")], server, tmp_path)
 
@@ -196,7 +196,7 @@ def test_a_reply_that_was_cut_is_no_verdict(start, tmp_path):
     server = start({"or": "yes", "tin": ["perhaps", "yes"]})
     server.cut = {"or"}
     own = judged([result("a", "or", "tin")], server, tmp_path, max_failed_share=0.5)
-    assert own == [[{"em": 0.0, "judge_failed": 1.0}, YES]] and len(server.asked) == 4
+    assert own == [[{"em": 0.0, "judge_failed": 1.0}, YES]] and len(server.asked) == 3
 
 
 def test_the_command_line_has_it():
@@ -224,7 +224,7 @@ def test_verdicts_are_rewards_and_a_run_that_goes_on_has_the_same(start, tmp_pat
     (group,) = score(groups_of("the lead", "tin", None, "the lead"), config)
     assert [own.scores.reward for own in group.rollouts] == [1.0, 0.0, 0.0, 1.0]
     assert [own.scores.own for own in group.rollouts] == [{"judge": value} for value in (1.0, 0.0, 0.0, 1.0)]
-    assert server.asked == ["the lead", "tin"] or server.asked == ["tin", "the lead"]
+    assert sorted(server.asked) == ["the lead", "tin"]
     changed = judged_reward(
         start({}), tmp_path, max_concurrent=2
     )  # another process, a server that knows nothing
@@ -275,7 +275,7 @@ def test_what_another_rank_heard_meanwhile_stands(start, tmp_path):
     first, second = (AnswerJudge(config, tmp_path / "judged.jsonl") for _ in range(2))
     answers = [GivenAnswer(question="who?", golden_answers=("lead",), answer="gold")]
     assert first.verdicts(answers).found == (None,) and second.verdicts(answers).found == (1.0,)
-    assert first.settle(answers).found == second.settle(answers).found == (1.0,)
+    assert first.settle(answers) == second.settle(answers) == (1.0,)
 
 
 def test_a_judge_that_answers_nobody_is_not_asked_by_all(start, tmp_path):

@@ -1,13 +1,12 @@
 """What `sd-search watch` reads of a run directory, and what it makes of it."""
 
 import dataclasses
-import os
 import random
 
 import pytest
 
 from eval.report_page.curves import thinned
-from eval.watch.following import Column, GrowingFile, MetricsFollower, TranscriptsFollower
+from eval.watch.following import Column, MetricsFollower, TranscriptsFollower
 from eval.watch.phases import newest_times, render_phases
 from eval.watch.ranks import render_pulses
 from eval.watch.standing import LifeSigns, Signs, age_words, standing, watchdog_words
@@ -30,40 +29,6 @@ def by_step(follower):
         for step, value in zip(column.steps, column.values):
             steps.setdefault(step, {})[name] = value
     return dict(sorted(steps.items()))
-
-
-def test_only_new_bytes_are_read_and_half_a_line_waits(tmp_path):
-    path = tmp_path / "file"
-    growing = GrowingFile(path)
-    assert growing.take().lines == [] and growing.offset == 0
-    append(path, b"one\ntw")
-    assert growing.take().lines == [b"one"] and growing.offset == 6
-    with path.open("r+b") as file:  # what was read is not looked at again
-        file.write(b"ONE\nTW")
-    append(path, b"o\nthree\n")
-    assert growing.take().lines == [b"two", b"three"] and growing.offset == 14
-    assert growing.take().lines == [] and growing.offset == 14
-
-
-def test_a_long_file_is_read_in_chunks(tmp_path, monkeypatch):
-    monkeypatch.setattr("eval.watch.following._CHUNK_BYTES", 7)
-    path = tmp_path / "file"
-    append(path, b"".join(b"line %d\n" % number for number in range(100)) + b"rest")
-    assert GrowingFile(path).take().lines == [b"line %d" % number for number in range(100)]
-
-
-def test_a_file_that_was_cut_or_exchanged_is_read_anew(tmp_path):
-    path = tmp_path / "file"
-    growing = GrowingFile(path)
-    append(path, b"one\ntwo\nth")
-    growing.take()
-    path.write_bytes(b"uno\n")
-    taken = growing.take()
-    assert taken.anew and taken.lines == [b"uno"]
-    (tmp_path / "other").write_bytes(b"eins\nzwei\n")
-    os.replace(tmp_path / "other", path)
-    taken = growing.take()
-    assert taken.anew and taken.lines == [b"eins", b"zwei"]
 
 
 def test_columns_keep_order_exchange_and_forget():
@@ -95,7 +60,7 @@ def test_metrics_that_are_followed_are_those_that_are_read_whole(tmp_path):
         follower.look()
     assert by_step(follower) == read_metrics(whole)
     assert follower.unreadable == 0 and follower.newest_step == 9
-    assert follower.bytes_read == len(content)
+    assert follower.bytes_read == content.rfind(b"\n") + 1
 
 
 def test_a_line_that_no_kill_explains_is_counted_and_passed_over(tmp_path):

@@ -81,8 +81,7 @@ def test_a_call_is_served_and_its_span_is_the_query_without_its_quotes():
     verdict = judged(own, text)
     assert (verdict.action.tool, verdict.action.text) == ("search", "mayor of Lyon")
     ids = own.codec.encode_own(text)
-    assert own.codec.decode(ids[slice(*verdict.action.span)]) in "mayor of Lyon"
-    assert verdict.action.span[1] - verdict.action.span[0] >= 3
+    assert own.codec.decode(ids[slice(*verdict.action.span)]) == "mayor of Lyon"
     other = judged(own, call('"1 + 1"', "calculator", "expression")).action
     assert (other.tool, other.text) == ("calculator", "1 + 1")
 
@@ -92,15 +91,10 @@ def test_a_call_is_served_and_its_span_is_the_query_without_its_quotes():
 def test_the_place_of_a_query_is_exact_whatever_stands_in_it(query, ascii_only, before):
     quoted = json.dumps(query, ensure_ascii=ascii_only)
     whole = json.dumps({"note": before, "arguments": 0}, ensure_ascii=ascii_only)
-    encode = {"encoding": "utf-8", "errors": "surrogatepass"}
-    text = f' {{ "name" : "search",\n"arguments": {{"query" : {quoted} }}, "seen": {whole}}} '
-    try:
-        raw = text.encode()
-    except UnicodeEncodeError:
-        return
+    raw = f' {{ "name" : "search",\n"arguments": {{"query" : {quoted} }}, "seen": {whole}}} '.encode()
     found = read_call(raw, ARGUMENTS)
     assert (found.tool, found.text) == ("search", query)
-    assert raw[found.start : found.stop] == quoted[1:-1].encode(**encode)
+    assert raw[found.start : found.stop] == quoted[1:-1].encode()
 
 
 def test_bytes_that_are_no_text_do_not_shift_the_place():

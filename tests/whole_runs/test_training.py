@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +17,18 @@ from safetensors.numpy import load_file
 from data_prep.world.world import WorldConfig
 from launch.programs import make_world
 from tests.training.same_steps import assert_same_moments, assert_same_movement, saved_moments
-from tests.whole_runs.runs import parameters, run, run_launched, start, without_clocks
+from tests.whole_runs.runs import (
+    START_POLICY,
+    on_the_world,
+    parameters,
+    run,
+    run_launched,
+    start,
+    without_clocks,
+)
 
 NUM_STEPS = 4
 LAST = f"step_{NUM_STEPS:08}"
-START_POLICY = Path(str(files("data_prep"))) / "coldstart_model"
 
 
 @pytest.fixture(scope="module")
@@ -33,13 +39,10 @@ def world(tmp_path_factory):
 
 
 def arguments(world: Path, run_dir: Path, *overrides: str) -> list[str]:
-    return [
-        f"--config={files('launch') / 'configs' / 'world.yaml'}",
-        f"--run_dir={run_dir}",
-        f"--model.path={START_POLICY}",
-        f"--data.train={world / 'questions.jsonl'}",
+    return on_the_world(
+        world,
+        run_dir,
         f"--data.eval={world / 'questions.jsonl'}",
-        f"--retriever.corpus={world / 'corpus'}",
         f"--num_steps={NUM_STEPS}",
         "--rollout.questions_per_step=4",
         "--distill.alpha.warmup_steps=1",
@@ -48,7 +51,7 @@ def arguments(world: Path, run_dir: Path, *overrides: str) -> list[str]:
         "--optimizer.warmup_steps=0",
         "--log.transcripts_every=1",
         *overrides,
-    ]
+    )
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ import dataclasses
 import hashlib
 import json
 import stat
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
@@ -64,6 +64,16 @@ def file_entry(path: Path) -> FileEntry:
             digest.update(block)
             num_bytes += len(block)
     return FileEntry(num_bytes=num_bytes, xxh3_128=digest.hexdigest())
+
+
+def files_version(directory: Path, suffixes: Sequence[str]) -> str:
+    """A hash of the names and contents of the files of a directory that end so."""
+    entries = {
+        file.name: file_entry(file).xxh3_128
+        for file in sorted(directory.iterdir())
+        if file.is_file() and file.suffix in suffixes
+    }
+    return xxhash.xxh3_128(json.dumps(entries).encode()).hexdigest()
 
 
 def file_entries(directory: Path) -> dict[str, FileEntry]:

@@ -7,15 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_sd.config import WebSearchConfig
-
-
-@dataclass(frozen=True, kw_only=True)
-class Page:
-    """One result of a web search: its address, its title, and the few sentences that the engine shows."""
-
-    url: str
-    title: str
-    text: str
+from megatron_sd.records import Passage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +73,7 @@ WEB_ENGINES: Mapping[str, WebEngine] = {
 }
 
 
-def read_pages(reply: Any, engine: WebEngine, num_results: int) -> list[Page]:
+def read_passages(reply: Any, engine: WebEngine, num_results: int) -> list[Passage]:
     """The first results of a reply, best first, each address once; those without one are left out. Raises
     ValueError for a reply of another form, EngineBusyError for one that found nothing since nobody was asked."""
     found = reply.get(engine.listed) if isinstance(reply, dict) else None
@@ -92,9 +84,11 @@ def read_pages(reply: Any, engine: WebEngine, num_results: int) -> list[Page]:
     if not isinstance(found, list) or not all(isinstance(one, dict) for one in found):
         raise ValueError(f"found {str(reply)[:200]!r}, expected JSON with a list {engine.listed!r}")
     url, title, text = engine.fields
-    pages: dict[str, Page] = {}
+    found_at: dict[str, Passage] = {}
     for one in found:
         address = str(one.get(url) or "")
-        if address and address not in pages:
-            pages[address] = Page(url=address, title=str(one.get(title) or ""), text=str(one.get(text) or ""))
-    return list(pages.values())[:num_results]
+        if address and address not in found_at:
+            found_at[address] = Passage(
+                id=address, title=str(one.get(title) or ""), text=str(one.get(text) or "")
+            )
+    return list(found_at.values())[:num_results]

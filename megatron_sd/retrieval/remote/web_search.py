@@ -24,13 +24,13 @@ from megatron_sd.config import WebSearchConfig
 from megatron_sd.errors import ConfigError, DataError, RetrievalError
 from megatron_sd.records import Hit, Passage
 from megatron_sd.retrieval.remote.client import read_token
-from megatron_sd.retrieval.remote.web_engines import WEB_ENGINES, EngineBusyError, Page, read_pages
+from megatron_sd.retrieval.remote.web_engines import WEB_ENGINES, EngineBusyError, read_passages
 from megatron_sd.retrieval.remote.web_store import WebStore
 
 _RETRIED = (429, 500, 502, 503, 504)
 _FIRST_PAUSE_S, _MAX_PAUSE_S = 0.5, 8.0
 _HOST = re.compile(r"[a-z0-9-]+(\.[a-z0-9-]+)*")
-Pages = tuple[Page, ...]
+Passages = tuple[Passage, ...]
 
 
 class _RefusedError(RetrievalError):
@@ -66,7 +66,7 @@ class WebSearchRetriever:
         told = [made_by, sorted(config.blocked_domains), "" if self._records else self._store.digest()]
         self.corpus_version = f"web-{hashlib.sha256(json.dumps(told).encode()).hexdigest()[:32]}"
         self._lock = threading.Lock()  # of the store and of what is being asked
-        self._asked: dict[str, Future[Pages]] = {}
+        self._asked: dict[str, Future[Passages]] = {}
         self._num_asking = 0
         self._blocked = tuple(map(_host, config.blocked_domains))
         self._threads = ThreadPoolExecutor(config.max_connections, thread_name_prefix="web search")
@@ -79,13 +79,13 @@ class WebSearchRetriever:
         # a lone surrogate, which no file and no request can hold, becomes a question mark
         texts = [query.encode("utf-8", errors="replace").decode() for query in queries]
         found = await asyncio.gather(*(self._find(text) for text in texts))
-        return [self._hits(pages, top_k) for pages in found]
+        return [self._hits(passages, top_k) for passages in found]
 
-    async def _find(self, query: str) -> Pages:
+    async def _find(self, query: str) -> Passages:
         with self._lock:
-            pages = self._store.find(query)
-            if pages is not None:
-                return pages
+            known = self._store.find(query)
+            if known is not None:
+                return known
             if not self._records:
                 raise DataError(
                     f"retriever.web.store: {self._config.store} holds no search for {query!r}; expected every query"
@@ -98,16 +98,16 @@ class WebSearchRetriever:
         # who gives up waiting must not end the search of others
         return await asyncio.shield(asyncio.wrap_future(future))
 
-    def _ask_and_keep(self, query: str) -> Pages:
+    def _ask_and_keep(self, query: str) -> Passages:
         try:
             self._take_of_budget()
             try:
-                pages = self._ask(query)
+                passages = self._ask(query)
             finally:
                 with self._lock:
                     self._num_asking -= 1
             with self._lock:
-                return self._store.keep(query, pages)
+                return self._store.keep(query, passages)
         finally:
             with self._lock:
                 del self._asked[query]
@@ -123,7 +123,7 @@ class WebSearchRetriever:
                 )
             self._num_asking += 1
 
-    def _ask(self, query: str) -> list[Page]:
+    def _ask(self, query: str) -> list[Passage]:
         """From the engine, tried again until the deadline. Raises RetrievalError."""
         deadline, attempt = time.monotonic() + self._config.deadline_s, 0
         while True:
@@ -138,7 +138,7 @@ class WebSearchRetriever:
                     raise RetrievalError(f"{error} ({attempt} tries)") from error
             time.sleep(pause_s)
 
-    def _try(self, query: str) -> list[Page]:
+    def _try(self, query: str) -> list[Passage]:
         """Raises _RefusedError for what would be answered so again, RetrievalError for what may not."""
         order = self._engine.request(self._url, query, self._config, self._key)
         method = "GET" if order.body is None else "POST"
@@ -154,18 +154,17 @@ class WebSearchRetriever:
             refused = RetrievalError if reply.status_code in _RETRIED else _RefusedError
             raise refused(f"retriever.web: {self._url}: status {reply.status_code}: {reply.text[:200]}")
         try:
-            return read_pages(reply.json(), self._engine, self._config.num_results)
+            return read_passages(reply.json(), self._engine, self._config.num_results)
         except EngineBusyError as error:
             raise RetrievalError(f"retriever.web: {self._url}: {error}") from error
         except ValueError as error:
             raise _RefusedError(f"retriever.web: {self._url}: {error}") from error
 
-    def _hits(self, pages: Pages, top_k: int) -> tuple[Hit, ...]:
+    def _hits(self, passages: Passages, top_k: int) -> tuple[Hit, ...]:
         """Blocked here and not before: a store can be replayed with other domains."""
-        allowed = [page for page in pages if not is_blocked(page.url, self._blocked)]
+        allowed = [passage for passage in passages if not is_blocked(passage.id, self._blocked)]
         return tuple(
-            Hit(passage=Passage(id=page.url, title=page.title, text=page.text), score=1.0 / place)
-            for place, page in enumerate(allowed[:top_k], start=1)
+            Hit(passage=passage, score=1.0 / place) for place, passage in enumerate(allowed[:top_k], start=1)
         )
 
 

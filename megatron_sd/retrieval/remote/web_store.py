@@ -1,7 +1,7 @@
 """What web searches found, in a file: each query once, for every rank, every restart, and for whoever replays it.
 
 {"made_by": {"engine": "serper", "url": ..., "num_results": 10}}
-{"query": "mayor of Lyon", "pages": [{"url": ..., "title": ..., "text": ...}, ...]}
+{"query": "mayor of Lyon", "passages": [{"id": ADDRESS, "title": ..., "text": ...}, ...]}
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 from megatron_sd.durable.shared_lines import SharedLines
 from megatron_sd.errors import ConfigError, DataError
-from megatron_sd.retrieval.remote.web_engines import Page
+from megatron_sd.records import Passage
 
 
 class WebStore:
@@ -28,8 +28,9 @@ class WebStore:
     def __init__(self, path: Path, made_by: Mapping[str, Any], *, may_add: bool) -> None:
         """made_by: what the answers depend on. may_add: the file is made where there is none."""
         self._lines = SharedLines(path)
-        self._pages: dict[str, tuple[Page, ...]] = {}
+        self._found: dict[str, tuple[Passage, ...]] = {}
         self._made_by = dict(made_by)
+        self._is_begun = False  # the first line, which says what the others are of, was read
         if may_add:
             with self._lines.locked():
                 if not path.exists() or path.stat().st_size == 0:
@@ -43,21 +44,23 @@ class WebStore:
 
     def __len__(self) -> int:
         """Queries."""
-        return len(self._pages)
+        return len(self._found)
 
-    def find(self, query: str) -> tuple[Page, ...] | None:
+    def find(self, query: str) -> tuple[Passage, ...] | None:
         """What a search for it found; None: it has not been searched for, as far as this object has read."""
-        return self._pages.get(query)
+        return self._found.get(query)
 
-    def keep(self, query: str, pages: Sequence[Page]) -> tuple[Page, ...]:
+    def keep(self, query: str, passages: Sequence[Passage]) -> tuple[Passage, ...]:
         """Add an answer, durable when this returns. Comes back with what stands: another process's, if it
         was first."""
         with self._lines.locked():
             self.refresh()
-            if query not in self._pages:
-                self._lines.add([{"query": query, "pages": [dataclasses.asdict(page) for page in pages]}])
+            if query not in self._found:
+                self._lines.add(
+                    [{"query": query, "passages": [dataclasses.asdict(passage) for passage in passages]}]
+                )
                 self.refresh()
-        return self._pages[query]
+        return self._found[query]
 
     def refresh(self) -> None:
         """Read what was added since."""
@@ -71,15 +74,16 @@ class WebStore:
     def _add(self, line: bytes) -> None:
         try:
             record = json.loads(line)
-            if self._lines.read_bytes == 0:
+            if not self._is_begun:
                 self._check(record["made_by"])
+                self._is_begun = True
                 return
-            pages = tuple(Page(**page) for page in record["pages"])
-            self._pages.setdefault(record["query"], pages)
+            passages = tuple(Passage(**fields) for fields in record["passages"])
+            self._found.setdefault(record["query"], passages)
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(
-                f"retriever.web.store: {self._lines.path} is no record of web searches from byte {self._lines.read_bytes} on"
-                f" ({error!r}): found {line[:80]!r}; expected what retriever.web.mode record writes"
+                f"retriever.web.store: {self._lines.path} is no record of web searches ({error!r}): found the line"
+                f" {line[:80]!r}; expected what retriever.web.mode record writes"
             ) from error
 
     def _check(self, made_by: Any) -> None:

@@ -4,6 +4,7 @@ recorded, replayed, blocked and refused."""
 import asyncio
 import json
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -237,6 +238,31 @@ def test_the_budget_holds_for_searches_at_one_time(tmp_path, engine):
     found = asyncio.run(all_at_once())
     assert sum(isinstance(one, RetrievalError) for one in found) >= 10
     assert len(engine.asked) <= 2
+
+
+class SlowLock:
+    """Whoever lets go of it lets others in before going on."""
+
+    def __init__(self):
+        self._lock = threading.Lock()
+
+    def __enter__(self):
+        self._lock.acquire()
+
+    def __exit__(self, *_):
+        self._lock.release()
+        time.sleep(0.02)
+
+
+def test_the_budget_knows_of_a_search_between_its_answer_and_the_store(tmp_path, engine):
+    own = web(tmp_path, engine, mode="record", max_calls=1, max_connections=4)
+    own._lock = SlowLock()
+
+    async def all_at_once():
+        return await asyncio.gather(*(own.search([f"q{n}"], 3) for n in range(12)), return_exceptions=True)
+
+    found = asyncio.run(all_at_once())
+    assert [len(engine.asked), sum(isinstance(one, RetrievalError) for one in found)] == [1, 11]
 
 
 def test_who_gives_up_waiting_ends_nobody_elses_search(tmp_path, engine):

@@ -103,10 +103,12 @@ class WebSearchRetriever:
             self._take_of_budget()
             try:
                 passages = self._ask(query)
-            finally:
+            except BaseException:
                 with self._lock:
                     self._num_asking -= 1
-            with self._lock:
+                raise
+            with self._lock:  # one step: the budget knows of this search all the time
+                self._num_asking -= 1
                 return self._store.keep(query, passages)
         finally:
             with self._lock:

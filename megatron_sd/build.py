@@ -240,6 +240,7 @@ def packing_of(config: Config, parallel: Parallel) -> Callable[[Sequence[Trainin
         aggregation=config.policy_loss.aggregation,
         most_tokens=config.rollout.most_sampled_tokens,
         distill_aggregation=config.distill.aggregation,
+        layout=config.layout,
         place=parallel.batch,
     )
 

@@ -116,6 +116,7 @@ def build_sft_trainer(config: Config, own: SftConfig, world: World) -> Trainer:
             config=config.update,
             aggregation=config.policy_loss.aggregation,
             distill_aggregation=config.distill.aggregation,
+            layout=config.layout,
             place=parallel.batch,
         ),
         reread=lambda batches, policy: batches,  # nothing is known of episodes but what was stored
@@ -228,7 +229,9 @@ def _validation(config: Config, parallel: Parallel, policy: Policy) -> Evaluatio
         _no_teacher(held_out, (), ()),
         scope=SCOPES[config.distill.scope],
     )
-    (batch,) = own_batches(samples, config=config.update, aggregation="token", place=parallel.batch)
+    (batch,) = own_batches(
+        samples, config=config.update, aggregation="token", layout=config.layout, place=parallel.batch
+    )
     return Evaluation(
         every=config.log.eval_every,
         num_steps=config.num_steps,

@@ -11,10 +11,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from typing import Literal
 
 import numpy as np
 
 TokenIds = tuple[int, ...]
+Layout = Literal["padded", "packed", "shared"]  # of sequences: algorithm/packing/rows.py
 
 
 class StopReason(StrEnum):
@@ -272,31 +274,28 @@ class Microbatch:
     """Right-padded sequences of several samples and flat row lists into them; int64 / float32 numpy arrays.
 
     B sequences of padded length S; Bt teacher sequences of padded length St (Bt may be 0).
-    input_ids: [B, S]; lengths: [B]. row_index: [R] flat positions b * S + (p - 1) whose hidden state
-    predicts a completion
-        token; targets, rollout_logprobs, advantages, row_weights: [R] (weights already hold the per-row
-        part of the loss aggregation, see packing.py). old_logprobs: [R], the denominators of the policy
-        loss's ratios: rollout_logprobs, unless they were read anew before the update.
-        rollouts, turns: [R], numbers of the rollout and of the turn that a row belongs to, counted from 0
-        over the microbatch; groups: [R], of its question, in the step.
-        returns, old_values: [R] float32, what a row's critic is fitted to, and what it said before the
-        step's first update; zeros without a critic.
-    The teacher reads each distinct prompt once: teacher_prompts: [U, Sp], all but the last token of a
-    prompt;
+    input_ids: [B, S]; lengths: [B]; prompt_lengths: [B], the tokens before the first that was sampled.
+    row_index: [R] flat positions b * S + (p - 1) whose hidden state predicts a completion token; targets,
+        rollout_logprobs, advantages, row_weights: [R] (weights already hold the per-row part of the loss
+        aggregation, see algorithm/packing). old_logprobs: [R], the denominators of the policy loss's ratios:
+        rollout_logprobs, unless they were read anew before the update. rollouts, turns: [R], numbers of the
+        rollout and of the turn that a row belongs to, counted from 0 over the microbatch; groups: [R], of its
+        question, in the step. returns, old_values: [R] float32, what a row's critic is fitted to, and what it
+        said before the step's first update; zeros without a critic.
+    The teacher reads each distinct prompt once: teacher_prompts: [U, Sp], all but the last token of a prompt;
         teacher_prompt_lengths: [U]. Then each rollout as its continuation: teacher_ids: [Bt, St];
         teacher_lengths: [Bt]; teacher_prompt_of: [Bt] which of the U it continues. teacher_rows: [Q] flat
         positions b * St + i in the continuations' hidden states.
-    query_rows: [Q] increasing indices into the R rows, of the same tokens; query_weights: [Q] per-row
-    weight (1 / tokens of the
-        rollout's queries); query_in_spread: [Q] bool, the row's group_has_spread.
-    is_packed: sequences are read one after the other in one row, without their padding
-    (algorithm/packed.py). An empty microbatch has B = 1, S = 1 and R = Q = 0: it still runs, so that
-    collectives stay aligned across ranks. For the same reason a microbatch without query rows may carry a
-    dummy teacher of one token (U = Sp = Bt = St = 1, Q = 0).
+    query_rows: [Q] increasing indices into the R rows, of the same tokens; query_weights: [Q] per-row weight
+        (1 / tokens of the rollout's queries); query_in_spread: [Q] bool, the row's group_has_spread.
+    layout: how all this is read (algorithm/packing/rows.py). An empty microbatch has B = 1, S = 1 and
+        R = Q = 0: it still runs, so that collectives stay aligned across ranks. For the same reason a
+        microbatch without query rows may carry a dummy teacher of one token (U = Sp = Bt = St = 1, Q = 0).
     """
 
     input_ids: np.ndarray
     lengths: np.ndarray
+    prompt_lengths: np.ndarray
     row_index: np.ndarray
     targets: np.ndarray
     rollout_logprobs: np.ndarray
@@ -317,7 +316,12 @@ class Microbatch:
     query_rows: np.ndarray
     query_weights: np.ndarray
     query_in_spread: np.ndarray
-    is_packed: bool = False
+    layout: Layout = "padded"
+
+    @property
+    def is_packed(self) -> bool:
+        """Sequences are read one after the other in one row, without their padding."""
+        return self.layout != "padded"
 
     @property
     def has_teacher(self) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_sd.algorithm.advantages.estimator import GroupAdvantages
 from megatron_sd.algorithm.hindsight import Blocks, HindsightBlocks, shown
-from megatron_sd.algorithm.packing import packing_metrics
+from megatron_sd.algorithm.packing.batches import packing_metrics
 from megatron_sd.algorithm.samples import TeacherPrompts
 from megatron_sd.distributed.collectives import agree_to_stop, each, together
 from megatron_sd.distributed.world import World

@@ -24,7 +24,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 
-from benchmarks.training.realistic_rollouts import samples  # noqa: E402 (it lies beside this file)
+from benchmarks.training.realistic_rollouts import Lengths, samples  # noqa: E402 (it lies beside this file)
 
 NUM_STEPS = 3  # timed, after one that warms up
 
@@ -137,7 +137,7 @@ def measure(
 
     from launch.planner.models import model_config
     from megatron_sd.algorithm.distill_loss import TermWeights
-    from megatron_sd.algorithm.packing import pack
+    from megatron_sd.algorithm.packing.batches import pack
     from megatron_sd.build_policy import build_policy
     from megatron_sd.distributed.parallel import Parallel
     from megatron_sd.distributed.world import join_world
@@ -148,7 +148,7 @@ def measure(
         unfused(policy)
     description = model_config(str(model))
     num_questions, scale = (1, 0.1) if tiny else (shape.num_questions, 1.0)
-    made = samples(num_questions, description["vocab_size"], scale=scale)
+    made = samples(num_questions, description["vocab_size"], lengths=Lengths().scaled(scale))
     (batch,) = pack(made, max_tokens=config.update.max_microbatch_tokens, world_size=1, aggregation="token")
     alpha = 1.0 if arm == "sd" else 0.0
     weights = TermWeights(policy=1.0, distill_spread=alpha, distill_no_spread=alpha)

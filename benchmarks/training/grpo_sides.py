@@ -82,6 +82,8 @@ class OurStep:
             "optimizer.learning_rate": 1e-5,
             "distill.block": "none",
             "update.max_microbatch_tokens": work.microbatch_tokens,
+            "update.pack_sequences": "true",
+            "model.attention": "varlen",  # prompts of a group are read once
         }
         self.work, self.model, self.step = work, model, 0
         self.config = load([f"--{key}={value}" for key, value in settings.items()])
@@ -99,7 +101,7 @@ class OurStep:
         """One whole step."""
         from megatron_sd.algorithm.advantages.from_rewards import grpo
         from megatron_sd.algorithm.distill_loss import TermWeights
-        from megatron_sd.algorithm.packing import pack
+        from megatron_sd.algorithm.packing.batches import pack
         from megatron_sd.algorithm.samples import query_tokens, to_samples
         from megatron_sd.distributed.collectives import shared_out
 
@@ -109,7 +111,7 @@ class OurStep:
         advantages = grpo(groups, self.config.advantage)
         samples = to_samples(groups, advantages, nothing, scope=query_tokens)
         limits = {"max_tokens": self.config.update.max_microbatch_tokens, "world_size": self.world.size}
-        batch = pack(samples, aggregation="token", **limits)[self.world.rank]
+        batch = pack(samples, aggregation="token", layout=self.config.layout, **limits)[self.world.rank]
         for microbatch in batch:
             self.policy.accumulate(
                 microbatch, batch.totals, TermWeights(policy=1.0, distill_spread=0.0, distill_no_spread=0.0)

@@ -61,7 +61,7 @@ def samples() -> list:
 def ours(model: Path) -> float:
     """One update through the policy, under DeepSpeed ZeRO-3."""
     from megatron_sd.algorithm.distill_loss import TermWeights
-    from megatron_sd.algorithm.packing import pack
+    from megatron_sd.algorithm.packing.batches import pack
     from megatron_sd.build_policy import build_policy
     from megatron_sd.config.load import load
     from megatron_sd.distributed.parallel import Parallel

@@ -1,33 +1,59 @@
-"""Samples of an update as searching makes them: four searches, observations of 500 tokens, a hindsight
-block a group."""
+"""Samples of an update as searching makes them: searches, observations, and a hindsight block a group."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import numpy as np
 
 from megatron_sd.records import TrainingSample
 
-PROMPT, TURN, QUERY, OBSERVATION, ANSWER, BLOCK, SEARCHES, GROUP = 200, 90, 12, 500, 60, 350, 4, 5
+QUERY, GROUP = 12, 5
 
 
-def samples(num_questions: int, vocabulary: int, *, scale: float) -> list:
-    """Rollouts of SEARCHES searches, all distilled, a group's with one teacher prompt. scale: of every
-    length."""
+@dataclass(frozen=True, kw_only=True)
+class Lengths:
+    """Tokens of a rollout's parts: `searches` turns with an observation each, and an answer. block: a
+    group's hindsight block."""
 
-    def length(tokens: int) -> int:
-        return max(int(tokens * scale), 2)
+    prompt: int = 200
+    turn: int = 90
+    observation: int = 500
+    answer: int = 60
+    block: int = 350
+    searches: int = 4
 
+    def scaled(self, scale: float) -> Lengths:
+        """Every length times `scale`, at least 2."""
+        lengths = ("prompt", "turn", "observation", "answer", "block")
+        return Lengths(
+            searches=self.searches, **{name: max(int(getattr(self, name) * scale), 2) for name in lengths}
+        )
+
+    @property
+    def query(self) -> int:
+        """Query tokens of a turn."""
+        return min(QUERY, self.turn // 2)
+
+
+def samples(num_questions: int, vocabulary: int, *, lengths: Lengths) -> list[TrainingSample]:
+    """Rollouts of random tokens, GROUP of a question, all distilled. A group's have one prompt, and one prompt
+    of the teacher's that ends as theirs."""
     rng, made = np.random.default_rng(0), []
-    prompt, turn, query, observation, answer = map(length, (PROMPT, TURN, QUERY, OBSERVATION, ANSWER))
-    mask = np.array([False] * prompt + ([True] * turn + [False] * observation) * SEARCHES + [True] * answer)
-    turns = [prompt + number * (turn + observation) for number in range(SEARCHES)]
-    positions = np.concatenate([np.arange(start + turn - query - 1, start + turn - 1) for start in turns])
+    searches = ([True] * lengths.turn + [False] * lengths.observation) * lengths.searches
+    mask = np.array([False] * lengths.prompt + searches + [True] * lengths.answer)
+    turns = [
+        lengths.prompt + number * (lengths.turn + lengths.observation) for number in range(lengths.searches)
+    ]
+    ends = [start + lengths.turn - 1 for start in turns]
+    positions = np.concatenate([np.arange(end - lengths.query, end) for end in ends])
     for group in range(num_questions):
-        teacher_prompt = tuple(rng.integers(vocabulary, size=length(BLOCK) + prompt).tolist())
+        prompt = rng.integers(vocabulary, size=lengths.prompt)
+        block = rng.integers(vocabulary, size=lengths.block)
         made += [
             TrainingSample(
-                ids=rng.integers(vocabulary, size=len(mask)),
-                prompt_length=prompt,
+                ids=np.concatenate([prompt, rng.integers(vocabulary, size=len(mask) - lengths.prompt)]),
+                prompt_length=lengths.prompt,
                 loss_mask=mask,
                 rollout_logprobs=np.where(mask, -10.0, 0.0).astype(np.float32),
                 query_positions=positions,
@@ -35,7 +61,7 @@ def samples(num_questions: int, vocabulary: int, *, scale: float) -> list:
                 turns=np.zeros(len(mask), np.int64),
                 group=group,
                 group_has_spread=True,
-                teacher_prompt_ids=teacher_prompt,
+                teacher_prompt_ids=tuple([*block.tolist(), *prompt.tolist()]),
             )
             for index in range(GROUP)
         ]

@@ -9,10 +9,10 @@ from megatron_sd.algorithm.advantages.estimator import GroupAdvantages
 from megatron_sd.algorithm.advantages.table import any_advantage
 from megatron_sd.algorithm.distill_aggregation import DISTILL_AGGREGATIONS
 from megatron_sd.algorithm.hindsight import Blocks
-from megatron_sd.algorithm.packing import pack
+from megatron_sd.algorithm.packing.batches import pack
 from megatron_sd.algorithm.samples import Gate, GateContext, TeacherPrompts, apply_gate
 from megatron_sd.config import DistillConfig, UpdateConfig
-from megatron_sd.records import Batch, RolloutGroup, TokenIds, TrainingSample
+from megatron_sd.records import Batch, Layout, RolloutGroup, TokenIds, TrainingSample
 
 
 def teacher_prompts(
@@ -53,12 +53,14 @@ def own_batches(
     aggregation: str,
     most_tokens: int = 1,
     distill_aggregation: str = "rollout",
+    layout: Layout = "padded",
     place: tuple[int, int],
 ) -> list[Batch]:
     """This rank's part of each optimiser step: the questions in order, cut into config.minibatches parts of
     as many questions.
 
-    aggregation, most_tokens: see packing.row_weight. distill_aggregation: of distill. place: the rank's number
+    aggregation, most_tokens: see microbatches.row_weight. distill_aggregation: of distill. layout: of sequences.
+    place: the rank's number
     among those that read other microbatches, and how many they are (distributed.Parallel.batch)."""
     parts: list[list[TrainingSample]] = [[] for _ in range(config.minibatches)]
     num_groups = max((sample.group for sample in samples), default=0) + 1
@@ -72,7 +74,7 @@ def own_batches(
             world_size=num_batches,
             aggregation=aggregation,
             most_tokens=most_tokens,
-            one_row=config.pack_sequences,
+            layout=layout,
         )
         for part in parts
     ]

@@ -26,7 +26,7 @@ class ModelConfig:
     path: str  # directory with config.json, tokenizer and safetensors
     # auto: what this machine computes fast (machine.py)
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    # varlen: for update.pack_sequences on GPUs
+    # varlen: with update.pack_sequences; what sequences have in common is read once (docs/clusters.md)
     attention: Literal["sdpa", "eager", "varlen", "flash_attention_2"] = "sdpa"
     # keep a layer's input only, and compute it once more for the backward
     gradient_checkpointing: bool = False

@@ -10,6 +10,7 @@ from megatron_sd.config.model import ModelConfig
 from megatron_sd.config.retriever import RetrieverConfig
 from megatron_sd.config.rollout import ProtocolConfig, RewardConfig, RolloutConfig
 from megatron_sd.config.update import OptimizerConfig, PublishConfig, UpdateConfig
+from megatron_sd.records import Layout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,3 +108,10 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     safety: SafetyConfig = field(default_factory=SafetyConfig)
     log: LogConfig = field(default_factory=LogConfig)
+
+    @property
+    def layout(self) -> Layout:
+        """How the sequences of a microbatch are read: an attention that can, reads what they share once."""
+        if not self.update.pack_sequences:
+            return "padded"
+        return "shared" if self.model.attention == "varlen" else "packed"

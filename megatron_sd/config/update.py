@@ -39,7 +39,7 @@ class UpdateConfig:
     # shards of the weights in host memory between uses; stage 3
     offload_parameters: Literal["none", "cpu"] = "none"
     nvme_path: str | None = None  # a directory on a local disk of every node
-    pack_sequences: bool = False  # a microbatch is one row without padding: for model.attention varlen
+    pack_sequences: bool = False  # a microbatch is one row without padding
     # neighbouring ranks that share each sequence of a microbatch (training/parallel/sequence.py)
     sequence_parallel_size: int = 1
     # neighbouring ranks that hold a part of each layer (training/parallel/tensor.py)

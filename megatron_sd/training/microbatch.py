@@ -2,35 +2,56 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from megatron_sd.algorithm.distill_loss import TermWeights
-from megatron_sd.algorithm.packed import student_row, teacher_row
-from megatron_sd.algorithm.packing import distilled_part, row_share
+from megatron_sd.algorithm.packing.microbatches import distilled_part, row_share
+from megatron_sd.algorithm.packing.rows import PackedRow, RowPart, student_row, teacher_row
 from megatron_sd.distributed.parallel import Parallel
 from megatron_sd.ops.head.types import HeadRows
 from megatron_sd.records import Microbatch
 
 
 class Runs(NamedTuple):
-    """Where sequences lie that follow one another in a row: PackedRow's positions, starts and longest."""
+    """Where sequences lie that follow one another in a row: what PackedRow says, on the device."""
 
+    parts: tuple[RowPart, ...]
     positions: Tensor
     starts: Tensor
     longest: int
+    keys: Tensor | None
+    key_starts: Tensor
+    most_seen: int
 
-    def options(self) -> dict[str, Tensor | int]:
-        """What the backbone is told, in transformers' words; flash attention takes the last four, other
-        kinds the positions."""
-        lengths = {"cu_seq_lens_q": self.starts, "cu_seq_lens_k": self.starts}
+    @classmethod
+    def of(cls, row: PackedRow, on_device: Callable[[np.ndarray], Tensor]) -> Runs:
+        """on_device: the tensor of an array."""
+        keys = row.keys
+        return cls(
+            parts=row.parts,
+            positions=on_device(row.positions),
+            starts=on_device(row.starts),
+            longest=row.longest,
+            keys=None if keys is None else on_device(keys),
+            key_starts=on_device(row.key_starts),
+            most_seen=row.most_seen,
+        )
+
+    def options(self) -> dict[str, Any]:
+        """What the backbone is told: for the attention `varlen` these runs, for transformers' own kinds,
+        which know no shared beginnings, their words for sequences. Flash attention takes the last four, others
+        the positions."""
         return {
             "position_ids": self.positions,
-            **lengths,
+            "runs": self,
+            "cu_seq_lens_q": self.starts,
+            "cu_seq_lens_k": self.starts,
             "max_length_q": self.longest,
             "max_length_k": self.longest,
         }
@@ -81,11 +102,11 @@ class DeviceMicrobatch:
         if microbatch.is_packed:
             row = student_row(microbatch)
             tensors |= {"input_ids": on_device(row.ids), "row_index": on_device(row.rows)}
-            tensors["runs"] = Runs(on_device(row.positions), on_device(row.starts), row.longest)
+            tensors["runs"] = Runs.of(row, on_device)
         if microbatch.is_packed and microbatch.has_teacher:
             row = teacher_row(microbatch)
             tensors |= {"teacher_ids": on_device(row.ids), "teacher_rows": on_device(row.rows)}
-            tensors["teacher_runs"] = Runs(on_device(row.positions), on_device(row.starts), row.longest)
+            tensors["teacher_runs"] = Runs.of(row, on_device)
         return cls(head_rows=head_rows, has_teacher=microbatch.has_teacher, **tensors)
 
 

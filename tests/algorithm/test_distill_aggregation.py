@@ -7,7 +7,7 @@ import pytest
 
 from megatron_sd.algorithm.assemble import own_batches
 from megatron_sd.algorithm.distill_aggregation import DISTILL_AGGREGATIONS
-from megatron_sd.algorithm.packing import pack
+from megatron_sd.algorithm.packing.batches import pack
 from megatron_sd.config import UpdateConfig
 from tests.training.fakes import make_samples
 

@@ -9,7 +9,7 @@ import torch
 
 from megatron_sd.algorithm.advantages.gae import gae, generalized, token_rewards
 from megatron_sd.algorithm.advantages.table import gradient_test
-from megatron_sd.algorithm.packing import build_microbatch
+from megatron_sd.algorithm.packing.microbatches import build_microbatch
 from megatron_sd.algorithm.policy_loss import KnownRows, policy_rows
 from megatron_sd.algorithm.refinements import Read, Reading, refinements, with_old_logprobs, with_values
 from megatron_sd.algorithm.value_loss import explained_variance, value_moments, value_rows

@@ -6,16 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_sd.algorithm.distill_loss import TermWeights
-from megatron_sd.algorithm.packing import (
-    assign_bins,
-    bin_cost,
-    build_microbatch,
-    count_totals,
-    distilled_part,
-    pack,
-    plan_bins,
-    sizes_of,
-)
+from megatron_sd.algorithm.packing.batches import count_totals, pack
+from megatron_sd.algorithm.packing.bins import assign_bins, bin_cost, plan_bins, sizes_of
+from megatron_sd.algorithm.packing.microbatches import build_microbatch, distilled_part
 from tests.training.fakes import make_samples
 
 CASES = st.tuples(st.integers(0, 40), st.integers(1, 400), st.integers(1, 5), st.integers(0, 1000))

@@ -6,7 +6,7 @@ from functools import partial
 import numpy as np
 import pytest
 
-from megatron_sd.algorithm.packing import build_microbatch
+from megatron_sd.algorithm.packing.microbatches import build_microbatch
 from megatron_sd.algorithm.refinements import (
     Read,
     Reading,

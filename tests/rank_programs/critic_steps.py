@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from megatron_sd.algorithm.packing import pack
+from megatron_sd.algorithm.packing.batches import pack
 from megatron_sd.algorithm.refinements import Read, Reading, with_values
 from megatron_sd.build_policy import build_critic
 from megatron_sd.config import AdvantageConfig, Config, CriticConfig

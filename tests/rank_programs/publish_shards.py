@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from megatron_sd.algorithm.distill_loss import TermWeights
-from megatron_sd.algorithm.packing import pack
+from megatron_sd.algorithm.packing.batches import pack
 from megatron_sd.distributed.collectives import gather_objects
 from megatron_sd.distributed.world import World, join_world, leave_world
 from megatron_sd.errors import ReshardError

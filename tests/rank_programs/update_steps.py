@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 
-from megatron_sd.algorithm.packing import pack
+from megatron_sd.algorithm.packing.batches import pack
 from megatron_sd.distributed.world import World, join_world, leave_world
 from megatron_sd.errors import MegatronSdError
-from megatron_sd.records import Batch
+from megatron_sd.records import Batch, Layout
 from megatron_sd.training.policy import Policy
 from megatron_sd.training.publisher import gathered_buckets
 from megatron_sd.training.state import checkpoint
@@ -38,6 +38,7 @@ class Order:
     steps: int = 2
     config: dict[str, Any] = field(default_factory=dict)
     num_samples: int = 16
+    one_prompt_a_group: bool = False
     only: list[int] | None = None  # of the samples
     max_tokens: int = 150
     poison: dict[str, int] = field(default_factory=dict)
@@ -62,13 +63,13 @@ def own_moments(policy: Policy) -> dict[str, tuple[int, torch.Tensor]]:
 
 
 def batch_of(
-    order: Order, world: World, aggregation: str, *, sharers: int = 1, one_row: bool = False
+    order: Order, world: World, aggregation: str, *, sharers: int = 1, layout: Layout = "padded"
 ) -> Batch:
-    samples = make_samples(order.num_samples)
+    samples = make_samples(order.num_samples, one_prompt_a_group=order.one_prompt_a_group)
     samples = samples[::-1] if order.reverse else samples
     samples = samples if order.only is None else [samples[i] for i in order.only]
     size, number = world.size // sharers, world.rank // sharers
-    options = {"max_tokens": order.max_tokens, "aggregation": aggregation, "one_row": one_row}
+    options = {"max_tokens": order.max_tokens, "aggregation": aggregation, "layout": layout}
     return pack(samples, world_size=size, **options)[number]
 
 
@@ -85,7 +86,7 @@ def take_steps(order: Order, world: World) -> dict[str, Any]:
     )
     state = (checkpoints.load(policy) if checkpoints else None) or {"step": 0, "alpha": alpha.state()}
     alpha.load_state(state["alpha"])
-    sharing = {"sharers": config.update.ranks_per_batch, "one_row": config.update.pack_sequences}
+    sharing = {"sharers": config.update.ranks_per_batch, "layout": config.layout}
     own_batch = partial(batch_of, order, world, config.policy_loss.aggregation, **sharing)
     history, errors, start = [], [], full_parameters(policy)
     for step in range(state["step"], order.steps):

@@ -90,10 +90,17 @@ def make_policy(config: Config, world: World) -> Policy:
 
 
 def make_samples(
-    num: int, *, seed: int = 0, groups: int = 3, longest_turn: int = 6, vocabulary: int = VOCABULARY
+    num: int,
+    *,
+    seed: int = 0,
+    groups: int = 3,
+    longest_turn: int = 6,
+    vocabulary: int = VOCABULARY,
+    one_prompt_a_group: bool = False,
 ):
     """Random multi-turn samples: prompts, completions and observations; the last group has no spread; some
-    have no query, some no teacher, some share a teacher prompt."""
+    have no query, some no teacher, some share a teacher prompt. one_prompt_a_group: as rollouts have it;
+    else each has its own."""
     rng = np.random.default_rng(seed)
 
     def draw(size: int) -> np.ndarray:
@@ -103,6 +110,8 @@ def make_samples(
     shared = [tuple(int(i) for i in draw(size)) for size in (7, 12, 9)]
     for number in range(num):
         prompt = draw(rng.integers(2, 6))
+        if one_prompt_a_group:
+            prompt = np.array(shared[number % groups % 3][:5])
         ids, mask, query_positions = list(prompt), [False] * len(prompt), []
         turns = [0] * len(prompt)
         for turn in range(rng.integers(1, 4)):

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from megatron_sd.algorithm.distill_loss import TermWeights, importance_weights
-from megatron_sd.algorithm.packing import distilled_part, pack
+from megatron_sd.algorithm.packing.batches import pack
+from megatron_sd.algorithm.packing.microbatches import distilled_part
 from megatron_sd.config import AlphaConfig, DistillConfig
 from megatron_sd.training.microbatch import DeviceMicrobatch
 from megatron_sd.training.teacher_side.gradient_ratio import AlphaController

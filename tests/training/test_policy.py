@@ -131,8 +131,8 @@ def test_block_none_is_grpo_bit_for_bit(world, model_path, monkeypatch):
     """No teacher prompts, or no distillation at all: the same parameters, to the bit, at measuring
     steps too."""
 
-    def without_teachers(num):
-        return [dataclasses.replace(s, teacher_prompt_ids=None) for s in make_samples(num)]
+    def without_teachers(num, **options):
+        return [dataclasses.replace(s, teacher_prompt_ids=None) for s in make_samples(num, **options)]
 
     grpo = outcome(world, model_path, steps=3, config={"distill": {"block": "none"}})
     monkeypatch.setattr(update_steps, "make_samples", without_teachers)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from megatron_sd.algorithm.distill_loss import TermWeights
-from megatron_sd.algorithm.packing import pack
+from megatron_sd.algorithm.packing.batches import pack
 from megatron_sd.distributed.world import join_world
 from megatron_sd.training import deepspeed_config
 from tests.rank_programs.update_steps import full_parameters

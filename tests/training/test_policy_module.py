@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from megatron_sd.algorithm.distill_loss import TermWeights
-from megatron_sd.algorithm.packing import pack
+from megatron_sd.algorithm.packing.batches import pack
 from megatron_sd.build_policy import head_options
 from megatron_sd.errors import ConfigError, DataError
 from megatron_sd.training.microbatch import DeviceMicrobatch

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from megatron_sd.algorithm.distill_loss import TermWeights
-from megatron_sd.algorithm.packing import pack
+from megatron_sd.algorithm.packing.batches import pack
 from megatron_sd.config import LoraConfig, RolloutConfig
 from megatron_sd.config.checks import engine_reads_policy
 from megatron_sd.distributed.world import join_world

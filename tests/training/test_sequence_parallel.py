@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_sd.algorithm.packing import build_microbatch, row_share, row_weight
+from megatron_sd.algorithm.packing.microbatches import build_microbatch, row_share, row_weight
 from megatron_sd.config.load import load
 from megatron_sd.distributed.world import join_world
 from megatron_sd.errors import ConfigError

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_sd.algorithm.distill_loss import POLICY_TERM
-from megatron_sd.algorithm.packing import build_microbatch
+from megatron_sd.algorithm.packing.microbatches import build_microbatch
 from megatron_sd.config import RolloutConfig, SafetyConfig
 from megatron_sd.distributed.world import lone_world
 from megatron_sd.errors import BarrenStepError, ReshardError, RolloutError, StopRequested

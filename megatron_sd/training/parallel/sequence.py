@@ -5,7 +5,7 @@ Everything but attention works token by token, so a rank needs its slice only. I
 all-to-all gives each rank all positions of some of the heads, and takes them back afterwards. The backbone
 is called with whole sequences, as without slices, and returns the last hidden states of all positions, so
 that rows are found where they always are; each rank of the group then puts its share of the rows
-(packing.row_share) through the head.
+(microbatches.row_share) through the head.
 
 Attention masks and the teacher's continuation of a cached prompt keep working: a rank caches its slice of
 the prompt's keys, and the mask is laid out in the order in which the all-to-all brings keys together.

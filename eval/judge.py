@@ -16,7 +16,7 @@ from eval.samples import QuestionResult, Sample
 from megatron_sd.config import JudgeConfig
 from megatron_sd.errors import RetrievalError
 from megatron_sd.observability.progress import Task
-from megatron_sd.search.judge import AnswerJudge, GivenAnswer
+from megatron_sd.search.rewards.judge import AnswerJudge, GivenAnswer
 
 JUDGEMENTS_NAME = "judgements.jsonl"
 FIGURE, FAILED = "judge", "judge_failed"

@@ -1,5 +1,5 @@
 """What one rollout of an evaluation earned and did, as pure functions; the comparison of answers is
-search/reward.py's."""
+search/rewards/answers.py's."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 import regex
 
 from megatron_sd.records import Hit, Question, Rollout
-from megatron_sd.search.reward import ANSWER_SCORES, NORMALIZERS, hop_hit_rate
+from megatron_sd.search.rewards.answers import ANSWER_SCORES, NORMALIZERS
+from megatron_sd.search.rewards.reward import hop_hit_rate
 
 ANSWER_FIGURES = {
     f"{name}{suffix}": (compare, NORMALIZERS[normalization])

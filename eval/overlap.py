@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from eval.summary import set_name
 from megatron_sd.records import Question
-from megatron_sd.search.reward import normalize_strict
+from megatron_sd.search.rewards.answers import normalize_strict
 
 
 @dataclass(frozen=True, kw_only=True)

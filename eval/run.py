@@ -43,7 +43,7 @@ from megatron_sd.errors import ConfigError, RolloutError
 from megatron_sd.observability.transcripts import group_record, render_group
 from megatron_sd.records import Question, RolloutGroup
 from megatron_sd.search.questions import load_questions
-from megatron_sd.search.reward import own_scores, score
+from megatron_sd.search.rewards.reward import own_scores, score
 
 REPORT_NAME = "report.json"
 TRANSCRIPTS = Path("transcripts") / "evaluation.jsonl"

@@ -37,7 +37,7 @@ from megatron_sd.durable.files import append_lines, cut_torn_line
 from megatron_sd.records import Question, Rollout, RolloutGroup
 from megatron_sd.rollout.stored import ROLLOUTS_NAME, SAMPLE_NAME, StoredGroups, fields_of
 from megatron_sd.search.questions import load_questions
-from megatron_sd.search.reward import score
+from megatron_sd.search.rewards.reward import score
 
 RATES_NAME = "pass_rates.jsonl"
 

@@ -58,9 +58,9 @@ from megatron_sd.rollout.vllm.colocated_engine import ColocatedEngine
 from megatron_sd.rollout.vllm.connect import connect_vllm
 from megatron_sd.rollout.vllm.servers_engine import VllmEngine
 from megatron_sd.search.environment import Environment
-from megatron_sd.search.protocol import build_protocol
+from megatron_sd.search.protocol_choice import build_protocol
 from megatron_sd.search.questions import MixedStream, QuestionStream, load_questions, training_stream
-from megatron_sd.search.reward import own_scores, score
+from megatron_sd.search.rewards.reward import own_scores, score
 from megatron_sd.search.tokens import TextCodec, load_codec
 from megatron_sd.search.tools import open_tools
 from megatron_sd.trainer import Schedule, Trainer

@@ -107,7 +107,7 @@ class Turn:
     hits: what the retriever returned, best first. policy_version: optimiser step whose weights sampled this
     turn.
     well_formed: the completion is thoughts and then exactly one closed search or answer, nothing else
-        (search/reward.py, completion_is_well_formed).
+        (search/rewards/form.py, completion_is_well_formed).
     note: what the policy noted of earlier results, where the protocol has note tags; sampled text alone.
     attempt: which of the rollout's attempts it belongs to, 0-based; answer: what it answered, if it did.
     """

@@ -37,7 +37,7 @@ from megatron_sd.pretrained.loading import load_causal_lm
 from megatron_sd.rollout.engine import GenerationRequest
 from megatron_sd.search.chat_template import ChatArguments
 from megatron_sd.search.environment import Environment
-from megatron_sd.search.protocol import build_protocol
+from megatron_sd.search.protocol_choice import build_protocol
 from megatron_sd.search.tokens import TextCodec, load_codec
 
 SIDES = ("embedded", "transformers", "vllm")

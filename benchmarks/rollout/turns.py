@@ -38,7 +38,7 @@ from megatron_sd.rollout.engine import Completion, GenerationRequest, InferenceE
 from megatron_sd.rollout.rollouter import Rollouter
 from megatron_sd.rollout.sampling import rollout_seed
 from megatron_sd.search.environment import Environment
-from megatron_sd.search.protocol import build_protocol
+from megatron_sd.search.protocol_choice import build_protocol
 from megatron_sd.search.tokens import load_codec
 
 NUM_QUESTIONS, GROUP_SIZE, NUM_SEARCHES, PROMPT_TOKENS = 8, 5, 3, 96

@@ -19,7 +19,7 @@ from pathlib import Path
 from megatron_sd.records import Question, Rollout, RolloutGroup
 from megatron_sd.rollout.stored import StoredGroups
 from megatron_sd.search.questions import load_questions
-from megatron_sd.search.reward import normalize_strict
+from megatron_sd.search.rewards.answers import normalize_strict
 
 _WORDS = re.compile(r"\w{4,}")  # shorter ones are in every question
 

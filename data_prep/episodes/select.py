@@ -50,7 +50,8 @@ from megatron_sd.rollout.stored import (
     read_record,
 )
 from megatron_sd.search.environment import Environment
-from megatron_sd.search.protocol import Protocol, build_protocol
+from megatron_sd.search.protocol import Protocol
+from megatron_sd.search.protocol_choice import build_protocol
 from megatron_sd.search.tokens import load_codec
 
 QUESTIONS_NAME = "questions.jsonl"

@@ -41,7 +41,7 @@ from data_prep.sources.rows import parse_rows
 from data_prep.sources.titles import Titles
 from megatron_sd.errors import DataError
 from megatron_sd.records import Question
-from megatron_sd.search.reward import empty_answers
+from megatron_sd.search.rewards.answers import empty_answers
 
 log = logging.getLogger(__name__)
 

@@ -27,7 +27,7 @@ from data_prep.world.reading_probe import ReadingProbe
 from data_prep.world.small_qwen import ATTENTION, SmallQwenShape, build_model
 from data_prep.world.tokenizer import save_tokenizer, train_tokenizer
 from megatron_sd.errors import DataError
-from megatron_sd.search.protocol import PRESETS
+from megatron_sd.search.presets import PRESETS
 
 log = logging.getLogger(__name__)
 

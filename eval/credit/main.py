@@ -45,8 +45,8 @@ from megatron_sd.records import RolloutGroup
 from megatron_sd.retrieval.corpus.manifest import file_entry
 from megatron_sd.rollout.embedded.weights import load_model
 from megatron_sd.search.environment import Environment
-from megatron_sd.search.protocol import build_protocol
-from megatron_sd.search.reward import score
+from megatron_sd.search.protocol_choice import build_protocol
+from megatron_sd.search.rewards.reward import score
 from megatron_sd.search.tokens import load_codec
 
 

@@ -25,7 +25,7 @@ from megatron_sd.door import exit_code_of
 from megatron_sd.errors import MegatronSdError
 from megatron_sd.records import Question, RolloutGroup
 from megatron_sd.search.questions import load_questions
-from megatron_sd.search.reward import score
+from megatron_sd.search.rewards.reward import score
 
 REPORT_NAME = "gate.json"
 

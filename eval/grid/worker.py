@@ -32,7 +32,7 @@ from megatron_sd.errors import MegatronSdError
 from megatron_sd.observability.metrics_log import METRICS_NAME, read_metrics
 from megatron_sd.records import RolloutGroup
 from megatron_sd.search.questions import load_questions
-from megatron_sd.search.reward import score
+from megatron_sd.search.rewards.reward import score
 from megatron_sd.trainer import Trainer
 
 ANSWER = "grid-worker:"  # lines of standard output that are meant for the pool; libraries may print others

@@ -15,7 +15,7 @@ from eval.strategies.single import chain_of_thought, direct, rag
 from eval.strategies.thinker import thinker
 from megatron_sd.build import RolloutSide
 from megatron_sd.records import Rollout
-from megatron_sd.search.reward import format_valid
+from megatron_sd.search.rewards.form import format_valid
 
 AGENT = "agent"
 PROMPTED: Mapping[str, Solve] = {

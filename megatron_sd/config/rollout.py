@@ -33,7 +33,7 @@ class ToolConfig:
 @dataclass(frozen=True, kw_only=True)
 class ProtocolConfig:
     """The text protocol between policy and environment. `preset` fills every field left at None
-    (search/protocol.py)."""
+    (search/presets.py)."""
 
     # prompt, tags and texts by name
     preset: Literal["search_r1", "few_shot", "autorefine", "qwen_tools", "compact"] | OwnFunction = (
@@ -145,7 +145,7 @@ _JUDGE_PLACES = ("{question}", "{golden_answers}", "{answer}")
 
 @dataclass(frozen=True, kw_only=True)
 class JudgeConfig:
-    """A language model that says whether an answer is right (search/judge.py). prompt: needs {question},
+    """A language model that says whether an answer is right (search/rewards/judge.py). prompt: needs {question},
     {golden_answers} (one a line) and {answer}."""
 
     url: str  # of the server, without /v1/chat/completions
@@ -187,7 +187,7 @@ class RewardConfig:
     own: dict[str, OwnFunction] = field(default_factory=dict)
     normalization: Literal["search_r1", "strict"] = "search_r1"  # of both, before they are compared
     format_weight: float = 0.0  # of plain
-    # search/reward_shapes.py; all but the first two have their own numbers
+    # search/rewards/shapes.py; all but the first two have their own numbers
     shape: Literal["plain", "structured", "r1_searcher", "r1_searcher_first", "research", "autorefine"] = (
         "plain"
     )

@@ -17,7 +17,7 @@ from megatron_sd.retrieval.queries import fit_query
 from megatron_sd.search.chat_template import ChatTemplate
 from megatron_sd.search.parsing import parse_completion
 from megatron_sd.search.protocol import Protocol, Tags
-from megatron_sd.search.reward import completion_is_well_formed
+from megatron_sd.search.rewards.form import completion_is_well_formed
 from megatron_sd.search.sanitize import Sanitizer
 from megatron_sd.search.tokens import TextCodec, fill
 

@@ -16,7 +16,7 @@ import numpy as np
 from megatron_sd.config import DataConfig
 from megatron_sd.errors import DataError
 from megatron_sd.records import Question
-from megatron_sd.search.reward import empty_answers
+from megatron_sd.search.rewards.answers import empty_answers
 
 Item = TypeVar("Item")
 

@@ -28,8 +28,8 @@ from megatron_sd.config.load import load
 from megatron_sd.distributed.world import join_world
 from megatron_sd.ops.divergence import DIVERGENCES, SUPPORTS
 from megatron_sd.rollout.collecting import KEEPERS
-from megatron_sd.search.reward import ANSWER_SCORES
-from megatron_sd.search.reward_shapes import REWARD_SHAPES
+from megatron_sd.search.rewards.answers import ANSWER_SCORES
+from megatron_sd.search.rewards.shapes import REWARD_SHAPES
 
 START_POLICY = Path(str(files("data_prep"))) / "coldstart_model"
 VOCABULARY = json.loads((START_POLICY / "config.json").read_text())["vocab_size"]

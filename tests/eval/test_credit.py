@@ -21,8 +21,8 @@ from megatron_sd.config import ModelConfig, ProtocolConfig, RewardConfig, Rollou
 from megatron_sd.errors import ConfigError, DataError
 from megatron_sd.rollout.embedded.weights import load_model
 from megatron_sd.search.environment import Environment
-from megatron_sd.search.protocol import build_protocol
-from megatron_sd.search.reward import score
+from megatron_sd.search.protocol_choice import build_protocol
+from megatron_sd.search.rewards.reward import score
 from megatron_sd.search.tokens import load_codec
 from tests.builders import group, hit, question, rollout
 from tests.nursery import start_forked

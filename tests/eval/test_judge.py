@@ -16,8 +16,8 @@ from megatron_sd.config.command_line import parse
 from megatron_sd.errors import ConfigError, DataError, RetrievalError, RolloutError
 from megatron_sd.observability.progress import SILENT
 from megatron_sd.records import RolloutGroup, StopReason
-from megatron_sd.search.judge import AnswerJudge, GivenAnswer, verdict_of
-from megatron_sd.search.reward import score
+from megatron_sd.search.rewards.judge import AnswerJudge, GivenAnswer, verdict_of
+from megatron_sd.search.rewards.reward import score
 from tests.builders import question, rollout
 
 
@@ -105,7 +105,7 @@ def test_answers_are_judged_once_and_kept(start, tmp_path):
 
 
 def test_a_busy_server_is_asked_again_and_a_key_is_sent(start, tmp_path, monkeypatch):
-    monkeypatch.setattr("megatron_sd.search.judge.asyncio.sleep", lambda _: _soon())
+    monkeypatch.setattr("megatron_sd.search.rewards.judge.asyncio.sleep", lambda _: _soon())
     (tmp_path / "key").write_text("secret\n")
     server = start({"or": [503, 429, "yes"]})
     assert judged([result("a", "or")], server, tmp_path, key_file=str(tmp_path / "key")) == [[YES]]
@@ -117,7 +117,7 @@ async def _soon():
 
 
 def test_what_could_not_be_judged_has_no_figure_and_is_asked_again(start, tmp_path, monkeypatch):
-    monkeypatch.setattr("megatron_sd.search.judge.asyncio.sleep", lambda _: _soon())
+    monkeypatch.setattr("megatron_sd.search.rewards.judge.asyncio.sleep", lambda _: _soon())
     server = start({"or": "yes", "lead": ["perhaps", "perhaps", "no"], "tin": [500, 500, 500, "no"]})
     results = [result("a", "or", "lead", "tin")]
     failed = {"em": 0.0, "judge_failed": 1.0}
@@ -133,7 +133,7 @@ def test_what_could_not_be_judged_has_no_figure_and_is_asked_again(start, tmp_pa
     ],
 )
 def test_too_many_failures_end_the_evaluation_and_keep_the_rest(start, tmp_path, monkeypatch, answer, words):
-    monkeypatch.setattr("megatron_sd.search.judge.asyncio.sleep", lambda _: _soon())
+    monkeypatch.setattr("megatron_sd.search.rewards.judge.asyncio.sleep", lambda _: _soon())
     server = start({"or": "yes", "lead": answer})
     with pytest.raises(
         RetrievalError, match=f"1 of 2 answers could not be judged, expected at most 5%.*{words}"

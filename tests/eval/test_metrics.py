@@ -10,7 +10,7 @@ from eval.metrics import answer_in_passages, answered_in_form, pass_at_k, pass_f
 from eval.retrieval import hop_recall
 from megatron_sd.records import Question, StopReason
 from megatron_sd.rollout.rollouter import Rollouter
-from megatron_sd.search.reward import format_valid
+from megatron_sd.search.rewards.form import format_valid
 from tests import builders
 from tests.rollout.fakes import InlineRetriever, ScriptedEngine, environment
 

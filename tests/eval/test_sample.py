@@ -24,7 +24,8 @@ from megatron_sd.records import StopReason
 from megatron_sd.rollout.rollouter import Rollouter
 from megatron_sd.rollout.stored import StoredGroups
 from megatron_sd.search.environment import Environment
-from megatron_sd.search.protocol import PRESETS, build_protocol
+from megatron_sd.search.presets import PRESETS
+from megatron_sd.search.protocol_choice import build_protocol
 from megatron_sd.search.tokens import load_codec
 from tests.nursery import start_forked
 

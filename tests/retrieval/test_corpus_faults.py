@@ -22,7 +22,7 @@ from megatron_sd.records import Passage
 from megatron_sd.retrieval.corpus.directory import CorpusRetriever
 from megatron_sd.retrieval.corpus.manifest import MANIFEST_NAME
 from megatron_sd.rollout.rollouter import Rollouter
-from megatron_sd.search.reward import score
+from megatron_sd.search.rewards.reward import score
 from tests.builders import question
 from tests.retrieval.fakes_encoder import tiny_encoder
 from tests.rollout.fakes import ScriptedEngine, codec, environment

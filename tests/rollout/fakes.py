@@ -32,7 +32,7 @@ from megatron_sd.records import Hit
 from megatron_sd.rollout.embedded.engine import TorchEngine
 from megatron_sd.rollout.engine import Completion, GenerationRequest
 from megatron_sd.search.environment import Environment
-from megatron_sd.search.protocol import build_protocol
+from megatron_sd.search.protocol_choice import build_protocol
 from megatron_sd.search.tokens import TextCodec
 from tests.builders import hit
 

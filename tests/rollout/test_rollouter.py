@@ -16,7 +16,8 @@ from megatron_sd.records import RolloutGroup, StopReason
 from megatron_sd.rollout.embedded.engine import TorchEngine
 from megatron_sd.rollout.rollouter import NO_TOOLS, Rollouter
 from megatron_sd.rollout.stored import rollout_of
-from megatron_sd.search.reward import format_valid, score_rollout
+from megatron_sd.search.rewards.form import format_valid
+from megatron_sd.search.rewards.reward import score_rollout
 from megatron_sd.search.tools import open_tools
 from tests.builders import hit, question
 from tests.rollout.fakes import InlineRetriever, ScriptedEngine, codec, environment, model

@@ -6,7 +6,7 @@ from megatron_sd.config import ProtocolConfig, RolloutConfig
 from megatron_sd.errors import ConfigError
 from megatron_sd.records import StopReason
 from megatron_sd.search.environment import Environment, Verdict
-from megatron_sd.search.protocol import build_protocol
+from megatron_sd.search.protocol_choice import build_protocol
 from megatron_sd.search.tokens import TextCodec
 from tests.builders import hit
 from tests.rollout.fakes import byte_level_tokenizer, codec, environment

@@ -15,7 +15,7 @@ from megatron_sd.rollout.rollouter import Rollouter
 from megatron_sd.search.environment import Environment
 from megatron_sd.search.native_calls import UnreadableCallError, read_call
 from megatron_sd.search.parsing import parse_completion
-from megatron_sd.search.protocol import build_protocol
+from megatron_sd.search.protocol_choice import build_protocol
 from megatron_sd.search.tokens import TextCodec
 from megatron_sd.search.tools import open_tools
 from tests.builders import hit, question

@@ -10,9 +10,9 @@ from megatron_sd.errors import ConfigError
 from megatron_sd.records import SEARCH, Action, Hit, Passage
 from megatron_sd.search.environment import Environment
 from megatron_sd.search.parsing import ParsedCompletion, parse_completion
-from megatron_sd.search.protocol import build_protocol, fill
-from megatron_sd.search.reward import completion_is_well_formed
-from megatron_sd.search.tokens import TextCodec
+from megatron_sd.search.protocol_choice import build_protocol
+from megatron_sd.search.rewards.form import completion_is_well_formed
+from megatron_sd.search.tokens import TextCodec, fill
 from tests.rollout.fakes import byte_level_tokenizer, codec
 
 PROTOCOL = build_protocol(ProtocolConfig(preset="search_r1"))

@@ -19,18 +19,16 @@ from megatron_sd.records import (
     StopReason,
     Turn,
 )
-from megatron_sd.search.protocol import build_protocol
-from megatron_sd.search.reward import (
-    completion_is_well_formed,
+from megatron_sd.search.protocol_choice import build_protocol
+from megatron_sd.search.rewards.answers import (
     exact_match,
-    format_valid,
-    hop_hit_rate,
     normalize_search_r1,
     normalize_strict,
-    score,
     sub_em,
     token_f1,
 )
+from megatron_sd.search.rewards.form import completion_is_well_formed, format_valid
+from megatron_sd.search.rewards.reward import hop_hit_rate, score
 
 # What Search-R1's qa_em.py returns, recorded by running it.
 SEARCH_R1_EM = [

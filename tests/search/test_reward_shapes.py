@@ -7,14 +7,8 @@ import pytest
 from megatron_sd.config import RewardConfig
 from megatron_sd.config.load import load
 from megatron_sd.errors import ConfigError
-from megatron_sd.search.reward import score_rollout
-from megatron_sd.search.reward_shapes import (
-    REWARD_SHAPES,
-    RewardParts,
-    overlong_penalty,
-    plain,
-    structured,
-)
+from megatron_sd.search.rewards.reward import score_rollout
+from megatron_sd.search.rewards.shapes import REWARD_SHAPES, RewardParts, overlong_penalty, plain, structured
 from tests.builders import group, hit, rollout
 
 STRUCTURED = RewardConfig(answer="em", shape="structured", structure=0.2, final=0.1, retrieval=0.1)

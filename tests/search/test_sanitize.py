@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_sd.search.protocol import PRESETS
+from megatron_sd.search.presets import PRESETS
 from megatron_sd.search.sanitize import Sanitizer
 
 TAGS = PRESETS["search_r1"].control_tags

@@ -11,7 +11,8 @@ from megatron_sd.config.own_function import OwnFunction
 from megatron_sd.errors import ConfigError, OwnCodeError, ToolError
 from megatron_sd.records import StopReason, Turn
 from megatron_sd.search.parsing import parse_completion
-from megatron_sd.search.protocol import PRESETS, build_protocol
+from megatron_sd.search.presets import PRESETS
+from megatron_sd.search.protocol_choice import build_protocol
 from megatron_sd.search.tools import OpenPage, ToolCall, ToolFailure, calculate, open_tools
 from tests.builders import hit
 from tests.rollout.fakes import codec, environment

@@ -22,7 +22,7 @@ from data_prep.world.reading_probe import ReadingProbe
 from data_prep.world.small_qwen import SmallQwenShape, build_model
 from data_prep.world.world import RELATION_OF
 from megatron_sd.errors import ConfigError, DataError
-from megatron_sd.search.protocol import PRESETS
+from megatron_sd.search.presets import PRESETS
 
 PROTOCOL = PRESETS["compact"]
 DEMONSTRATOR = DemonstratorConfig()

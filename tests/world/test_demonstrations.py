@@ -10,8 +10,8 @@ import pytest
 from data_prep.world.demonstrations import DemonstratorConfig, make_demonstration, read_block
 from data_prep.world.world import KEYWORDS, RELATION_OF, Entity, names
 from megatron_sd.algorithm.hindsight import AttemptLine, render_outcome_first
-from megatron_sd.search.protocol import PRESETS
-from megatron_sd.search.reward import completion_is_well_formed
+from megatron_sd.search.presets import PRESETS
+from megatron_sd.search.rewards.form import completion_is_well_formed
 
 PROTOCOL = PRESETS["compact"]
 DEMONSTRATOR = DemonstratorConfig()

@@ -10,7 +10,7 @@ from data_prep.world.coldstart import ColdstartConfig, build_tokenizer
 from data_prep.world.demonstrations import DemonstratorConfig, make_demonstration
 from data_prep.world.small_qwen import SmallQwenShape, build_model
 from data_prep.world.tokenizer import save_tokenizer, train_tokenizer
-from megatron_sd.search.protocol import PRESETS
+from megatron_sd.search.presets import PRESETS
 
 TINY = SmallQwenShape(hidden_size=32, intermediate_size=48, num_layers=1, num_heads=1)
 

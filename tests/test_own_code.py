@@ -15,8 +15,8 @@ from megatron_sd.errors import ConfigError, OwnCodeError
 from megatron_sd.own_code import loading, seam
 from megatron_sd.own_code.example_rollouts import example_groups
 from megatron_sd.own_code.loading import digests
-from megatron_sd.search import reward
 from megatron_sd.search.protocol_choice import build_protocol
+from megatron_sd.search.rewards import reward
 from megatron_sd.search.rewards.reward import own_scores, score_rollout
 
 NEEDED = ["--run_dir=r", "--model.path=m", "--data.train=q", "--retriever.corpus=c"]

@@ -31,7 +31,7 @@ def load_here(model_dir: str, kind: str) -> None:
     from megatron_sd.config.load import load
     from megatron_sd.distributed.world import end_process, join_world, leave_world
     from megatron_sd.training.deepspeed_config import deepspeed_config
-    from megatron_sd.training.placement import place
+    from megatron_sd.training.placement import largest_layer, place
     from megatron_sd.training.start_policy import load_for_training
 
     world = join_world()
@@ -58,6 +58,7 @@ def load_here(model_dir: str, kind: str) -> None:
                 dtype=config.model.dtype,
                 world_size=world.size,
                 device_type=world.device.type,
+                layer=largest_layer(models[0]),
             ),
             world.device,
         )

@@ -21,9 +21,8 @@ from megatron_sd.ops.head.one_pass import BLOCK_ELEMENTS
 from megatron_sd.resharding.names import DecoderSizes, model_shape
 from megatron_sd.resharding.plan import ITEM_BYTES
 from megatron_sd.training.deepspeed_config import (
-    PREFETCH_ELEMENTS,
-    REDUCE_BUCKET_ELEMENTS,
     SUB_GROUP_ELEMENTS,
+    CommunicationSizes,
 )
 
 # the moments of a step that can be the worst
@@ -113,11 +112,15 @@ def kv_bytes_per_token(shape: DecoderSizes, item_bytes: int) -> int:
     return 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * item_bytes
 
 
+def _communication(sizes: Sizes, *, on_gpu: bool) -> CommunicationSizes:
+    return CommunicationSizes.of(sizes.layer, "cuda" if on_gpu else "cpu")
+
+
 def _states(shape: DecoderSizes, config: Config, world_size: int, *, on_gpu: bool) -> list[Part]:
     sizes, item, stage = Sizes.of(shape), ITEM_BYTES[config.model.dtype], config.update.zero_stage
     adapters = adapter_elements(shape, config)
     all_trained = adapters or sizes.total
-    bucket = REDUCE_BUCKET_ELEMENTS["cuda" if on_gpu else "cpu"]
+    bucket = _communication(sizes, on_gpu=on_gpu).reduce_bucket
     trained = math.ceil(all_trained / world_size) if stage else all_trained
     held = math.ceil((sizes.total + adapters) / world_size) if stage == 3 else sizes.total + adapters
     update = config.update
@@ -166,7 +169,7 @@ def _critic(shape: DecoderSizes, config: Config, world_size: int, *, on_gpu: boo
     total, item, update = critic_elements(shape, config), ITEM_BYTES[config.model.dtype], config.update
     if not total:
         return []
-    bucket = REDUCE_BUCKET_ELEMENTS["cuda" if on_gpu else "cpu"]
+    bucket = _communication(Sizes.of(shape), on_gpu=on_gpu).reduce_bucket
     own = math.ceil(total / world_size)
     trained = own if update.zero_stage else total
     stepped: Place = "device" if update.offload_optimizer == "none" else "host"
@@ -257,9 +260,8 @@ def _update(shape: DecoderSizes, config: Config, *, world_size: int, on_gpu: boo
     head_gradient = (4 if tokens > config.update.head_chunk_rows else item) * sizes.embedding
     block = min(BLOCK_ELEMENTS["cuda" if on_gpu else "cpu"], rows * shape.vocabulary)
     is_gathered = config.update.zero_stage == 3 and world_size > 1
-    gathered = (
-        item * min(sizes.total, sizes.embedding + 2 * sizes.layer + PREFETCH_ELEMENTS) if is_gathered else 0
-    )
+    ahead = _communication(sizes, on_gpu=on_gpu).prefetch
+    gathered = item * min(sizes.total, sizes.embedding + 2 * sizes.layer + ahead) if is_gathered else 0
     busy: tuple[Phase, ...] = ("head", "backward")
     return [
         Part(name="gathered parameters", num_bytes=gathered, phases=(*busy, "reduce")),

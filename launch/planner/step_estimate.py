@@ -10,6 +10,7 @@ from typing import Any
 from launch.cluster.layout import LayoutConfig, gpus_of_vllm, ranks_per_node, servers_per_node
 from launch.planner.gpus import Gpu, find_gpu
 from launch.planner.memory import Sizes, critic_elements, kv_bytes_per_token, teacher_sizes
+from megatron_sd.algorithm.refinements import refinements
 from megatron_sd.config import Config
 from megatron_sd.resharding.balance import balance
 from megatron_sd.resharding.layout import ShardLayout
@@ -108,28 +109,41 @@ def update_seconds(
     teacher_tokens: int,
 ) -> dict[str, float]:
     """Products of the student (forward and backward, and again under checkpointing), the start policy, the
-    teacher and a critic (which also reads the step once before it); and what ZeRO-3 gathers for them. Tokens:
-    what student and teacher read in a step, on all ranks."""
+    teacher and a critic (which also reads the step once before it); and what ZeRO-3 gathers and reduces for
+    them, hidden behind the products or not. Tokens: what student and teacher read in a step, on all ranks."""
     gpu, world_size = find_gpu(layout.gpu), layout.nodes * ranks_per_node(layout, config)
-    shape, item = model_shape(model), ITEM_BYTES[config.model.dtype]
-    total, teachers = Sizes.of(shape).total, teacher_sizes(shape, config).total
-    passes = 3 + config.model.gradient_checkpointing + (config.policy_loss.kl_weight > 0.0)
-    critic, critic_passes = critic_elements(shape, config), 4 + config.model.gradient_checkpointing
-    read = total * passes + critic * critic_passes
-    products = 2 * (read * rollout_tokens + teachers * teacher_tokens)
+    shape = model_shape(model)
+    sizes, teachers = Sizes.of(shape), teacher_sizes(shape, config).total
+    epochs, reads_anew = config.update.epochs, _reads_anew(config)
+    passes = epochs * (3 + config.model.gradient_checkpointing + (config.policy_loss.kl_weight > 0.0))
+    critic = critic_elements(shape, config)
+    critic_passes = 1 + epochs * (3 + config.model.gradient_checkpointing)
+    read = sizes.total * (passes + reads_anew) + critic * critic_passes
+    products = 2 * (read * rollout_tokens + epochs * teachers * teacher_tokens)
+    product_seconds = products / (world_size * gpu.tflops * 1e12 * UPDATE_EFFICIENCY)
     positions = rollout_tokens + teacher_tokens
     num_batches = world_size // config.update.ranks_per_batch
     num_microbatches = max(-(-positions // (config.update.max_microbatch_tokens * num_batches)), 1)
-    num_gathers = 2 + (config.policy_loss.kl_weight > 0.0)
-    weights = total * num_gathers + 2 * teachers * (teacher_tokens > 0) + 3 * critic
-    gathered = num_microbatches * item * weights * (1 - 1 / world_size)
-    link = (
-        gpu.link_gb_s if layout.nodes == 1 else NETWORK_GB_S
-    )  # each node receives all that its ranks do not have
+    # a forward and a backward gather what they need, and a backward reduces what it made
+    num_gathers = epochs * (2 + (config.policy_loss.kl_weight > 0.0)) + reads_anew
+    moved = sizes.total * (num_gathers + epochs) + critic * (1 + 3 * epochs)
+    moved += 2 * epochs * teachers * (teacher_tokens > 0)
+    num_bytes = num_microbatches * ITEM_BYTES[config.model.dtype] * moved * (1 - 1 / world_size)
+    # each node receives all that its ranks do not have
+    link_gb_s = gpu.link_gb_s if layout.nodes == 1 else NETWORK_GB_S
+    communication = num_bytes / (link_gb_s * 1e9)
+    # nothing computes before the first layer is there; beyond that, what takes longer is waited for
+    exposed = min(max(communication - product_seconds, communication / sizes.num_layers), communication)
     return {
-        "update: products": products / (world_size * gpu.tflops * 1e12 * UPDATE_EFFICIENCY),
-        "update: gathering parameters": gathered / (link * 1e9),
+        "update: products": product_seconds,
+        "update: communication, exposed": exposed,
+        "update: communication, hidden": communication - exposed,
     }
+
+
+def _reads_anew(config: Config) -> bool:
+    """The step's batches are read once more, before its first update."""
+    return bool(refinements(config.policy_loss, config.advantage, config.update, config.critic))
 
 
 def _publish(layout: LayoutConfig, config: Config, model: Mapping[str, Any]) -> tuple[int, int, float]:

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from megatron_sd.config import UpdateConfig
 from megatron_sd.errors import ConfigError, DataError
 from megatron_sd.pretrained.on_demand import Stored, forget_file, stored_in
+from megatron_sd.training.parallel.local_shards import full_numel
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -44,6 +45,14 @@ def place(
     for buffer in module.buffers():
         buffer.data = buffer.data.to(device)
     return module
+
+
+def largest_layer(model: PreTrainedModel) -> int:
+    """Elements of the largest decoder layer, which ZeRO-3 gathers whole."""
+    layers = (
+        module for module in model.modules() if type(module).__name__ in (model._no_split_modules or ())
+    )
+    return max((sum(map(full_numel, layer.parameters())) for layer in layers), default=0)
 
 
 def reads_shards(update: UpdateConfig) -> bool:

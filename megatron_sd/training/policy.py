@@ -31,7 +31,7 @@ from megatron_sd.training.deepspeed_config import deepspeed_config
 from megatron_sd.training.lora import is_adapter
 from megatron_sd.training.microbatch import on_this_rank
 from megatron_sd.training.parallel.tensor import counts_here, mark_cuts
-from megatron_sd.training.placement import place, share_masters, zero3_linear
+from megatron_sd.training.placement import largest_layer, place, share_masters, zero3_linear
 from megatron_sd.training.policy_module import PolicyModule
 from megatron_sd.training.safety.norm_limit import GATE
 from megatron_sd.training.safety.refusal import forget_gradients
@@ -304,6 +304,7 @@ def under_deepspeed(
         dtype=start.model.dtype,
         world_size=parallel.world.size,
         device_type=parallel.world.device.type,
+        layer=largest_layer(module.model),
     )
     module = place(module, module.model, settings, parallel.world.device)
     steps = _optimizer(module, optimizer, start.update.zero_stage)

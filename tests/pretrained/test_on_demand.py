@@ -39,7 +39,7 @@ def settings_for(directory, **options):
     }
     config = load([f"--{name}={value}" for name, value in own.items()])
     return config, deepspeed_config(
-        config.update, config.optimizer, dtype=config.model.dtype, world_size=1, device_type="cpu"
+        config.update, config.optimizer, dtype=config.model.dtype, world_size=1, device_type="cpu", layer=0
     )
 
 

@@ -14,6 +14,7 @@ from megatron_sd.errors import ConfigError, DataError
 from megatron_sd.training.clipped_adamw import ClippedAdamW
 from megatron_sd.training.deepspeed_config import deepspeed_config
 from megatron_sd.training.microbatch import DeviceMicrobatch
+from megatron_sd.training.placement import largest_layer
 from megatron_sd.training.policy_module import PolicyModule
 from megatron_sd.training.start_policy import load_for_training
 from tests.rank_programs import update_steps
@@ -266,7 +267,7 @@ def test_settings_that_do_not_fit(world, model_path):
 def test_deepspeed_config_is_ours_alone(model_path):
     config = make_config(model_path)
     found = deepspeed_config(
-        config.update, config.optimizer, dtype=config.model.dtype, world_size=2, device_type="cpu"
+        config.update, config.optimizer, dtype=config.model.dtype, world_size=2, device_type="cpu", layer=9
     )
     assert found["managed_gradient_accumulation"] is False
     assert (found["gradient_clipping"], found["zero_optimization"]["stage"], found["train_batch_size"]) == (
@@ -275,6 +276,30 @@ def test_deepspeed_config_is_ours_alone(model_path):
         2,
     )
     assert found["data_types"] == {"grad_accum_dtype": "fp32"}
+
+
+@pytest.mark.parametrize("layer", [7_000_000, 233_000_000, 878_000_000])  # of 0.5B, 7B and 72B models
+def test_between_gpus_whole_layers_travel_while_others_compute(model_path, layer):
+    config = make_config(model_path)
+    zero = {
+        device: deepspeed_config(
+            config.update, config.optimizer, dtype="bfloat16", world_size=8, device_type=device, layer=layer
+        )["zero_optimization"]
+        for device in ("cuda", "cpu")
+    }
+    assert [zero[device]["overlap_comm"] for device in ("cuda", "cpu")] == [True, False]
+    assert zero["cuda"]["stage3_prefetch_bucket_size"] >= 1.2 * layer
+    assert zero["cuda"]["stage3_max_live_parameters"] >= 3 * layer
+    assert zero["cuda"]["reduce_bucket_size"] >= layer
+    assert zero["cpu"]["reduce_bucket_size"] == 16_000_000
+
+
+def test_the_largest_layer_is_counted_whole_and_in_shards(world, model_path):
+    config = make_config(model_path)
+    model = load_for_training(config.model)
+    layer = sum(parameter.numel() for parameter in model.model.layers[0].parameters())
+    assert largest_layer(model) == layer > 0
+    assert largest_layer(make_policy(config, world).model) == layer
 
 
 def test_clipped_adamw_skips_what_is_not_finite():

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from megatron_sd.ops.head.types import HeadOptions
 from megatron_sd.training.deepspeed_config import reference_config
 from megatron_sd.training.microbatch import DeviceMicrobatch
+from megatron_sd.training.placement import largest_layer
 from megatron_sd.training.policy_module import student_values, with_row_head
 from megatron_sd.training.start_policy import StartPolicy
 
@@ -34,6 +35,7 @@ class ReferencePolicy:
             dtype=start.model.dtype,
             world_size=start.parallel.world.size,
             device_type=start.parallel.world.device.type,
+            layer=largest_layer(module.model),
         )
         self._module = start.freeze(module, module.model, settings)
 

@@ -27,6 +27,7 @@ from megatron_sd.errors import CheckpointError, ConfigError
 from megatron_sd.pretrained.loading import load_config
 from megatron_sd.training.deepspeed_config import teacher_config
 from megatron_sd.training.microbatch import DeviceMicrobatch
+from megatron_sd.training.placement import largest_layer
 from megatron_sd.training.policy_module import TeacherRows, teacher_hidden_rows
 from megatron_sd.training.start_policy import StartPolicy
 from megatron_sd.training.state.identity import check_same_model
@@ -87,6 +88,7 @@ class FrozenTeacher:
             dtype=start.model.dtype,
             world_size=start.parallel.world.size,
             device_type=start.parallel.world.device.type,
+            layer=largest_layer(self._model),
         )
         self._module = start.freeze(TeacherModule(self._model), self._model, settings)
 

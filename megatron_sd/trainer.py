@@ -166,14 +166,13 @@ class Trainer:
 
     def side_work(self, groups: Groups, blocks: Texts) -> None:
         """What is due after this step: transcripts, a checkpoint, and, next in the loop, an evaluation."""
+        self.checkpoints.settle(wait=False)
         if self.schedule.due(self.schedule.transcripts_every, self.step):
             self.recorder.transcripts(self.step, groups, blocks)
         self.evaluation_is_due = self.evaluation is not None and self.schedule.evaluation_is_due(self.step)
-        if (
-            self.schedule.due(self.schedule.checkpoint_every, self.step)
-            and self.step < self.schedule.num_steps
-        ):
-            self.save()
+        is_last = self.step >= self.schedule.num_steps
+        if self.schedule.due(self.schedule.checkpoint_every, self.step) and not is_last:
+            self.save(wait=False)
 
     def evaluate(self) -> None:
         """What the policy does on what is held out: metrics named eval/..."""
@@ -198,15 +197,15 @@ class Trainer:
                 "%s; %s", error, f"back to step {self.step}" if goes_back else "its questions are passed over"
             )
 
-    def save(self) -> None:
-        """Commit a checkpoint of this step."""
+    def save(self, *, wait: bool = True) -> None:
+        """Commit a checkpoint of this step; without `wait`, perhaps later (checkpoint.background)."""
         self.world.pulse.move("save")
         state = {
             "alpha": self.alpha.state(),
             "stability": self.stability.state(),
             "evaluation_is_due": self.evaluation_is_due,
         }
-        self.checkpoints.save(self.policy, step=self.step, state=state)
+        self.checkpoints.save(self.policy, step=self.step, state=state, wait=wait)
 
     def resume(self) -> None:
         """Continue from the newest checkpoint that verifies, if any, and give the engine its weights."""

@@ -144,6 +144,9 @@ def _states(shape: DecoderSizes, config: Config, world_size: int, *, on_gpu: boo
         ),
         Part(name="optimiser step", num_bytes=at_once, phases=("step",), where=stepped),
     ]
+    if config.checkpoint.background:
+        copied = math.ceil(checkpoint_bytes(shape, config) / world_size)
+        parts.append(Part(name="checkpoint being written", num_bytes=copied, where="host"))
     if config.policy_loss.kl_weight > 0.0:
         own = math.ceil(sizes.total / world_size) if stage == 3 else sizes.total
         parts.append(Part(name="start policy", num_bytes=item * own, where=kept))

@@ -45,6 +45,8 @@ class CheckpointConfig:
 
     every: int = 50  # steps from one checkpoint to the next
     keep: int = 2  # the newest ones
+    # copy to host memory, and write while the next step runs: a kill until then costs the one before it
+    background: bool = False
     resume: bool = True  # continue from the newest checkpoint of run_dir that verifies
     # go on with another plan (learning rate, batch, limits, weights of the loss), and record it
     allow_changes: bool = False

@@ -21,7 +21,6 @@ from megatron_sd.algorithm.refinements import Reading
 from megatron_sd.config import OptimizerConfig
 from megatron_sd.distributed.collectives import sum_floats
 from megatron_sd.distributed.parallel import Parallel
-from megatron_sd.durable.directories import Seals
 from megatron_sd.errors import ConfigError, GradientSpikeError, NonFiniteError
 from megatron_sd.machine import give_back_memory
 from megatron_sd.records import Batch, Microbatch, Totals, UpdateResult
@@ -37,6 +36,7 @@ from megatron_sd.training.safety.norm_limit import GATE
 from megatron_sd.training.safety.refusal import forget_gradients
 from megatron_sd.training.start_policy import StartPolicy
 from megatron_sd.training.state.optimizer_state import TrainedState
+from megatron_sd.training.state.tensor_file import TensorFiles
 from megatron_sd.training.teacher_side.reference import ReferencePolicy
 from megatron_sd.training.teacher_side.teacher import Teacher
 from megatron_sd.training.update_metrics import SUM_NAMES, to_metrics
@@ -52,12 +52,12 @@ sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
 class Companion(Protocol):
     """What is trained beside the policy and kept in its checkpoints. Every rank makes the same calls."""
 
-    def write_state(self, directory: Path) -> Seals:
-        """This rank's files, by name in the directory. Raises OSError naming one."""
+    def files(self, *, copy: bool = False) -> TensorFiles:
+        """This rank's files. copy: nothing of them is a view of what is trained on."""
         ...
 
     def read_state(self, directory: Path) -> None:
-        """Take back what write_state left on all ranks. Raises CheckpointError."""
+        """Take back what `files` gave on all ranks. Raises CheckpointError."""
         ...
 
     def go_on(self) -> None:
@@ -219,17 +219,16 @@ class Policy:
         """What a checkpoint holds of this rank: float32 weights and moments."""
         return TrainedState(self.engine.optimizer, self.model.named_parameters(), *self._parallel.zero)
 
-    def write_state(self, directory: Path) -> Seals:
-        """This rank's files of a checkpoint, by name in the directory. Raises OSError naming one."""
-        name = f"rank_{self.world.rank:05d}.safetensors"
+    def files(self, *, copy: bool = False) -> TensorFiles:
+        """This rank's files of a checkpoint. copy: nothing of them is a view of what is trained on."""
         return {
-            name: self.trained_state().write(directory / name),
-            **self._teacher.save(directory, self.world),
-            **(self._companion.write_state(directory) if self._companion else {}),
+            f"rank_{self.world.rank:05d}.safetensors": self.trained_state().file(copy=copy),
+            **self._teacher.files(self.world, copy=copy),
+            **(self._companion.files(copy=copy) if self._companion else {}),
         }
 
     def read_state(self, directory: Path) -> None:
-        """What write_state left on all ranks, of any number of groups of tensor-parallel ranks; then call
+        """What `files` gave on all ranks, of any number of groups of tensor-parallel ranks; then call
         `go_on`. Raises CheckpointError."""
         parts, paths = self._parallel.tensor, sorted(directory.glob("rank_*.safetensors"))
         self.trained_state().read(paths[parts.rank :: parts.size])

@@ -261,6 +261,17 @@ def test_a_critic_is_counted():
     assert moved[1] / moved[0] == pytest.approx((5 * whole.total + 4 * total) / (4 * whole.total), rel=1e-6)
 
 
+def test_a_checkpoint_in_the_background_is_counted_in_host_memory():
+    model = model_shape(model_config("qwen2.5-7b"))
+    plain, copied = (
+        rank_memory(model, run_config("qwen2.5-7b", options), world_size=8)
+        for options in ([], ["--checkpoint.background=true"])
+    )
+    assert peak(copied)[0] == peak(plain)[0]
+    total = Sizes.of(model).total
+    assert peak(copied, "host")[0] - peak(plain, "host")[0] == pytest.approx(14 * total / 8, rel=1e-6)
+
+
 def test_communication_is_hidden_behind_products():
     """All of it but a layer's, while products take longer; the rest where they do not."""
     model = model_config("qwen2.5-7b")

@@ -22,6 +22,7 @@ from megatron_sd.distributed.world import World, join_world, leave_world
 from megatron_sd.records import Batch, UpdateResult
 from megatron_sd.training.critic.critic import Critic
 from megatron_sd.training.publisher import gathered_buckets
+from megatron_sd.training.state.tensor_file import write_tensors
 from tests.training.fakes import make_config, make_samples
 
 
@@ -90,7 +91,8 @@ def take_critic_steps(order: CriticOrder, world: World) -> dict[str, Any]:
         history.append(result.scalars)
     if order.save is not None:
         Path(order.save).mkdir(exist_ok=True)
-        critic.write_state(Path(order.save))
+        for name, file in critic.files().items():
+            write_tensors(Path(order.save) / name, *file)
     return {
         "parameters": parameters_of(critic),
         "start": start,

@@ -24,6 +24,7 @@ from megatron_sd.training.policy import Policy
 from megatron_sd.training.publisher import gathered_buckets
 from megatron_sd.training.state import checkpoint
 from megatron_sd.training.state.checkpoint import Checkpoints
+from megatron_sd.training.state.tensor_file import write_tensors
 from megatron_sd.training.teacher_side.gradient_ratio import AlphaController
 from tests.training.fakes import make_config, make_policy, make_samples
 from tests.training.same_steps import moments_of
@@ -58,7 +59,7 @@ def own_moments(policy: Policy) -> dict[str, tuple[int, torch.Tensor]]:
     """This rank's elements of AdamW's first moments: where they begin in the flat parameter, and they."""
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "rank_00000.safetensors"
-        policy.trained_state().write(path)
+        write_tensors(path, *policy.trained_state().file())
         return moments_of(path)
 
 
@@ -109,7 +110,8 @@ def take_steps(order: Order, world: World) -> dict[str, Any]:
         if world.rank == order.full_disk_rank:
             resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
         try:
-            checkpoints.save(policy, step=order.steps, state={"alpha": alpha.state()})
+            checkpoints.save(policy, step=order.steps, state={"alpha": alpha.state()}, wait=False)
+            checkpoints.settle()
         except MegatronSdError as error:
             errors.append(f"{type(error).__name__}: {error}")
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

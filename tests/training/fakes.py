@@ -19,6 +19,7 @@ from transformers import (
 from megatron_sd.build_policy import build_policy
 from megatron_sd.config import (
     AlphaConfig,
+    CheckpointConfig,
     Config,
     DataConfig,
     DistillConfig,
@@ -65,7 +66,8 @@ def write_model(directory: Path, *, tied: bool = True, seed: int = 0, family: st
 
 
 def make_config(model_path: Path, *, kl_weight: float = 0.0, aggregation: str = "token", **parts) -> Config:
-    """A float32 run; parts: model, distill, optimizer, update keyword dictionaries."""
+    """A float32 run; parts: model, distill, optimizer, update, checkpoint keyword
+    dictionaries."""
     model = {"dtype": "float32"} | parts.pop("model", {})
     if isinstance(model.get("lora"), dict):
         model["lora"] = LoraConfig(**model["lora"])
@@ -80,6 +82,7 @@ def make_config(model_path: Path, *, kl_weight: float = 0.0, aggregation: str = 
         ),
         optimizer=OptimizerConfig(**({"learning_rate": 1e-3} | parts.pop("optimizer", {}))),
         update=UpdateConfig(**parts.pop("update", {})),
+        checkpoint=CheckpointConfig(**parts.pop("checkpoint", {})),
         **parts,
     )
 

@@ -8,6 +8,7 @@ import os
 import resource
 import signal
 import subprocess
+import threading
 
 import pytest
 import torch
@@ -19,8 +20,9 @@ from megatron_sd.config import AlphaConfig
 from megatron_sd.distributed.world import join_world
 from megatron_sd.durable import directories
 from megatron_sd.errors import CheckpointError
-from megatron_sd.training.state import checkpoint, optimizer_state
+from megatron_sd.training.state import checkpoint
 from megatron_sd.training.state.checkpoint import Checkpoints
+from megatron_sd.training.state.tensor_file import write_tensors
 from tests.rank_programs.update_steps import Order, batch_of, full_parameters, take_steps
 from tests.training.fakes import make_config, make_policy, write_model
 
@@ -43,13 +45,18 @@ def model_path(tmp_path_factory):
 def policy(world, model_path):
     """After one step, so that the optimiser has a state to save."""
     policy = make_policy(make_config(model_path), world)
-    batch = batch_of(Order(model=""), world, "token")
+    train(policy)
+    return policy
+
+
+def train(policy):
+    """One step."""
+    batch = batch_of(Order(model=""), policy.world, "token")
     for microbatch in batch:
         policy.accumulate(
             microbatch, batch.totals, TermWeights(policy=1.0, distill_spread=0.0, distill_no_spread=0.0)
         )
     policy.step()
-    return policy
 
 
 def keeper(root, model_path, world, **changes):
@@ -159,7 +166,7 @@ def test_another_model_is_refused_with_the_parameters_that_differ(world, policy,
     path = write_model(tmp_path / "model", tied=False, intermediate_size=40)
     other = make_policy(make_config(path), world)
     before = full_parameters(other)
-    policy.trained_state().write(tmp_path / "rank_00000.safetensors")
+    write_tensors(tmp_path / "rank_00000.safetensors", *policy.trained_state().file())
     with pytest.raises(
         CheckpointError, match="another model's .7 parameters differ.: lm_head.weight: no elements in"
     ) as error:
@@ -171,7 +178,7 @@ def test_another_model_is_refused_with_the_parameters_that_differ(world, policy,
 
 
 def test_a_missing_ranks_file_is_missed(policy, tmp_path):
-    policy.trained_state().write(tmp_path / "rank_00000.safetensors")
+    write_tensors(tmp_path / "rank_00000.safetensors", *policy.trained_state().file())
     path = tmp_path / "rank_00000.safetensors"
     with pytest.raises(
         CheckpointError, match="files hold .* of the elements .0, .*: a rank's file is missing or there twice"
@@ -180,7 +187,7 @@ def test_a_missing_ranks_file_is_missed(policy, tmp_path):
     with pytest.raises(CheckpointError, match="parameters differ"):
         policy.trained_state().read([])
     policy.trained_state().read([path])
-    policy.trained_state().write(tmp_path / "again")
+    write_tensors(tmp_path / "again", *policy.trained_state().file())
     expected, found = load_file(path), load_file(tmp_path / "again")
     assert len(expected) > 30 and all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
@@ -250,6 +257,77 @@ def test_a_write_that_fails_leaves_the_last_checkpoint(
     assert directories.find_damage(tmp_path / "step_00000002") is None
 
 
+@pytest.fixture
+def slow_disk(monkeypatch):
+    """Files are written when the event is set."""
+    may_write, write = threading.Event(), checkpoint.write_tensors
+
+    def written_later(path, tensors, metadata):
+        assert may_write.wait(60)
+        return write(path, tensors, metadata)
+
+    monkeypatch.setattr(checkpoint, "write_tensors", written_later)
+    yield may_write
+    may_write.set()
+
+
+def in_background(root, model_path, world):
+    config = make_config(model_path)
+    config = dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, background=True))
+    return Checkpoints(root, config, world, corpus_version="c")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_checkpoint_in_the_background_holds_what_was_saved(world, model_path, tmp_path, slow_disk, dtype):
+    """Not what the next steps made of it while it was written; and it is there when it is whole."""
+    policy = make_policy(make_config(model_path, model={"dtype": dtype}), world)
+    checkpoints = in_background(tmp_path, model_path, world)
+    train(policy)
+    saved, moments = full_parameters(policy), policy.trained_state().file(copy=True).tensors
+    checkpoints.save(policy, step=1, state=STATE, wait=False)
+    train(policy)
+    assert any(not torch.equal(saved[name], tensor) for name, tensor in full_parameters(policy).items())
+    checkpoints.settle(wait=False)
+    assert names(tmp_path) == ["step_00000001.tmp"]
+    slow_disk.set()
+    checkpoints.settle()
+    assert names(tmp_path) == ["latest", "step_00000001"]
+    assert directories.find_damage(tmp_path / "step_00000001") is None
+    assert checkpoints.load(policy)["step"] == 1
+    for name, tensor in full_parameters(policy).items():
+        assert torch.equal(tensor, saved[name]), name
+    for name, tensor in policy.trained_state().file().tensors.items():
+        assert torch.equal(tensor, moments[name]), name
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "step_00000001" / "model", dtype=dtype)
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in model.named_parameters())
+
+
+def test_the_next_save_and_a_look_wait_for_the_one_before(world, model_path, policy, tmp_path, slow_disk):
+    checkpoints = in_background(tmp_path, model_path, world)
+    checkpoints.save(policy, step=1, state=STATE, wait=False)
+    threading.Timer(0.5, slow_disk.set).start()
+    checkpoints.save(policy, step=2, state=STATE, wait=False)
+    assert checkpoints.newest_step() == 2
+    assert names(tmp_path) == ["latest", "step_00000001", "step_00000002"]
+    checkpoints.save(policy, step=3, state=STATE)  # the end of a run
+    assert names(tmp_path) == ["latest", "step_00000002", "step_00000003"]
+
+
+def test_what_fails_in_the_background_is_raised_at_the_next_step(
+    world, model_path, policy, tmp_path, limit_file_size
+):
+    checkpoints = in_background(tmp_path, model_path, world)
+    checkpoints.save(policy, step=1, state=STATE)
+    limit_file_size(2_000)  # enough for what the first rank writes at once
+    checkpoints.save(policy, step=2, state={}, wait=False)
+    with pytest.raises(CheckpointError, match="could not write .*step_00000002.tmp .*rank_00000.safetensors"):
+        checkpoints.settle()
+    limit_file_size(resource.RLIM_INFINITY)
+    assert names(tmp_path) == ["latest", "step_00000001"]
+    checkpoints.settle()  # nothing is left of it
+    assert checkpoints.load(policy)["step"] == 1
+
+
 WRITES = ["_prepare", "_save_model", "_save_state"]
 
 
@@ -262,7 +340,7 @@ def test_disk_full_at_any_write(world, model_path, policy, tmp_path, monkeypatch
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "some/file")
 
     owners = {
-        "write_tensors": optimizer_state,
+        "write_tensors": checkpoint,
         "copyfile": checkpoint.shutil,
         "fsync": directories.os,
         "rename": directories.os,

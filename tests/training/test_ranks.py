@@ -40,8 +40,16 @@ def orders(directory: Path) -> dict[str, dict]:
             "steps": 4,
             "checkpoint": str(directory / "ck"),
             "file_bytes": 10_000,
+            "config": {"checkpoint": {"background": True}},
         },
         "full_disk": {"model": model, "steps": 5, "checkpoint": str(directory / "ck"), "full_disk_rank": 1},
+        "full_disk_in_background": {
+            "model": model,
+            "steps": 5,
+            "checkpoint": str(directory / "ck"),
+            "full_disk_rank": 1,
+            "config": {"checkpoint": {"background": True}},
+        },
     }
 
 
@@ -138,9 +146,10 @@ def test_what_two_ranks_saved_one_takes_up_bit_for_bit(outcomes, tmp_path):
             assert torch.equal(moments[first : first + len(part)], part), name
 
 
-def test_a_disk_that_is_full_on_one_rank_fails_the_save_on_both(outcomes):
+@pytest.mark.parametrize("name", ["full_disk", "full_disk_in_background"])
+def test_a_disk_that_is_full_on_one_rank_fails_the_save_on_both(outcomes, name):
     """And neither waits in a barrier; the checkpoints before it stay."""
-    for outcome in outcomes["full_disk"][1:]:
+    for outcome in outcomes[name][1:]:
         assert re.search(
             r"could not write .*step_00000005.tmp \(rank 1: .*rank_00001.safetensors", outcome["errors"][0]
         )

@@ -19,6 +19,7 @@ from megatron_sd.distributed.world import join_world
 from megatron_sd.errors import CheckpointError, ConfigError, DataError
 from megatron_sd.ops.jsd_reference import divergence_rows
 from megatron_sd.search.tokens import load_codec
+from megatron_sd.training.state.tensor_file import write_tensors
 from megatron_sd.training.teacher_side.teacher import TEACHERS
 from tests.ops.divergences import JSD
 from tests.rank_programs.update_steps import Order, batch_of, take_steps
@@ -113,7 +114,8 @@ def test_an_average_is_resumed_where_it_was(world, model_path, tmp_path):
 
 def test_a_missing_average_is_named(world, model_path, tmp_path):
     policy = make_policy(make_config(model_path, distill={"measure_every": 0, "teacher": "ema"}), world)
-    policy.write_state(tmp_path)
+    for name, file in policy.files().items():
+        write_tensors(tmp_path / name, *file)
     (tmp_path / "teacher_00000.safetensors").unlink()
     with pytest.raises(CheckpointError, match="teacher_00000.safetensors is missing, expected the average"):
         policy.read_state(tmp_path)

@@ -44,7 +44,8 @@ def trainer(events: list, *, fails_at: tuple[str, int]) -> Trainer:
     batch = SimpleNamespace(microbatches=[], totals=None, padding_share=0.0, is_first=True)
     checkpoints = SimpleNamespace(
         load=lambda policy: None,
-        save=lambda policy, step, state: events.append(("save", step)),
+        save=lambda policy, step, state, wait: events.append(("save", step)),
+        settle=lambda wait: None,
         refuse_when_resume_is_off=lambda: None,
         plan_changes=(),
     )

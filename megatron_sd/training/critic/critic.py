@@ -18,7 +18,6 @@ from megatron_sd.algorithm.value_loss import explained_variance, value_moments, 
 from megatron_sd.config import CriticConfig
 from megatron_sd.distributed.collectives import sum_floats
 from megatron_sd.distributed.parallel import Parallel
-from megatron_sd.durable.directories import Seals
 from megatron_sd.errors import CheckpointError, NonFiniteError
 from megatron_sd.machine import give_back_memory
 from megatron_sd.records import Batch, Microbatch, Totals, UpdateResult
@@ -27,6 +26,7 @@ from megatron_sd.training.placement import zero3_linear
 from megatron_sd.training.safety.norm_limit import GATE
 from megatron_sd.training.safety.refusal import forget_gradients
 from megatron_sd.training.state.optimizer_state import TrainedState
+from megatron_sd.training.state.tensor_file import TensorFiles
 from megatron_sd.training.teacher_side.reference import ReferencePolicy
 
 
@@ -141,14 +141,12 @@ class Critic:
             **({} if explained is None else {"critic/explained_variance": explained}),
         }
 
-    def write_state(self, directory: Path) -> Seals:
-        """This rank's file of a checkpoint, by name in the directory: float32 weights and moments. Raises
-        OSError naming it."""
-        name = f"critic_{self._parallel.world.rank:05d}.safetensors"
-        return {name: self._trained_state().write(directory / name)}
+    def files(self, *, copy: bool = False) -> TensorFiles:
+        """This rank's file of a checkpoint: float32 weights and moments. copy: as TrainedState.file has it."""
+        return {f"critic_{self._parallel.world.rank:05d}.safetensors": self._trained_state().file(copy=copy)}
 
     def read_state(self, directory: Path) -> None:
-        """What write_state left on all ranks, of any number; then call `go_on`. Raises CheckpointError."""
+        """What `files` gave on all ranks, of any number; then call `go_on`. Raises CheckpointError."""
         paths = sorted(directory.glob("critic_*.safetensors"))
         if not paths:
             raise CheckpointError(

@@ -35,7 +35,7 @@ from megatron_sd.training.parallel.local_shards import full_numel
 from megatron_sd.training.policy import Policy
 from megatron_sd.training.publisher import gathered_buckets, split_buckets
 from megatron_sd.training.state.identity import Change, contents_of, differences, why_refused
-from megatron_sd.training.state.tensor_file import write_tensors
+from megatron_sd.training.state.tensor_file import TensorFile, TensorFiles, write_tensors
 
 MODEL_FILE_BYTES, LEAST_FILE_BYTES = 2 << 30, 256 << 20
 FORMAT = 2  # 1 held DeepSpeed's own files
@@ -52,6 +52,7 @@ class Checkpoints:
         self._world = world
         self._corpus_version = corpus_version
         self._changes: list[Mapping[str, Any]] = []
+        self._writing: Writing | None = None
 
     @property
     def plan_changes(self) -> list[tuple[int, str]]:
@@ -60,38 +61,49 @@ class Checkpoints:
             (change["step"], f"from step {change['step']} on {Change(**change)}") for change in self._changes
         ]
 
-    def save(self, policy: Policy, *, step: int, state: Mapping[str, Any]) -> None:
+    def save(self, policy: Policy, *, step: int, state: Mapping[str, Any], wait: bool = True) -> None:
         """Commit a checkpoint of `step`, then prune to checkpoint.keep; a step already committed is left
-        alone.
+        alone. Without `wait`, under checkpoint.background, all of it is copied to host memory, and `settle`
+        commits it.
 
         state: what the trainer wants back from load, as JSON values. Raises CheckpointError on every rank
-        when any rank could not write; what was written of it is removed, the checkpoints before it stay.
+        when any rank could not write, that of an earlier `save` too; what was written of it is removed, the
+        checkpoints before it stay.
         """
+        self.settle()
         directory = directories.directory_of(self._root, step)
         staging = directories.staging_of(directory)
         if self._write_together(staging, directory.exists, only_first=True)[0]:
             return
         self._write_together(staging, lambda: self._prepare(staging), only_first=True)
-        shards = self._write_together(
-            staging, lambda: _within("shards", policy.write_state(staging / "shards"))
-        )
-        model = self._write_together(
-            staging, lambda: _within("model", self._save_model(policy, staging / "model"))
-        )
-        seals = {name: seal for own in (*shards, *model) for name, seal in own.items()}
-        self._write_together(
-            staging, lambda: self._save_state(staging, policy.version, step, state), only_first=True
-        )
-        self._write_together(
-            staging,
-            lambda: directories.commit(staging, directory, seals | directories.seal(staging, seals)),
-            only_first=True,
-        )
+        copy = self._config.checkpoint.background and not wait
+        record = self._record(policy.version, step, state) if self._world.is_first else ""
+        writing = self._writing = Writing(directory, record)
+        self._write_together(staging, lambda: writing.add("shards", policy.files(copy=copy)))
+        self._write_together(staging, lambda: self._save_model(policy, writing, copy=copy))
+        if not copy:
+            self.settle()
+
+    def settle(self, *, wait: bool = True) -> None:
+        """Commit what an earlier `save` left to be written; without `wait`, if all ranks have written it by
+        now. Collective; raises what `save` raises."""
+        writing = self._writing
+        if writing is None:
+            return
+        if not wait and not all(gather_objects(self._world, writing.is_done())):
+            return
+        parts = self._write_together(writing.staging, writing.seals)
+        seals = {name: seal for own in parts for name, seal in own.items()}
+        self._write_together(writing.staging, lambda: self._save_state(writing), only_first=True)
+        self._write_together(writing.staging, lambda: writing.commit(seals), only_first=True)
+        self._writing = None
         if self._world.is_first:
-            self._tidy(directory)
+            self._tidy(writing.directory)
 
     def newest_step(self) -> int | None:
-        """Of the committed checkpoints, verified or not; None without one. The first rank looks."""
+        """Of the committed checkpoints, verified or not; None without one. The first rank looks, when what is
+        being written is there."""
+        self.settle()
         found = self._read_together(lambda: directories.committed(self._root), only_first=True)[0]
         return int(found[0].name.removeprefix("step_")) if found else None
 
@@ -103,6 +115,7 @@ class Checkpoints:
         exist but none verifies, and when the one that does belongs to another run or model, with the
         differences.
         """
+        self.settle()
         found = self._read_together(lambda: directories.committed(self._root), only_first=True)[0]
         for directory in found:
             if self._verifies(directory):
@@ -176,38 +189,44 @@ class Checkpoints:
         (staging / "model").mkdir(parents=True)
         (staging / "shards").mkdir()
 
-    def _save_model(self, policy: Policy, directory: Path) -> directories.Seals:
+    def _save_model(self, policy: Policy, writing: Writing, *, copy: bool) -> None:
         """Full parameters, gathered a file at a time; ranks write in turn, each beside the gathering of the
-        next files, and keep gathering when they cannot."""
+        next files, and keep gathering when they cannot. copy: all of this rank's files are in memory at one
+        time, not one."""
         size, rank = self._world.size, self._world.rank
         file_bytes = bytes_of_file(policy.named_parameters(), num_ranks=size)
         num_files = len(list(split_buckets(policy.named_parameters(), file_bytes)))
         locations: dict[str, str] = {}
-        writing: dict[str, Future[directories.Seal]] = {}
-        with ThreadPoolExecutor(max_workers=1) as writer:
-            # Gathering is collective: every rank draws every bucket, whatever becomes of its own files.
-            for number, bucket in enumerate(gathered_buckets(policy.named_parameters(), file_bytes)):
-                name = (
-                    "model.safetensors"
-                    if num_files == 1
-                    else f"model-{number + 1:05d}-of-{num_files:05d}.safetensors"
-                )
-                locations |= dict.fromkeys((key for key, _ in bucket), name)
-                if number % size == rank:
-                    wait(writing.values())  # one file at a time is in memory
-                    own = {key: tensor.to("cpu", copy=num_files > 1) for key, tensor in bucket}
-                    writing[name] = writer.submit(write_tensors, directory / name, own, {"format": "pt"})
-                    if num_files == 1:
-                        wait(writing.values())  # it is valid within this turn of the loop
+        # Gathering is collective: every rank draws every bucket, whatever becomes of its own files.
+        for number, bucket in enumerate(gathered_buckets(policy.named_parameters(), file_bytes)):
+            name = (
+                "model.safetensors"
+                if num_files == 1
+                else f"model-{number + 1:05d}-of-{num_files:05d}.safetensors"
+            )
+            locations |= dict.fromkeys((key for key, _ in bucket), name)
+            if number % size == rank:
+                if not copy:
+                    writing.wait()
+                own = {key: tensor.to("cpu", copy=copy or num_files > 1) for key, tensor in bucket}
+                writing.add("model", {name: TensorFile(own, {"format": "pt"})})
+                if not copy and num_files == 1:
+                    writing.wait()  # it is valid within this turn of the loop
         if self._world.is_first and num_files > 1:
             index = {"metadata": {}, "weight_map": locations}
-            (directory / "model.safetensors.index.json").write_text(
+            (writing.staging / "model" / "model.safetensors.index.json").write_text(
                 json.dumps(index, indent=1), encoding="utf-8"
             )
-        return {name: written.result() for name, written in writing.items()}
 
-    def _save_state(self, staging: Path, version: int, step: int, state: Mapping[str, Any]) -> None:
+    def _save_state(self, writing: Writing) -> None:
+        staging = writing.staging
         copy_model_description(Path(self._config.model.path), staging / "model")
+        (staging / "state.json").write_text(writing.record, encoding="utf-8")
+        others = [path for path in (staging / "model").iterdir() if path.suffix != ".safetensors"]
+        flush([staging / "state.json", *others])
+
+    def _record(self, version: int, step: int, state: Mapping[str, Any]) -> str:
+        """What state.json holds."""
         record = {
             "format": FORMAT,
             "step": step,
@@ -219,9 +238,7 @@ class Checkpoints:
             "changes": self._changes,
             "config": dataclasses.asdict(self._config),
         }
-        (staging / "state.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
-        others = [path for path in (staging / "model").iterdir() if path.suffix != ".safetensors"]
-        flush([staging / "state.json", *others])
+        return json.dumps(record, indent=1)
 
     def _tidy(self, directory: Path) -> None:
         """What may fail without harm: the checkpoint stands."""
@@ -242,9 +259,13 @@ class Checkpoints:
     def _write_together(
         self, staging: Path, action: Callable[[], Any], *, only_first: bool = False
     ) -> list[Any]:
-        """The same; the first rank removes what was written."""
+        """The same; the first rank removes what was written, when nobody writes any more."""
         results, failures = self._attempt_together(action, only_first=only_first)
         if failures:
+            if self._writing is not None:
+                self._writing.wait()
+                self._writing = None
+            gather_objects(self._world, None)
             if self._world.is_first:
                 shutil.rmtree(staging, ignore_errors=True)
             free_bytes = shutil.disk_usage(self._root if self._root.is_dir() else Path.cwd()).free
@@ -268,14 +289,45 @@ class Checkpoints:
         return [result for result, _ in results], [failed for _, failed in results if failed is not None]
 
 
+class Writing:
+    """This rank's files of a checkpoint on their way to the disk, one after the other in a thread. record: the
+    first rank's state.json."""
+
+    def __init__(self, directory: Path, record: str):
+        self.directory = directory
+        self.record = record
+        self.staging = directories.staging_of(directory)
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._files: dict[str, Future[directories.Seal]] = {}
+
+    def add(self, folder: str, files: TensorFiles) -> None:
+        """Begin to write them; what they hold must stay as it is until `wait`."""
+        for name, file in files.items():
+            path = self.staging / folder / name
+            self._files[f"{folder}/{name}"] = self._thread.submit(write_tensors, path, *file)
+
+    def is_done(self) -> bool:
+        """Written, or failed."""
+        return all(file.done() for file in self._files.values())
+
+    def wait(self) -> None:
+        """Until it is."""
+        wait(self._files.values())
+
+    def seals(self) -> directories.Seals:
+        """Waits. Raises OSError naming a file that could not be written."""
+        self.wait()
+        return {name: file.result() for name, file in self._files.items()}
+
+    def commit(self, seals: directories.Seals) -> None:
+        """All ranks' files are there, under `seals`."""
+        directories.commit(self.staging, self.directory, seals | directories.seal(self.staging, seals))
+
+
 def bytes_of_file(parameters: Iterable[tuple[str, nn.Parameter]], *, num_ranks: int) -> int:
     """Of the model's files: so small that every rank has one to write, within bounds."""
     total = sum(full_numel(parameter) * parameter.element_size() for _, parameter in parameters)
     return min(max(-(-total // num_ranks), LEAST_FILE_BYTES), MODEL_FILE_BYTES)
-
-
-def _within(folder: str, seals: directories.Seals) -> directories.Seals:
-    return {f"{folder}/{name}": seal for name, seal in seals.items()}
 
 
 def copy_model_description(source: Path, target: Path) -> None:

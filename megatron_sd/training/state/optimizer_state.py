@@ -21,10 +21,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from megatron_sd.durable.directories import Seal
 from megatron_sd.errors import CheckpointError
 from megatron_sd.training.parallel.local_shards import full_numel
-from megatron_sd.training.state.tensor_file import write_tensors
+from megatron_sd.training.state.tensor_file import TensorFile
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 MAX_DIFFERENCES = 8  # named in one message
@@ -88,8 +87,8 @@ class TrainedState:
             if length:
                 yield FlatSlice(name=name, start=start, length=length, total=total, flat=flat, offset=offset)
 
-    def write(self, path: Path) -> Seal:
-        """This rank's file. Raises OSError naming it."""
+    def file(self, *, copy: bool = False) -> TensorFile:
+        """This rank's file. copy: nothing of it is a view of what is trained on."""
         tensors, places, steps = {}, {}, 0
         for piece in map(self._own_part, self.pieces()):
             state = self._adam.state.get(piece.flat, {})
@@ -99,12 +98,12 @@ class TrainedState:
                 "weight": piece.flat.detach(),
                 **{key: state[key] for key in MOMENTS if key in state},
             }.items():
-                # in host memory a view, no copy
-                tensors[f"{piece.name}:{key}"] = piece.of(tensor).to("cpu", torch.float32)
-        return write_tensors(path, tensors, {"steps": str(steps), "places": json.dumps(places)})
+                # in host memory a view, unless a copy is asked for
+                tensors[f"{piece.name}:{key}"] = piece.of(tensor).to("cpu", torch.float32, copy=copy)
+        return TensorFile(tensors, {"steps": str(steps), "places": json.dumps(places)})
 
     def read(self, paths: Sequence[Path]) -> int:
-        """Take up what `write` left on all ranks of a run, then call `spread`; Adam's own count of steps.
+        """Take up what `file` gave on all ranks of a run, then call `spread`; Adam's own count of steps.
         Raises CheckpointError for another model's, with the differences, and when elements are missing."""
         with ExitStack() as stack:
             saved = [SavedPieces(stack.enter_context(safe_open(path, "pt"))) for path in paths]

@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +18,16 @@ from megatron_sd.durable.directories import Seal
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
 _ALIGNMENT = 8  # bytes, of the header's end
 _WRITE_BYTES = 1 << 22
+
+
+class TensorFile(NamedTuple):
+    """What a file will hold. tensors: in host memory."""
+
+    tensors: Mapping[str, Tensor]
+    metadata: Mapping[str, str] = {}
+
+
+TensorFiles = dict[str, TensorFile]  # by name
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Seal:

@@ -22,7 +22,6 @@ from transformers import PreTrainedModel
 
 from megatron_sd.config import DistillConfig
 from megatron_sd.distributed.world import World
-from megatron_sd.durable.directories import Seals
 from megatron_sd.errors import CheckpointError, ConfigError
 from megatron_sd.pretrained.loading import load_config
 from megatron_sd.training.deepspeed_config import teacher_config
@@ -31,7 +30,7 @@ from megatron_sd.training.placement import largest_layer
 from megatron_sd.training.policy_module import TeacherRows, teacher_hidden_rows
 from megatron_sd.training.start_policy import StartPolicy
 from megatron_sd.training.state.identity import check_same_model
-from megatron_sd.training.state.tensor_file import write_tensors
+from megatron_sd.training.state.tensor_file import TensorFile, TensorFiles
 
 NamedParameters = Iterable[tuple[str, nn.Parameter]]
 
@@ -47,13 +46,13 @@ class Teacher(Protocol):
         """The student has taken an optimiser step."""
         ...
 
-    def save(self, directory: Path, world: World) -> Seals:
-        """Write what a resumed run cannot find elsewhere; this rank's files, by name in the directory.
-        Raises OSError."""
+    def files(self, world: World, *, copy: bool) -> TensorFiles:
+        """What a resumed run cannot find elsewhere: this rank's files. copy: nothing of them is a view of what
+        changes."""
         ...
 
     def load(self, directory: Path, world: World) -> None:
-        """Take back what save wrote. Raises CheckpointError."""
+        """Take back what `files` gave. Raises CheckpointError."""
         ...
 
 
@@ -70,7 +69,7 @@ class LiveTeacher:
     def follow(self, student: NamedParameters) -> None:
         """Nothing: these weights are the student's."""
 
-    def save(self, directory: Path, world: World) -> Seals:
+    def files(self, world: World, *, copy: bool) -> TensorFiles:
         """No file."""
         return {}
 
@@ -108,7 +107,7 @@ class FrozenTeacher:
     def follow(self, student: NamedParameters) -> None:
         """Nothing: it stays where training began."""
 
-    def save(self, directory: Path, world: World) -> Seals:
+    def files(self, world: World, *, copy: bool) -> TensorFiles:
         """No file: a resumed run finds the start policy where it was."""
         return {}
 
@@ -151,18 +150,16 @@ class EmaTeacher(FrozenTeacher):
             self._average[name].lerp_(_own_part(parameter).float(), 1.0 - self._decay)
         self._publish()
 
-    def save(self, directory: Path, world: World) -> Seals:
+    def files(self, world: World, *, copy: bool) -> TensorFiles:
         """This rank's part of the average, float32."""
-        path = _path(directory, world)
-        return {
-            path.name: write_tensors(path, {name: part.cpu() for name, part in self._average.items()}, {})
-        }
+        parts = {name: part.to("cpu", copy=copy) for name, part in self._average.items()}
+        return {_name(world): TensorFile(parts)}
 
     @torch.no_grad()
     def load(self, directory: Path, world: World) -> None:
         """Go on with the saved average. Raises CheckpointError when it is missing, or of another number of
         ranks or ZeRO stage."""
-        path = _path(directory, world)
+        path = directory / _name(world)
         if not path.is_file():
             raise CheckpointError(
                 f"{path} is missing, expected the average that distill.teacher ema goes on from"
@@ -221,5 +218,5 @@ def _own_part(parameter: nn.Parameter) -> Tensor:
     return getattr(parameter, "ds_tensor", parameter.data)
 
 
-def _path(directory: Path, world: World) -> Path:
-    return directory / f"teacher_{world.rank:05d}.safetensors"
+def _name(world: World) -> str:
+    return f"teacher_{world.rank:05d}.safetensors"

@@ -47,6 +47,8 @@ test: lint
 	@echo "== tests"
 	@$(PYTEST) -m "not slow"
 
+# one process more: real SLURM and real launchers wait more than they compute
+test-all: JOBS = 3
 test-all: lint
 	@echo "== all tests"
 	@$(PYTEST)

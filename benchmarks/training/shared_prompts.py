@@ -1,7 +1,7 @@
 """What an update gains from reading a group's prompt once: padded sequences against one row in which rollouts
 share their prompt, in turn in one process.
 
-    python -m benchmarks.training.shared_prompts [--model DIR] [--json FILE]
+    python -m benchmarks.training.shared_prompts [--model DIR] [--lengths few-shot] [--json FILE]
 
 Rollouts of groups of five, policy loss and divergence, under ZeRO-3 in float32. few-shot: a worked example in
 the prompt, one short search, as a model that was not trained to search needs it; search: a short prompt, four
@@ -83,6 +83,7 @@ def main() -> None:
     """Measure and report."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path)
+    parser.add_argument("--lengths", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--questions", type=int, default=NUM_QUESTIONS)
     parser.add_argument("--rounds", type=int, default=NUM_ROUNDS)
     parser.add_argument("--json", type=Path)
@@ -95,8 +96,8 @@ def main() -> None:
         if arguments.model is None:
             write_model(model, vocabulary=VOCABULARY, hidden=256, layers=4)
         built = {layout: build(model, Path(directory) / layout, layout) for layout in LAYOUTS}
-        for name, lengths in SHAPES.items():
-            made = samples(arguments.questions, VOCABULARY, lengths=lengths)
+        for name in arguments.lengths:
+            made = samples(arguments.questions, VOCABULARY, lengths=SHAPES[name])
             for loss, distils in (("GRPO", False), ("SD-Search", True)):
                 figures: dict[str, list[float]] = {layout: [] for layout in LAYOUTS}
                 for _ in range(NUM_WARM_UP + arguments.rounds):

@@ -28,6 +28,7 @@ from megatron_sd.config import RetrieverConfig, SearchConfig
 from megatron_sd.errors import ConfigError, DataError
 from megatron_sd.records import Hit, Passage
 from megatron_sd.retrieval.choice import open_retriever
+from megatron_sd.retrieval.corpus import directory
 from megatron_sd.retrieval.corpus.directory import CorpusRetriever
 from megatron_sd.retrieval.corpus.faiss_index import sorted_ranking
 from megatron_sd.retrieval.corpus.fusion import Ranking, merge_shards, reciprocal_rank_fusion
@@ -185,6 +186,21 @@ def test_a_method_the_corpus_was_not_built_for_is_refused(folder, tmp_path):
     build_index(IndexConfig(**paths, bm25=False))
     with pytest.raises(ConfigError, match="search.method: found 'bm25'.*no bm25 index"):
         _open(tmp_path / "dense", method="bm25")
+
+
+def test_a_rank_reads_no_million_vectors_for_a_query(folder, monkeypatch):
+    """300 here. A service of its own may, and BM25 and graphs read few."""
+    monkeypatch.setattr(directory, "MOST_SCANNED", 299)
+    for kind in ("flat", "fp16", "sq8"):
+        with pytest.raises(
+            ConfigError, match=f"300 vectors of kind {kind} in .*retriever.endpoints, or build"
+        ):
+            CorpusRetriever(folder / kind, SearchConfig(method="dense"), shares_gpus=True)
+    assert _open(folder / "flat").method == "dense"
+    CorpusRetriever(folder / "flat", SearchConfig(method="bm25"), shares_gpus=True)
+    CorpusRetriever(folder / "hnsw", SearchConfig(method="dense", device="cpu"), shares_gpus=True)
+    monkeypatch.setattr(directory, "MOST_SCANNED", 300)
+    CorpusRetriever(folder / "flat", SearchConfig(method="dense", device="cpu"), shares_gpus=True)
 
 
 def test_an_encoder_of_another_dimension_is_refused(folder, tmp_path):

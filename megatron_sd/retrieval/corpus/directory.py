@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from megatron_sd.retrieval.reranker import Reranker
 
 
+EXHAUSTIVE_KINDS = ("flat", "fp16", "sq8")  # of a vector index: a query reads all of it
+MOST_SCANNED = 1_000_000  # vectors that a rank reads for one query: beyond, a step waits for minutes
+
+
 class Index(Protocol):
     """One way to search the rows of a corpus. An object serves one thread."""
 
@@ -133,6 +137,14 @@ def _open_dense(
     *,
     shares_gpus: bool,
 ) -> Index:
+    kind = manifest.settings["dense"]["index"]["kind"]
+    if shares_gpus and kind in EXHAUSTIVE_KINDS and manifest.num_passages > MOST_SCANNED:
+        raise ConfigError(
+            f"retriever.corpus: found {manifest.num_passages:,} vectors of kind {kind} in {directory}, all of which"
+            f" every query would read inside a rank, expected at most {MOST_SCANNED:,}: serve the corpus (`sd-search"
+            " retriever serve --corpus DIR`) and name it in retriever.endpoints, or build it with"
+            " vector_index.kind hnsw_sq8 or ivf_pq"
+        )
     # imports torch, which a BM25 service does without
     from megatron_sd.retrieval.corpus.dense import DenseIndex
 

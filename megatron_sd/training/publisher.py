@@ -127,9 +127,10 @@ class ShardPublisher:
     gathered.
 
     dtype: of the policy's parameters, as model.dtype. address: of the meeting point, for the workers'
-    ShardReceiver. num_bytes: that this rank sent in the last publish. Raises UnknownArchitectureError,
-    ConfigError when the model cannot be cut for tp_size workers, and ReshardError when policy and model
-    directory differ.
+    ShardReceiver. num_bytes: that this rank sent in the last publish. changed_share: of this rank's elements,
+    how many had other bits than in the version before; None where that was not looked at. Raises
+    UnknownArchitectureError, ConfigError when the model cannot be cut for tp_size workers, and ReshardError
+    when policy and model directory differ.
     """
 
     def __init__(self, policy: Policy, config: PublishConfig, *, dtype: str, tp_size: int, num_replicas: int):
@@ -141,6 +142,7 @@ class ShardPublisher:
         check_parameters(source, whole_parameters(model, dtype=dtype))
         self.plan = make_plan(source, workers, num_replicas=num_replicas)
         self.num_bytes = 0
+        self.changed_share: float | None = None
         self._rank = world.rank
         timeout_s = config.timeout_s
         host = publish_host(
@@ -179,11 +181,17 @@ class ShardPublisher:
         receiving.add_done_callback(self._notice_failure)
         try:
             self.num_bytes = self._sender.send(shards, policy_version)
+            self.changed_share = self._share_of(self._sender.num_changed)
             receiving.result(timeout=self._timeout_s)
         except Exception:  # whatever it was: the engine is not left closed
             receiver.cancel_update()
             raise
         receiver.finish_update(policy_version)
+
+    def _share_of(self, num_elements: int | None) -> float | None:
+        """Of this rank's elements."""
+        own = [self.plan.source.owned(spec.numel, self._rank) for spec in self.plan.source.parameters]
+        return None if num_elements is None else num_elements / sum(stop - start for start, stop in own)
 
     def close(self) -> None:
         """Leave the workers."""

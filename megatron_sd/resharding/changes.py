@@ -1,0 +1,141 @@
+"""What changed since the last version, as messages: arithmetic on tensors, nothing travels here.
+
+Elements are compared bit for bit, so a NaN that stays is no change and -0.0 in the place of 0.0 is one. A
+message holds the changed elements of one bucket, for each block of BLOCK elements how many, then all values,
+then the place of each in its block:
+
+    int32 [blocks] | the bucket's type [changed] | int16 [changed], less HALF_BLOCK
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_sd.resharding.plan import Slice
+
+BLOCK = 1 << 16
+HALF_BLOCK = BLOCK // 2
+CHUNK_NUMEL = 1 << 20  # elements that are compared at one time
+_BITS = {2: torch.int16, 4: torch.int32}  # by bytes of an element
+
+# By parameter: int32, ascending, where a rank's own shard changed; None: in so many places that all count as
+# changed, because a message about them would be longer than the elements.
+Changes = Mapping[str, Tensor | None]
+
+
+def message_bytes(num_changed: int, numel: int, item_bytes: int) -> int:
+    """Of a message about a bucket of `numel` elements."""
+    return 4 * -(-numel // BLOCK) + num_changed * (item_bytes + 2)
+
+
+def least_bytes(bucket: Sequence[Slice], changes: Changes, item_bytes: int) -> int:
+    """Of a message about a bucket, from the slices that count as changed as a whole."""
+    numel = sum(part.numel for part in bucket)
+    return message_bytes(
+        sum(part.numel for part in bucket if changes[part.parameter] is None), numel, item_bytes
+    )
+
+
+def take_over(held: Tensor, new: Tensor) -> Tensor | None:
+    """Make `held` equal `new`, converted to its type, bit for bit; both flat and of one length. Where it
+    changed, as in Changes."""
+    bits, num_changed = _BITS[held.element_size()], 0
+    found: list[Tensor] = []
+    for start in range(0, len(held), CHUNK_NUMEL):
+        old = held[start : start + CHUNK_NUMEL]
+        now = new[start : start + CHUNK_NUMEL].to(held)
+        found.append(_places(old.view(bits) != now.view(bits)).add_(start).to(torch.int32))
+        old.copy_(now)
+        num_changed += len(found[-1])
+        if message_bytes(num_changed, len(held), held.element_size()) >= held.nbytes:
+            held[start:].copy_(new[start:])
+            return None
+    return torch.cat(found) if found else torch.empty(0, dtype=torch.int32, device=held.device)
+
+
+def _places(is_changed: Tensor) -> Tensor:
+    """int64, ascending: where a flat mask is set."""
+    if is_changed.device.type == "cpu":  # several times as fast as torch's
+        return torch.from_numpy(np.flatnonzero(is_changed.numpy()))
+    return is_changed.nonzero()[:, 0]
+
+
+def changed_in(
+    bucket: Sequence[Slice], held: Mapping[str, Tensor], changes: Changes
+) -> tuple[Tensor, Tensor]:
+    """int64 [changed], ascending: places in the bucket; and their values, of the shards' type."""
+    some = held[bucket[0].parameter]
+    places, values = [some.new_empty(0, dtype=torch.int64)], [some.new_empty(0)]
+    start = 0
+    for part in bucket:
+        within, source = _changed_in_part(part, changes[part.parameter], some.device)
+        places.append(within.add_(start))
+        values.append(held[part.parameter][source])
+        start += part.numel
+    return torch.cat(places), torch.cat(values)
+
+
+def _changed_in_part(part: Slice, changes: Tensor | None, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Of one slice: places in it, and places in the rank's shard."""
+    if changes is None:
+        within = torch.arange(part.numel, device=device)
+        return within, _spread(within, part.run_length, part.source_offset, part.source_stride)
+    reach = (part.num_runs - 1) * part.source_stride + part.run_length
+    ends = torch.tensor([part.source_offset, part.source_offset + reach], dtype=torch.int32, device=device)
+    first, stop = torch.searchsorted(changes, ends).tolist()
+    source = changes[first:stop].long()
+    if part.num_runs == 1:
+        return source - part.source_offset, source
+    run = (source - part.source_offset) // part.source_stride
+    column = source - part.source_offset - run * part.source_stride
+    is_inside = column < part.run_length  # a column shard has other columns between its runs
+    return (run * part.run_length + column)[is_inside], source[is_inside]
+
+
+def _spread(within: Tensor, run_length: int, offset: int, stride: int) -> Tensor:
+    """From places in a slice to places in the flat tensor that its runs lie in."""
+    run = within // run_length
+    return offset + run * stride + within - run * run_length
+
+
+def encode(places: Tensor, values: Tensor, numel: int, message: Tensor) -> None:
+    """Write the changes of a bucket of `numel` elements into `message`, uint8 of message_bytes."""
+    counts, moved, offsets = _parts(message, len(places), numel, values.dtype)
+    counts.copy_(torch.bincount(places // BLOCK, minlength=len(counts)))
+    moved.copy_(values)
+    offsets.copy_(places % BLOCK - HALF_BLOCK)
+
+
+def decode(message: Tensor, num_changed: int, numel: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Places in the bucket, int64 and ascending, and the values there, as a view of the message."""
+    counts, values, offsets = _parts(message, num_changed, numel, dtype)
+    starts = torch.arange(len(counts), device=message.device) * BLOCK + HALF_BLOCK
+    return starts.repeat_interleave(counts.long(), output_size=num_changed).add_(offsets), values
+
+
+def _parts(
+    message: Tensor, num_changed: int, numel: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Counts, values and places of a message, as views."""
+    num_blocks = -(-numel // BLOCK)
+    sizes = [4 * num_blocks, dtype.itemsize * num_changed, 2 * num_changed]
+    counts, values, offsets = message.split(sizes)
+    return counts.view(torch.int32), values.view(dtype), offsets.view(torch.int16)
+
+
+def apply(bucket: Sequence[Slice], places: Tensor, values: Tensor, staged: Mapping[str, Tensor]) -> None:
+    """Write the changed elements of a bucket where they belong in a worker's flat tensors."""
+    starts = torch.tensor([0, *(part.numel for part in bucket)], device=places.device).cumsum(0)
+    edges = torch.searchsorted(places, starts).tolist()
+    begins = starts.tolist()
+    for n, part in enumerate(bucket):
+        own = slice(edges[n], edges[n + 1])
+        if own.start == own.stop:
+            continue
+        target = _spread(places[own] - begins[n], part.run_length, part.target_offset, part.target_stride)
+        tensor = staged[part.tensor]
+        tensor[target.to(tensor.device)] = values[own].to(tensor.device)

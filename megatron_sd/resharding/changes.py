@@ -1,10 +1,12 @@
 """What changed since the last version, as messages: arithmetic on tensors, nothing travels here.
 
 Elements are compared bit for bit, so a NaN that stays is no change and -0.0 in the place of 0.0 is one. A
-message holds the changed elements of one bucket, for each block of BLOCK elements how many, then all values,
-then the place of each in its block:
+message holds the changed elements of one bucket, which is seen in blocks: all values, then how many each block
+has, then the place of each in its block:
 
-    int32 [blocks] | the bucket's type [changed] | int16 [changed], less HALF_BLOCK
+    the bucket's type [changed] | int16 [blocks], less FULL | int16 or uint8 [changed]
+
+Few changes lie in blocks of 32,768 elements, more in blocks of 256, whichever is shorter.
 """
 
 from __future__ import annotations
@@ -17,8 +19,8 @@ from torch import Tensor
 
 from megatron_sd.resharding.plan import Slice
 
-BLOCK = 1 << 16
-HALF_BLOCK = BLOCK // 2
+FULL = 1 << 15
+PLACES = {FULL: torch.int16, 1 << 8: torch.uint8}  # by elements of a block: type of a place in one
 CHUNK_NUMEL = 1 << 20  # elements that are compared at one time
 _BITS = {2: torch.int16, 4: torch.int32}  # by bytes of an element
 
@@ -29,7 +31,13 @@ Changes = Mapping[str, Tensor | None]
 
 def message_bytes(num_changed: int, numel: int, item_bytes: int) -> int:
     """Of a message about a bucket of `numel` elements."""
-    return 4 * -(-numel // BLOCK) + num_changed * (item_bytes + 2)
+    block = _block(num_changed, numel)
+    return num_changed * (item_bytes + PLACES[block].itemsize) + 2 * -(-numel // block)
+
+
+def _block(num_changed: int, numel: int) -> int:
+    """Elements of a block of the shortest message; both sides know it from the header."""
+    return min(PLACES, key=lambda block: num_changed * PLACES[block].itemsize + 2 * -(-numel // block))
 
 
 def least_bytes(bucket: Sequence[Slice], changes: Changes, item_bytes: int) -> int:
@@ -104,27 +112,30 @@ def _spread(within: Tensor, run_length: int, offset: int, stride: int) -> Tensor
 
 def encode(places: Tensor, values: Tensor, numel: int, message: Tensor) -> None:
     """Write the changes of a bucket of `numel` elements into `message`, uint8 of message_bytes."""
-    counts, moved, offsets = _parts(message, len(places), numel, values.dtype)
-    counts.copy_(torch.bincount(places // BLOCK, minlength=len(counts)))
+    block = _block(len(places), numel)
+    moved, counts, within = _parts(message, len(places), numel, values.dtype)
     moved.copy_(values)
-    offsets.copy_(places % BLOCK - HALF_BLOCK)
+    counts.copy_(torch.bincount(places // block, minlength=len(counts)) - FULL)
+    within.copy_(places % block)
 
 
 def decode(message: Tensor, num_changed: int, numel: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Places in the bucket, int64 and ascending, and the values there, as a view of the message."""
-    counts, values, offsets = _parts(message, num_changed, numel, dtype)
-    starts = torch.arange(len(counts), device=message.device) * BLOCK + HALF_BLOCK
-    return starts.repeat_interleave(counts.long(), output_size=num_changed).add_(offsets), values
+    block = _block(num_changed, numel)
+    values, counts, within = _parts(message, num_changed, numel, dtype)
+    starts = torch.arange(0, numel, block, device=message.device)
+    return starts.repeat_interleave(counts.long() + FULL, output_size=num_changed).add_(within), values
 
 
 def _parts(
     message: Tensor, num_changed: int, numel: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Counts, values and places of a message, as views."""
-    num_blocks = -(-numel // BLOCK)
-    sizes = [4 * num_blocks, dtype.itemsize * num_changed, 2 * num_changed]
-    counts, values, offsets = message.split(sizes)
-    return counts.view(torch.int32), values.view(dtype), offsets.view(torch.int16)
+    """Values, counts and places of a message, as views."""
+    block = _block(num_changed, numel)
+    place = PLACES[block]
+    sizes = [dtype.itemsize * num_changed, 2 * -(-numel // block), place.itemsize * num_changed]
+    values, counts, within = message.split(sizes)
+    return values.view(dtype), counts.view(torch.int16), within.view(place)
 
 
 def apply(bucket: Sequence[Slice], places: Tensor, values: Tensor, staged: Mapping[str, Tensor]) -> None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from megatron_sd.errors import ReshardError
 from megatron_sd.resharding.changed_buckets import DENSE, ChangesInbox, ChangesOutbox
-from megatron_sd.resharding.changes import BLOCK, apply, changed_in, decode, encode, message_bytes, take_over
+from megatron_sd.resharding.changes import FULL, apply, changed_in, decode, encode, message_bytes, take_over
 from megatron_sd.resharding.exchange import BucketBuffers
 from megatron_sd.resharding.layout import Rectangle as Piece
 from megatron_sd.resharding.layout import ShardLayout, TensorSpec, WorkerLayout, WorkerTensor
@@ -121,7 +121,8 @@ def test_what_is_held_becomes_the_new_version_and_only_what_changed_is_found(dty
     np.testing.assert_array_equal(found.numpy(), np.flatnonzero(old != new))
     assert found.dtype == torch.int32
     size = message_bytes(len(found), len(held), held.element_size())
-    assert size == 4 * 33 + len(found) * (held.element_size() + 2)
+    in_small, in_large = 8193 * 2 + len(found), 65 * 2 + len(found) * 2
+    assert size == len(found) * held.element_size() + min(in_small, in_large)
     message = torch.zeros(size, dtype=torch.uint8)
     encode(found.long(), held[found.long()], len(held), message)
     places, values = decode(message, len(found), len(held), held.dtype)
@@ -140,10 +141,10 @@ def test_bits_are_compared_not_numbers():
 def test_more_changes_than_a_message_is_worth_count_as_all():
     held = torch.zeros(100, dtype=torch.bfloat16)
     new = torch.zeros(100, dtype=torch.bfloat16)
-    new[:49] = 1  # 4 + 49 * 4 bytes are as many as 100 * 2
+    new[:66] = 1  # 66 * 3 + 2 bytes are as many as 100 * 2
     assert take_over(held, new) is None and torch.equal(held, new)
-    new[0] = 2
-    assert take_over(held, new).tolist() == [0]
+    new[:65] = 2
+    assert take_over(held, new).tolist() == list(range(65)) and torch.equal(held, new)
 
 
 def test_a_wider_type_is_converted_before_it_is_compared():
@@ -210,10 +211,10 @@ def test_each_bucket_goes_as_whichever_is_shorter():
     assert outbox.send({"w": weights}) == 4 * 8 and headers(wire.sent) == [0] * 4
     assert inbox.receive() == 4 * 8 and torch.equal(staged, weights)
     weights[300:600] += 1.0  # a whole bucket
-    weights[[0, 299, 998, 999]] += 1.0  # and some of others
+    weights[[0, 299, 997, 998, 999]] += 1.0  # and some of others
     sent = outbox.send({"w": weights})
-    assert headers(wire.sent) == [2, DENSE, 0, 2] and outbox.num_changed == 304
-    assert sent == 4 * 8 + (4 + 2 * 4) + 600 + (4 + 2 * 4) == inbox.receive()
+    assert headers(wire.sent) == [2, DENSE, 0, 3] and outbox.num_changed == 305
+    assert sent == 4 * 8 + (2 * 3 + 2 * 2) + 600 + (3 * 3 + 2) == inbox.receive()
     assert torch.equal(staged, weights)
 
 
@@ -227,10 +228,17 @@ def test_changes_of_what_a_worker_does_not_have_are_refused():
     assert staged.isnan().all()
 
 
-def test_the_last_place_of_a_block_and_the_first_of_the_next():
-    places = torch.tensor([0, BLOCK - 1, BLOCK, 3 * BLOCK - 1])
-    message = torch.zeros(message_bytes(4, 3 * BLOCK, 4), dtype=torch.uint8)
-    encode(places, torch.arange(4.0), 3 * BLOCK, message)
-    assert message[:12].view(torch.int32).tolist() == [2, 1, 1]
-    found, values = decode(message, 4, 3 * BLOCK, torch.float32)
-    assert torch.equal(found, places) and values.tolist() == [0.0, 1.0, 2.0, 3.0]
+def test_few_changes_lie_in_large_blocks_and_many_in_small_ones():
+    """At both ends of a block, and in one that is full."""
+    for places, numel, counts in (
+        (torch.tensor([0, FULL - 1, FULL, 3 * FULL - 1]), 3 * FULL, [2, 1, 1]),
+        (torch.arange(FULL), 2 * FULL, [256] * 128 + [0] * 128),
+        (torch.tensor([0, 255, 256, 511]), 512, [2, 2]),
+    ):
+        message = torch.zeros(message_bytes(len(places), numel, 4), dtype=torch.uint8)
+        encode(places, torch.arange(len(places)).float(), numel, message)
+        start = 4 * len(places)
+        found_counts = message[start : start + 2 * len(counts)].view(torch.int16).int() + FULL
+        assert found_counts.tolist() == counts
+        found, values = decode(message, len(places), numel, torch.float32)
+        assert torch.equal(found, places) and values.tolist() == list(range(len(places)))

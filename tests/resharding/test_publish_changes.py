@@ -79,6 +79,10 @@ def test_workers_hold_their_shards_and_less_travels(tmp_path, group, family, tie
         assert_published(policy, publisher, group)
         assert publisher.changed_share == share < 0.04
         assert publisher.num_bytes < dense_bytes(publisher) / 4
+        assert publisher.metrics() == {
+            "publish/sent_mib": publisher.num_bytes / 2**20,
+            "publish/changed_share": share,
+        }
     publisher.publish(policy, group, 3)
     assert_published(policy, publisher, group)
     assert publisher.num_bytes == header_bytes(publisher) and publisher.changed_share == 0

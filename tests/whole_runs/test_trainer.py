@@ -64,7 +64,7 @@ def trainer(events: list, *, fails_at: tuple[str, int]) -> Trainer:
         learn=policy_alone,
         alpha=SimpleNamespace(passes=lambda step: (), observe=lambda policy: None, state=dict, metrics=dict),
         policy=SimpleNamespace(step=lambda limit: update),
-        publisher=SimpleNamespace(publish=publish),
+        publisher=SimpleNamespace(publish=publish, metrics=dict),
         engine=None,
         checkpoints=checkpoints,
         recorder=SimpleNamespace(

@@ -60,8 +60,6 @@ class ChangesOutbox:
         bucket_numel: int,
         device: torch.device,
     ):
-        self._plan = plan
-        self._rank = rank
         self._buckets = list(outgoing(plan, rank, bucket_numel))
         self._first_worker = plan.source.world_size  # among the wire's parties
         self._wire = wire
@@ -71,13 +69,16 @@ class ChangesOutbox:
         self.num_changed: int | None = None
 
     def send(self, shards: Tensors) -> int:
-        """Bucket by bucket, worker by worker, from the copy, which is brought up to date first."""
-        changes = self._take_over(shards)
-        num_bytes = 0
+        """Bucket by bucket, worker by worker, from the copy: each parameter is copied when its first bucket
+        is packed, so that one bucket is compared while another travels."""
+        compares, num_bytes = bool(self._held), 0
+        changes: dict[str, Tensor | None] = {}
         travelling: deque[list[Pending]] = deque()
         for worker, bucket in self._buckets:
             if len(travelling) == NUM_BUFFERS:
                 _wait(travelling.popleft())
+            for name in {part.parameter for part in bucket} - changes.keys():
+                changes[name] = self._taken_over(name, shards[name])
             count, body = self._packed(bucket, changes)
             header = torch.tensor([count], device=body.device)
             messages = [message.view(torch.uint8) for message in (header, body) if len(message)]
@@ -86,30 +87,23 @@ class ChangesOutbox:
         for pending in travelling:
             _wait(pending)
         synchronize(self._device)
+        if compares:
+            counts = (len(self._held[name]) if own is None else len(own) for name, own in changes.items())
+            self.num_changed = sum(counts)
         return num_bytes
 
-    def _take_over(self, shards: Tensors) -> Changes | None:
-        """Copy the shards; what changed, or None when there was no copy."""
-        is_first = not self._held
-        changes: dict[str, Tensor | None] = {}
-        for spec in self._plan.source.parameters:
-            start, stop = self._plan.source.owned(spec.numel, self._rank)
-            if is_first:
-                self._held[spec.name] = self._buffers.like(stop - start).copy_(shards[spec.name])
-            else:
-                changes[spec.name] = take_over(self._held[spec.name], shards[spec.name])
-        if is_first:
-            return None
-        self.num_changed = sum(
-            len(self._held[name]) if own is None else len(own) for name, own in changes.items()
-        )
-        return changes
+    def _taken_over(self, name: str, new: Tensor) -> Tensor | None:
+        """Copy a parameter's shard; what changed in it, or None for all when there was no copy."""
+        if name in self._held:
+            return take_over(self._held[name], new)
+        self._held[name] = self._buffers.like(len(new)).copy_(new)
+        return None
 
-    def _packed(self, bucket: list[Slice], changes: Changes | None) -> tuple[int, Tensor]:
+    def _packed(self, bucket: list[Slice], changes: Changes) -> tuple[int, Tensor]:
         """The header's number, and what follows it."""
         buffer = self._buffers.take(bucket)
         item_bytes = buffer.element_size()
-        if changes is not None and least_bytes(bucket, changes, item_bytes) < buffer.nbytes:
+        if least_bytes(bucket, changes, item_bytes) < buffer.nbytes:
             places, values = changed_in(bucket, self._held, changes)
             size = message_bytes(len(places), len(buffer), item_bytes)
             if not len(places):

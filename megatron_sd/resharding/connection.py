@@ -21,6 +21,7 @@ from torch import Tensor
 from megatron_sd.config import PublishConfig
 from megatron_sd.errors import ReshardError
 from megatron_sd.resharding.changed_buckets import ChangesInbox, ChangesOutbox
+from megatron_sd.resharding.changes import LARGEST
 from megatron_sd.resharding.exchange import (
     BucketBuffers,
     BucketInbox,
@@ -174,7 +175,7 @@ def make_inbox(
 
 def bucket_elements(plan: ReshardPlan, terms: PublishConfig) -> int:
     """Elements of a bucket."""
-    return max(int(terms.bucket_mib * 2**20) // plan.item_bytes, 1)
+    return min(max(int(terms.bucket_mib * 2**20) // plan.item_bytes, 1), LARGEST)
 
 
 def _buffer_device(wire: str, device: torch.device) -> torch.device:

@@ -1,5 +1,5 @@
-"""What changed, as messages: every worker's tensors, bit for bit, for plans of all kinds; and the boxes over a
-wire of this process."""
+"""What changed, as messages: every worker's tensors, bit for bit, for plans of all kinds; and the boxes over
+a wire of this process."""
 
 import numpy as np
 import pytest

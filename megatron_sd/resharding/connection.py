@@ -90,7 +90,7 @@ def open_session(session: Session, plan: ReshardPlan, terms: PublishConfig) -> N
     wire = choose_wire(terms.wire, [*hosts, *found])
     log.info("weights reach %d workers over %s", plan.num_workers, wire)
     if terms.changes_only and wire in OPEN_MEMORY:
-        log.info("publish.changes_only has no part in it: ranks write into the workers' memory over %s", wire)
+        log.info("publish.changes_only has no effect: ranks write into the workers' memory over %s", wire)
     session.post("wire", wire)
 
 

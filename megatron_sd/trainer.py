@@ -162,7 +162,8 @@ class Trainer:
         """One line of metrics for the step that just ended."""
         metrics = rollout_metrics(groups) | lag_metrics(groups, self.step - 1) | block_metrics(groups, blocks)
         metrics |= self.collect.metrics() | update.scalars | packing_metrics(batches) | self.alpha.metrics()
-        self.recorder.record(self.step, metrics | self.timers.metrics() | memory_metrics())
+        metrics |= self.publisher.metrics() | self.timers.metrics() | memory_metrics()
+        self.recorder.record(self.step, metrics)
 
     def side_work(self, groups: Groups, blocks: Texts) -> None:
         """What is due after this step: transcripts, a checkpoint, and, next in the loop, an evaluation."""
@@ -200,11 +201,8 @@ class Trainer:
     def save(self, *, wait: bool = True) -> None:
         """Commit a checkpoint of this step; without `wait`, perhaps later (checkpoint.background)."""
         self.world.pulse.move("save")
-        state = {
-            "alpha": self.alpha.state(),
-            "stability": self.stability.state(),
-            "evaluation_is_due": self.evaluation_is_due,
-        }
+        state = {"alpha": self.alpha.state(), "stability": self.stability.state()}
+        state["evaluation_is_due"] = self.evaluation_is_due
         self.checkpoints.save(self.policy, step=self.step, state=state, wait=wait)
 
     def resume(self) -> None:

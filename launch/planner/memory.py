@@ -18,6 +18,7 @@ from megatron_sd.algorithm.advantages.table import FROM_VALUES
 from megatron_sd.config import Config
 from megatron_sd.config.checks import engine_reads_policy
 from megatron_sd.ops.head.one_pass import BLOCK_ELEMENTS
+from megatron_sd.resharding.connection import OPEN_MEMORY
 from megatron_sd.resharding.names import DecoderSizes, model_shape
 from megatron_sd.resharding.plan import ITEM_BYTES
 from megatron_sd.training.deepspeed_config import (
@@ -75,7 +76,8 @@ def rank_memory(
     """The parts of one rank, with a full microbatch of update.max_microbatch_tokens student positions."""
     update = _update(shape, config, world_size=world_size, on_gpu=on_gpu)
     states = _states(shape, config, world_size, on_gpu=on_gpu)
-    return (*states, *update, *_rollout(shape, config, world_size))
+    held = _held_by_workers(shape, config, world_size, on_gpu=on_gpu)
+    return (*states, *update, *_rollout(shape, config, world_size), *held)
 
 
 def peak(parts: Sequence[Part], where: Place = "device") -> tuple[float, Phase]:
@@ -316,3 +318,20 @@ def _rollout(shape: DecoderSizes, config: Config, world_size: int) -> list[Part]
         Part(name="embedded engine", num_bytes=item * total),
         Part(name="embedded engine: keys and values", num_bytes=cache, phases=("rollout",)),
     ]
+
+
+def _held_by_workers(shape: DecoderSizes, config: Config, world_size: int, *, on_gpu: bool) -> list[Part]:
+    """The copy of the rank's shard that publish.changes_only compares with, where the buckets are; `auto` is
+    taken for the wire between nodes."""
+    publish, served = config.publish, config.rollout.engine == "vllm" and config.rollout.vllm.publishes_shards
+    by_shards = served and config.update.zero_stage == 3
+    if not publish.changes_only or not by_shards or publish.wire in OPEN_MEMORY:
+        return []
+    item = ITEM_BYTES["float32" if publish.source == "master" else config.model.dtype]
+    between_gpus = publish.wire == "nccl" or (publish.wire == "auto" and on_gpu)
+    part = Part(
+        name="publish: what the workers hold",
+        num_bytes=item * math.ceil(Sizes.of(shape).total / world_size),
+        where="device" if between_gpus else "host",
+    )
+    return [part]

@@ -70,6 +70,9 @@ class PublishConfig:
     # how bytes travel between processes
     wire: Literal["auto", "shared_memory", "gloo", "cuda_ipc", "nccl"] = "auto"
     bucket_mib: float = 64  # that a rank packs at a time
+    # buckets carry what changed since the last version, bit for bit; a rank keeps a copy of its shard for it.
+    # No effect over shared_memory and cuda_ipc, which need no buckets
+    changes_only: bool = False
     # compare what lies in the workers with what was sent, by parameter; each publish packs twice
     checksums: bool = False
     timeout_s: float = 120  # without an answer for so long a worker counts as lost

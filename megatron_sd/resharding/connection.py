@@ -20,6 +20,8 @@ from torch import Tensor
 
 from megatron_sd.config import PublishConfig
 from megatron_sd.errors import ReshardError
+from megatron_sd.resharding.changed_buckets import ChangesInbox, ChangesOutbox
+from megatron_sd.resharding.changes import LARGEST
 from megatron_sd.resharding.exchange import (
     BucketBuffers,
     BucketInbox,
@@ -87,6 +89,8 @@ def open_session(session: Session, plan: ReshardPlan, terms: PublishConfig) -> N
         check_worker(worker_id(plan, worker), plan.layout_of(worker), specs)
     wire = choose_wire(terms.wire, [*hosts, *found])
     log.info("weights reach %d workers over %s", plan.num_workers, wire)
+    if terms.changes_only and wire in OPEN_MEMORY:
+        log.info("publish.changes_only has no effect: ranks write into the workers' memory over %s", wire)
     session.post("wire", wire)
 
 
@@ -139,7 +143,8 @@ def make_outbox(
         return DirectOutbox(plan, rank, windows, bucket_numel=bucket_numel, device=device)
     channel = GroupWire(session, wire, rank, [*ranks(plan, "").values(), *workers(plan, "").values()])
     buffers = BucketBuffers(bucket_numel, dtype, _buffer_device(wire, device))
-    return BucketOutbox(plan, rank, channel, buffers, bucket_numel=bucket_numel, device=device)
+    box = ChangesOutbox if terms.changes_only else BucketOutbox
+    return box(plan, rank, channel, buffers, bucket_numel=bucket_numel, device=device)
 
 
 def make_inbox(
@@ -159,21 +164,18 @@ def make_inbox(
     staged = tensor_views(memory.tensor, layout)
     if wire in OPEN_MEMORY:
         session.post(f"memory/{worker}", memory.token)
-        return DirectInbox(), memory, staged
+        return DirectInbox(layout.numel * plan.item_bytes), memory, staged
     party = plan.source.world_size + worker
     channel = GroupWire(session, wire, party, [*ranks(plan, "").values(), *workers(plan, "").values()])
     bucket_numel = bucket_elements(plan, terms)
     buffers = BucketBuffers(bucket_numel, dtype, _buffer_device(wire, device))
-    return (
-        BucketInbox(plan, worker, channel, buffers, bucket_numel=bucket_numel, staged=staged),
-        memory,
-        staged,
-    )
+    box = ChangesInbox if terms.changes_only else BucketInbox
+    return box(plan, worker, channel, buffers, bucket_numel=bucket_numel, staged=staged), memory, staged
 
 
 def bucket_elements(plan: ReshardPlan, terms: PublishConfig) -> int:
     """Elements of a bucket."""
-    return max(int(terms.bucket_mib * 2**20) // plan.item_bytes, 1)
+    return min(max(int(terms.bucket_mib * 2**20) // plan.item_bytes, 1), LARGEST)
 
 
 def _buffer_device(wire: str, device: torch.device) -> torch.device:

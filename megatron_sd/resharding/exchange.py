@@ -23,7 +23,10 @@ CHECKSUM_NUMEL = 1 << 18  # elements that are copied at one time to be summed up
 
 
 class Outbox(Protocol):
-    """A trainer rank's side."""
+    """A trainer rank's side. num_changed: elements of the rank's shards that the last `send` found changed;
+    None where it did not compare."""
+
+    num_changed: int | None
 
     def send(self, shards: Tensors) -> int:
         """Send this rank's shards (flat, valid elements only, by parameter; another type is converted on
@@ -39,9 +42,9 @@ class Outbox(Protocol):
 class Inbox(Protocol):
     """A worker's side."""
 
-    def receive(self) -> None:
+    def receive(self) -> int:
         """Until everything is in the staged tensors, or, where the senders write there themselves, at
-        once."""
+        once. Returns the bytes that came, or come."""
         ...
 
     def close(self) -> None:
@@ -70,6 +73,8 @@ class DirectOutbox:
 
     windows: the workers' staged tensors, by worker.
     """
+
+    num_changed: int | None = None
 
     def __init__(
         self,
@@ -102,10 +107,14 @@ class DirectOutbox:
 
 
 class DirectInbox:
-    """Its tensors fill by themselves."""
+    """Its tensors fill by themselves. num_bytes: of all of them, without padding."""
 
-    def receive(self) -> None:
+    def __init__(self, num_bytes: int):
+        self._num_bytes = num_bytes
+
+    def receive(self) -> int:
         """Nothing to do here: the senders say when they have written."""
+        return self._num_bytes
 
     def close(self) -> None:
         """Nothing to let go of."""
@@ -118,6 +127,15 @@ class BucketBuffers:
         self._buffers = [torch.empty(bucket_numel, dtype=dtype, device=device) for _ in range(NUM_BUFFERS)]
         self._next = 0
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of their elements."""
+        return self._buffers[0].dtype
+
+    def like(self, numel: int) -> Tensor:
+        """Further memory of their type, where they are: flat, not initialised."""
+        return self._buffers[0].new_empty(numel)
+
     def take(self, bucket: Sequence[Slice]) -> Tensor:
         """The next buffer, cut to the bucket."""
         self._next = (self._next + 1) % NUM_BUFFERS
@@ -127,6 +145,8 @@ class BucketBuffers:
 class BucketOutbox:
     """Packs slices into buckets of at most `bucket_numel` elements and sends them, packing one while
     another travels."""
+
+    num_changed: int | None = None
 
     def __init__(
         self,
@@ -186,17 +206,20 @@ class BucketInbox:
         self._buffers = buffers
         self._staged = staged
 
-    def receive(self) -> None:
+    def receive(self) -> int:
         """Rank by rank, in the plan's order."""
+        num_bytes = 0
         travelling: deque[tuple[list[Slice], Tensor, Pending]] = deque()
         for rank, bucket in self._buckets:
             buffer = self._buffers.take(bucket)
             travelling.append((bucket, buffer, self._wire.receive(_bytes(buffer), rank)))
+            num_bytes += buffer.nbytes
             if len(travelling) == NUM_BUFFERS:
                 self._unpack(*travelling.popleft())
         while travelling:
             self._unpack(*travelling.popleft())
         synchronize(next(iter(self._staged.values())).device)
+        return num_bytes
 
     def _unpack(self, bucket: list[Slice], buffer: Tensor, pending: Pending) -> None:
         pending.wait()

@@ -62,7 +62,7 @@ class ShardReceiver:
                     f" {found}"
                 )
             # Into staging, not into the live tensors: whatever fails from here on, these are whole.
-            connection.inbox.receive()
+            num_bytes = connection.inbox.receive()
             sent = session.wait_for(ranks(connection.plan, f"{t}/sent"))
             self._verify(connection, sent)
             for padding in padding_views(connection.staged, connection.plan.layout_of(self._worker.number)):
@@ -76,7 +76,7 @@ class ShardReceiver:
             synchronize(self._device)
             self.policy_version = policy_version
             session.post_in(t, f"committed/{self._worker.number}")
-        return connection.plan.layout_of(self._worker.number).numel * connection.plan.item_bytes
+        return num_bytes
 
     def close(self) -> None:
         """Leave; a trainer that publishes after this is told by its timeout."""

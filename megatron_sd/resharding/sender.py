@@ -19,7 +19,8 @@ from megatron_sd.resharding.transport import MeetingPoint, Session
 class ShardSender:
     """Trainer rank `rank` of the plan. Rank 0 hosts the meeting point and decides whether a version is taken.
 
-    device: of the shards. The first `send`, and the first after a failure, connects to the workers.
+    device: of the shards. num_changed: in the last version, as the outbox says. The first `send`, and the
+    first after a failure, connects to the workers.
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class ShardSender:
         self._terms = terms
         self._rank = rank
         self._device = device
+        self.num_changed: int | None = None
         self._num_sends = 0
         self._session: Session | None = None
         self._outbox: Outbox | None = None
@@ -56,6 +58,7 @@ class ShardSender:
             if self._rank == 0:
                 session.post_in(t, "version", policy_version)
             num_bytes = self._outbox.send(shards)
+            self.num_changed = self._outbox.num_changed
             session.post_in(t, f"sent/{self._rank}", self._checksums(shards))
             if self._rank == 0:
                 session.wait_for(ranks(self._plan, f"{t}/sent"))

@@ -45,12 +45,20 @@ class Publisher(Protocol[Receiver_contra]):
         """Collective: every rank calls it, with no generation in flight."""
         ...
 
+    def metrics(self) -> dict[str, float]:
+        """Of the last publish, on this rank; empty where there is nothing to say."""
+        ...
+
 
 class NoPublisher:
     """Nobody samples: the weights stay where they are."""
 
     def publish(self, policy: Policy, receiver: object, policy_version: int) -> None:
         """Nothing."""
+
+    def metrics(self) -> dict[str, float]:
+        """None."""
+        return {}
 
 
 class SparePublisher:
@@ -62,11 +70,17 @@ class SparePublisher:
     def __init__(self, publisher: Publisher[Any], is_due: Callable[[int], bool]):
         self._publisher = publisher
         self._is_due = is_due
+        self._has_published = False
 
     def publish(self, policy: Policy, receiver: Any, policy_version: int) -> None:
         """Collective, as the publisher's own; raises what it raises."""
-        if self._is_due(policy_version):
+        self._has_published = self._is_due(policy_version)
+        if self._has_published:
             self._publisher.publish(policy, receiver, policy_version)
+
+    def metrics(self) -> dict[str, float]:
+        """The publisher's own, where it has just published."""
+        return self._publisher.metrics() if self._has_published else {}
 
 
 class GatherPublisher:
@@ -87,6 +101,10 @@ class GatherPublisher:
         stages.attempt(lambda: receiver.finish_update(policy_version))
         together(policy.world, stages.result)
 
+    def metrics(self) -> dict[str, float]:
+        """None."""
+        return {}
+
 
 class InPlacePublisher:
     """Lets the embedded engine of a rank that is alone read the policy's own weights: nothing is copied.
@@ -102,6 +120,10 @@ class InPlacePublisher:
         ):
             receiver.load_bucket(bucket)
         receiver.finish_update(policy_version)
+
+    def metrics(self) -> dict[str, float]:
+        """None."""
+        return {}
 
 
 class _Stages:
@@ -127,9 +149,10 @@ class ShardPublisher:
     gathered.
 
     dtype: of the policy's parameters, as model.dtype. address: of the meeting point, for the workers'
-    ShardReceiver. num_bytes: that this rank sent in the last publish. Raises UnknownArchitectureError,
-    ConfigError when the model cannot be cut for tp_size workers, and ReshardError when policy and model
-    directory differ.
+    ShardReceiver. num_bytes: that this rank sent in the last publish. changed_share: of this rank's elements,
+    how many had other bits than in the version before; None where that was not looked at. Raises
+    UnknownArchitectureError, ConfigError when the model cannot be cut for tp_size workers, and ReshardError
+    when policy and model directory differ.
     """
 
     def __init__(self, policy: Policy, config: PublishConfig, *, dtype: str, tp_size: int, num_replicas: int):
@@ -141,6 +164,7 @@ class ShardPublisher:
         check_parameters(source, whole_parameters(model, dtype=dtype))
         self.plan = make_plan(source, workers, num_replicas=num_replicas)
         self.num_bytes = 0
+        self.changed_share: float | None = None
         self._rank = world.rank
         timeout_s = config.timeout_s
         host = publish_host(
@@ -179,11 +203,22 @@ class ShardPublisher:
         receiving.add_done_callback(self._notice_failure)
         try:
             self.num_bytes = self._sender.send(shards, policy_version)
+            self.changed_share = self._share_of(self._sender.num_changed)
             receiving.result(timeout=self._timeout_s)
         except Exception:  # whatever it was: the engine is not left closed
             receiver.cancel_update()
             raise
         receiver.finish_update(policy_version)
+
+    def metrics(self) -> dict[str, float]:
+        """publish/sent_mib, and publish/changed_share where it was looked at: of this rank's part."""
+        share = {} if self.changed_share is None else {"publish/changed_share": self.changed_share}
+        return {"publish/sent_mib": self.num_bytes / 2**20} | share
+
+    def _share_of(self, num_elements: int | None) -> float | None:
+        """Of this rank's elements."""
+        own = [self.plan.source.owned(spec.numel, self._rank) for spec in self.plan.source.parameters]
+        return None if num_elements is None else num_elements / sum(stop - start for start, stop in own)
 
     def close(self) -> None:
         """Leave the workers."""

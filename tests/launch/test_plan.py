@@ -1,6 +1,7 @@
 """The planner's arithmetic against what models really take, and what it prints."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -307,6 +308,24 @@ def test_epochs_and_reading_anew_are_counted():
 LOADING = "loading           18.2 GB read a node (each rank its own elements), 9.1 s at 2 GB/s"
 
 WITH_AUTOTP = ("--update.tensor_parallel_size=2", "--rollout.vllm.publish=gather")
+
+
+@pytest.mark.parametrize(
+    ("options", "where"),
+    [
+        (["--publish.wire", "nccl"], "device"),
+        (["--publish.wire", "gloo"], "host"),
+        (["--publish.wire", "shared_memory"], None),
+        (["--rollout.vllm.publish", "gather"], None),
+        (["--publish.changes_only", "false"], None),
+    ],
+)
+def test_what_a_rank_keeps_of_the_last_publish_is_counted(options, where):
+    model = model_shape(model_config("qwen2.5-7b"))
+    own = ["--rollout.engine", "vllm", "--publish.changes_only", "true", *options]
+    parts = rank_memory(model, run_config("qwen2.5-7b", own), world_size=8)
+    found = [(part.num_bytes, part.where) for part in parts if part.name == "publish: what the workers hold"]
+    assert found == ([] if where is None else [(2 * math.ceil(Sizes.of(model).total / 8), where)])
 
 
 def test_the_plan_of_a_large_model(capsys):

@@ -36,13 +36,17 @@ class Scene:
     publish: dict[str, Any] = field(default_factory=dict)
     dtype: str = "float32"
     zero_stage: int = 3
+    learning_rate: float = 1e-3
     fault: str | None = None
 
 
 def make_publisher(scene: Scene, world: World) -> tuple[Policy, ShardPublisher]:
     """The policy of the scene and its publisher."""
     config = make_config(
-        Path(scene.model), model={"dtype": scene.dtype}, update={"zero_stage": scene.zero_stage}
+        Path(scene.model),
+        model={"dtype": scene.dtype},
+        update={"zero_stage": scene.zero_stage},
+        optimizer={"learning_rate": scene.learning_rate},
     )
     config = dataclasses.replace(
         config, publish=dataclasses.replace(config.publish, **({"attempts": 1} | scene.publish))
@@ -103,7 +107,7 @@ def play(scene: Scene, world: World, group: WorkerGroup) -> dict[str, Any]:
         for t in range(scene.tp_size)
     ]
     group.join(publisher)
-    outcome: dict[str, Any] = {"differences": [], "errors": [], "sent": [], "received": [], "versions": []}
+    outcome: dict[str, Any] = {"differences": [], "errors": [], "sent": [], "received": [], "shares": []}
     group.action = "receive_measured"
     outcome["peak"] = peak_bytes(lambda: publisher.publish(policy, group, 0))
     outcome["worker_peaks"], group.action = group.received, "receive"
@@ -115,6 +119,7 @@ def play(scene: Scene, world: World, group: WorkerGroup) -> dict[str, Any]:
         outcome["differences"] += differences(policy, group, workers)
         outcome["sent"].append(publisher.num_bytes)
         outcome["received"].append(group.received)
+        outcome["shares"].append(publisher.changed_share)
     outcome["log"], outcome["numel"] = group.log, sum(spec.numel for spec in publisher.plan.source.parameters)
     outcome["staged"] = [
         num_staged(layout) * publisher.plan.item_bytes for layout in publisher.plan.workers
@@ -124,6 +129,9 @@ def play(scene: Scene, world: World, group: WorkerGroup) -> dict[str, Any]:
         if scene.publish.get("checksums")
         else 0
     )
+    source = publisher.plan.source
+    own = [source.owned(spec.numel, world.rank) for spec in source.parameters]
+    outcome["owned"] = sum(stop - start for start, stop in own) * publisher.plan.item_bytes
     outcome["shards"] = [layout.numel for layout in publisher.plan.workers] * scene.num_replicas
     publisher.close()
     return outcome

@@ -6,6 +6,8 @@ import re
 import pytest
 import torch
 
+from megatron_sd.resharding.changed_buckets import HEADER_BYTES
+from megatron_sd.resharding.exchange import NUM_BUFFERS
 from tests.nursery import run_ranks
 from tests.training.fakes import write_model
 
@@ -20,6 +22,10 @@ SCENES = {
         "lost": {"model": "qwen2", "tp_size": 2, "num_replicas": 1, "fault": "die_when_staged"},
         "cut off": {"model": "qwen3", "tp_size": 2, "num_replicas": 1, "publish": {"wire": "gloo", "bucket_mib": BUCKET_MIB},
                     "fault": "die_while_receiving"},
+        "changes": {"model": "qwen2", "tp_size": 2, "num_replicas": 1, "dtype": "bfloat16", "learning_rate": 2e-5,
+                    "publish": {"wire": "gloo", "bucket_mib": BUCKET_MIB, "changes_only": True}},
+        "changes, cut off": {"model": "qwen3 tied", "tp_size": 2, "num_replicas": 1, "fault": "die_while_receiving",
+                             "publish": {"wire": "gloo", "bucket_mib": BUCKET_MIB, "changes_only": True}},
     },
     3: {
         "bfloat16": {"model": "qwen3 tied", "tp_size": 2, "num_replicas": 1, "dtype": "bfloat16"},
@@ -28,6 +34,7 @@ SCENES = {
     },
 }  # fmt: skip
 ALL = [(world_size, name) for world_size, scenes in SCENES.items() for name in scenes]
+CHANGES = [key for key in ALL if "changes" in key[1]]
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +69,7 @@ def test_workers_hold_what_a_direct_cut_of_the_full_tensors_gives(outcomes, worl
         assert outcome["log"][-1] == "finish 2"
 
 
-@pytest.mark.parametrize(("world_size", "name"), ALL)
+@pytest.mark.parametrize(("world_size", "name"), [key for key in ALL if key not in CHANGES])
 def test_bytes_moved_are_the_sum_of_the_workers_shards(outcomes, world_size, name):
     """And gathering on every rank and broadcasting to every worker would move several times as many."""
     ranks = outcomes[world_size, name]
@@ -79,16 +86,31 @@ def test_bytes_moved_are_the_sum_of_the_workers_shards(outcomes, world_size, nam
     assert item_bytes * sum(shards) < gathered / 1.4
 
 
+def test_two_ranks_send_what_changed_and_all_of_it_after_a_failure(outcomes):
+    """Every worker's shard in bfloat16, 2 bytes an element, or in float32; headers are 8 bytes a bucket."""
+    ranks, failed = outcomes[2, "changes"], outcomes[2, "changes, cut off"]
+    dense = 2 * sum(ranks[0]["shards"])
+    for version in range(2):
+        sent = sum(outcome["sent"][version] for outcome in ranks)
+        assert sent == sum(ranks[0]["received"][version]) < 0.8 * dense
+        assert all(0 < outcome["shares"][version] < 0.5 for outcome in ranks)
+    assert all(outcome["shares"][0] is None for outcome in failed)
+    assert 4 * sum(failed[0]["shards"]) < sum(outcome["sent"][0] for outcome in failed)
+    assert all(outcome["shares"][1] is not None for outcome in failed)
+
+
 @pytest.mark.parametrize(("world_size", "name"), [key for key in ALL if "publish" in SCENES[key[0]][key[1]]])
 def test_no_rank_holds_more_than_its_shard_and_two_buckets(outcomes, world_size, name):
     """As torch's allocator counts, over the whole first publish. A worker's staged shard is the one it then
-    takes."""
+    takes. With changes_only a rank has a copy of its shard, too."""
     first, *others = outcomes[world_size, name]
     buckets = 2 * int(BUCKET_MIB * 2**20)
+    headers = NUM_BUFFERS * HEADER_BYTES if (world_size, name) in CHANGES else 0
     for outcome in (first, *others):
-        assert 0 < outcome["peak"] <= buckets + outcome["largest_copy"]
+        held = outcome["owned"] if (world_size, name) in CHANGES else 0
+        assert held < outcome["peak"] <= buckets + outcome["largest_copy"] + held + headers
     for staged, peak in zip(first["staged"], first["worker_peaks"]):
-        assert staged < peak <= staged + buckets + first["largest_copy"]
+        assert staged < peak <= staged + buckets + first["largest_copy"] + headers
 
 
 @pytest.mark.parametrize(

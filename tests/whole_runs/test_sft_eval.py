@@ -90,10 +90,15 @@ def test_evaluations_are_measured_when_each_is_due():
 
 def test_weights_are_published_for_an_evaluation_alone():
     published = []
-    inner = SimpleNamespace(publish=lambda policy, engine, version: published.append(version))
+    inner = SimpleNamespace(
+        publish=lambda policy, engine, version: published.append(version),
+        metrics=lambda: {"publish/sent_mib": float(published[-1])},
+    )
     publisher = SparePublisher(inner, Evaluation(every=4, num_steps=10, measure=dict).is_due)
     for version in range(11):
         publisher.publish(None, None, version)
+        is_due = published[-1] == version
+        assert publisher.metrics() == ({"publish/sent_mib": float(version)} if is_due else {})
     assert published == [0, 4, 8, 10]
 
 

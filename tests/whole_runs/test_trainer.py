@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from megatron_sd import trainer as trainer_module
 from megatron_sd.algorithm.distill_loss import POLICY_TERM
 from megatron_sd.algorithm.packing.microbatches import build_microbatch
 from megatron_sd.config import RolloutConfig, SafetyConfig
@@ -145,3 +146,15 @@ def test_a_step_that_has_moved_the_policy_ends_before_the_run_stops():
         with pytest.raises(StopRequested):
             own.train()
         assert events[-1] == ("save", saved) and len(done) == accumulated
+
+
+def test_what_a_publish_sent_stands_among_the_steps_metrics(monkeypatch):
+    for name in ("rollout_metrics", "lag_metrics", "block_metrics", "packing_metrics"):
+        monkeypatch.setattr(trainer_module, name, lambda *_: {})
+    own, recorded = trainer([], fails_at=("never", 0)), []
+    sent = {"publish/sent_mib": 2.5, "publish/changed_share": 0.25}
+    own.publisher.metrics = lambda: sent
+    own.recorder.record = lambda step, metrics: recorded.append((step, metrics))
+    Trainer.record(own, [], [], [], SimpleNamespace(scalars={}))
+    ((step, metrics),) = recorded
+    assert step == 0 and sent.items() <= metrics.items()

@@ -18,7 +18,7 @@ from launch.planner.estimate import BLANKS, PlanConfig, planned_job
 from launch.planner.gpus import GPUS, find_gpu
 from launch.planner.memory import Sizes, checkpoint_bytes, peak, rank_memory, saved_bytes_per_token
 from launch.planner.models import model_config
-from launch.planner.step_estimate import step_plan, update_seconds
+from launch.planner.step_estimate import step_plan
 from megatron_sd.config import Config
 from megatron_sd.config.load import load
 from megatron_sd.errors import ConfigError
@@ -271,38 +271,6 @@ def test_a_checkpoint_in_the_background_is_counted_in_host_memory():
     assert peak(copied)[0] == peak(plain)[0]
     total = Sizes.of(model).total
     assert peak(copied, "host")[0] - peak(plain, "host")[0] == pytest.approx(14 * total / 8, rel=1e-6)
-
-
-def test_communication_is_hidden_behind_products():
-    """All of it but a layer's, while products take longer; the rest where they do not."""
-    model = model_config("qwen2.5-7b")
-    config = run_config("qwen2.5-7b", ["--update.max_microbatch_tokens=16384"])
-    layout = LayoutConfig(cluster="slurm", nodes=8)
-
-    def seconds(tokens: int) -> dict[str, float]:
-        found = update_seconds(layout, config, model, rollout_tokens=tokens, teacher_tokens=0)
-        return {name.removeprefix("update: "): value for name, value in found.items()}
-
-    full = seconds(16_384 * 64)
-    whole = full["communication, exposed"] + full["communication, hidden"]
-    # forward, backward and start policy gather 7.6 G parameters in bfloat16, the backward reduces their gradients
-    assert whole == pytest.approx(4 * 2 * 7.6156e9 * 63 / 64 / 200e9, rel=1e-3)
-    assert full["products"] > whole and full["communication, exposed"] == pytest.approx(whole / 28)
-    short = seconds(64)  # a token a rank: as much is moved
-    assert short["communication, exposed"] == pytest.approx(whole - short["products"])
-
-
-def test_epochs_and_reading_anew_are_counted():
-    model, layout = model_config("qwen2.5-7b"), LayoutConfig(cluster="slurm", nodes=1)
-
-    def products(*options: str) -> float:
-        config = run_config("qwen2.5-7b", ["--distill.block=none", "--policy_loss.kl_weight=0", *options])
-        found = update_seconds(layout, config, model, rollout_tokens=10**6, teacher_tokens=0)
-        return found["update: products"]
-
-    plain, passes = products(), 4  # forward, twice of it backward, again under checkpointing
-    assert products("--update.epochs=2") == pytest.approx(plain * (2 * passes + 1) / passes)
-    assert products("--update.minibatches=2") == pytest.approx(plain * (passes + 1) / passes)
 
 
 LOADING = "loading           18.2 GB read a node (each rank its own elements), 9.1 s at 2 GB/s"

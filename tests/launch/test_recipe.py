@@ -136,7 +136,11 @@ def test_recipes_are_complete_and_their_stages_fit(name):
             "kv_cache_gib": 20,
             "tensor_parallel_size": 2,
         }
-        assert stages["train"]["update"] == {"max_microbatch_tokens": 16384, "offload_optimizer": "cpu"}
+        assert stages["train"]["update"] == {
+            "max_microbatch_tokens": 16384,
+            "offload_optimizer": "cpu",
+            "pack_sequences": False,
+        }
         assert stages["sample"]["limit"] == 8000 and own.num_ranks == 8
 
 
@@ -155,7 +159,7 @@ def test_recipes_are_complete_and_their_stages_fit(name):
         (["real-0.5b", "--num-ranks=0"], "num_ranks: found 0, expected 1 or more"),
         (["real-0.5b", "--train.num_steps=-1"], "train: num_steps: found -1, expected 0 or more"),
         (
-            ["real-0.5b", "--train.model.attention=varlen"],
+            ["real-0.5b", "--train.update.pack_sequences=false"],
             "train: model.attention: found varlen without update.pack_sequences",
         ),
         (["real-0.5b", "--sft.eval.questions=q", "--sft.eval.limit=0"], "sft: eval.limit: found 0, expect"),

@@ -36,9 +36,11 @@ from launch.planner.step_estimate import (
     DECODE_EFFICIENCY,
     NETWORK_GB_S,
     UPDATE_EFFICIENCY,
+    best_split,
     step_plan,
     tokens_of_full_microbatches,
     update_seconds,
+    whole_step_seconds,
 )
 from megatron_sd.config import Config
 from megatron_sd.config.command_line import parse
@@ -48,6 +50,7 @@ from megatron_sd.resharding.plan import ITEM_BYTES
 from megatron_sd.rollout.vllm.memory import WorkerMemory, memory_share, worker_memory
 
 DISK_GB_S = 2.0  # that a node reads from a shared file system
+LEAST_GAIN = 0.05  # of a step, for which another deal of the nodes is worth a word
 Blanks = Mapping[Program, Mapping[str, str]]  # by program: options of a run without a configuration file
 BLANKS: Blanks = {
     "train": {
@@ -227,6 +230,28 @@ def _step_lines(layout: LayoutConfig, config: Config, model: Mapping[str, Any]) 
             f" {DECODE_EFFICIENCY:.0%} of {gpu.memory_tb_s:g} TB/s, {NETWORK_GB_S:g} GB/s a node)"
         ),
         *_second_lines(step.seconds),
+        *_balance_lines(layout, config, model, step.seconds),
+    ]
+
+
+def _balance_lines(
+    layout: LayoutConfig, config: Config, model: Mapping[str, Any], seconds: Mapping[str, float]
+) -> list[str]:
+    """How long a whole step takes, and with which other deal of the nodes it would be shorter."""
+    own = whole_step_seconds(seconds, max_lag=config.rollout.max_lag)
+    order = "side by side" if config.rollout.max_lag else "one after the other"
+    lines = [f"  {'a step, rollout and update ' + order:<48}{own:>8.1f}"]
+    if not layout.rollout_nodes:
+        return lines
+    best, shortest = best_split(layout, config, model, find_gpu(layout.gpu))
+    if shortest < (1 - LEAST_GAIN) * own:
+        return [
+            *lines,
+            f"  with nodes {best.nodes} and rollout_nodes {best.rollout_nodes} instead: {shortest:.1f}",
+        ]
+    return [
+        *lines,
+        f"  nodes {layout.nodes}, rollout_nodes {layout.rollout_nodes}: no other deal is a twentieth shorter",
     ]
 
 

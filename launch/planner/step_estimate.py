@@ -9,7 +9,16 @@ from typing import Any
 
 from launch.cluster.layout import LayoutConfig, gpus_of_vllm, ranks_per_node, servers_per_node
 from launch.planner.gpus import Gpu, find_gpu
-from launch.planner.memory import Sizes, critic_elements, kv_bytes_per_token, teacher_sizes
+from launch.planner.memory import (
+    GIB,
+    RESERVED_GIB,
+    Sizes,
+    critic_elements,
+    kv_bytes_per_token,
+    peak,
+    rank_memory,
+    teacher_sizes,
+)
 from megatron_sd.algorithm.refinements import refinements
 from megatron_sd.config import Config
 from megatron_sd.resharding.balance import balance
@@ -71,6 +80,36 @@ def step_plan(layout: LayoutConfig, config: Config, model: Mapping[str, Any], gp
         "publish": moved / (num_receivers * node_gb_s * 1e9),
     }
     return dataclasses.replace(plan, seconds=seconds)
+
+
+def whole_step_seconds(seconds: Mapping[str, float], *, max_lag: int) -> float:
+    """Of StepPlan.seconds: sampling, then the update; the longer of the two where sampling is a step ahead. Then
+    the publish."""
+    update = seconds["update: products"] + seconds["update: communication, exposed"]
+    rollout = seconds["rollout"]
+    return (max(rollout, update) if max_lag else rollout + update) + seconds["publish"]
+
+
+def best_split(
+    layout: LayoutConfig, config: Config, model: Mapping[str, Any], gpu: Gpu
+) -> tuple[LayoutConfig, float]:
+    """The layout's nodes dealt to training and to sampling as a step is shortest, and its seconds; of equal ones
+    the layout's own. Deals in which the ranks do not fit their GPUs are left out."""
+    total, shape = layout.nodes + layout.rollout_nodes, model_shape(model)
+    deals = [dataclasses.replace(layout, nodes=n, rollout_nodes=total - n) for n in range(1, total)]
+    free = (gpu.memory_gib - RESERVED_GIB) * GIB
+
+    def fits(deal: LayoutConfig) -> bool:
+        world_size = deal.nodes * ranks_per_node(deal, config)
+        shares = world_size % config.update.ranks_per_batch == 0
+        return shares and peak(rank_memory(shape, config, world_size=world_size))[0] <= free
+
+    def seconds(deal: LayoutConfig) -> float:
+        return whole_step_seconds(step_plan(deal, config, model, gpu).seconds, max_lag=config.rollout.max_lag)
+
+    found = [(seconds(deal), deal != layout, deal) for deal in deals if deal == layout or fits(deal)]
+    shortest, _, best = min(found, key=lambda one: one[:2])
+    return best, shortest
 
 
 @dataclass(frozen=True, kw_only=True)

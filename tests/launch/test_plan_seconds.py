@@ -3,8 +3,9 @@
 import pytest
 
 from launch.cluster.layout import LayoutConfig
+from launch.planner.gpus import find_gpu
 from launch.planner.models import model_config
-from launch.planner.step_estimate import update_seconds
+from launch.planner.step_estimate import best_split, step_plan, update_seconds, whole_step_seconds
 from tests.launch.test_plan import run_config
 
 
@@ -38,3 +39,40 @@ def test_epochs_and_reading_anew_are_counted():
     plain, passes = products(), 4  # forward, twice of it backward, again under checkpointing
     assert products("--update.epochs=2") == pytest.approx(plain * (2 * passes + 1) / passes)
     assert products("--update.minibatches=2") == pytest.approx(plain * (passes + 1) / passes)
+
+
+SECONDS = {
+    "rollout": 50.0,
+    "update: products": 90.0,
+    "update: communication, exposed": 10.0,
+    "update: communication, hidden": 40.0,
+    "publish": 2.0,
+}
+
+
+def test_a_step_by_hand():
+    """Sampling and updating add up, or the longer one counts; what is hidden takes no time."""
+    assert whole_step_seconds(SECONDS, max_lag=0) == 152.0
+    assert whole_step_seconds(SECONDS, max_lag=1) == 102.0
+    assert whole_step_seconds(SECONDS | {"rollout": 300.0}, max_lag=1) == 302.0
+
+
+def test_nodes_are_dealt_as_a_step_is_shortest():
+    """Of four nodes the 14B recipe's update needs three: with two each, or with one, a step takes longer. One node
+    alone holds no ranks of 72B, whatever a step would take."""
+    options = ["--rollout.engine=vllm", "--rollout.vllm.placement=server", "--rollout.max_lag=1"]
+    model, gpu = model_config("qwen2.5-14b"), find_gpu("h100")
+    config = run_config("qwen2.5-14b", options)
+    deals = {n: LayoutConfig(cluster="slurm", nodes=n, rollout_nodes=4 - n) for n in (1, 2, 3)}
+    seconds = {
+        n: whole_step_seconds(step_plan(deal, config, model, gpu).seconds, max_lag=1)
+        for n, deal in deals.items()
+    }
+    assert seconds[3] == min(seconds.values())
+    for deal in deals.values():
+        best, shortest = best_split(deal, config, model, gpu)
+        assert (best.nodes, best.rollout_nodes, shortest) == (3, 1, seconds[3])
+    large = run_config("qwen2.5-72b", options)
+    layout = LayoutConfig(cluster="slurm", nodes=7, rollout_nodes=1)
+    best, _ = best_split(layout, large, model_config("qwen2.5-72b"), gpu)
+    assert best.nodes > 2

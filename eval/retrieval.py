@@ -95,7 +95,7 @@ def main(config: RetrievalConfig) -> list[RetrievalFigures]:
     """Measure, print the table, return the figures. Raises DataError for missing or broken input."""
     check_ranges(config)
     questions = load_questions(config.questions, config.split, needs_answers=False)
-    retriever = open_retriever(config.retriever)
+    retriever = open_retriever(config.retriever, alone=True)
     started = time.perf_counter()
     figures = asyncio.run(measure(retriever, questions, config.retriever.top_k, Work(sys.stderr)))
     seconds, asked = time.perf_counter() - started, sum(own.num_questions for own in figures)

@@ -12,8 +12,8 @@ def split_options(
     record: type,
     renamed: Mapping[str, str] = {},  # noqa: B006 (it is only read)
 ) -> tuple[list[str], list[str]]:
-    """The words of `record`'s options, and the others. renamed: further options of the record's, and what
-    they become. A `-` in the name of one of its options becomes `_`.
+    """The words of `record`'s options, `--help` among them, and the others. renamed: further options of the
+    record's, and what they become. A `-` in the name of one of its options becomes `_`.
 
     >>> from launch.cluster.layout import LayoutConfig >>> split_options(["--layout=a.yaml", "--dry-run",
     "--nodes", "2", "--num_steps", "9"], LayoutConfig, {"layout": "config"}) (['--config=a.yaml',
@@ -24,6 +24,9 @@ def split_options(
     rest: list[str] = []
     target = rest
     for word in argv:
+        if word in ("-h", "--help"):
+            own.append(word)
+            continue
         if word.startswith("--"):
             option, equals, value = word.partition("=")
             name = option.removeprefix("--").replace("-", "_")

@@ -79,6 +79,7 @@ def _train_alone(config: Config, world: World, build: Callable[[Config, World], 
         gather_objects(world, None)  # a launcher ends the ranks that are left as soon as one has ended
         return STOPPED_EXIT_CODE
     finally:
+        trainer.checkpoints.abandon()
         watchdog.stop()
     return 0
 

@@ -113,7 +113,12 @@ class Config:
 
     @property
     def layout(self) -> Layout:
-        """How the sequences of a microbatch are read: an attention that can, reads what they share once."""
-        if not self.update.pack_sequences:
-            return "padded"
-        return "shared" if self.model.attention == "varlen" else "packed"
+        """How the sequences of a microbatch are read."""
+        return layout_of(self.model, self.update)
+
+
+def layout_of(model: ModelConfig, update: UpdateConfig) -> Layout:
+    """How sequences are read: an attention that can, reads what they share once."""
+    if not update.pack_sequences:
+        return "padded"
+    return "shared" if model.attention == "varlen" else "packed"

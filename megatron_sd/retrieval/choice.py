@@ -10,14 +10,15 @@ from megatron_sd.retrieval.own import OwnRetriever
 from megatron_sd.retrieval.retriever import Retriever
 
 
-def open_retriever(config: RetrieverConfig) -> Retriever:
+def open_retriever(config: RetrieverConfig, *, alone: bool = False) -> Retriever:
     """A corpus directory in this process, a client of its servers or of others', or the user's own function.
+    alone: nothing in this process waits for it, or needs its GPUs.
 
     Raises DataError for a damaged corpus, ConfigError for a top_k above its passages, endpoints of
     different corpora or a client that is not installed, RetrievalError when a server cannot be reached.
     """
     if config.corpus is not None:
-        return _local(config, config.corpus)
+        return _local(config, config.corpus, alone=alone)
     if config.function is not None:
         return OwnRetriever(config.function, deadline_s=config.client.deadline_s)
     if config.qdrant is not None:
@@ -42,8 +43,8 @@ def open_retriever(config: RetrieverConfig) -> Retriever:
     return HttpRetriever(config.endpoints, config.client)
 
 
-def _local(config: RetrieverConfig, corpus: str) -> CorpusRetriever:
-    retriever = CorpusRetriever(corpus, config.search, shares_gpus=True)
+def _local(config: RetrieverConfig, corpus: str, *, alone: bool) -> CorpusRetriever:
+    retriever = CorpusRetriever(corpus, config.search, shares_gpus=not alone)
     num_passages = len(retriever.passages)
     if config.top_k > num_passages:
         raise ConfigError(

@@ -12,11 +12,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from megatron_sd.config import ModelConfig, UpdateConfig
+from megatron_sd.config.run import layout_of
 from megatron_sd.distributed.parallel import Parallel
 from megatron_sd.pretrained.loading import check_head, load_causal_lm, load_config
-from megatron_sd.training import varlen_attention  # noqa: F401, registers model.attention varlen
 from megatron_sd.training.parallel.sequence import split_sequences
 from megatron_sd.training.placement import place
+from megatron_sd.training.varlen_attention import check_layout  # registers model.attention varlen, too
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +37,9 @@ class StartPolicy:
     def load(self, *, on_demand: bool) -> PreTrainedModel:
         """The model, ready for training, whose backbone computes this rank's slice of the sequences.
         on_demand: its weights stay in their files where possible, and placement.place reads them.
-        Collective. Raises DataError when it cannot be used, ConfigError when its attention cannot."""
+        Collective. Raises DataError when it cannot be used, ConfigError when its attention, or how its
+        sequences shall be read, cannot."""
+        check_layout(load_config(self.model.path), layout_of(self.model, self.update))
         model = load_for_training(self.model, on_demand=on_demand)
         return split_sequences(model, self.update, self.parallel.sequence)
 

@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
+from transformers import PretrainedConfig
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
 from megatron_sd.errors import ConfigError
+from megatron_sd.records import Layout
 from megatron_sd.training.microbatch import Runs
 
 ATTENTION = "varlen"
@@ -25,6 +27,38 @@ CAUSAL = (-1, 0)  # a window: everything to the left, nothing to the right, coun
 # what some models ask of their attention
 NOT_SUPPORTED = ("sliding_window", "softcap", "s_aux", "position_bias")
 _MASK_STEP = 512  # masks are made in multiples of it, so that few are made
+
+
+# whose packed rows are their padded ones (tests/algorithm/test_packed_families.py). In others something reads
+# across the sequences of a row, which are told apart in attention alone: layers that are recurrent or
+# convolutional, masks of their own.
+PACKED_FAMILIES = (
+    *("cohere", "cohere2", "deepseek_v3", "gemma", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "granite"),
+    *("llama", "mistral", "mixtral", "olmo2", "olmo3", "phi3", "qwen2", "qwen3", "qwen3_moe", "smollm3"),
+)
+
+
+def check_layout(config: PretrainedConfig, layout: Layout) -> None:
+    """Raise ConfigError for a model whose sequences cannot be read so."""
+    if layout == "padded":
+        return
+    if config.model_type not in PACKED_FAMILIES:
+        raise ConfigError(
+            f"update.pack_sequences: found true for a model of the family {config.model_type}, whose layers may read"
+            f" across the sequences of a row, expected false (and model.attention sdpa), or one of"
+            f" {', '.join(PACKED_FAMILIES)}"
+        )
+    asked = [
+        name
+        for name in ("sliding_window", "attn_logit_softcapping")
+        if getattr(config, name, None) is not None
+    ]
+    slides = "sliding_attention" in (getattr(config, "layer_types", None) or ["sliding_attention"])
+    if layout == "shared" and asked and slides:
+        raise ConfigError(
+            f"model.attention: found varlen for a model with {' and '.join(asked)} ({config.model_type}), expected"
+            " plain causal attention: set model.attention sdpa, whose rows are packed, too"
+        )
 
 
 def packed_attention(

@@ -264,6 +264,16 @@ def test_packed_steps_are_the_steps_of_padded_ones(outcomes, model_path, name, l
     assert all(torch.equal(tensor, second["parameters"][key]) for key, tensor in first["parameters"].items())
 
 
+@pytest.mark.parametrize("layout", ATTENTION)
+def test_a_policy_of_another_family_is_refused_before_it_is_loaded(model_path, layout, monkeypatch):
+    monkeypatch.setattr(varlen_attention, "PACKED_FAMILIES", ("llama",))
+    order = Order(**order_of(model_path, "measured", layout))
+    with pytest.raises(
+        ConfigError, match="update.pack_sequences: found true for a model of the family qwen2"
+    ):
+        take_steps(order, join_world())
+
+
 def test_packing_and_sharing_sequences_exclude_each_other():
     required = [
         "--run_dir=r",

@@ -2,6 +2,7 @@
 
 import pytest
 
+from launch.cli import main as command_line
 from launch.cluster.layout import LayoutConfig
 from launch.planner.gpus import find_gpu
 from launch.planner.models import model_config
@@ -39,6 +40,13 @@ def test_epochs_and_reading_anew_are_counted():
     plain, passes = products(), 4  # forward, twice of it backward, again under checkpointing
     assert products("--update.epochs=2") == pytest.approx(plain * (2 * passes + 1) / passes)
     assert products("--update.minibatches=2") == pytest.approx(plain * (passes + 1) / passes)
+
+
+@pytest.mark.parametrize(("command", "option"), [("plan", "--gpus"), ("launch", "--rollout_nodes")])
+def test_help_is_of_the_programs_own_options(command, option, capsys):
+    with pytest.raises(SystemExit) as ended:
+        command_line([command, "--help"])
+    assert ended.value.code == 0 and option in capsys.readouterr().out
 
 
 SECONDS = {

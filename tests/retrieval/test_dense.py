@@ -199,6 +199,10 @@ def test_a_rank_reads_no_million_vectors_for_a_query(folder, monkeypatch):
     assert _open(folder / "flat").method == "dense"
     CorpusRetriever(folder / "flat", SearchConfig(method="bm25"), shares_gpus=True)
     CorpusRetriever(folder / "hnsw", SearchConfig(method="dense", device="cpu"), shares_gpus=True)
+    own = RetrieverConfig(corpus=str(folder / "flat"), search=SearchConfig(method="dense", device="cpu"))
+    with pytest.raises(ConfigError, match="300 vectors of kind flat"):
+        open_retriever(own)
+    assert open_retriever(own, alone=True).method == "dense"  # as `data recall` does
     monkeypatch.setattr(directory, "MOST_SCANNED", 300)
     CorpusRetriever(folder / "flat", SearchConfig(method="dense", device="cpu"), shares_gpus=True)
 

@@ -313,6 +313,21 @@ def test_the_next_save_and_a_look_wait_for_the_one_before(world, model_path, pol
     assert names(tmp_path) == ["latest", "step_00000002", "step_00000003"]
 
 
+def test_a_rank_that_ends_otherwise_leaves_nothing_half_written(
+    world, model_path, policy, tmp_path, slow_disk
+):
+    checkpoints = in_background(tmp_path, model_path, world)
+    checkpoints.save(policy, step=1, state=STATE, wait=False)
+    assert names(tmp_path) == ["step_00000001.tmp"]
+    slow_disk.set()
+    checkpoints.abandon()
+    assert names(tmp_path) == []
+    checkpoints.abandon()
+    checkpoints.save(policy, step=1, state=STATE)
+    checkpoints.abandon()
+    assert names(tmp_path) == ["latest", "step_00000001"]
+
+
 def test_what_fails_in_the_background_is_raised_at_the_next_step(
     world, model_path, policy, tmp_path, limit_file_size
 ):

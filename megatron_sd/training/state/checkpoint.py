@@ -100,6 +100,14 @@ class Checkpoints:
         if self._world.is_first:
             self._tidy(writing.directory)
 
+    def abandon(self) -> None:
+        """This rank ends without having settled: what was being written goes, so that it fills no disk."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.wait()
+            if self._world.is_first:
+                shutil.rmtree(writing.staging, ignore_errors=True)
+
     def newest_step(self) -> int | None:
         """Of the committed checkpoints, verified or not; None without one. The first rank looks, when what is
         being written is there."""

@@ -8,16 +8,17 @@ import numpy as np
 
 from megatron_sd.records import TrainingSample
 
-QUERY, GROUP = 12, 5
+GROUP = 5
 
 
 @dataclass(frozen=True, kw_only=True)
 class Lengths:
-    """Tokens of a rollout's parts: `searches` turns with an observation each, and an answer. block: a
-    group's hindsight block."""
+    """Tokens of a rollout's parts: `searches` turns with an observation each, and an answer. query: those of a
+    turn's end that are its query. block: a group's hindsight block."""
 
     prompt: int = 200
     turn: int = 90
+    query: int = 12
     observation: int = 500
     answer: int = 60
     block: int = 350
@@ -25,15 +26,10 @@ class Lengths:
 
     def scaled(self, scale: float) -> Lengths:
         """Every length times `scale`, at least 2."""
-        lengths = ("prompt", "turn", "observation", "answer", "block")
+        lengths = ("prompt", "turn", "query", "observation", "answer", "block")
         return Lengths(
             searches=self.searches, **{name: max(int(getattr(self, name) * scale), 2) for name in lengths}
         )
-
-    @property
-    def query(self) -> int:
-        """Query tokens of a turn."""
-        return min(QUERY, self.turn // 2)
 
 
 def samples(num_questions: int, vocabulary: int, *, lengths: Lengths) -> list[TrainingSample]:

@@ -10,6 +10,7 @@ from benchmarks.training.gpu_train import (
     ARMS,
     SHAPES,
     WHOLE_LOGITS,
+    Lengths,
     describe,
     measure,
     samples,
@@ -50,7 +51,7 @@ def test_the_table_says_what_sd_search_costs_over_grpo(figures):
 
 
 def test_realistic_rollouts():
-    (sample, *_) = samples(1, 1000, scale=1.0)
+    (sample, *_) = samples(1, 1000, lengths=Lengths())
     assert (len(sample.ids), len(sample.query_positions)) == (200 + 4 * 590 + 60, 48)
     assert sample.loss_mask[sample.query_positions].all()
 

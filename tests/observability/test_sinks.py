@@ -222,6 +222,7 @@ def test_a_run_that_is_asked_to_stop_says_so_to_its_services(tmp_path, capsys):
     class FakeTrainer:
         step = 3
         recorder = SimpleNamespace(close=lambda: closed.append(True))
+        checkpoints = SimpleNamespace(abandon=lambda: None)
 
         def train(self):
             raise StopRequested("asked to")

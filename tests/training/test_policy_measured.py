@@ -47,7 +47,7 @@ def test_a_measurement_is_the_loss_of_a_step_and_changes_nothing(tmp_path, monke
         "stage3_prefetch_bucket_size": 2000,
     }
     monkeypatch.setattr(
-        deepspeed_config, "_zero", lambda stage, kind: zero(stage, kind) | (far if stage == 3 else {})
+        deepspeed_config, "_zero", lambda stage, *others: zero(stage, *others) | (far if stage == 3 else {})
     )
     world, path = join_world(), write_model(tmp_path / "model")
     (batch,) = pack(make_samples(12), max_tokens=60, world_size=1, aggregation="token")

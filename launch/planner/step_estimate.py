@@ -172,7 +172,7 @@ def update_seconds(
     link_gb_s = gpu.link_gb_s if layout.nodes == 1 else NETWORK_GB_S
     communication = num_bytes / (link_gb_s * 1e9)
     # nothing computes before the first layer is there; beyond that, what takes longer is waited for
-    exposed = min(max(communication - product_seconds, communication / sizes.num_layers), communication)
+    exposed = max(communication - product_seconds, communication / sizes.num_layers)
     return {
         "update: products": product_seconds,
         "update: communication, exposed": exposed,

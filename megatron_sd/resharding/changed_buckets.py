@@ -10,6 +10,7 @@ further one follows one that every worker has taken.
 
 from __future__ import annotations
 
+import functools
 from collections import deque
 
 import torch
@@ -28,21 +29,21 @@ from megatron_sd.resharding.changes import (
 )
 from megatron_sd.resharding.exchange import (
     NUM_BUFFERS,
-    BucketBuffers,
+    BucketInbox,
+    BucketOutbox,
     Tensors,
     packed_runs,
     source_runs,
     synchronize,
-    target_runs,
 )
-from megatron_sd.resharding.plan import ReshardPlan, Slice, incoming, outgoing
-from megatron_sd.resharding.transport import Pending, Wire
+from megatron_sd.resharding.plan import Slice
+from megatron_sd.resharding.transport import Pending
 
 DENSE = -1
 HEADER_BYTES = 8
 
 
-class ChangesOutbox:
+class ChangesOutbox(BucketOutbox):
     """Keeps a copy of this rank's shards, in the wire's type, as the workers hold them, and sends of each
     bucket the elements that differ from it, or all where that is shorter.
 
@@ -50,23 +51,10 @@ class ChangesOutbox:
     first one.
     """
 
-    def __init__(
-        self,
-        plan: ReshardPlan,
-        rank: int,
-        wire: Wire,
-        buffers: BucketBuffers,
-        *,
-        bucket_numel: int,
-        device: torch.device,
-    ):
-        self._buckets = list(outgoing(plan, rank, bucket_numel))
-        self._first_worker = plan.source.world_size  # among the wire's parties
-        self._wire = wire
-        self._buffers = buffers
-        self._device = device
-        self._held: dict[str, Tensor] = {}
-        self.num_changed: int | None = None
+    @functools.cached_property
+    def _held(self) -> dict[str, Tensor]:
+        """The copy, by parameter; empty until the first transfer."""
+        return {}
 
     def send(self, shards: Tensors) -> int:
         """Bucket by bucket, worker by worker, from the copy: each parameter is copied when its first bucket
@@ -118,29 +106,15 @@ class ChangesOutbox:
 
     def close(self) -> None:
         """Hang up, and forget what the workers held."""
-        self._wire.close()
+        super().close()
         self._held.clear()
 
 
-class ChangesInbox:
+class ChangesInbox(BucketInbox):
     """Receives what ChangesOutbox sends into staged tensors, which still hold the version before; one bucket
     is unpacked while the next one travels."""
 
-    def __init__(
-        self,
-        plan: ReshardPlan,
-        worker: int,
-        wire: Wire,
-        buffers: BucketBuffers,
-        *,
-        bucket_numel: int,
-        staged: Tensors,
-    ):
-        self._buckets = list(incoming(plan, worker, bucket_numel))
-        self._wire = wire
-        self._buffers = buffers
-        self._staged = staged
-        self._holds_version = False
+    _holds_version = False
 
     def receive(self) -> int:
         """Rank by rank, in the plan's order. Raises ReshardError for changes of a version that this worker
@@ -153,9 +127,9 @@ class ChangesInbox:
             num_bytes += HEADER_BYTES + body.nbytes
             arriving.append((bucket, count, body, pending))
             if len(arriving) == NUM_BUFFERS:
-                self._unpack(*arriving.popleft())
+                self._take(*arriving.popleft())
         while arriving:
-            self._unpack(*arriving.popleft())
+            self._take(*arriving.popleft())
         synchronize(next(iter(self._staged.values())).device)
         self._holds_version = True
         return num_bytes
@@ -176,20 +150,15 @@ class ChangesInbox:
         size = message_bytes(count, len(buffer), buffer.element_size()) if count else 0
         return count, buffer.view(torch.uint8)[:size]
 
-    def _unpack(self, bucket: list[Slice], count: int, body: Tensor, pending: Pending | None) -> None:
+    def _take(self, bucket: list[Slice], count: int, body: Tensor, pending: Pending | None) -> None:
         if pending is None:
             return
-        pending.wait()
         if count == DENSE:
-            for part, packed in packed_runs(bucket, body):
-                target_runs(self._staged, part).copy_(packed)
+            self._unpack(bucket, body, pending)
             return
+        pending.wait()
         numel = sum(part.numel for part in bucket)
         apply(bucket, *decode(body, count, numel, self._buffers.dtype), self._staged)
-
-    def close(self) -> None:
-        """Hang up."""
-        self._wire.close()
 
 
 def _wait(pending: list[Pending]) -> None:

@@ -9,6 +9,7 @@ part by part.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -105,23 +106,23 @@ def _part_by_part(query: Tensor, key: Tensor, value: Tensor, runs: Runs, scale: 
     options = {"scale": scale, "enable_gqa": key.shape[1] != query.shape[1]}
     outputs = []
     for number, (length, after) in enumerate(runs.parts):
-        own = queries[number], keys[number], values[number]
-        if after is None:
-            outputs.append(scaled_dot_product_attention(*own, is_causal=True, **options))
-            continue
-        before = lengths[after]
-        seen = [torch.cat([whole[after], whole[number]], 2) for whole in (keys, values)]
+        before, seen = (0, [number]) if after is None else (lengths[after], [after, number])
+        own = _joined(keys, seen), _joined(values, seen)
         if before < length:
             # A mask is read and multiplied out where it hides, too. Asking for the opening's rows as well,
             # and forgetting them, makes the whole a causal square, of which half is left out.
-            asked = torch.cat([queries[after], queries[number]], 2)
-            square = scaled_dot_product_attention(asked, *seen, is_causal=True, **options)
+            square = scaled_dot_product_attention(_joined(queries, seen), *own, is_causal=True, **options)
             outputs.append(square[:, :, before:])
-            continue
-        mask = _causal_mask(-(-runs.most_seen // _MASK_STEP) * _MASK_STEP, query.dtype)
-        mask = mask[before : before + length, : before + length]
-        outputs.append(scaled_dot_product_attention(own[0], *seen, attn_mask=mask, **options))
+        else:
+            mask = _causal_mask(-(-runs.most_seen // _MASK_STEP) * _MASK_STEP, query.dtype)
+            mask = mask[before : before + length, : before + length]
+            outputs.append(scaled_dot_product_attention(queries[number], *own, attn_mask=mask, **options))
     return torch.cat(outputs, 2).transpose(1, 2)
+
+
+def _joined(parts: Sequence[Tensor], numbers: Sequence[int]) -> Tensor:
+    """Some of the parts, one after the other; one alone is not copied."""
+    return parts[numbers[0]] if len(numbers) == 1 else torch.cat([parts[number] for number in numbers], 2)
 
 
 @functools.lru_cache(maxsize=2)

@@ -222,11 +222,11 @@ def test_a_run_that_is_asked_to_stop_says_so_to_its_services(tmp_path, capsys):
     class FakeTrainer:
         step = 3
         recorder = SimpleNamespace(close=lambda: closed.append(True))
-        checkpoints = SimpleNamespace(abandon=lambda: None)
+        checkpoints = SimpleNamespace(abandon=lambda: closed.append("abandoned"))
 
         def train(self):
             raise StopRequested("asked to")
 
     config = load([*REQUIRED[1:], f"--run_dir={tmp_path}"])
     assert _train_alone(config, lone_world(), lambda _config, _world: FakeTrainer()) == STOPPED_EXIT_CODE
-    assert closed == [True] and "stopped: asked to; saved step 3" in capsys.readouterr().err
+    assert closed == [True, "abandoned"] and "stopped: asked to; saved step 3" in capsys.readouterr().err

@@ -202,7 +202,8 @@ class _Worker:
 
     def die_while_receiving(self) -> None:
         """The process is killed in the next update after its first bucket."""
-        self.receiver._connection.inbox._unpack = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        inbox = self.receiver._connection.inbox
+        inbox._unpack = inbox._take = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # all, or what changed
 
     def damage(self, name: str, index: int) -> None:
         """An element changes between arrival and verification, in the next update."""

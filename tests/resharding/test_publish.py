@@ -20,21 +20,6 @@ from tests.training.fakes import make_config, make_policy, write_model
 pytestmark = pytest.mark.ranks
 
 
-@pytest.fixture(scope="module")
-def workers():
-    """Two worker processes."""
-    group = WorkerGroup(2)
-    yield group
-    group.stop()
-
-
-@pytest.fixture
-def group(workers):
-    workers.log.clear()
-    workers.errors.clear()
-    return workers
-
-
 def begin(path, group, *, tp_size: int = 2, **publish):
     own = {key: publish.pop(key) for key in ("dtype", "zero_stage") if key in publish}
     num_replicas = len(group.workers) // tp_size

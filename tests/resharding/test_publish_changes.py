@@ -10,28 +10,12 @@ from megatron_sd.resharding.changed_buckets import HEADER_BYTES
 from megatron_sd.resharding.connection import bucket_elements
 from megatron_sd.resharding.plan import outgoing
 from tests.rank_programs.publish_shards import Scene, make_publisher, take_step
-from tests.resharding.fakes import WorkerGroup
 from tests.resharding.test_publish import Colocated, assert_published, begin
 from tests.training.fakes import write_model
 
 pytestmark = pytest.mark.ranks
 BUCKET_MIB = 0.001
 CHANGES = {"wire": "gloo", "bucket_mib": BUCKET_MIB, "changes_only": True}
-
-
-@pytest.fixture(scope="module")
-def workers():
-    """Two worker processes."""
-    group = WorkerGroup(2)
-    yield group
-    group.stop()
-
-
-@pytest.fixture
-def group(workers):
-    workers.log.clear()
-    workers.errors.clear()
-    return workers
 
 
 def header_bytes(publisher) -> int:

@@ -20,7 +20,7 @@ from megatron_sd.config import AlphaConfig
 from megatron_sd.distributed.world import join_world
 from megatron_sd.durable import directories
 from megatron_sd.errors import CheckpointError
-from megatron_sd.training.state import checkpoint
+from megatron_sd.training.state import checkpoint, writing
 from megatron_sd.training.state.checkpoint import Checkpoints
 from megatron_sd.training.state.tensor_file import write_tensors
 from tests.rank_programs.update_steps import Order, batch_of, full_parameters, take_steps
@@ -260,13 +260,13 @@ def test_a_write_that_fails_leaves_the_last_checkpoint(
 @pytest.fixture
 def slow_disk(monkeypatch):
     """Files are written when the event is set."""
-    may_write, write = threading.Event(), checkpoint.write_tensors
+    may_write, write = threading.Event(), writing.write_tensors
 
     def written_later(path, tensors, metadata):
         assert may_write.wait(60)
         return write(path, tensors, metadata)
 
-    monkeypatch.setattr(checkpoint, "write_tensors", written_later)
+    monkeypatch.setattr(writing, "write_tensors", written_later)
     yield may_write
     may_write.set()
 
@@ -355,7 +355,7 @@ def test_disk_full_at_any_write(world, model_path, policy, tmp_path, monkeypatch
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "some/file")
 
     owners = {
-        "write_tensors": checkpoint,
+        "write_tensors": writing,
         "copyfile": checkpoint.shutil,
         "fsync": directories.os,
         "rename": directories.os,

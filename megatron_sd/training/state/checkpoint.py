@@ -18,7 +18,6 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,8 @@ from megatron_sd.training.parallel.local_shards import full_numel
 from megatron_sd.training.policy import Policy
 from megatron_sd.training.publisher import gathered_buckets, split_buckets
 from megatron_sd.training.state.identity import Change, contents_of, differences, why_refused
-from megatron_sd.training.state.tensor_file import TensorFile, TensorFiles, write_tensors
+from megatron_sd.training.state.tensor_file import TensorFile
+from megatron_sd.training.state.writing import Writing
 
 MODEL_FILE_BYTES, LEAST_FILE_BYTES = 2 << 30, 256 << 20
 FORMAT = 2  # 1 held DeepSpeed's own files
@@ -295,41 +295,6 @@ class Checkpoints:
             failure = f"rank {self._world.rank}: {error}"
         results = gather_objects(self._world, (value, failure))
         return [result for result, _ in results], [failed for _, failed in results if failed is not None]
-
-
-class Writing:
-    """This rank's files of a checkpoint on their way to the disk, one after the other in a thread. record: the
-    first rank's state.json."""
-
-    def __init__(self, directory: Path, record: str):
-        self.directory = directory
-        self.record = record
-        self.staging = directories.staging_of(directory)
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
-        self._files: dict[str, Future[directories.Seal]] = {}
-
-    def add(self, folder: str, files: TensorFiles) -> None:
-        """Begin to write them; what they hold must stay as it is until `wait`."""
-        for name, file in files.items():
-            path = self.staging / folder / name
-            self._files[f"{folder}/{name}"] = self._thread.submit(write_tensors, path, *file)
-
-    def is_done(self) -> bool:
-        """Written, or failed."""
-        return all(file.done() for file in self._files.values())
-
-    def wait(self) -> None:
-        """Until it is."""
-        wait(self._files.values())
-
-    def seals(self) -> directories.Seals:
-        """Waits. Raises OSError naming a file that could not be written."""
-        self.wait()
-        return {name: file.result() for name, file in self._files.items()}
-
-    def commit(self, seals: directories.Seals) -> None:
-        """All ranks' files are there, under `seals`."""
-        directories.commit(self.staging, self.directory, seals | directories.seal(self.staging, seals))
 
 
 def bytes_of_file(parameters: Iterable[tuple[str, nn.Parameter]], *, num_ranks: int) -> int:

@@ -17,7 +17,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from megatron_sd.algorithm.advantages.estimator import GroupAdvantages
 from megatron_sd.algorithm.advantages.table import ESTIMATOR_SEAM, gradient_test
-from megatron_sd.algorithm.assemble import own_batches, teacher_prompts
+from megatron_sd.algorithm.assemble import own_batches, teach
 from megatron_sd.algorithm.blocks import BLOCK_SEAM, BY_TURN, PLAIN
 from megatron_sd.algorithm.hindsight import RENDERERS, HindsightBlocks
 from megatron_sd.algorithm.refinements import refinements
@@ -197,11 +197,10 @@ def build_trainer(config: Config, world: World) -> Trainer:
         collect=Collecting(config.rollout),
         score=functools.partial(score, config=config.reward),
         advantages=advantages,
-        hindsight=hindsight,
-        teacher_prompts=functools.partial(
-            teacher_prompts,
+        teach=functools.partial(
+            teach,
+            hindsight=hindsight,
             prompt_ids=side.environment.prompt_ids,
-            config=config.distill,
             gate=gate,
             has_gradient=has_gradient,
         ),

@@ -13,12 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_sd.algorithm.advantages.estimator import GroupAdvantages
 from megatron_sd.algorithm.advantages.table import ADVANTAGES
-from megatron_sd.algorithm.assemble import own_batches
-from megatron_sd.algorithm.blocks import BLOCKS
-from megatron_sd.algorithm.hindsight import RENDERERS, Blocks, HindsightBlocks
-from megatron_sd.algorithm.samples import SCOPES, TeacherPrompts, to_samples
+from megatron_sd.algorithm.assemble import own_batches, teach_nothing
+from megatron_sd.algorithm.samples import SCOPES, to_samples
 from megatron_sd.build import (
     RolloutSide,
     build_rollout_side,
@@ -102,14 +99,7 @@ def build_sft_trainer(config: Config, own: SftConfig, world: World) -> Trainer:
         collect=Collecting(config.rollout),
         score=list,  # what an episode earned was stored with it
         advantages=functools.partial(ADVANTAGES[config.advantage.estimator], config=config.advantage),
-        hindsight=HindsightBlocks(
-            first_step=0,
-            build=BLOCKS["none"],
-            render=RENDERERS[config.distill.block_format],
-            correct_above=config.distill.correct_above,
-            seed=config.seed,
-        ),
-        teacher_prompts=_no_teacher,
+        teach=teach_nothing,
         to_samples=functools.partial(to_samples, scope=SCOPES[config.distill.scope]),
         pack=functools.partial(
             own_batches,
@@ -213,10 +203,6 @@ def _stored(config: Config, world: World) -> Sample:
     return lambda step, _round: list(share(world, stream.batch(step)))
 
 
-def _no_teacher(groups: Groups, _blocks: Blocks, _advantages: Sequence[GroupAdvantages]) -> TeacherPrompts:
-    return [[()] * len(group.rollouts) for group in groups]
-
-
 def _validation(config: Config, parallel: Parallel, policy: Policy) -> Evaluation | None:
     """Nats a sampled token on the held-out episodes; None without any."""
     episodes = StoredGroups(Path(config.data.eval))
@@ -226,7 +212,7 @@ def _validation(config: Config, parallel: Parallel, policy: Policy) -> Evaluatio
     samples = to_samples(
         held_out,
         ADVANTAGES[config.advantage.estimator](held_out, config.advantage),
-        _no_teacher(held_out, (), ()),
+        [[()] * len(group.rollouts) for group in held_out],
         scope=SCOPES[config.distill.scope],
     )
     (batch,) = own_batches(

@@ -9,17 +9,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_sd.algorithm.advantages.estimator import GroupAdvantages
-from megatron_sd.algorithm.hindsight import Blocks, HindsightBlocks, shown
+from megatron_sd.algorithm.assemble import Teaching
 from megatron_sd.algorithm.packing.batches import packing_metrics
+from megatron_sd.algorithm.packing.outlines import Samples
 from megatron_sd.algorithm.samples import TeacherPrompts
-from megatron_sd.distributed.collectives import agree_to_stop, each, together
+from megatron_sd.distributed.collectives import agree_to_stop, each, shared_out, together
 from megatron_sd.distributed.world import World
 from megatron_sd.errors import OwnCodeError, RefusedStepError, ReshardError, RolloutError, StopRequested
-from megatron_sd.observability.metrics import block_metrics, lag_metrics, rollout_metrics
+from megatron_sd.observability.metrics import block_figures, block_metrics, lag_metrics, rollout_metrics
 from megatron_sd.observability.progress import Work
 from megatron_sd.observability.recorder import Recorder
 from megatron_sd.observability.timers import Timers, memory_metrics
-from megatron_sd.records import Batch, RolloutGroup, TrainingSample, UpdateResult
+from megatron_sd.records import Batch, RolloutGroup, UpdateResult
 from megatron_sd.rollout.collecting import Collecting
 from megatron_sd.rollout.engine import WeightReceiver
 from megatron_sd.rollout.rollouter import Rollouter
@@ -65,16 +66,15 @@ class Trainer:
 
     schedule: Schedule
     world: World
-    # metrics of what is held out, by step; None: nothing is
-    evaluation: Callable[[int], Mapping[str, float]] | None
+    evaluation: Callable[[int], Mapping[str, float]] | None  # by step, of what is held out; None: nothing is
     sampling: SamplingOrder
     collect: Collecting
     score: Callable[[Groups], list[RolloutGroup]]
     advantages: Callable[[Groups], list[GroupAdvantages]]
-    hindsight: HindsightBlocks
-    teacher_prompts: Callable[[Groups, Blocks, list[GroupAdvantages]], TeacherPrompts]
-    to_samples: Callable[[Groups, list[GroupAdvantages], TeacherPrompts], list[TrainingSample]]
-    pack: Callable[[Sequence[TrainingSample]], Sequence[Batch]]
+    # (groups, advantages, step, numbers of some groups) -> what the teacher is shown of these
+    teach: Callable[[Groups, list[GroupAdvantages], int, Sequence[int]], list[Teaching]]
+    to_samples: Callable[[Groups, list[GroupAdvantages], TeacherPrompts], Samples]
+    pack: Callable[[Samples], Sequence[Batch]]
     reread: Callable[[Sequence[Batch], Policy], Sequence[Batch]]  # one batch an optimiser step, in order
     # (batch, an update of the policy by it, step) -> what came of it: a critic learns beside the policy
     learn: Callable[[Batch, Callable[[Batch], UpdateResult], int], UpdateResult]
@@ -121,22 +121,23 @@ class Trainer:
         with self.timers.phase("rollout"):
             groups = self.collect(self.sample)
         with self.timers.phase("assemble"):
-            blocks, batches = each(self.world, lambda: self.assemble(groups))
+            blocks, batches = self.assemble(groups)
         with self.timers.phase("update"):
             updates = [self.learn(b, self.update, self.step) for b in self.reread(batches, self.policy)]
         self.step += 1
         with self.timers.phase("publish"):
             self.sampling.settle()
             self.publisher.publish(self.policy, self.engine, self.step)
-        self.record(groups, shown(blocks), batches, mean_of(updates))
-        self.side_work(groups, shown(blocks))
+        self.record(groups, blocks, batches, mean_of(updates))
+        self.side_work(groups, blocks)
 
-    def assemble(self, groups: Groups) -> tuple[Blocks, Sequence[Batch]]:
-        """What the teacher is shown of the step's groups, and what each optimiser step reads."""
-        blocks = self.hindsight(groups, self.step)
-        advantages = self.advantages(groups)
-        prompts = self.teacher_prompts(groups, blocks, advantages)
-        return blocks, self.pack(self.to_samples(groups, advantages, prompts))
+    def assemble(self, groups: Groups) -> tuple[Texts, Sequence[Batch]]:
+        """What the teacher is shown of all groups, each rank seeing to some, and what this rank reads of them."""
+        earned = each(self.world, lambda: self.advantages(groups))
+        numbers = range(len(groups))
+        taught = shared_out(self.world, numbers, lambda own: self.teach(groups, earned, self.step, own))
+        texts, prompts = ([one.texts for one in taught], [one.prompts for one in taught])
+        return texts, each(self.world, lambda: self.pack(self.to_samples(groups, earned, prompts)))
 
     def update(self, batch: Batch) -> UpdateResult:
         """One optimiser step."""
@@ -160,7 +161,9 @@ class Trainer:
 
     def record(self, groups: Groups, blocks: Texts, batches: Sequence[Batch], update: UpdateResult) -> None:
         """One line of metrics for the step that just ended."""
-        metrics = rollout_metrics(groups) | lag_metrics(groups, self.step - 1) | block_metrics(groups, blocks)
+        metrics = rollout_metrics(groups) | lag_metrics(groups, self.step - 1)
+        figures = shared_out(self.world, list(zip(groups, blocks, strict=True)), block_figures)
+        metrics |= block_metrics(figures)
         metrics |= self.collect.metrics() | update.scalars | packing_metrics(batches) | self.alpha.metrics()
         metrics |= self.publisher.metrics() | self.timers.metrics() | memory_metrics()
         self.recorder.record(self.step, metrics)

@@ -138,7 +138,8 @@ def attempt_of(rollout: Rollout, correct_above: float) -> AttemptLine:
 
 # By group and rollout: no text, one for all turns, or one a turn. None: that turn is not distilled; "": the
 # teacher reads the student's own prompt.
-Blocks = Sequence[Sequence[tuple[str | None, ...]]]
+GroupBlocks = Sequence[tuple[str | None, ...]]
+Blocks = Sequence[GroupBlocks]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,10 +159,14 @@ class HindsightBlocks:
     by_turn: bool = False
     plain: bool = False
 
-    def __call__(self, groups: Sequence[RolloutGroup], step: int) -> Blocks:
-        """The texts of each rollout of each group; none where the rollout is not distilled."""
+    def __call__(
+        self, groups: Sequence[RolloutGroup], step: int, numbers: Sequence[int] | None = None
+    ) -> Blocks:
+        """The texts of each rollout of the groups with these numbers (None: of all); none where the rollout is
+        not distilled."""
+        asked = range(len(groups)) if numbers is None else numbers
         if step < self.first_step:
-            return [[()] * len(group.rollouts) for group in groups]
+            return [[()] * len(groups[g].rollouts) for g in asked]
         context = BlockContext(
             groups=groups,
             group=0,
@@ -172,7 +177,7 @@ class HindsightBlocks:
         )
         return [
             [self._texts(replace(context, group=g, focal=i)) for i in range(len(groups[g].rollouts))]
-            for g in range(len(groups))
+            for g in asked
         ]
 
     def _texts(self, context: BlockContext) -> tuple[str | None, ...]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
-from megatron_sd.algorithm.advantages.estimator import GroupAdvantages
+from megatron_sd.algorithm.advantages.estimator import GroupAdvantages, TurnAdvantages
 from megatron_sd.algorithm.advantages.table import any_advantage
 from megatron_sd.algorithm.hindsight import is_correct
+from megatron_sd.algorithm.packing.outlines import Outline, PromptNumbers, Samples
 from megatron_sd.errors import BarrenStepError, RolloutError
 from megatron_sd.own_code.example_rollouts import example_groups
 from megatron_sd.own_code.seam import Seam, fault_of_type
@@ -30,7 +32,8 @@ class GateContext:
 Gate = Callable[[GateContext], bool]  # whether the group distils
 # Per group, per rollout in index order: no prompt, one for all turns, or one a turn (None: that turn is not
 # distilled).
-TeacherPrompts = Sequence[Sequence[tuple[TokenIds | None, ...]]]
+GroupPrompts = Sequence[tuple[TokenIds | None, ...]]
+TeacherPrompts = Sequence[GroupPrompts]
 # for each turn, [start, stop) of its completion ids that are distilled
 Scope = Callable[[Rollout], list[tuple[int, int]]]
 
@@ -108,82 +111,129 @@ def to_samples(
     *,
     scope: Scope,
     has_gradient: Callable[[GroupAdvantages], bool] = any_advantage,
-) -> list[TrainingSample]:
-    """One sample per rollout that is data, in group and index order.
+) -> Samples:
+    """One sample per rollout that is data, in group and index order; each is made when it is asked for.
 
     advantages: per group, per rollout, per turn. teacher_prompts: per group, per rollout. scope: which tokens
     are distilled. has_gradient: of a group's advantages (advantages/table.py). Infrastructure failures and
-    rollouts without a sampled token are left out. Raises RolloutError for a rollout whose records do not fit
-    together, and BarrenStepError when none of the usable rollouts has a token.
+    rollouts without a sampled token are left out. Raises BarrenStepError when none of the usable rollouts has
+    a token. Making a sample raises RolloutError for a rollout whose records do not fit together.
     """
-    samples = []
-    for number, group in enumerate(groups):
-        spread = has_gradient(advantages[number])
-        for rollout, by_turn, prompts in zip(
+    sources = [
+        _Source(number, rollout, own, _by_prompt(prompts, rollout, scope))
+        for number, group in enumerate(groups)
+        for rollout, own, prompts in zip(
             group.rollouts, advantages[number], teacher_prompts[number], strict=True
-        ):
-            if rollout.stop_reason.is_infrastructure or not any(
-                turn.completion_ids for turn in rollout.turns
-            ):
-                continue
-            ids, mask, logprobs = rollout_arrays(rollout)
-            counts = [len(turn.completion_ids) for turn in rollout.turns]
-            spread_out, turns = np.zeros(len(ids), dtype=np.float32), np.zeros(len(ids), dtype=np.int64)
-            spread_out[mask] = np.repeat(np.array(by_turn, dtype=np.float32), counts)
-            turns[mask] = np.repeat(np.arange(len(counts)), counts)
-            query_positions, query_turns = scoped_positions(rollout, scope)
-            query_positions, teacher_prompt, later_prompts = _by_prompt(prompts, query_positions, query_turns)
-            samples.append(
-                TrainingSample(
-                    ids=ids,
-                    prompt_length=len(rollout.prompt_ids),
-                    loss_mask=mask,
-                    rollout_logprobs=logprobs,
-                    query_positions=query_positions,
-                    advantages=spread_out,
-                    turns=turns,
-                    group=number,
-                    group_has_spread=spread,
-                    teacher_prompt_ids=teacher_prompt,
-                    later_prompts=later_prompts,
-                )
-            )
+        )
+        if not rollout.stop_reason.is_infrastructure and any(turn.completion_ids for turn in rollout.turns)
+    ]
     reasons = Counter(rollout.stop_reason.value for group in groups for rollout in group.usable)
-    if reasons and not samples:
+    if reasons and not sources:
         raise BarrenStepError(
             f"none of the step's {reasons.total()} rollouts has a sampled token ({dict(reasons)}), expected"
             " some to train on"
         )
-    return samples
+    spreads = [has_gradient(own) for own in advantages]
+    return Samples(
+        outlines=_outlines(sources),
+        make=lambda number: _sample(sources[number], has_spread=spreads[sources[number].group]),
+    )
 
 
-def _by_prompt(
-    prompts: tuple[TokenIds | None, ...], positions: np.ndarray, turns: np.ndarray
-) -> tuple[np.ndarray, TokenIds | None, tuple[tuple[int, TokenIds], ...]]:
+class _Distilled(NamedTuple):
     """query_positions, teacher_prompt_ids and later_prompts of a sample (records.TrainingSample)."""
+
+    positions: np.ndarray
+    prompt: TokenIds | None
+    later: tuple[tuple[int, TokenIds], ...]
+
+
+class _Source(NamedTuple):
+    """What a sample is made of. group: the number of its question in the step."""
+
+    group: int
+    rollout: Rollout
+    advantages: TurnAdvantages
+    distilled: _Distilled
+
+
+def _sample(source: _Source, *, has_spread: bool) -> TrainingSample:
+    rollout, distilled = source.rollout, source.distilled
+    ids, mask, logprobs = rollout_arrays(rollout)
+    counts = [len(turn.completion_ids) for turn in rollout.turns]
+    advantages, turns = np.zeros(len(ids), dtype=np.float32), np.zeros(len(ids), dtype=np.int64)
+    advantages[mask] = np.repeat(np.array(source.advantages, dtype=np.float32), counts)
+    turns[mask] = np.repeat(np.arange(len(counts)), counts)
+    return TrainingSample(
+        ids=ids,
+        prompt_length=len(rollout.prompt_ids),
+        loss_mask=mask,
+        rollout_logprobs=logprobs,
+        query_positions=distilled.positions,
+        advantages=advantages,
+        turns=turns,
+        group=source.group,
+        group_has_spread=has_spread,
+        teacher_prompt_ids=distilled.prompt,
+        later_prompts=distilled.later,
+    )
+
+
+def _outlines(sources: Sequence[_Source]) -> list[Outline]:
+    """What packing would count of the samples, which are not made for it."""
+    students, teachers = PromptNumbers(), PromptNumbers()
+    outlines = []
+    for source in sources:
+        rollout, (positions, first, later) = source.rollout, source.distilled
+        views: tuple[tuple[int, int, int], ...] = ()
+        if first is not None and len(positions):
+            ends = [*(start for start, _ in later), len(positions)]
+            prompts = [first, *(prompt for _, prompt in later)]
+            # A continuation begins with its prompt's last token, and ends before the last query token that
+            # it scores.
+            views = tuple(
+                (int(positions[end - 1]) - len(rollout.prompt_ids) + 1, len(prompt), teachers(prompt))
+                for end, prompt in zip(ends, prompts, strict=True)
+            )
+        outlines.append(
+            Outline(
+                student=rollout.num_tokens,
+                prompt=len(rollout.prompt_ids),
+                prompt_number=students(rollout.prompt_ids),
+                views=views,
+                num_sampled=sum(len(turn.completion_ids) for turn in rollout.turns),
+                num_queries=len(positions) if views else 0,
+                group=source.group,
+            )
+        )
+    return outlines
+
+
+def _by_prompt(prompts: tuple[TokenIds | None, ...], rollout: Rollout, scope: Scope) -> _Distilled:
+    """prompts: none, one for all turns, or one a turn."""
+    positions, turns = scoped_positions(rollout, scope)
     if len(prompts) < 2:
-        return positions, prompts[0] if prompts else None, ()
+        return _Distilled(positions, prompts[0] if prompts else None, ())
     # A turn without a prompt is not distilled. Neighbouring queries under one prompt share a view of the
     # teacher, so only the places where the prompt changes are kept.
     kept = np.array([prompts[turn] is not None for turn in turns], dtype=bool)
     read = [prompts[turn] for turn in turns[kept]]
     changes = [n for n, prompt in enumerate(read) if n == 0 or prompt != read[n - 1]]
     if not changes:
-        return positions, None, ()
-    return positions[kept], read[0], tuple((n, read[n]) for n in changes[1:])
+        return _Distilled(positions, None, ())
+    return _Distilled(positions[kept], read[0], tuple((n, read[n]) for n in changes[1:]))
 
 
 def scoped_positions(rollout: Rollout, scope: Scope) -> tuple[np.ndarray, np.ndarray]:
     """[Q] int64 positions in the rollout's ids of the tokens that are distilled, increasing, and [Q] int64
     their turns."""
-    positions: list[int] = []
-    turns: list[int] = []
+    spans = []
     offset = len(rollout.prompt_ids)
-    for number, (turn, (start, stop)) in enumerate(zip(rollout.turns, scope(rollout), strict=True)):
-        positions.extend(range(offset + start, offset + stop))
-        turns.extend([number] * (stop - start))
+    for turn, (start, stop) in zip(rollout.turns, scope(rollout), strict=True):
+        spans.append(np.arange(offset + start, offset + stop))
         offset += len(turn.completion_ids) + len(turn.observation_ids)
-    return np.array(positions, dtype=np.int64), np.array(turns, dtype=np.int64)
+    positions = np.concatenate([np.zeros(0, np.int64), *spans])
+    return positions, np.repeat(np.arange(len(spans)), [len(span) for span in spans])
 
 
 def rollout_arrays(rollout: Rollout) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

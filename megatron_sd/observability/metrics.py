@@ -6,6 +6,7 @@ import functools
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 from megatron_sd.records import SEARCH, Passage, Rollout, RolloutGroup, StopReason
 
@@ -103,39 +104,57 @@ def _group_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
     }
 
 
-def block_metrics(groups: Sequence[RolloutGroup], blocks: Sequence[Sequence[str]]) -> dict[str, float]:
-    """What the hindsight blocks reveal (docs/method.md, section 5, points 3 and 4). blocks[g][i] is the
-    text for rollout i.
+class BlockFigures(NamedTuple):
+    """Of one usable rollout and its block. has_block: there is one; what follows is None, or empty, without it.
+    has_gold: it holds a gold answer as whole words, case ignored. unseen: share of the words of the siblings'
+    queries that stand neither in the question, nor in the rollout's own queries, nor in the passages it saw:
+    the student could not know them. copied: for each label (CORRECT, F1 above 0, and INCORRECT) that a sibling
+    bears, of each of the rollout's queries whether such a sibling asked it word for word."""
 
-    distill/share_rollouts_with_block: usable rollouts whose block is not empty. Over these alone:
-    distill/share_blocks_with_gold: blocks that hold a gold answer as whole words, case ignored.
-    distill/share_block_words_unseen: words of the siblings' queries that stand neither in the question, nor
-    in the rollout's
-        own queries, nor in the passages it saw: the student could not know them.
-    distill/copy_rate_correct, _incorrect: share of the rollout's queries that a sibling which was CORRECT
-    (F1 above 0)
-        or INCORRECT asked word for word. Left out when no sibling bears the label.
-    Empty when no rollout is usable; only the first figure when no rollout has a block.
-    """
-    pairs = [
-        (group, rollout, block)
-        for group, own in zip(groups, blocks, strict=True)
+    has_block: bool
+    has_gold: bool | None = None
+    unseen: float | None = None
+    copied: Mapping[str, tuple[bool, ...]] = {}
+
+
+def block_figures(pairs: Iterable[tuple[RolloutGroup, Sequence[str]]]) -> list[BlockFigures]:
+    """Of the usable rollouts of groups, each given with the texts of its rollouts' blocks. The costly part of
+    what is told of blocks: words are counted here."""
+    return [
+        _figures(group, rollout, block) if block else BlockFigures(has_block=False)
+        for group, own in pairs
         for rollout, block in zip(group.rollouts, own, strict=True)
         if not rollout.stop_reason.is_infrastructure
     ]
-    if not pairs:
+
+
+def block_metrics(figures: Sequence[BlockFigures]) -> dict[str, float]:
+    """What the hindsight blocks of a step reveal (docs/method.md, section 5, points 3 and 4), by TensorBoard
+    name: distill/share_rollouts_with_block, and over these alone share_blocks_with_gold,
+    share_block_words_unseen, copy_rate_correct and copy_rate_incorrect; a rate is left out when no sibling
+    bears the label. Empty when no rollout is usable; only the first figure when no rollout has a block.
+    """
+    if not figures:
         return {}
-    shown = [pair for pair in pairs if pair[2]]
-    metrics = {"distill/share_rollouts_with_block": len(shown) / len(pairs)}
+    shown = [own for own in figures if own.has_block]
+    metrics = {"distill/share_rollouts_with_block": len(shown) / len(figures)}
     if shown:
-        metrics["distill/share_blocks_with_gold"] = _mean(
-            _holds_any(block, g.question.golden_answers) for g, _, block in shown
-        )
-        metrics["distill/share_block_words_unseen"] = _mean(
-            _unseen_share(group, rollout) for group, rollout, _ in shown
-        )
-        metrics |= _copy_rates([(group, rollout) for group, rollout, _ in shown])
+        metrics["distill/share_blocks_with_gold"] = _mean(bool(own.has_gold) for own in shown)
+        metrics["distill/share_block_words_unseen"] = _mean(own.unseen or 0.0 for own in shown)
+    for label in ("correct", "incorrect"):
+        flags = [flag for own in shown for flag in own.copied.get(label, ())]
+        if flags:
+            metrics[f"distill/copy_rate_{label}"] = _mean(flags)
     return metrics
+
+
+def _figures(group: RolloutGroup, rollout: Rollout, block: str) -> BlockFigures:
+    return BlockFigures(
+        has_block=True,
+        has_gold=_holds_any(block, group.question.golden_answers),
+        unseen=_unseen_share(group, rollout),
+        copied=_copied(group, rollout),
+    )
 
 
 def _unseen_share(group: RolloutGroup, rollout: Rollout) -> float:
@@ -154,17 +173,14 @@ def _passage_words(passage: Passage) -> frozenset[str]:
     return frozenset(_words((passage.title, passage.text)))
 
 
-def _copy_rates(pairs: Sequence[tuple[RolloutGroup, Rollout]]) -> Mapping[str, float]:
-    copied: dict[str, list[bool]] = {"correct": [], "incorrect": []}
-    for group, rollout in pairs:
-        for label, flags in copied.items():
-            siblings = [
-                o for o in group.usable if o is not rollout and (o.scores.f1 > 0) == (label == "correct")
-            ]
-            asked = {folded_query(query) for other in siblings for query in other.queries}
-            if siblings:
-                flags.extend(folded_query(query) in asked for query in rollout.queries)
-    return {f"distill/copy_rate_{label}": _mean(flags) for label, flags in copied.items() if flags}
+def _copied(group: RolloutGroup, rollout: Rollout) -> Mapping[str, tuple[bool, ...]]:
+    copied = {}
+    for label, is_correct in (("correct", True), ("incorrect", False)):
+        siblings = [o for o in group.usable if o is not rollout and (o.scores.f1 > 0) == is_correct]
+        asked = {folded_query(query) for other in siblings for query in other.queries}
+        if siblings:
+            copied[label] = tuple(folded_query(query) in asked for query in rollout.queries)
+    return copied
 
 
 def folded_query(text: str) -> str:

@@ -38,7 +38,7 @@ def test_a_short_rollout_counts_as_a_rollout_or_as_its_tokens(name, expected, nu
         dataclasses.replace(third, teacher_prompt_ids=None),
     ]
     packed = pack(samples, max_tokens=1, world_size=num_ranks, aggregation="token")
-    batches = DISTILL_AGGREGATIONS[name](packed)
+    batches = [DISTILL_AGGREGATIONS[name](batch, 10) for batch in packed]
     assert len(batches) == num_ranks
     total = 0.0
     for batch in batches:

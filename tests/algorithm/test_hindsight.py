@@ -7,7 +7,7 @@ from typing import get_type_hints
 
 import pytest
 
-from megatron_sd.algorithm.assemble import teacher_prompts
+from megatron_sd.algorithm.assemble import teach
 from megatron_sd.algorithm.blocks import BLOCKS, BY_TURN, PLAIN
 from megatron_sd.algorithm.hindsight import RENDERERS, HindsightBlocks, shown
 from megatron_sd.algorithm.samples import GATES, SCOPES, to_samples
@@ -291,13 +291,44 @@ def test_plain_distils_behind_the_students_own_prompt_and_none_does_not():
     def encode(text, block):
         return (1, 3, 4) if (text, block) == ("Question 0?", "") else (0,)
 
-    read = functools.partial(teacher_prompts, prompt_ids=encode, config=DistillConfig(), gate=GATES["none"])
-    prompts = read([MIXED], plain([MIXED], 3), advantages)
-    assert prompts == [[((1, 3, 4),)] * 4]
-    assert read([MIXED], none([MIXED], 3), advantages) == [[()] * 4]
-    samples = to_samples([MIXED], advantages, prompts, scope=SCOPES["all"])
+    def prompts_of(hindsight):
+        (taught,) = teach(
+            [MIXED], advantages, 3, [0], hindsight=hindsight, prompt_ids=encode, gate=GATES["none"]
+        )
+        assert taught.texts == [""] * 4
+        return taught.prompts
+
+    assert prompts_of(plain) == [((1, 3, 4),)] * 4
+    assert prompts_of(none) == [()] * 4
+    samples = to_samples([MIXED], advantages, [prompts_of(plain)], scope=SCOPES["all"])
     assert all(sample.is_distilled for sample in samples)
     assert all(sample.teacher_prompt_ids == MIXED.rollouts[0].prompt_ids for sample in samples)
+
+
+@pytest.mark.parametrize("name", sorted(BLOCKS))
+def test_ranks_that_see_to_some_groups_each_make_what_one_makes_of_all(name):
+    """The step's other groups are looked at (wrong_question), and draws are a group's own (shuffled)."""
+    groups = [MIXED, group([rollout(0, ["b"], reward=1.0), rollout(1, ["c"], reward=0.0)], number=1)]
+    groups = [*groups, group([rollout(i, [f"d{i}"], reward=float(i > 2)) for i in range(5)], number=2)]
+    advantages = [[(0.5,) * len(one.turns) for one in own.rollouts] for own in groups]
+    hindsight = HindsightBlocks(
+        build=BLOCKS[name],
+        render=RENDERERS["outcome_first"],
+        correct_above=0.0,
+        first_step=0,
+        seed=7,
+        by_turn=name in BY_TURN,
+        plain=name in PLAIN,
+    )
+
+    def encode(text, block):
+        return (*text.encode(), *block.encode())
+
+    of = functools.partial(teach, hindsight=hindsight, prompt_ids=encode, gate=GATES["none"])
+    whole = of(groups, advantages, 4, range(3))
+    parts = [*of(groups, advantages, 4, [0]), *of(groups, advantages, 4, [1, 2])]
+    assert parts == whole
+    assert any(text for taught in whole for text in taught.texts) == (name not in ("plain", "none"))
 
 
 def test_a_turn_without_a_text_is_not_distilled_unless_the_block_is_plain():

@@ -14,8 +14,9 @@ from transformers.modeling_utils import AttentionInterface
 
 from megatron_sd.algorithm.distill_loss import TermWeights
 from megatron_sd.algorithm.packing.batches import pack, padding_share
-from megatron_sd.algorithm.packing.bins import TALLIES, bin_cost, sizes_of
+from megatron_sd.algorithm.packing.bins import TALLIES, bin_cost
 from megatron_sd.algorithm.packing.microbatches import build_microbatch, distilled_part
+from megatron_sd.algorithm.packing.outlines import outlines_of
 from megatron_sd.algorithm.packing.rows import student_row, teacher_row
 from megatron_sd.config.load import load
 from megatron_sd.distributed.world import join_world
@@ -208,14 +209,14 @@ def test_microbatches_are_filled_by_what_is_read(layout):
             teacher_row(microbatch).ids.size if len(microbatch.teacher_rows) else 0
         )
         assert microbatch.layout == layout and read <= 150
-        sizes = sizes_of(
+        outlines = outlines_of(
             [
                 s
                 for s in samples
                 if any(np.array_equal(s.ids, ids[: len(s.ids)]) for ids in microbatch.input_ids)
             ]
         )
-        assert bin_cost(sizes, range(len(sizes)), tally=TALLIES[layout]) == read
+        assert bin_cost(outlines, range(len(outlines)), tally=TALLIES[layout]) == read
     assert padding_share(batches[0]) == 0.0
     assert padding_share(pack(samples, max_tokens=150, world_size=2, aggregation="token")[0]) > 0.0
     nothing = TermWeights(policy=0.0, distill_spread=0.0, distill_no_spread=0.0)

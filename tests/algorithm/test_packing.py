@@ -1,14 +1,18 @@
 import dataclasses
+import functools
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_sd.algorithm.assemble import own_batches
 from megatron_sd.algorithm.distill_loss import TermWeights
 from megatron_sd.algorithm.packing.batches import count_totals, pack
-from megatron_sd.algorithm.packing.bins import assign_bins, bin_cost, plan_bins, sizes_of
+from megatron_sd.algorithm.packing.bins import assign_bins, bin_cost, plan_bins
 from megatron_sd.algorithm.packing.microbatches import build_microbatch, distilled_part
+from megatron_sd.algorithm.packing.outlines import Samples, outlines_of
+from megatron_sd.config import UpdateConfig
 from tests.training.fakes import make_samples
 
 CASES = st.tuples(st.integers(0, 40), st.integers(1, 400), st.integers(1, 5), st.integers(0, 1000))
@@ -31,17 +35,17 @@ def bin_cost_of(m):
 @given(CASES)
 def test_every_sample_lies_in_one_bin_and_the_budget_holds(case):
     num, max_tokens, world_size, seed = case
-    sizes = sizes_of(make_samples(num, seed=seed))
-    bins = plan_bins(sizes, max_tokens, world_size)
+    outlines = outlines_of(make_samples(num, seed=seed))
+    bins = plan_bins(outlines, max_tokens, world_size)
     assert sorted(i for b in bins for i in b) == list(range(num))
     assert len(bins) % world_size == 0 and len(bins) > 0
-    assert all(len(b) <= 1 or bin_cost(sizes, b) <= max_tokens for b in bins)
-    ranks = assign_bins(bins, [bin_cost(sizes, b) for b in bins], world_size)
+    assert all(len(b) <= 1 or bin_cost(outlines, b) <= max_tokens for b in bins)
+    ranks = assign_bins(bins, [bin_cost(outlines, b) for b in bins], world_size)
     assert {len(own) for own in ranks} == {len(bins) // world_size}
     for column in zip(*ranks):  # the costs of a column lie between those of its neighbours
-        costs = sorted(bin_cost(sizes, b) for b in column)
+        costs = sorted(bin_cost(outlines, b) for b in column)
         assert costs[0] >= max(
-            (bin_cost(sizes, b) for own in ranks for b in own[ranks[0].index(column[0]) + 1 :]), default=0
+            (bin_cost(outlines, b) for own in ranks for b in own[ranks[0].index(column[0]) + 1 :]), default=0
         )
 
 
@@ -93,16 +97,42 @@ def test_teachers_run_on_all_ranks_or_none(case):
         assert len({m.has_teacher for m in column}) == 1
 
 
+@pytest.mark.parametrize("layout", ["padded", "packed", "shared"])
+@pytest.mark.parametrize("aggregation", ["rollout", "token"])
+def test_a_rank_makes_its_own_samples_alone_and_gets_what_packing_of_all_gives(layout, aggregation):
+    """Every sample is made on one rank, and as often as there are optimiser steps that read it: once."""
+    whole = make_samples(23, one_prompt_a_group=True)
+    config = UpdateConfig(max_microbatch_tokens=90, minibatches=2)
+    made: list[int] = []
+
+    def make(number):
+        made.append(number)
+        return whole[number]
+
+    own = functools.partial(
+        own_batches, config=config, aggregation="token", distill_aggregation=aggregation, layout=layout
+    )
+    for rank in range(3):
+        lazy = own(Samples(outlines=outlines_of(whole), make=make), place=(rank, 3))
+        for batch, expected in zip(lazy, own(whole, place=(rank, 3)), strict=True):
+            assert batch.totals == expected.totals
+            for one, other in zip(batch, expected, strict=True):
+                assert one.layout == other.layout == layout
+                for name, value in vars(other).items():
+                    assert np.array_equal(getattr(one, name), value), name
+    assert sorted(made) == list(range(23))
+
+
 def test_totals():
     samples = make_samples(9)
     tokens = sum(int(s.loss_mask.sum()) for s in samples)
     distilled = sum(s.is_distilled for s in samples)
     assert 0 < distilled < 9
-    assert count_totals(samples, "token").policy_weight == tokens
-    assert count_totals(samples, "rollout").policy_weight == pytest.approx(9)
-    assert count_totals(samples, "token").distilled_rollouts == distilled
+    assert count_totals(outlines_of(samples), "token").policy_weight == tokens
+    assert count_totals(outlines_of(samples), "rollout").policy_weight == pytest.approx(9)
+    assert count_totals(outlines_of(samples), "token").distilled_rollouts == distilled
     batches = pack(samples, max_tokens=60, world_size=2, aggregation="token")
-    assert all(batch.totals == count_totals(samples, "token") for batch in batches)
+    assert all(batch.totals == count_totals(outlines_of(samples), "token") for batch in batches)
 
 
 def test_the_largest_microbatch_is_as_small_as_the_number_allows():
@@ -211,12 +241,10 @@ def test_prompts_that_change_between_turns_are_read_as_sequences_of_their_own():
     assert [reading(microbatch, row) for row in microbatch.teacher_rows] == expected + plain
     assert len(microbatch.teacher_ids) == 4 and len(microbatch.teacher_prompts) == 3
     assert microbatch.query_weights.tolist() == [np.float32(1 / len(sample.query_positions))] * len(plain) * 2
-    assert count_totals([later, sample], "token").distilled_rollouts == 2
-    size_of_later, size_of_plain = sizes_of([later, sample])
-    assert [own[1] for own in size_of_later.views] == [len(sample.teacher_prompt_ids), 3, 2]
-    assert bin_cost([size_of_later, size_of_plain], [0, 1]) == bin_cost_of(microbatch) + len(
-        microbatch.teacher_prompts
-    )
+    assert count_totals(outlines_of([later, sample]), "token").distilled_rollouts == 2
+    of_later, of_plain = outlines_of([later, sample])
+    assert [own[1] for own in of_later.views] == [len(sample.teacher_prompt_ids), 3, 2]
+    assert bin_cost([of_later, of_plain], [0, 1]) == bin_cost_of(microbatch) + len(microbatch.teacher_prompts)
 
 
 @pytest.mark.parametrize(("aggregation", "expected"), [("token", 0.2), ("rollout", 0.5), ("constant", 0.1)])

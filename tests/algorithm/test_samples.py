@@ -4,6 +4,7 @@ import pytest
 
 from megatron_sd.algorithm.advantages.from_rewards import grpo
 from megatron_sd.algorithm.advantages.table import any_advantage
+from megatron_sd.algorithm.packing.outlines import outlines_of
 from megatron_sd.algorithm.samples import GATES, SCOPES, GateContext, apply_gate, to_samples
 from megatron_sd.config import AdvantageConfig
 from megatron_sd.errors import BarrenStepError, RolloutError
@@ -39,7 +40,10 @@ def group_of(*rollouts):
 def samples_of(group, prompts, scope="query"):
     by_turn = ((0.5, 0.25, -0.125, -0.125), (-0.5,) * 4)
     advantages = [own[: len(rollout.turns)] for own, rollout in zip(by_turn, group.rollouts)]
-    return to_samples([group], [advantages], [prompts], scope=SCOPES[scope])
+    samples = to_samples([group], [advantages], [prompts], scope=SCOPES[scope])
+    made = list(samples)
+    assert samples.outlines == outlines_of(made)  # what packing reckons with is what it gets
+    return made
 
 
 def test_every_array_of_a_rollout():

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from megatron_sd.observability.metrics import block_metrics, rollout_metrics
+from megatron_sd.observability.metrics import block_figures, block_metrics, rollout_metrics
 from megatron_sd.records import RolloutGroup, StopReason
 from tests import builders
 
@@ -70,7 +70,9 @@ def test_block_metrics():
     sibling = builders.rollout(1, ["Miren tor", "question  Kalo", "dava sul"], reward=0.0)
     failed = builders.rollout(2, ["x"], stop_reason=StopReason.ENGINE_FAILED)
     group = RolloutGroup(question=question, rollouts=(seen, sibling, failed))
-    metrics = block_metrics([group], [['"question kalo" -> "dava  SUL"', '"dava sultan"', "Dava Sul"]])
+    metrics = block_metrics(
+        block_figures([(group, [['"question kalo" -> "dava  SUL"', '"dava sultan"', "Dava Sul"]][0])])
+    )
     assert metrics == pytest.approx(
         {
             "distill/share_rollouts_with_block": 1.0,
@@ -86,12 +88,11 @@ def test_block_metrics():
 
 def test_rollouts_without_a_block_do_not_count():
     (mixed, wrong) = _groups()
-    assert block_metrics([mixed, wrong], [["", "", ""], ["", ""]]) == {
-        "distill/share_rollouts_with_block": 0.0
-    }
-    metrics = block_metrics([mixed, wrong], [["", "", "x"], ["gold", "gold"]])
+    figures = block_figures([(mixed, ["", "", ""]), (wrong, ["", ""])])
+    assert block_metrics(figures) == {"distill/share_rollouts_with_block": 0.0}
+    metrics = block_metrics(block_figures([(mixed, ["", "", "x"]), (wrong, ["gold", "gold"])]))
     assert metrics["distill/share_rollouts_with_block"] == 0.5
     assert metrics["distill/share_blocks_with_gold"] == 1.0
     assert metrics["distill/copy_rate_incorrect"] == 1.0
     assert "distill/copy_rate_correct" not in metrics
-    assert block_metrics([], []) == {}
+    assert block_metrics([]) == {}

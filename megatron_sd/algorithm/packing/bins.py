@@ -4,42 +4,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import NamedTuple
 
-from megatron_sd.records import Layout, TokenIds, TrainingSample
+from megatron_sd.algorithm.packing.outlines import Outline
+from megatron_sd.records import Layout
 
 Bin = list[int]  # indices of the samples of one microbatch
-
-
-class Size(NamedTuple):
-    """Token counts of a sample: the student's sequence, its prompt, and for each of the teacher's views its
-    continuation and its prompt; each prompt with a number that all with the same prompt share."""
-
-    student: int
-    prompt: int
-    prompt_number: int
-    views: tuple[tuple[int, int, int], ...]
-
-    @property
-    def continuations(self) -> int:
-        """Tokens of all the teacher's continuations."""
-        return sum(continuation for continuation, _, _ in self.views)
-
-
-def sizes_of(samples: Sequence[TrainingSample]) -> list[Size]:
-    """One per sample."""
-    numbers: dict[TokenIds, int] = {}
-    own_numbers: dict[bytes, int] = {}
-    sizes = []
-    for s in samples:
-        views = s.teacher_views if s.is_distilled else ()
-        counts = [
-            (len(v.continuation), len(v.prompt_ids), numbers.setdefault(v.prompt_ids, len(numbers)))
-            for v in views
-        ]
-        own = own_numbers.setdefault(s.ids[: s.prompt_length].tobytes(), len(own_numbers))
-        sizes.append(Size(len(s.ids), s.prompt_length, own, tuple(counts)))
-    return sizes
 
 
 class Tally(ABC):
@@ -49,7 +18,7 @@ class Tally(ABC):
     goes_by_prompt = False
 
     @abstractmethod
-    def add(self, size: Size) -> int:
+    def add(self, outline: Outline) -> int:
         """The cost with this sample in it."""
 
 
@@ -62,10 +31,10 @@ class _PaddedTally(Tally):
         ) = 0
         self._prompts: set[int] = set()
 
-    def add(self, size: Size) -> int:
+    def add(self, outline: Outline) -> int:
         self._students += 1
-        self._widest = max(self._widest, size.student)
-        for continuation, prompt, prompt_number in size.views:
+        self._widest = max(self._widest, outline.student)
+        for continuation, prompt, prompt_number in outline.views:
             self._continuations += 1
             self._prompts.add(prompt_number)
             self._widest_continuation = max(self._widest_continuation, continuation)
@@ -83,9 +52,9 @@ class _PackedTally(Tally):
     def __init__(self) -> None:
         self._tokens = 0
 
-    def add(self, size: Size) -> int:
-        self._tokens += size.student + sum(
-            continuation + prompt - 1 for continuation, prompt, _ in size.views
+    def add(self, outline: Outline) -> int:
+        self._tokens += outline.student + sum(
+            continuation + prompt - 1 for continuation, prompt, _ in outline.views
         )
         return self._tokens
 
@@ -99,10 +68,10 @@ class _SharedTally(Tally):
         self._tokens = 0
         self._prompts: set[tuple[str, int]] = set()
 
-    def add(self, size: Size) -> int:
-        self._tokens += size.student - size.prompt + size.continuations
-        self._read("student", size.prompt_number, size.prompt)
-        for _, prompt, number in size.views:
+    def add(self, outline: Outline) -> int:
+        self._tokens += outline.student - outline.prompt + outline.continuations
+        self._read("student", outline.prompt_number, outline.prompt)
+        for _, prompt, number in outline.views:
             self._read("teacher", number, prompt - 1)
         return self._tokens
 
@@ -119,14 +88,14 @@ TALLIES: dict[Layout, type[Tally]] = {
 }
 
 
-def bin_cost(sizes: Sequence[Size], indices: Bin, *, tally: type[Tally] = _PaddedTally) -> int:
+def bin_cost(outlines: Sequence[Outline], indices: Bin, *, tally: type[Tally] = _PaddedTally) -> int:
     """Positions of the microbatch: student and teacher, padding included where there is some."""
     counted = tally()
-    return max((counted.add(sizes[i]) for i in indices), default=0)
+    return max((counted.add(outlines[i]) for i in indices), default=0)
 
 
 def plan_bins(
-    sizes: Sequence[Size],
+    outlines: Sequence[Outline],
     max_tokens: int,
     world_size: int,
     *,
@@ -134,14 +103,14 @@ def plan_bins(
 ) -> list[Bin]:
     """Bins of sample indices; their number is a positive multiple of world_size (empty bins fill up)."""
     order = sorted(
-        range(len(sizes)),
+        range(len(outlines)),
         key=lambda i: (
-            (sizes[i].prompt_number, i)
+            (outlines[i].prompt_number, i)
             if tally.goes_by_prompt
-            else (-sizes[i].student, -sizes[i].continuations, i)
+            else (-outlines[i].student, -outlines[i].continuations, i)
         ),
     )
-    num_bins = max(len(_fill(sizes, order, max_tokens, tally)), 1)
+    num_bins = max(len(_fill(outlines, order, max_tokens, tally)), 1)
     # Every rank takes as many: a collective runs in each microbatch. Bins that this adds may as well be
     # used, so the capacity is searched for once more: the smallest that needs no more than num_bins.
     num_bins = -(-num_bins // world_size) * world_size
@@ -149,23 +118,23 @@ def plan_bins(
     while low < high:
         middle = (low + high) // 2
         low, high = (
-            (low, middle) if len(_fill(sizes, order, middle, tally)) <= num_bins else (middle + 1, high)
+            (low, middle) if len(_fill(outlines, order, middle, tally)) <= num_bins else (middle + 1, high)
         )
-    bins = _fill(sizes, order, low, tally)
+    bins = _fill(outlines, order, low, tally)
     return bins + [[] for _ in range(num_bins - len(bins))]
 
 
-def _fill(sizes: Sequence[Size], order: Sequence[int], capacity: int, tally: type[Tally]) -> list[Bin]:
+def _fill(outlines: Sequence[Outline], order: Sequence[int], capacity: int, tally: type[Tally]) -> list[Bin]:
     """Cut the order into runs as long as the capacity allows; a sample above the capacity is a run of its
     own."""
     bins: list[Bin] = []
     counted = tally()
     for index in order:
-        if bins and counted.add(sizes[index]) <= capacity:
+        if bins and counted.add(outlines[index]) <= capacity:
             bins[-1].append(index)
             continue
         counted = tally()
-        counted.add(sizes[index])
+        counted.add(outlines[index])
         bins.append([index])
     return bins
 

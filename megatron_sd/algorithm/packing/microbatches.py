@@ -11,7 +11,7 @@ import numpy as np
 from megatron_sd.algorithm.distill_loss import TermWeights
 from megatron_sd.records import Microbatch, TrainingSample
 
-RowWeight = Callable[[TrainingSample], float]  # what each of its sampled tokens counts
+RowWeight = Callable[[int], float]  # what each of a rollout's so many sampled tokens counts
 
 # the arrays of a microbatch that have an entry a row
 BY_ROW = (
@@ -20,14 +20,14 @@ BY_ROW = (
 )
 
 
-def row_weight(sample: TrainingSample, *, aggregation: str = "token", most_tokens: int = 1) -> float:
-    """What each of a rollout's tokens counts: "token", 1, for the mean over all tokens (DAPO); "rollout",
-    1 / its tokens, for the mean over rollouts of their means (GRPO); "constant", 1 / most_tokens, whatever
-    its length, for the mean over rollouts of their sums (Dr. GRPO, arXiv 2503.20783). most_tokens: what any
-    rollout may sample."""
+def row_weight(num_sampled: int, *, aggregation: str = "token", most_tokens: int = 1) -> float:
+    """What each of a rollout's sampled tokens counts: "token", 1, for the mean over all tokens (DAPO);
+    "rollout", 1 / their number, for the mean over rollouts of their means (GRPO); "constant",
+    1 / most_tokens, whatever their number, for the mean over rollouts of their sums (Dr. GRPO, arXiv
+    2503.20783). most_tokens: what any rollout may sample."""
     if aggregation == "constant":
         return 1.0 / most_tokens
-    return {"token": 1.0, "rollout": 1.0 / max(int(sample.loss_mask.sum()), 1)}[aggregation]
+    return {"token": 1.0, "rollout": 1.0 / max(num_sampled, 1)}[aggregation]
 
 
 def build_microbatch(samples: Sequence[TrainingSample], weight: RowWeight = row_weight) -> Microbatch:
@@ -59,7 +59,7 @@ def build_microbatch(samples: Sequence[TrainingSample], weight: RowWeight = row_
         rollout_logprobs=logprobs,
         old_logprobs=logprobs,
         advantages=_join([s.advantages[p] for s, p in zip(samples, positions)], np.float32),
-        row_weights=_spread([weight(s) for s in samples], counts, np.float32),
+        row_weights=_spread([weight(count) for count in counts], counts, np.float32),
         rollouts=_spread(range(len(samples)), counts, np.int64),
         groups=_spread([s.group for s in samples], counts, np.int64),
         turns=_join([first + turns for first, turns in zip(first_turns, own_turns)], np.int64),

@@ -8,14 +8,16 @@ appended by the environment. Sampled ids are never decoded and encoded again.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Literal
 
 import numpy as np
 
-TokenIds = tuple[int, ...]
+from megatron_sd.compact import compact_floats, compact_ids
+
+TokenIds = Sequence[int]  # equal to the tuple of them; records keep them compact
 Layout = Literal["padded", "packed", "shared"]  # of sequences: algorithm/packing/rows.py
 
 
@@ -113,7 +115,7 @@ class Turn:
     """
 
     completion_ids: TokenIds
-    completion_logprobs: tuple[float, ...]
+    completion_logprobs: Sequence[float]
     observation_ids: TokenIds = ()
     action: Action | None = None
     hits: tuple[Hit, ...] = ()
@@ -122,6 +124,11 @@ class Turn:
     note: str = ""
     attempt: int = 0
     answer: str | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "completion_ids", compact_ids(self.completion_ids))
+        object.__setattr__(self, "completion_logprobs", compact_floats(self.completion_logprobs))
+        object.__setattr__(self, "observation_ids", compact_ids(self.observation_ids))
 
     @property
     def query(self) -> str | None:
@@ -143,8 +150,7 @@ class Scores:
     em: float
     f1: float
     format_valid: float
-    # share of hops whose needed passage was retrieved; None when hops are unknown
-    hop_hit_rate: float | None = None
+    hop_hit_rate: float | None = None  # share of hops whose needed passage was retrieved; None: unknown
     em_by_attempt: tuple[float, ...] = ()  # where there are several; `em` and `f1` are the last one's
     own: Mapping[str, float] = field(default_factory=dict)  # by functions of the user's own (reward.own)
 
@@ -168,6 +174,9 @@ class Rollout:
     stop_reason: StopReason
     answer: str | None = None
     scores: Scores | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "prompt_ids", compact_ids(self.prompt_ids))
 
     @property
     def queries(self) -> tuple[str, ...]:
@@ -257,10 +266,9 @@ class TrainingSample:
 class TeacherView:
     """One sequence of the teacher. C = len(continuation), Q = number of query tokens it scores.
 
-    continuation: [C] int64, what the teacher reads after all but the last token of its prompt: that token,
-    then the rollout
-        verbatim up to the token before the last query token it scores. Its state at offset i predicts the
-        rollout's token i.
+    continuation: [C] int64, what the teacher reads after all but the last token of its prompt: that token, then
+    the rollout verbatim up to the token before the last query token it scores. Its state at offset i predicts
+    the rollout's token i.
     offsets: [Q] int64, increasing: the offsets whose states predict query tokens.
     """
 
@@ -350,12 +358,7 @@ class Microbatch:
         """Student and teacher positions that hold no token and are read all the same."""
         if self.is_packed:
             return 0
-        padded = (
-            (self.input_ids, self.lengths),
-            (self.teacher_prompts, self.teacher_prompt_lengths),
-            (self.teacher_ids, self.teacher_lengths),
-        )
-        return sum(ids.size - int(lengths.sum()) for ids, lengths in padded)
+        return self.input_ids.size + self.teacher_prompts.size + self.teacher_ids.size - self.num_tokens
 
 
 @dataclass(frozen=True, kw_only=True)

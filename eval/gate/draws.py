@@ -3,12 +3,12 @@ killed."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from eval.samples import read_lines
+from megatron_sd.compact import as_fields
 from megatron_sd.durable.files import append_lines, cut_torn_line
 from megatron_sd.errors import DataError
 from megatron_sd.records import Question, RolloutGroup
@@ -58,6 +58,6 @@ class Draws:
                 "draw": draw,
                 "start": start,
                 "questions": [group.question.id for group in groups],
-                "groups": [[dataclasses.asdict(rollout) for rollout in group.rollouts] for group in groups],
+                "groups": [[as_fields(rollout) for rollout in group.rollouts] for group in groups],
             }
             append_lines(self._path, [line])

@@ -17,6 +17,7 @@ from megatron_sd.algorithm.hindsight import HindsightBlocks, shown
 from megatron_sd.algorithm.packing.batches import own_batch
 from megatron_sd.algorithm.packing.outlines import Samples
 from megatron_sd.algorithm.samples import Gate, GateContext, GroupPrompts, apply_gate
+from megatron_sd.compact import compact_ids
 from megatron_sd.config import UpdateConfig
 from megatron_sd.records import Batch, Layout, RolloutGroup, TokenIds, TrainingSample
 
@@ -46,7 +47,11 @@ def teach(
     gate: which groups distil (samples.GATES). prompt_ids: of a question and the hindsight block in front of
     it (search.Environment.prompt_ids). has_gradient: of a group's advantages (advantages/table.py).
     """
-    encode = functools.lru_cache(maxsize=None)(prompt_ids)  # rollouts of a group share their block
+
+    @functools.cache  # rollouts of a group share their block
+    def encode(question: str, text: str) -> TokenIds:
+        return compact_ids(prompt_ids(question, text))
+
     blocks = hindsight(groups, step, numbers)
     own = [groups[number] for number in numbers]
     prompts = [

@@ -246,9 +246,12 @@ def rollout_arrays(rollout: Rollout) -> tuple[np.ndarray, np.ndarray, np.ndarray
         raise RolloutError(
             f"rollout {rollout.index} of question {rollout.question_id} has an empty prompt, expected a token"
         )
-    ids: list[int] = list(rollout.prompt_ids)
-    mask: list[bool] = [False] * len(ids)
-    logprobs: list[float] = [0.0] * len(ids)
+    num_prompt = len(rollout.prompt_ids)
+    ids, mask, logprobs = (
+        [np.asarray(rollout.prompt_ids)],
+        [np.zeros(num_prompt, bool)],
+        [np.zeros(num_prompt)],
+    )
     for number, turn in enumerate(rollout.turns):
         num_sampled, num_observed = len(turn.completion_ids), len(turn.observation_ids)
         start, stop = turn.query_span or (0, 0)
@@ -258,11 +261,11 @@ def rollout_arrays(rollout: Rollout) -> tuple[np.ndarray, np.ndarray, np.ndarray
                 f" {num_sampled} sampled ids, {len(turn.completion_logprobs)} log-probabilities and query"
                 f" span {turn.query_span}: they do not fit together"
             )
-        ids.extend(turn.completion_ids + turn.observation_ids)
-        mask.extend([True] * num_sampled + [False] * num_observed)
-        logprobs.extend(turn.completion_logprobs + (0.0,) * num_observed)
+        ids += [np.asarray(turn.completion_ids), np.asarray(turn.observation_ids)]
+        mask.append(np.arange(num_sampled + num_observed) < num_sampled)
+        logprobs += [np.asarray(turn.completion_logprobs), np.zeros(num_observed)]
     return (
-        np.array(ids, dtype=np.int64),
-        np.array(mask, dtype=bool),
-        np.array(logprobs, dtype=np.float32),
+        np.concatenate(ids).astype(np.int64),
+        np.concatenate(mask),
+        np.concatenate(logprobs).astype(np.float32),
     )

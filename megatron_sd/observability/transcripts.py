@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from megatron_sd.compact import as_fields
 from megatron_sd.records import SEARCH, Question, Rollout, RolloutGroup, Turn
 
 Decode = Callable[[Sequence[int]], str]
@@ -84,7 +84,7 @@ def group_record(group: RolloutGroup, blocks: Sequence[str], decode: Decode) -> 
     query, query_span: of a turn that searches, else None. query_parts: the completion's text before, in and
     after its query tokens, where a search has any.
     """
-    record = dataclasses.asdict(group)
+    record = as_fields(group)
     for rollout, fields, block in zip(group.rollouts, record["rollouts"], blocks, strict=True):
         fields["hindsight"] = block
         fields["prompt_text"] = decode(rollout.prompt_ids)

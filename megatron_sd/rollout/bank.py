@@ -17,10 +17,10 @@ import os
 import time
 import zlib
 from collections.abc import Collection, Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
+from megatron_sd.compact import as_fields
 from megatron_sd.records import Rollout
 from megatron_sd.rollout.stored import rollout_of
 
@@ -92,7 +92,7 @@ class BankedStep:
         if self._file is None:
             self._file = self._path.open("w", encoding="utf-8")
             self._file.write(_sealed(json.dumps(self._title)))
-        self._file.write(_sealed(json.dumps(asdict(rollout))))
+        self._file.write(_sealed(json.dumps(as_fields(rollout))))
         self._file.flush()
         now = time.monotonic()
         if now >= self._next_flush:

@@ -10,13 +10,13 @@ the same rollouts.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from megatron_sd.compact import as_fields
 from megatron_sd.errors import DataError
 from megatron_sd.records import (
     SEARCH,
@@ -99,7 +99,7 @@ def check_tokenizer(fingerprint: str, record: Mapping[str, Any], place: Path) ->
 
 def fields_of(group: RolloutGroup) -> dict[str, Any]:
     """The JSON object of a line."""
-    return dataclasses.asdict(group)
+    return as_fields(group)
 
 
 def group_of(line: bytes, place: str) -> RolloutGroup:

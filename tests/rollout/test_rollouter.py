@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from megatron_sd.algorithm.samples import SCOPES, to_samples
+from megatron_sd.compact import as_fields
 from megatron_sd.config import ProtocolConfig, RewardConfig, ToolConfig
 from megatron_sd.config.own_function import OwnFunction
 from megatron_sd.errors import RolloutError
@@ -73,7 +74,7 @@ def test_attempts_share_a_context_and_count_their_own_turns():
     asked = RolloutGroup(question=question(), rollouts=(only,))
     scores = score_rollout(only, asked, RewardConfig(answer="em"))
     assert scores.em_by_attempt == (0.0, 1.0) and scores.em == scores.reward == 1.0
-    again = rollout_of(json.loads(json.dumps(dataclasses.asdict(dataclasses.replace(only, scores=scores)))))
+    again = rollout_of(json.loads(json.dumps(as_fields(dataclasses.replace(only, scores=scores)))))
     assert again == dataclasses.replace(only, scores=scores)
     (sample,) = to_samples([asked], [[(0.0,) * 5]], [[()]], scope=SCOPES["query"])
     asks = [turn.observation_ids for turn in only.turns][1]
@@ -344,7 +345,7 @@ def test_a_tools_turns_are_turns(tmp_path):
     assert SCOPES["query"](rollout) == [searched.query_span, (0, 0), (0, 0)]
     group = RolloutGroup(question=question(), rollouts=(rollout,))
     scored = dataclasses.replace(rollout, scores=score_rollout(rollout, group, RewardConfig()))
-    assert rollout_of(json.loads(json.dumps(dataclasses.asdict(scored)))) == scored
+    assert rollout_of(json.loads(json.dumps(as_fields(scored)))) == scored
     metrics = rollout_metrics([RolloutGroup(question=question(), rollouts=(scored,))])
     assert metrics["rollout/searches"] == 1.0 and metrics["rollout/calls_sum"] == 1.0
     shown = render_group(RolloutGroup(question=question(), rollouts=(scored,)), [""], codec().decode)

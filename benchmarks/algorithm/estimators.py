@@ -1,6 +1,6 @@
 """What each estimator of advantages costs beside the step that it is part of, on the demo's own rollouts.
 
-    python -m benchmarks.training.estimators [--json FILE]
+    python -m benchmarks.algorithm.estimators [--json FILE]
 
 Ratios are the whole GRPO step's seconds over the estimator's: 50 means 2 % of a step.
 """

@@ -1,7 +1,7 @@
 """What a rank does between rollouts and update: work on the step's groups shared out among ranks, against
 every rank doing all of it.
 
-    python -m benchmarks.training.assemble [--questions 1024] [--ranks 8] [--json FILE]
+    python -m benchmarks.algorithm.assemble [--questions 1024] [--ranks 8] [--json FILE]
 
 Synthetic rollouts, eight of a question, 3,700 tokens each: a prompt of 300, three searches with 1,000 tokens
 observed, an answer. Ranks are processes of this machine, joined by gloo; since they share its cores, seconds

@@ -4,7 +4,6 @@ points, dealing."""
 import subprocess
 import sys
 import threading
-from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,7 +25,6 @@ from megatron_sd.retrieval.corpus import dense
 from megatron_sd.retrieval.corpus.encoder import choose_device
 from megatron_sd.rollout.vllm.colocated_engine import ColocatedEngine
 from megatron_sd.rollout.vllm.connect import sharers_of
-from megatron_sd.rollout.vllm.servers_engine import dealt_to
 
 GPU = torch.device("cuda", 2)
 
@@ -97,21 +95,6 @@ def test_a_training_rank_never_spreads_vectors_over_all_gpus(monkeypatch):
     assert dense.place(index, device, SearchConfig(device="cuda"), shares_gpus=True) == 2
     assert dense.place(index, device, SearchConfig(), shares_gpus=True) is index
     assert dense.place(index, torch.device("cpu"), SearchConfig(), shares_gpus=False) is index
-
-
-@pytest.mark.parametrize(
-    ("num_ranks", "questions", "num_servers"),
-    [(64, 256, 64), (64, 512, 32), (48, 288, 16), (16, 256, 4), (8, 256, 3), (3, 9, 2)],
-)
-def test_prompts_are_dealt_evenly_to_servers(num_ranks, questions, num_servers):
-    """Each rank dealing from server 0 on left 60 of 64, 24 of 32 and 10 of 16 servers idle."""
-    each = questions // num_ranks
-    load = Counter(
-        dealt_to(n, sharer=rank, num_sharers=num_ranks, num_servers=num_servers)
-        for rank in range(num_ranks)
-        for n in range(each)
-    )
-    assert len(load) == num_servers and max(load.values()) - min(load.values()) <= 1
 
 
 def test_ranks_know_with_whom_they_share_servers():

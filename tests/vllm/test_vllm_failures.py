@@ -46,7 +46,7 @@ def test_rollouts_go_on_elsewhere_when_a_server_stops_and_it_is_started_again(pa
     publish(engine, served.weights, 50)
     before = serve(engine, *requests)
     assert {replica.version for replica in engine._replicas} == {"50"}
-    assert sorted(engine._homes.values()) == [0, 0, 1, 1]
+    assert sorted(engine._homes._of_prompt.values()) == [0, 0, 1, 1]
 
     os.killpg(victim.pid, signal.SIGSTOP)  # it hangs
     during = serve(engine, *requests)

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 from megatron_sd.errors import ConfigError, RolloutError
-from megatron_sd.records import TokenIds
 from megatron_sd.rollout.engine import Completion, GenerationRequest
+from megatron_sd.rollout.homes import Homes
 from megatron_sd.rollout.loop_thread import LoopThread
 from megatron_sd.rollout.vllm.request import Answer, Dialogue, ReplicaLost, ServedPolicy
 from megatron_sd.rollout.vllm.server_client import UNTRAINED, Replica
@@ -48,12 +48,6 @@ class Servers:
     num_replicas: int
     sharer: int = 0
     num_sharers: int = 1
-
-
-def dealt_to(num_dealt: int, *, sharer: int, num_sharers: int, num_servers: int) -> int:
-    """The server of a rank's next prompt. Together the ranks count 0, 1, 2, ...: the first prompt of each,
-    then the second, so that no server has two prompts more than another while the ranks have equally many."""
-    return (num_dealt * num_sharers + sharer) % num_servers
 
 
 class VllmEngine:
@@ -89,8 +83,9 @@ class VllmEngine:
         self._updating = False
         self._receiving: list[asyncio.Task[None]] = []
         self._in_flight: dict[str, Future[Completion]] = {}
-        self._homes: dict[TokenIds, int] = {}  # place of the replica that holds a prompt's keys and values
-        self._home_of: dict[str, int] = {}  # the same, by session
+        self._homes = Homes(
+            num_servers=len(servers.urls), sharer=servers.sharer, num_sharers=servers.num_sharers
+        )
         self._thread = LoopThread()
         self._buckets = (
             BucketServer(servers.publish_host, timeout_s=request_timeout_s) if servers.publishes else None
@@ -149,7 +144,7 @@ class VllmEngine:
         answer = self._in_flight.pop(session, None)
         if answer is not None:
             answer.cancel()
-        self._home_of.pop(session, None)
+        self._homes.end(session)
 
     def _check(self, request: GenerationRequest) -> None:
         if self._updating:
@@ -167,7 +162,8 @@ class VllmEngine:
     async def _ask(self, request: GenerationRequest) -> Completion:
         """From the replica that holds the rollout's keys and values; when it fails, from the others in
         turn."""
-        home = self._home(request)
+        living = [replica.failure is None for replica in self._replicas]
+        home = self._homes.place(request.session, request.prompt_ids, living)
         for place in (*range(home, len(self._replicas)), *range(home)):
             replica = self._replicas[place]
             if replica.failure is None and replica.version != self._label:
@@ -182,7 +178,7 @@ class VllmEngine:
             except ReplicaLost as error:
                 replica.failure = str(error)
                 _log.warning("left alone until the next publish: %s", error)
-            self._home_of[request.session] = (place + 1) % len(self._replicas)
+            self._homes.move(request.session, (place + 1) % len(self._replicas))
         found = f"no vLLM server is left for {request.session!r}"
         raise RolloutError(f"{found}, expected 1 to {len(self._replicas)}: {self._failures()}")
 
@@ -190,19 +186,6 @@ class VllmEngine:
         """Why no server is left; of our own, with what their logs say."""
         words = {url: f", {process.last_words()}" for url, process in self._processes.items()}
         return "; ".join(f"{replica.failure}{words.get(replica.url, '')}" for replica in self._replicas)
-
-    def _home(self, request: GenerationRequest) -> int:
-        """A rollout stays where it began, and a group where its prompt was first read; new prompts go
-        round."""
-        home = self._home_of.get(request.session)
-        if home is None:
-            own, many = self._servers, len(self._replicas)
-            dealt = dealt_to(
-                len(self._homes), sharer=own.sharer, num_sharers=own.num_sharers, num_servers=many
-            )
-            home = self._homes.setdefault(request.prompt_ids, dealt)
-            self._home_of[request.session] = home
-        return home
 
     def _completion(self, request: GenerationRequest, replica: Replica, choice: dict[str, Any]) -> Completion:
         if not choice["token_ids"]:
@@ -234,7 +217,7 @@ class VllmEngine:
                 " them"
             )
         self._updating = True
-        self._homes, self._home_of = {}, {}
+        self._homes.forget()
         self._revive()
         for replica in self._replicas:
             replica.failure = None

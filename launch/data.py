@@ -37,10 +37,13 @@ def chunk(argv: Sequence[str]) -> None:
 
 def encode(argv: Sequence[str]) -> None:
     """`sd-search data encode`."""
-    from data_prep.vectors.encode import EncodeConfig, encode_passages
+    from data_prep.vectors.encode import EncodeConfig, encode_part, encode_passages
 
     config = parse(EncodeConfig, argv, "sd-search data encode")
-    print(f"vectors version {encode_passages(config)} -> {config.output}")
+    if config.part is None:
+        print(f"vectors version {encode_passages(config)} -> {config.output}")
+    else:
+        print(f"part {config.part[0]} of {config.part[1]} -> {encode_part(config, config.part)}")
 
 
 def import_index(argv: Sequence[str]) -> None:

@@ -25,6 +25,7 @@ import torch
 
 from data_prep.passages.sourced import SourcedPassage, from_batch
 from data_prep.passages.table import PassageTable
+from data_prep.vectors.parts import check_part, part_directory, remove_parts, take_shards
 from megatron_sd.durable.files import whole_file
 from megatron_sd.durable.resumable import PLAN_NAME, Plan, begin, check_absent, locked, partial_of
 from megatron_sd.errors import ConfigError, DataError
@@ -62,6 +63,8 @@ class EncodeConfig:
     batch_size: int = 64  # passages of one forward
     rows_per_shard: int = 16384  # what a kill can lose
     devices: tuple[str, ...] = ("auto",)  # one process each: [cuda:0, cuda:1]
+    # [2, 8]: the third of eight machines' shares; without it what the parts have done is joined, and the rest made
+    part: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,8 +79,8 @@ class _Task:
 
 
 def encode_passages(config: EncodeConfig) -> str:
-    """Encode every passage and return the version of the vectors directory. The same input gives the same
-    bytes, killed or not.
+    """Encode every passage, or take what parts have encoded, and return the version of the vectors directory.
+    The same input gives the same bytes, killed or not, in parts or not.
 
     Raises DataError for a damaged input, an output that exists, or one begun from something else.
     """
@@ -88,17 +91,36 @@ def encode_passages(config: EncodeConfig) -> str:
     partial = partial_of(output)
     with locked(partial):
         begin_vectors(partial, config, table)
-        step = len(config.devices)
-        _run(
-            [
-                _Task(config=config, directory=partial, device=d, start=n, step=step)
-                for n, d in enumerate(config.devices)
-            ]
-        )
+        take_shards(output, partial, _plan(config, table))
+        _run(_tasks(config, partial, (0, 1)))
         vectors_version = seal_vectors(partial, config, table)
         partial.rename(output)
+    remove_parts(output)
     log.info("%s: %d vectors, version %s", output, len(table), vectors_version[:16])
     return vectors_version
+
+
+def encode_part(config: EncodeConfig, part: tuple[int, int]) -> Path:
+    """Encode this part's shards, every part[1]-th from number part[0] on, and return where they lie until
+    encode_passages joins them. Killed, it goes on after its whole shards. Raises as encode_passages."""
+    output, directory = Path(config.output), part_directory(Path(config.output), part)
+    check_absent(output)
+    check_part(part)
+    check_config(config)
+    table = PassageTable(Path(config.passages))
+    with locked(directory):
+        begin_vectors(directory, config, table)
+        _run(_tasks(config, directory, part))
+    return directory
+
+
+def _tasks(config: EncodeConfig, directory: Path, part: tuple[int, int]) -> list[_Task]:
+    """One a device."""
+    (number, of), num_devices = part, len(config.devices)
+    return [
+        _Task(config=config, directory=directory, device=device, start=number + of * n, step=of * num_devices)
+        for n, device in enumerate(config.devices)
+    ]
 
 
 def begin_vectors(
@@ -106,17 +128,7 @@ def begin_vectors(
 ) -> None:
     """Lay down plan and encoder, or check that what lies there was begun from the same. taken_from: what
     the vectors are read from, where they are not made here."""
-    begun_from = {
-        "passages": table.version,
-        "encoder": _encoder_entries(Path(config.encoder)),
-        "settings": dataclasses.asdict(encoder_settings(config)),
-        "rows_per_shard": config.rows_per_shard,
-    }
-    if taken_from is not None:
-        begun_from["taken_from"] = dict(taken_from)
-    if config.query_encoder is not None:
-        begun_from["query_encoder"] = _encoder_entries(Path(config.query_encoder))
-    begin(partial, Plan(begun_from=begun_from, finished=("vectors-*.npy",)))
+    begin(partial, _plan(config, table, taken_from))
     copy_encoder(Path(config.encoder), partial / passage_encoder(config))
     if config.query_encoder is not None:
         copy_encoder(Path(config.query_encoder), partial / "encoder")
@@ -129,6 +141,20 @@ def begin_vectors(
                 f"query_encoder: {config.query_encoder} makes vectors of {dims[0]} numbers, expected"
                 f" {dims[1]}, as {config.encoder}: give two encoders of one training"
             )
+
+
+def _plan(config: EncodeConfig, table: PassageTable, taken_from: Mapping[str, Any] | None = None) -> Plan:
+    begun_from: dict[str, Any] = {
+        "passages": table.version,
+        "encoder": _encoder_entries(Path(config.encoder)),
+        "settings": dataclasses.asdict(encoder_settings(config)),
+        "rows_per_shard": config.rows_per_shard,
+    }
+    if taken_from is not None:
+        begun_from["taken_from"] = dict(taken_from)
+    if config.query_encoder is not None:
+        begun_from["query_encoder"] = _encoder_entries(Path(config.query_encoder))
+    return Plan(begun_from=begun_from, finished=("vectors-*.npy",))
 
 
 def passage_encoder(config: EncodeConfig) -> str:
@@ -235,7 +261,7 @@ def _run(tasks: Sequence[_Task]) -> None:
 
 def _encode_beside(task: _Task) -> None:
     """One of several processes: it takes its share of the cores."""
-    torch.set_num_threads(max(1, torch.get_num_threads() // task.step))
+    torch.set_num_threads(max(1, torch.get_num_threads() // len(task.config.devices)))
     encode_shards(task)
 
 

@@ -19,8 +19,10 @@ from data_prep.passages.index import IndexConfig, build_index
 from data_prep.passages.sourced import SourcedPassage
 from data_prep.passages.table import Origin, PassageTable, write_table
 from data_prep.vectors import encode as encode_module
-from data_prep.vectors.encode import EncodeConfig, encode_passages, encoder_settings
+from data_prep.vectors.encode import EncodeConfig, encode_part, encode_passages, encoder_settings
 from data_prep.vectors.vectors import VectorShards
+from launch.data import encode as encode_command
+from megatron_sd.durable.resumable import locked
 from megatron_sd.errors import ConfigError, DataError
 from megatron_sd.retrieval.corpus.encoder import Encoder, choose_device
 from megatron_sd.retrieval.corpus.manifest import MANIFEST_NAME, file_entries, read_manifest, write_manifest
@@ -155,6 +157,59 @@ def test_killed_again_and_again_the_bytes_are_the_same(passages, encoder_path, t
         assert encode_passages(config) == expected
     assert VectorShards(tmp_path / "killed").version == expected
     assert not partial.exists()
+
+
+def test_parts_of_several_machines_are_joined_to_the_same_bytes(passages, encoder_path, tmp_path, caplog):
+    """Three parts, of which one was killed after its first shard and one never began: the joining start makes
+    what is missing, and encodes nothing that a part has encoded."""
+    whole = _config(passages, encoder_path, tmp_path / "whole")
+    expected = encode_passages(whole)
+    joined = dataclasses.replace(whole, output=str(tmp_path / "joined"))
+    first = encode_part(joined, (0, 3))
+    assert first == tmp_path / "joined.part-0-of-3"
+    assert [path.name for path in sorted(first.glob("vectors-*"))] == [
+        f"vectors-{number:05}.npy" for number in (0, 3, 6, 9)
+    ]
+    second = encode_part(dataclasses.replace(joined, devices=("cpu", "cpu")), (1, 3))
+    (second / "vectors-00007.npy").unlink()
+    times = {
+        path.name: path.stat().st_mtime_ns for part in (first, second) for path in part.glob("vectors-*")
+    }
+    assert len(times) == 6
+    assert encode_passages(joined) == expected
+    assert VectorShards(tmp_path / "joined").version == expected
+    kept = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "joined").glob("vectors-*")}
+    assert len(kept) == 10 and times.items() <= kept.items()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["joined", "whole"]
+    with pytest.raises(DataError, match="joined exists"):
+        encode_part(joined, (2, 3))
+
+
+def test_parts_that_do_not_fit_are_refused_and_kept(passages, encoder_path, tmp_path):
+    config = _config(passages, encoder_path, tmp_path / "vectors")
+    for part in ((3, 3), (-1, 2), (0, 0)):
+        with pytest.raises(ConfigError, match=r"part: found \[-?\d, \d\], expected a number from 0"):
+            encode_part(config, part)
+    other = encode_part(dataclasses.replace(config, pooling="cls"), (0, 2))
+    with pytest.raises(
+        DataError, match=r"part-0-of-2 was begun from something else: settings\.pooling was 'cls'"
+    ):
+        encode_passages(config)
+    assert len(list(other.glob("vectors-*"))) == 5
+    with pytest.raises(DataError, match=r"part-0-of-2 was begun from something else"):
+        encode_part(config, (0, 2))
+    with locked(other), pytest.raises(DataError, match=r"part-0-of-2 is being written by another process"):
+        encode_passages(dataclasses.replace(config, pooling="cls"))
+
+
+def test_a_part_is_asked_for_by_the_command(passages, encoder_path, tmp_path, capsys):
+    argument = [f"--passages={passages}", f"--encoder={encoder_path}", f"--output={tmp_path / 'vectors'}"]
+    argument += ["--max_tokens=16", "--rows_per_shard=60", "--devices=[cpu]"]
+    for part in (0, 1):
+        encode_command([*argument, f"--part=[{part}, 2]"])
+        assert capsys.readouterr().out == f"part {part} of 2 -> {tmp_path / 'vectors'}.part-{part}-of-2\n"
+    encode_command(argument)
+    assert capsys.readouterr().out.startswith("vectors version ")
 
 
 def test_what_was_begun_from_something_else_is_refused(passages, encoder_path, tmp_path, monkeypatch):

@@ -92,7 +92,7 @@ NATIVE = Extension(
     sources=[f"kernels/csrc/{name}_cpu.cpp" for name in ("jsd", "head", "linear")],
     depends=[
         f"kernels/csrc/{name}.h"
-        for name in ("instruction_set", "jsd", "jsd_blocks", "jsd_task", "head_task", "linear_task")
+        for name in ("instruction_set", "jsd", "jsd_blocks", "jsd_task", "head_task", "top_k", "linear_task")
     ],
     language="c++",
     extra_compile_args=[*COMPILE, *OPENMP],

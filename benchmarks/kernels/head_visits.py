@@ -1,12 +1,14 @@
 """The passes around the head's products: two native visits to the logits against torch's blocks, in turn.
 
     python -m benchmarks.kernels.head_visits [--json FILE] [--rounds 3] [--dtype float32|bfloat16] [--top-k K]
+        [--threads N]
 
 512 rows, 64 of them query rows, V = 151,936, H = 896, one chunk, forward and backward. Times are process
 CPU time and wall time, medians over rounds in which either runs once. "visits" is all that lies between the
 products for the logits and those for the gradients, the caller's loss included; "products" the four
 products; the rest is allocation and the gradient's last factor. Gradients are compared before anything is
-timed.
+timed. On a machine that other work keeps busy, take one thread: torch's many short parallel passes wait for
+each other's threads.
 """
 
 from __future__ import annotations
@@ -109,7 +111,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--top-k", type=int, help="of the divergence; the full vocabulary unless given")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
     inputs = make_inputs(SHAPE, getattr(torch, arguments.dtype))
     divergence = Divergence(kind="jsd", beta=0.5, temperature=1.0, top_k=arguments.top_k)
 
@@ -137,7 +141,7 @@ def main() -> None:
         ]
         share = median("native", "products") / median("native", "whole")
         print(f"{clock}: products {median('native', 'products'):.3f} s, {share:.1%} of the head")
-    report(f"head_visits, {arguments.dtype}", comparisons, arguments.json)
+    report(f"head_visits, {arguments.dtype}, {arguments.threads} threads", comparisons, arguments.json)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@
 #include "instruction_set.h"
 #include "jsd.h"
 #include "jsd_blocks.h"
+#include "top_k.h"
 
 namespace {
 
@@ -26,6 +27,8 @@ struct Moments {
   double total = 0.0, weighted = 0.0;
 };
 
+// kLength powers are added up in float32: as many more than kRun as vectors hold more, so that a lane's share stays as short.
+template <int64_t kLength>
 ALWAYS_INLINE void add_block(Moments& row, const float* block, float scale) {
   const float block_highest = largest(block);
   if (block_highest > row.highest) {
@@ -36,10 +39,10 @@ ALWAYS_INLINE void add_block(Moments& row, const float* block, float scale) {
     row.highest = block_highest;
   }
   const float highest = row.highest;
-  for (int64_t start = 0; start < kBlock; start += kRun) {
+  for (int64_t start = 0; start < kBlock; start += kLength) {
     float total = 0.0f, weighted = 0.0f;
 #pragma omp simd reduction(+ : total, weighted)
-    for (int64_t i = start; i < start + kRun; ++i) {
+    for (int64_t i = start; i < start + kLength; ++i) {
       const float bits = (block[i] - highest) * scale;
       const float power = jsd::power_of_2(bits).value;
       total += power;
@@ -71,22 +74,70 @@ ALWAYS_INLINE void write_numbers(const Moments& row, float scale, float logit, f
   *entropy = static_cast<float>(jsd::kLn2 * (log_total - row.weighted / row.total) + spoilt);
 }
 
-template <int32_t kDivergence>
+ALWAYS_INLINE int64_t num_events(const HeadTask& task) { return task.num_kept + task.has_tail; }
+
+ALWAYS_INLINE std::vector<int64_t> support_of(const HeadTask& task, int64_t query) {
+  TopK likeliest{static_cast<size_t>(task.num_kept)};
+  Pair pair;
+  for_each_block(task.pairs.vocabulary, [&](int64_t start, int64_t n) ALWAYS_INLINE_LAMBDA {
+    load_pair(task.pairs, query, start, n, pair);
+    const float* logits = task.support_of_student ? pair.student : pair.teacher;
+    if (!(largest(logits) > likeliest.lowest)) return;
+    for (int64_t i = 0; i < n; ++i) likeliest.add(logits[i], start + i);
+  });
+  return likeliest.columns(task.pairs.vocabulary);
+}
+
+// As the divergence takes it: what was clamped is -inf again.
+ALWAYS_INLINE float unclamped(float logit) { return logit <= jsd::kMasked ? -std::numeric_limits<float>::infinity() : logit; }
+
+// The likeliest tokens of a query row, whose normalisers are known: their logits at both sides, and what lies outside of them.
+ALWAYS_INLINE void read_support(const HeadTask& task, int64_t query) {
+  const float scale = jsd::scale_of(task.pairs.temperature);
+  const std::vector<int64_t> support = support_of(task, query);
+  float *student = task.student_events + query * num_events(task), *teacher = task.teacher_events + query * num_events(task);
+  Normaliser student_outside, teacher_outside;
+  int64_t next = 0;
+  Pair pair;
+  for_each_block(task.pairs.vocabulary, [&](int64_t start, int64_t n) ALWAYS_INLINE_LAMBDA {
+    load_pair(task.pairs, query, start, n, pair);
+    for (; next < task.num_kept && support[next] < start + n; ++next) {
+      const int64_t i = support[next] - start;
+      task.support[query * task.num_kept + next] = support[next];
+      student[next] = unclamped(pair.student[i]), teacher[next] = unclamped(pair.teacher[i]);
+      pair.student[i] = pair.teacher[i] = jsd::kMasked;
+    }
+    add_block(student_outside, pair.student, scale);
+    if (task.has_tail) add_block(teacher_outside, pair.teacher, scale);
+  });
+  const double* whole = task.pairs.normalisers + 2 * query;
+  task.outside[query] = normaliser_of(student_outside, scale);
+  task.truncated_masses[query] = static_cast<float>(std::exp(task.outside[query] - whole[0]));
+  if (task.has_tail) {
+    student[next] = static_cast<float>(task.outside[query] * task.pairs.temperature);
+    teacher[next] = static_cast<float>(normaliser_of(teacher_outside, scale) * task.pairs.temperature);
+  }
+  // A row of NaN, +inf or nothing is one wherever in it that stands.
+  const double spoilt = (whole[0] - whole[0]) + (task.support_of_student ? 0.0 : whole[1] - whole[1]);
+  for (int64_t i = 0; i < num_events(task); ++i) student[i] += static_cast<float>(spoilt);
+}
+
+template <int32_t kDivergence, int64_t kLength>
 ALWAYS_INLINE void read_row(const HeadTask& task, int64_t row, const Divergence& divergence) {
   const JsdTask& pairs = task.pairs;
   const float scale = jsd::scale_of(task.temperature), pair_scale = jsd::scale_of(pairs.temperature);
   const int64_t query = task.queries[row], target = task.targets[row];
-  const bool has_pair = kDivergence != kNoDivergence && query >= 0;
+  const bool has_pair = query >= 0 && (kDivergence != kNoDivergence || task.num_kept > 0), is_same = scale == pair_scale;
   Moments student, teacher;
   Normaliser pair_student, pair_teacher;
   Pair pair;
   for_each_block(pairs.vocabulary, [&](int64_t start, int64_t n) ALWAYS_INLINE_LAMBDA {
     load(pairs.student, row, start, n, pair.student);
-    add_block(student, pair.student, scale);
+    add_block<kLength>(student, pair.student, scale);
     if (query < 0) return;
     load_teacher(pairs, query, start, n, pair);
-    add_block(teacher, pair.teacher, scale);
-    if (!has_pair || scale == pair_scale) return;
+    add_block<kLength>(teacher, pair.teacher, scale);
+    if (!has_pair || is_same) return;
     add_block(pair_student, pair.student, pair_scale);
     add_block(pair_teacher, pair.teacher, pair_scale);
   });
@@ -97,12 +148,14 @@ ALWAYS_INLINE void read_row(const HeadTask& task, int64_t row, const Divergence&
   const float read = logit_at(pairs.teacher, query, target);
   write_numbers(teacher, scale, pairs.teacher_is_difference ? logit + read : read, task.teacher_logprobs + query,
                 task.teacher_entropies + query);
+  if (!has_pair) return;
+  pairs.normalisers[2 * query] = is_same ? normaliser_of(student, scale) : normaliser_of(pair_student, pair_scale);
+  pairs.normalisers[2 * query + 1] = is_same ? normaliser_of(teacher, scale) : normaliser_of(pair_teacher, pair_scale);
   if constexpr (kDivergence != kNoDivergence) {
-    const bool is_same = scale == pair_scale;
-    pairs.normalisers[2 * query] = is_same ? normaliser_of(student, scale) : normaliser_of(pair_student, pair_scale);
-    pairs.normalisers[2 * query + 1] = is_same ? normaliser_of(teacher, scale) : normaliser_of(pair_teacher, pair_scale);
     sum_row<kDivergence>(pairs, query, constants_of(pairs, query), divergence, nullptr);
     pairs.values[query] = static_cast<float>(pairs.sums[2 * query]);
+  } else {
+    read_support(task, query);
   }
 }
 
@@ -137,6 +190,30 @@ ALWAYS_INLINE void add_divergence(const Pair& pair, jsd::RowConstants row, const
   }
 }
 
+// Adds a block's part of the gradient in the likeliest tokens, and in the tail, which all others share by probability. `next`: the
+// first of the likeliest that lies in this block or behind it.
+ALWAYS_INLINE void add_events(const HeadTask& task, int64_t query, const float* student, int64_t start, int64_t n, int64_t& next,
+                              float* gradient) {
+  const int64_t* support = task.support + query * task.num_kept;
+  const float* slopes = task.event_slopes + query * num_events(task);
+  float tail[kBlock];
+  const bool has_tail = task.has_tail && std::isfinite(task.outside[query]);
+  if (has_tail) {
+    const float scale = jsd::scale_of(task.pairs.temperature);
+    const jsd::RowSide side = jsd::row_side(task.outside[query] / jsd::kLn2, scale);
+    for (int64_t i = 0; i < kBlock; ++i) {
+      const float logit = student[i] < side.reference ? student[i] : side.reference;  // one of the likeliest may lie above
+      tail[i] = slopes[task.num_kept] * jsd::probability(logit, side, scale);
+    }
+  }
+  for (; next < task.num_kept && support[next] < start + n; ++next) {
+    gradient[support[next] - start] += slopes[next];
+    tail[support[next] - start] = 0.0f;
+  }
+  if (has_tail)
+    for (int64_t i = 0; i < kBlock; ++i) gradient[i] += tail[i];
+}
+
 template <int32_t kDivergence>
 ALWAYS_INLINE void write_row(const HeadTask& task, int64_t row, const Divergence& divergence) {
   const JsdTask& pairs = task.pairs;
@@ -146,6 +223,7 @@ ALWAYS_INLINE void write_row(const HeadTask& task, int64_t row, const Divergence
   const jsd::RowConstants constants = has_divergence ? constants_of(pairs, query) : jsd::RowConstants{};
   const float constant = has_divergence ? constant_of(pairs, query) : 0.0f;
   const float expected = has_divergence ? static_cast<float>(pairs.sums[2 * query + 1] / jsd::kLn2) : 0.0f;
+  int64_t next = 0;
   Pair pair;
   float gradient[kBlock];
   for_each_block(pairs.vocabulary, [&](int64_t start, int64_t n) ALWAYS_INLINE_LAMBDA {
@@ -160,6 +238,8 @@ ALWAYS_INLINE void write_row(const HeadTask& task, int64_t row, const Divergence
         load_teacher(pairs, query, start, n, pair);
         add_divergence<kDivergence>(pair, constants, divergence, constant, expected, gradient);
       }
+    } else if (query >= 0 && task.event_slopes != nullptr) {
+      add_events(task, query, pair.student, start, n, next, gradient);
     }
     store(pairs.student, row, start, n, gradient);
   });
@@ -173,24 +253,33 @@ struct RowPrograms {
   RowProgram read, write;
 };
 
-#define BY_DIVERGENCE(program, task, row, divergence)                                               \
-  if (task.pairs.divergence == kJsd) return program<kJsd>(task, row, divergence);                   \
-  if (task.pairs.divergence == kForwardKl) return program<kForwardKl>(task, row, divergence);       \
-  if (task.pairs.divergence == kReverseKl) return program<kReverseKl>(task, row, divergence);       \
-  program<kNoDivergence>(task, row, divergence);
+template <int64_t kLength>
+ALWAYS_INLINE void read_any(const HeadTask& task, int64_t row, const Divergence& divergence) {
+  if (task.pairs.divergence == kJsd) return read_row<kJsd, kLength>(task, row, divergence);
+  if (task.pairs.divergence == kForwardKl) return read_row<kForwardKl, kLength>(task, row, divergence);
+  if (task.pairs.divergence == kReverseKl) return read_row<kReverseKl, kLength>(task, row, divergence);
+  read_row<kNoDivergence, kLength>(task, row, divergence);
+}
 
-#define ROW_PROGRAMS(name, attribute)                                                               \
-  attribute void read_row_##name(const HeadTask& task, int64_t row, const Divergence& divergence) { \
-    BY_DIVERGENCE(read_row, task, row, divergence)                                                  \
-  }                                                                                                 \
-  attribute void write_row_##name(const HeadTask& task, int64_t row, const Divergence& divergence) { \
-    BY_DIVERGENCE(write_row, task, row, divergence)                                                 \
+ALWAYS_INLINE void write_any(const HeadTask& task, int64_t row, const Divergence& divergence) {
+  if (task.pairs.divergence == kJsd) return write_row<kJsd>(task, row, divergence);
+  if (task.pairs.divergence == kForwardKl) return write_row<kForwardKl>(task, row, divergence);
+  if (task.pairs.divergence == kReverseKl) return write_row<kReverseKl>(task, row, divergence);
+  write_row<kNoDivergence>(task, row, divergence);
+}
+
+#define ROW_PROGRAMS(name, attribute, length)                                                                  \
+  attribute void read_row_##name(const HeadTask& task, int64_t row, const Divergence& divergence) {            \
+    read_any<length>(task, row, divergence);                                                                   \
+  }                                                                                                            \
+  attribute void write_row_##name(const HeadTask& task, int64_t row, const Divergence& divergence) {           \
+    write_any(task, row, divergence);                                                                          \
   }
 
-ROW_PROGRAMS(baseline, )
+ROW_PROGRAMS(baseline, , kRun)
 #if defined(__x86_64__)
-ROW_PROGRAMS(avx2, FOR_AVX2)
-ROW_PROGRAMS(avx512, FOR_AVX512)
+ROW_PROGRAMS(avx2, FOR_AVX2, 2 * kRun)
+ROW_PROGRAMS(avx512, FOR_AVX512, 4 * kRun)
 #endif
 
 RowPrograms programs_for(int32_t instruction_set) {
@@ -215,7 +304,7 @@ extern "C" {
 // Of both: targets and row numbers must be in range and num_threads at least 1: the caller has checked them.
 
 // Writes logprobs, entropies and normalisers of all rows; of query rows also the teacher's, and unless pairs.divergence is
-// kNoDivergence their values, normalisers and sums.
+// kNoDivergence their values, normalisers and sums; with num_kept, normalisers and all that the task says of the likeliest tokens.
 void megatron_sd_head_values(const HeadTask* task) { for_each_row(*task, programs_for(task->instruction_set).read); }
 
 // Reads what the first visit wrote, and writes the loss's gradient over the logits. pairs.scales: its slopes in the divergences;

@@ -6,7 +6,7 @@
 
 #include "jsd_task.h"
 
-constexpr int32_t kNoDivergence = -1;  // in place of a JsdDivergence: the teacher's own numbers alone are wanted
+constexpr int32_t kNoDivergence = -1;  // in place of a JsdDivergence: the caller makes one, or none is wanted
 
 extern "C" {
 
@@ -20,6 +20,14 @@ struct HeadTask {
   float *logprobs, *entropies;                  // [num_rows], nats
   float *teacher_logprobs, *teacher_entropies;  // [num_queries], of the same targets
   const float *slopes, *entropy_slopes;         // [num_rows]: of the loss in logprobs and entropies; null: 0
+  // Of the divergence of the likeliest tokens; num_kept 0: all tokens count, as `pairs` says, and the rest is null.
+  int64_t* support;                       // [num_queries, num_kept]: their columns, increasing
+  float *student_events, *teacher_events; // [num_queries, num_kept + has_tail]: logits of them, and of all others as one token
+  const float* event_slopes;              // of the same shape: of the loss in the student's; null: 0
+  double* outside;                        // [num_queries]: the student's normaliser of all others, nats
+  float* truncated_masses;                // [num_queries]: the student's probability of all others
+  int64_t num_kept;
+  int32_t support_of_student, has_tail;  // whose likeliest tokens; whether all others are one token more
   int64_t num_rows;
   double temperature;  // of log-probabilities and entropies; `pairs` has the divergence's
   int32_t num_threads, instruction_set;

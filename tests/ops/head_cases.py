@@ -46,9 +46,14 @@ class Case:
         )
 
     def slopes(self):
-        """Of logprobs, entropies and divergences: of either sign, a zero among them."""
+        """Of logprobs, entropies and divergences (with a top_k of its tokens' logits): of either sign, a zero
+        among them."""
         rows, queries = len(self.targets), len(self.query_rows)
-        return torch.linspace(-1, 1, rows), torch.linspace(0.3, -0.2, rows), 2.0 - torch.arange(queries)
+        of_divergences = 2.0 - torch.arange(queries)
+        if self.divergence is not None and self.divergence.top_k is not None:
+            events = self.divergence.top_k + self.divergence.tail_bucket
+            of_divergences = of_divergences[:, None] * torch.linspace(-1, 2, events)
+        return torch.linspace(-1, 1, rows), torch.linspace(0.3, -0.2, rows), of_divergences
 
 
 class Found(NamedTuple):

@@ -16,6 +16,12 @@ pytestmark = pytest.mark.skipif(
 )
 
 each_dtype = pytest.mark.parametrize("dtype", [FP32, BF16])
+each_way = pytest.mark.parametrize(
+    "divergence",
+    [replace(SKEWED, kind=kind) for kind in ("jsd", "forward_kl", "reverse_kl")]
+    + [replace(SKEWED, top_k=9, tail_bucket=has_tail) for has_tail in (False, True)],
+    ids=["jsd", "forward_kl", "reverse_kl", "top_k", "tail"],
+)
 each_divergence = each_of(("jsd", "forward_kl", "reverse_kl"), like=SKEWED)
 
 
@@ -75,7 +81,7 @@ def test_distant_and_close_rows_mix():
     assert_is_exact(case)
 
 
-@each_divergence
+@each_way
 @each_dtype
 @pytest.mark.parametrize("instruction_set", AVAILABLE)
 def test_threads_and_neighbours_do_not_change_a_row(instruction_set, dtype, divergence):
@@ -109,15 +115,15 @@ def test_threads_and_neighbours_do_not_change_a_row(instruction_set, dtype, dive
         query += is_query
 
 
-@each_divergence
+@each_way
 @each_dtype
 @pytest.mark.parametrize("instruction_set", AVAILABLE)
 def test_the_policys_bits_do_not_depend_on_the_teacher(instruction_set, dtype, divergence):
     case = make(dtype=dtype, divergence=divergence)
     alone = replace(case, teacher=case.teacher[:0], query_rows=case.query_rows[:0])
-    own, entropy, _ = case.slopes()
+    own, entropy, of_divergences = case.slopes()
     visits = [each.visits(instruction_set=instruction_set) for each in (case, case, alone)]
-    expected = visits[0].write_gradient(own, entropy, torch.zeros(3))
+    expected = visits[0].write_gradient(own, entropy, torch.zeros_like(of_divergences))
     for each in visits[1:]:
         assert torch.equal(each.write_gradient(own, entropy, None), expected)
         assert torch.equal(each.numbers.logprobs, visits[0].numbers.logprobs)
@@ -134,6 +140,37 @@ def test_equal_rows_give_exactly_zero(is_difference, instruction_set, dtype, div
     assert torch.count_nonzero(visits.numbers.divergences) == 0
     assert torch.count_nonzero(visits.write_gradient(None, None, torch.ones(3))) == 0
     assert torch.equal(visits.numbers.teacher_logprobs, visits.numbers.logprobs[case.query_rows])
+
+
+@pytest.mark.parametrize("instruction_set", AVAILABLE)
+@pytest.mark.parametrize("support", ["teacher", "student"])
+@pytest.mark.parametrize("top_k", [1, 7, 600, 1333])
+def test_the_likeliest_tokens(top_k, support, instruction_set):
+    """Which they are, their logits on both sides, all others as one token, and the student's mass on them."""
+    divergence = replace(SKEWED, top_k=top_k, support=support, tail_bucket=True)
+    case = make(divergence=divergence)
+    found = case.visits(instruction_set=instruction_set).likeliest
+    student, teacher = case.logits[case.query_rows], case.teacher_logits.float()
+    chosen = teacher if support == "teacher" else student
+    columns = chosen.topk(top_k, -1).indices.sort(-1).values
+    assert torch.equal(found.support, columns)
+    for logits, events in ((student, found.student), (teacher, found.teacher)):
+        torch.testing.assert_close(events[:, :top_k], logits.gather(-1, columns), rtol=1e-7, atol=1e-7)
+        if top_k < 1333:
+            outside = logits.double().scatter(-1, columns, -torch.inf) / divergence.temperature
+            tail = outside.logsumexp(-1) * divergence.temperature
+            torch.testing.assert_close(events[:, top_k].double(), tail, rtol=1e-6, atol=1e-6)
+    assert found.student.shape[1] == top_k + (top_k < 1333)
+    probabilities = torch.softmax(student.double() / divergence.temperature, -1)
+    mass = probabilities.scatter(-1, columns, 0.0).sum(-1)
+    torch.testing.assert_close(found.truncated_masses.double(), mass, rtol=1e-5, atol=0)
+
+
+def test_of_equal_logits_the_first_are_taken():
+    case = make(vocabulary=1100, query_rows=(0, 1), is_difference=False, divergence=replace(JSD, top_k=4))
+    case.teacher[:] = 1.0
+    case.teacher[0, [3, 600, 1099]] = 2.0
+    assert case.visits().likeliest.support.tolist() == [[0, 3, 600, 1099], [0, 1, 2, 3]]
 
 
 def test_what_has_no_part_in_the_loss_is_left_out():

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from megatron_sd.errors import ConfigError
 from megatron_sd.ops.head import one_pass
 from megatron_sd.ops.head.native_block import native_obstacle, visit_native_block
 from megatron_sd.ops.head.torch_block import visit_torch_block
@@ -20,9 +21,21 @@ pytestmark = pytest.mark.skipif(
 )
 
 each_dtype = pytest.mark.parametrize("dtype", [FP32, BF16])
-each_divergence = each_of(
-    ("jsd", "forward_kl", "reverse_kl", "sampled"), like=replace(JSD, scale_by_temperature_squared=True)
-)
+
+
+SCALED = replace(JSD, scale_by_temperature_squared=True)
+IN_SEVEN = replace(SCALED, top_k=7)
+OF_FEW = {  # divergences of the likeliest tokens
+    "jsd": IN_SEVEN,
+    "one": replace(IN_SEVEN, top_k=1, kind="reverse_kl"),
+    "student's": replace(IN_SEVEN, support="student", kind="forward_kl"),
+    "tail": replace(IN_SEVEN, tail_bucket=True),
+    "student's, tail": replace(IN_SEVEN, support="student", kind="reverse_kl", tail_bucket=True),
+    "mse": replace(IN_SEVEN, top_k=100, kind="mse"),
+    "clipped": replace(IN_SEVEN, entry_clip=0.01, tail_bucket=True),
+}
+each_divergence = each_of(("jsd", "forward_kl", "reverse_kl", "sampled"), like=SCALED)
+each_of_few = pytest.mark.parametrize("divergence", OF_FEW.values(), ids=OF_FEW)
 
 
 def bent(values):
@@ -48,6 +61,28 @@ def visited(visit, case, row_loss=bent, **changes):
     return values, logits
 
 
+def assert_is_torchs(case):
+    """(values, gradient) of the native visits, after a look at those of torch."""
+    (found, gradient), (expected, other) = (visited(v, case) for v in (visit_native_block, visit_torch_block))
+    is_nan = expected.divergences.isnan()  # where it does not matter which tokens were taken
+    masses = [each.truncated_masses.masked_fill(is_nan, 0.0) for each in (found, expected)]
+    found, expected = (v._replace(truncated_masses=m) for v, m in zip((found, expected), masses, strict=True))
+    for name, column in found._asdict().items():
+        torch.testing.assert_close(
+            column,
+            getattr(expected, name),
+            rtol=1e-4,
+            atol=1e-5,
+            equal_nan=True,
+            msg=lambda m, n=name: f"{n}: {m}",
+        )
+        assert not column.requires_grad
+    assert torch.equal(gradient.isnan().any(-1), other.isnan().any(-1))
+    for own, expected_row in zip(gradient, other, strict=True):
+        assert expected_row.isnan().any() or error(own, expected_row) <= 5 * EPS[case.logits.dtype]
+    return found
+
+
 @each_divergence
 @each_dtype
 @pytest.mark.parametrize("is_difference", [True, False])
@@ -55,13 +90,7 @@ def visited(visit, case, row_loss=bent, **changes):
 def test_equals_torch(temperature, is_difference, dtype, divergence):
     divergence = divergence if divergence.kind == "sampled" else replace(divergence, temperature=1.3)
     case = make(dtype=dtype, divergence=divergence, is_difference=is_difference, temperature=temperature)
-    (found, gradient), (expected, other) = (visited(v, case) for v in (visit_native_block, visit_torch_block))
-    for name, column in found._asdict().items():
-        torch.testing.assert_close(
-            column, getattr(expected, name), rtol=1e-5, atol=3e-6, msg=lambda m, n=name: f"{n}: {m}"
-        )
-        assert not column.requires_grad
-    assert error(gradient, other) <= 2 * EPS[dtype]
+    found = assert_is_torchs(case)
     values, logits = visited(visit_native_block, case, row_loss=None)
     assert torch.equal(logits, case.logits) and values.loss == 0
     assert torch.equal(values.logprobs, found.logprobs)
@@ -107,19 +136,62 @@ def test_spoilt_rows_are_those_of_torch(how, is_difference, dtype, divergence):
         divergence=divergence,
     )
     spoil(case, how)
-    (found, gradient), (expected, other) = (visited(v, case) for v in (visit_native_block, visit_torch_block))
-    for name, column in found._asdict().items():
-        torch.testing.assert_close(
-            column,
-            getattr(expected, name),
-            rtol=1e-4,
-            atol=1e-5,
-            equal_nan=True,
-            msg=lambda m, n=name: f"{n}: {m}",
-        )
-    assert torch.equal(gradient.isnan().any(-1), other.isnan().any(-1))
-    for own, expected_row in zip(gradient, other, strict=True):
-        assert expected_row.isnan().any() or error(own, expected_row) <= 5 * EPS[dtype]
+    assert_is_torchs(case)
+
+
+@each_of_few
+@each_dtype
+@pytest.mark.parametrize("temperatures", [(1.0, 1.0), (0.8, 1.3)])
+def test_the_likeliest_tokens_are_torchs(temperatures, dtype, divergence):
+    own, of_divergence = temperatures
+    divergence = replace(divergence, temperature=of_divergence)
+    case = make(dtype=dtype, teacher_dtype=FP32, divergence=divergence, temperature=own)
+    case.logits[:, ::140] = torch.arange(5.0, 15.0).to(dtype)  # apart: of equal ones torch may take others
+    found = assert_is_torchs(case)
+    assert (found.truncated_masses > 0).all()
+
+
+@each_of_few
+@each_dtype
+@pytest.mark.parametrize("how", ["masked in both", "masked in one", "a masked target", "nothing left", "NaN"])
+def test_spoilt_rows_of_the_likeliest_tokens_are_those_of_torch(how, dtype, divergence):
+    case = make(
+        num_rows=9,
+        query_rows=range(9),
+        vocabulary=530,
+        dtype=dtype,
+        teacher_dtype=FP32,
+        is_difference=False,
+        divergence=divergence,
+    )
+    case.logits[:, ::60] = torch.arange(5.0, 14.0).to(dtype)
+    spoil(case, how)
+    if how == "nothing left" and divergence.tail_bucket:
+        case.teacher[6] = 0.0  # torch's tail would be a distribution by itself: no NaN
+    assert_is_torchs(case)
+
+
+def test_an_infinite_logit_is_nan_inside_the_support_and_outside():
+    """torch looks at those inside alone."""
+    case = make(num_rows=9, query_rows=range(9), is_difference=False, divergence=IN_SEVEN)
+    spoil(case, "infinite")
+    found, gradient = visited(visit_native_block, case)
+    assert found.divergences.isnan().tolist() == [row in (1, 5) for row in range(9)]
+    assert gradient.isnan().any(-1).tolist() == [row in (1, 5) for row in range(9)]
+
+
+@pytest.mark.parametrize("support", ["teacher", "student"])
+@pytest.mark.parametrize("tail_bucket", [False, True])
+def test_all_tokens_are_the_full_vocabulary(support, tail_bucket):
+    """A top_k of V has no tail, and nothing outside."""
+    full = make(divergence=SCALED)
+    divergence = replace(SCALED, top_k=1333, support=support, tail_bucket=tail_bucket)
+    found, gradient = visited(visit_native_block, replace(full, divergence=divergence))
+    expected, other = visited(visit_native_block, full)
+    torch.testing.assert_close(found.divergences, expected.divergences, rtol=1e-5, atol=1e-7)
+    assert error(gradient, other) <= EPS[FP32] and torch.count_nonzero(found.truncated_masses) == 0
+    with pytest.raises(ConfigError, match="distill.top_k is 1334, expected at most the vocabulary size 1333"):
+        visited(visit_native_block, replace(full, divergence=replace(SCALED, top_k=1334)))
 
 
 def test_a_nan_is_named_in_the_log(caplog):
@@ -168,6 +240,7 @@ class FloatWatch(Watch):
         ({"divergence": replace(JSD, kind="sampled")}, ""),
         ({"divergence": replace(JSD, kind="mse")}, "divergence='mse'"),
         ({"divergence": replace(JSD, entry_clip=0.1)}, "entry_clip=0.1"),
+        ({"divergence": replace(JSD, entry_clip=0.1, kind="mse", top_k=3)}, ""),
         ({"target": "uniform"}, "target='uniform'"),
         ({"shard": VocabShard(start=0, num_real=4, gather=lambda own: own[None])}, "a sharded vocabulary"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 from megatron_sd.ops.divergence import SAMPLED, Divergence
 from megatron_sd.ops.head.sampled import sampled_divergence
 from megatron_sd.ops.head.types import HeadOptions, RowValues
+from megatron_sd.ops.jsd import jsd_rows
 from megatron_sd.ops.native import calls
 from megatron_sd.ops.native.head_visits import HeadVisits
 from megatron_sd.ops.native.torch_ops import warn_of_nan
@@ -26,7 +28,9 @@ def native_obstacle(
         return f"target={options.target!r}"
     if logits.device.type != "cpu":
         return f"tensors on {logits.device}"
-    divergence = _divergence_of_rows(options)
+    # The divergence of the likeliest tokens, or of the sampled one, is of few numbers a row.
+    is_of_few = options.divergence.kind == SAMPLED or options.divergence.top_k is not None
+    divergence = None if is_of_few else options.divergence
     return calls.obstacle(logits, teacher, divergence, teacher_is_difference=teacher_is_difference)
 
 
@@ -47,19 +51,17 @@ def visit_native_block(  # noqa: PLR0913 (two matrices and their row numbers)
         teacher,
         targets,
         query_rows,
-        divergence=_divergence_of_rows(options),
+        divergence=None if options.divergence.kind == SAMPLED else options.divergence,
         temperature=options.sampling_temperature,
         teacher_is_difference=teacher_is_difference,
     )
     numbers, wants_gradient = visits.numbers, row_loss is not None
-    warn_of_nan(numbers.divergences, query_rows, torch.arange(len(query_rows)))
-    leaves = numbers.logprobs, numbers.entropies, numbers.divergences
+    third = numbers.divergences if visits.likeliest is None else visits.likeliest.student
+    leaves = numbers.logprobs, numbers.entropies, third
     for leaf in leaves:
         leaf.requires_grad_(wants_gradient)
     with torch.set_grad_enabled(wants_gradient):
-        divergences = numbers.divergences * options.divergence.scale
-        if options.divergence.kind == SAMPLED:
-            divergences = sampled_divergence(numbers.logprobs[query_rows], numbers.teacher_logprobs)
+        divergences, truncated_masses = _divergences(visits, query_rows, options.divergence)
     values = RowValues(
         numbers.logprobs.new_zeros(()),
         numbers.logprobs,
@@ -67,7 +69,7 @@ def visit_native_block(  # noqa: PLR0913 (two matrices and their row numbers)
         divergences,
         numbers.teacher_entropies,
         numbers.teacher_logprobs,
-        torch.zeros_like(numbers.teacher_logprobs),
+        truncated_masses,
     )
     if row_loss is None:
         return values
@@ -79,6 +81,18 @@ def visit_native_block(  # noqa: PLR0913 (two matrices and their row numbers)
     return RowValues(loss.detach(), *(column.detach() for column in values[1:]))
 
 
-def _divergence_of_rows(options: HeadOptions) -> Divergence | None:
-    """None where only the sampled token is looked at."""
-    return None if options.divergence.kind == SAMPLED else options.divergence
+def _divergences(visits: HeadVisits, query_rows: Tensor, divergence: Divergence) -> tuple[Tensor, Tensor]:
+    """[q] divergences, differentiable in what the second visit takes slopes of, and [q] truncated masses."""
+    numbers, likeliest = visits.numbers, visits.likeliest
+    every, nothing = torch.arange(len(query_rows)), torch.zeros_like(numbers.teacher_logprobs)
+    if divergence.kind == SAMPLED:
+        return sampled_divergence(numbers.logprobs[query_rows], numbers.teacher_logprobs), nothing
+    if likeliest is None:
+        warn_of_nan(numbers.divergences, query_rows, every)
+        return numbers.divergences * divergence.scale, nothing
+    # Rows of a few tokens each; renormalised, they are a whole vocabulary.
+    of_all = replace(divergence, top_k=None, support="teacher", tail_bucket=False)
+    values, _ = jsd_rows(
+        likeliest.student, likeliest.teacher, every, every, torch.ones_like(nothing), divergence=of_all
+    )
+    return values, likeliest.truncated_masses

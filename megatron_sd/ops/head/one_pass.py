@@ -133,7 +133,7 @@ class _Gradients:
         self._inputs = inputs
         self.hidden = torch.empty_like(inputs.hidden) if wanted[0] else None
         sum_dtype = working_dtype(inputs.weight.dtype) if is_sum else inputs.weight.dtype
-        self.weight = torch.zeros_like(inputs.weight, dtype=sum_dtype) if wanted[1] else None
+        self.weight = torch.empty_like(inputs.weight, dtype=sum_dtype) if wanted[1] else None
         self.bias: Tensor | None = None
         if wanted[2] and inputs.bias is not None:
             self.bias = torch.zeros_like(inputs.bias, dtype=working_dtype(inputs.bias.dtype))
@@ -147,7 +147,7 @@ class _Gradients:
         if self.hidden is not None:
             torch.mm(logits_gradient, weight, out=self.hidden[chunk.rows])
         if self.weight is not None:
-            add_outer_product(self.weight, logits_gradient, hidden)
+            add_outer_product(self.weight, logits_gradient, hidden, is_first=chunk.rows.start == 0)
 
     def times(self, factor: Tensor) -> tuple[Tensor | None, ...]:
         """The three, multiplied in their own memory, each in the dtype of what it is the gradient of."""
@@ -156,9 +156,13 @@ class _Gradients:
             (self.weight, self._inputs.weight),
             (self.bias, self._inputs.bias),
         )
+        # The loss as it is has a factor of 1; on a GPU, to look would be to wait.
+        is_one = factor.device.type == "cpu" and factor.item() == 1.0
+        for gradient, _ in pairs:
+            if gradient is not None and not is_one:
+                gradient.mul_(factor)
         return tuple(
-            None if gradient is None or of is None else gradient.mul_(factor).to(of.dtype)
-            for gradient, of in pairs
+            None if gradient is None or of is None else gradient.to(of.dtype) for gradient, of in pairs
         )
 
 

@@ -128,20 +128,21 @@ def main() -> None:
         def median(way: str, part: str, clock: str = clock) -> float:
             return statistics.median(getattr(r[way][part], clock) for r in rounds)
 
-        sides = [("visits", "torch"), ("whole", "torch")]
         comparisons += [
             Comparison(
                 name=f"head's {part}, {arguments.dtype}",
                 ours=median("native", part),
-                theirs=median(against, part),
+                theirs=median("torch", part),
                 unit=f"s {clock}",
-                against=against,
+                against="torch",
             )
-            for part, against in sides
+            for part in ("visits", "whole")
         ]
         share = median("native", "products") / median("native", "whole")
         print(f"{clock}: products {median('native', 'products'):.3f} s, {share:.1%} of the head")
-    report(f"head_visits, {arguments.dtype}, {arguments.threads} threads", comparisons, arguments.json)
+    kept = "" if arguments.top_k is None else f", top_k {arguments.top_k}"
+    name = f"head_visits, {arguments.dtype}{kept}, {arguments.threads} threads"
+    report(name, comparisons, arguments.json)
 
 
 if __name__ == "__main__":

@@ -6,8 +6,10 @@
 // Rows are shared out among threads; a row's result depends neither on their number nor on its neighbours, nor on whether it is
 // a query row, as far as the policy goes: the one loop over its blocks serves both.
 #include <cmath>
+#include <cstddef>
 #include <cstdint>
 #include <limits>
+#include <vector>
 
 #include "head_task.h"
 #include "instruction_set.h"
@@ -91,7 +93,7 @@ ALWAYS_INLINE std::vector<int64_t> support_of(const HeadTask& task, int64_t quer
 // As the divergence takes it: what was clamped is -inf again.
 ALWAYS_INLINE float unclamped(float logit) { return logit <= jsd::kMasked ? -std::numeric_limits<float>::infinity() : logit; }
 
-// The likeliest tokens of a query row, whose normalisers are known: their logits at both sides, and what lies outside of them.
+// The likeliest tokens of a query row whose normalisers are known: their logits at both sides, and what lies outside of them.
 ALWAYS_INLINE void read_support(const HeadTask& task, int64_t query) {
   const float scale = jsd::scale_of(task.pairs.temperature);
   const std::vector<int64_t> support = support_of(task, query);
@@ -180,8 +182,8 @@ ALWAYS_INLINE PolicyGradient policy_gradient(const HeadTask& task, int64_t row) 
 
 // Adds the divergence's gradient to that of the policy.
 template <int32_t kDivergence>
-ALWAYS_INLINE void add_divergence(const Pair& pair, jsd::RowConstants row, const Divergence& divergence, float constant, float expected,
-                                  float* gradient) {
+ALWAYS_INLINE void add_divergence(const Pair& pair, jsd::RowConstants row, const Divergence& divergence, float constant,
+                                  float expected, float* gradient) {
   Terms terms;
   terms_of<kDivergence>(pair, row, divergence, terms);
   for (int64_t i = 0; i < kBlock; ++i) {

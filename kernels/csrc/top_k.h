@@ -37,9 +37,10 @@ struct TopK {
  private:
   void cut() {
     if (candidates.size() < k) return;
-    std::nth_element(candidates.begin(), candidates.begin() + (k - 1), candidates.end(), [](const Candidate& a, const Candidate& b) {
+    const auto is_likelier = [](const Candidate& a, const Candidate& b) {
       return a.logit > b.logit || (a.logit == b.logit && a.column < b.column);
-    });
+    };
+    std::nth_element(candidates.begin(), candidates.begin() + (k - 1), candidates.end(), is_likelier);
     candidates.resize(k);
     lowest = candidates.back().logit;
   }

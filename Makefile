@@ -25,8 +25,9 @@ DOCS   := .venv/ready-docs
 # Benchmark figures of this machine, to compare with later.
 JSON   ?= runs/bench.json
 # Those that need neither a GPU nor a pretrained model.
-BENCHMARKS := kernels.jsd kernels.linear_jsd kernels.few_rows kernels.teacher_logits training.grpo_step training.shared_prompts training.memory \
-  training.overhead algorithm.assemble training.checkpoint algorithm.estimators training.publish rollout.turns rollout.vllm_turns retrieval.bm25 retrieval.bm25_size retrieval.service \
+BENCHMARKS := kernels.jsd kernels.linear_jsd kernels.head_visits kernels.few_rows kernels.teacher_logits training.grpo_step training.shared_prompts \
+  training.memory training.overhead algorithm.assemble training.checkpoint algorithm.estimators training.publish rollout.turns rollout.vllm_turns \
+  retrieval.bm25 retrieval.bm25_size retrieval.service \
   retrieval.import_memory
 # Without a CUDA GPU torch goes first and alone, so that a CPU build that pip can see is taken.
 TORCH  := torch==2.13.0

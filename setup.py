@@ -89,8 +89,11 @@ CUDA_COMPILE = ["-std=c++17", "-O3", "-shared", "-Xcompiler=-fPIC", "-cudart=sta
 CUDA_ARCHS = "80;90a;100a"
 NATIVE = Extension(
     "megatron_sd._C",
-    sources=["kernels/csrc/jsd_cpu.cpp", "kernels/csrc/linear_cpu.cpp"],
-    depends=[f"kernels/csrc/{name}.h" for name in ("instruction_set", "jsd", "jsd_task", "linear_task")],
+    sources=[f"kernels/csrc/{name}_cpu.cpp" for name in ("jsd", "head", "linear")],
+    depends=[
+        f"kernels/csrc/{name}.h"
+        for name in ("instruction_set", "jsd", "jsd_blocks", "jsd_task", "head_task", "top_k", "linear_task")
+    ],
     language="c++",
     extra_compile_args=[*COMPILE, *OPENMP],
     extra_link_args=OPENMP,

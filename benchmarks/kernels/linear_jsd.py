@@ -48,6 +48,7 @@ class Shape(NamedTuple):
     repeats: int
 
 
+JSD = Divergence(kind="jsd", beta=0.5, temperature=1.0)
 SHAPES = (Shape("V=151,936", 256, 13, 151_936, 896, 64, 1), Shape("demo", 1024, 128, 623, 128, 1024, 20))
 
 
@@ -95,10 +96,10 @@ def loss_of(inputs: Inputs, logprobs: Tensor, divergences: Tensor, rows: slice =
     return policy.losses.sum() / len(inputs.hidden) + 0.1 * divergences.sum() / len(inputs.teacher)
 
 
-def fused(inputs: Inputs, shape: Shape) -> Tensor:
+def fused(inputs: Inputs, shape: Shape, divergence: Divergence = JSD) -> Tensor:
     """ops/head/one_pass.py."""
     options = HeadOptions(
-        sampling_temperature=1.0, divergence=Divergence(kind="jsd", beta=0.5, temperature=1.0),
+        sampling_temperature=1.0, divergence=divergence,
         teacher_logits="delta", chunk_rows=shape.chunk_rows, target="teacher",
     )  # fmt: skip
 

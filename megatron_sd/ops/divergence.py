@@ -44,6 +44,11 @@ class Divergence:
         """What every value is multiplied by."""
         return self.temperature**2 if self.scale_by_temperature_squared else 1.0
 
+    def check_vocabulary(self, size: int) -> None:
+        """Raises ConfigError for a top_k above the number of tokens."""
+        if self.top_k is not None and self.top_k > size:
+            raise ConfigError(f"distill.top_k is {self.top_k}, expected at most the vocabulary size {size}")
+
     def __post_init__(self) -> None:
         if self.kind not in DIVERGENCES:
             raise ConfigError(f"distill.divergence is {self.kind!r}, expected one of {DIVERGENCES}")

@@ -52,11 +52,7 @@ def jsd_rows(
     if divergence.kind not in ROW_DIVERGENCES:
         raise ConfigError(f"distill.divergence is {divergence.kind!r}, expected one of {ROW_DIVERGENCES}")
     _check_tensors(student_logits, teacher_logits, student_rows, teacher_rows, weights)
-    vocabulary = student_logits.shape[-1]
-    if divergence.top_k is not None and divergence.top_k > vocabulary:
-        raise ConfigError(
-            f"distill.top_k is {divergence.top_k}, expected at most the vocabulary size {vocabulary}"
-        )
+    divergence.check_vocabulary(student_logits.shape[-1])
     chosen = _chosen(impl, student_logits, teacher_logits, divergence)
     compute = functools.partial(_reference_rows if chosen == "torch" else _native_rows, divergence=divergence)
     lists = (student_rows, teacher_rows, weights.detach())

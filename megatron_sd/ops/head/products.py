@@ -26,14 +26,17 @@ def head_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, *, unrounde
     return logits if bias is None else logits.add_(bias)
 
 
-def add_outer_product(total: Tensor, gradient: Tensor, hidden: Tensor) -> None:
+def add_outer_product(total: Tensor, gradient: Tensor, hidden: Tensor, *, is_first: bool) -> None:
     """total [V, H] += gradient [N, V].T @ hidden [N, H]; summed in total's dtype, which may be float32 with
-    half-width inputs."""
+    half-width inputs. is_first: whatever stands in total is written over."""
+    kept = 0 if is_first else 1
     for start in range(0, len(total), PART):
         part, columns = total[start : start + PART], gradient[:, start : start + PART].t()
         if total.dtype == hidden.dtype:
-            part.addmm_(columns, hidden)
-        elif hidden.is_cuda:
-            part.add_(torch.mm(columns, hidden, out_dtype=total.dtype))
+            part.addmm_(columns, hidden, beta=kept)
+        elif not hidden.is_cuda:
+            part.addmm_(columns.to(total.dtype), hidden.to(total.dtype), beta=kept)
+        elif is_first:
+            part.copy_(torch.mm(columns, hidden, out_dtype=total.dtype))
         else:
-            part.addmm_(columns.to(total.dtype), hidden.to(total.dtype))
+            part.add_(torch.mm(columns, hidden, out_dtype=total.dtype))

@@ -28,9 +28,12 @@ from megatron_sd.ops.native.structs import (
 )
 
 
-def obstacle(student: Tensor, teacher: Tensor, divergence: Divergence, *, teacher_is_difference: bool) -> str:
-    """What keeps the native libraries from this divergence of these matrices, "" if nothing does."""
-    if unknown := divergence_obstacle(divergence):
+def obstacle(
+    student: Tensor, teacher: Tensor, divergence: Divergence | None, *, teacher_is_difference: bool
+) -> str:
+    """What keeps the native libraries from this divergence of these matrices, "" if nothing does. None: the
+    matrices alone are asked about."""
+    if divergence is not None and (unknown := divergence_obstacle(divergence)):
         return unknown
     for name, logits in (("student", student), ("teacher", teacher)):
         if logits.dtype not in ELEMENT_TYPES:

@@ -20,7 +20,11 @@ from megatron_sd.ops.native.structs import RowPairs, RowsTask
 
 LIBRARY_PATH = Path(__file__).resolve().parents[2] / "_C.so"
 INSTRUCTION_SETS = ("baseline", "avx2", "avx512")  # the library's numbering, oldest first
-CALLS = ("jsd_rows", "jsd_normalisers", "jsd_sums", "jsd_gradient", "scatter_rows", "linear")
+CALLS = (
+    *("jsd_rows", "jsd_normalisers", "jsd_sums", "jsd_gradient", "scatter_rows"),
+    *("head_values", "head_gradient"),
+    "linear",
+)
 
 
 @dataclass(frozen=True, kw_only=True)

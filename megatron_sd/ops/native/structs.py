@@ -11,6 +11,7 @@ from torch import Tensor
 from megatron_sd.ops.divergence import Divergence
 
 NATIVE_DIVERGENCES = ("jsd", "forward_kl", "reverse_kl")  # the library's numbering
+NO_DIVERGENCE = -1  # kNoDivergence
 ELEMENT_TYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 
@@ -107,25 +108,28 @@ class RowPairs:
         """V."""
         return self.student.shape[1]
 
-    def task(self, divergence: Divergence) -> RowsTask:
-        """A task with the inputs filled in. The pointers are valid as long as this object lives. Raises
-        ValueError for a divergence that the library has not."""
-        if obstacle := divergence_obstacle(divergence):
-            raise ValueError(
-                f"no native code for {obstacle}, expected one of {NATIVE_DIVERGENCES}, no top_k, no entry_clip"
-            )
-        return RowsTask(
+    def task(self, divergence: Divergence | None) -> RowsTask:
+        """A task with the inputs filled in; None: of a head that wants no divergence. The pointers are valid
+        as long as this object lives. Raises ValueError for a divergence that the library has not."""
+        task = RowsTask(
             student=matrix(self.student),
             teacher=matrix(self.teacher),
             student_rows=self.student_rows.data_ptr(),
             teacher_rows=self.teacher_rows.data_ptr(),
             num_rows=self.num_rows,
             vocabulary=self.vocabulary,
-            beta=divergence.beta,
-            temperature=divergence.temperature,
-            divergence=NATIVE_DIVERGENCES.index(divergence.kind),
+            divergence=NO_DIVERGENCE,
             teacher_is_difference=self.teacher_is_difference,
         )
+        if divergence is None:
+            return task
+        if obstacle := divergence_obstacle(divergence):
+            raise ValueError(
+                f"no native code for {obstacle}, expected one of {NATIVE_DIVERGENCES}, no top_k, no entry_clip"
+            )
+        task.divergence = NATIVE_DIVERGENCES.index(divergence.kind)
+        task.beta, task.temperature = divergence.beta, divergence.temperature
+        return task
 
 
 def divergence_obstacle(divergence: Divergence) -> str:

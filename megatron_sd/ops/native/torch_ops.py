@@ -50,16 +50,8 @@ def divergence_op(  # noqa: PLR0913, PLR0917 (an operator's schema)
         with_gradient=with_gradient,
         scales=weights,
     )
-    if checked and values.isnan().any():
-        index = int(values.isnan().nonzero()[0, 0])
-        _LOG.warning(
-            "%d of %d divergences are NaN, first that of student row %d and teacher row %d: one of the rows"
-            " holds a NaN, +inf, or nothing but -inf",
-            int(values.isnan().sum()),
-            len(values),
-            int(student_rows[index]),
-            int(teacher_rows[index]),
-        )
+    if checked:
+        warn_of_nan(values, student_rows, teacher_rows)
     return values * weights, gradient
 
 
@@ -91,6 +83,21 @@ def check_rows(name: str, rows: Tensor, size: int) -> None:
     """Raises ValueError unless every one of the integer `rows` lies in 0..size - 1."""
     if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < size:
         raise ValueError(f"{name} spans {int(rows.min())}..{int(rows.max())}, expected 0..{size - 1}")
+
+
+def warn_of_nan(values: Tensor, student_rows: Tensor, teacher_rows: Tensor) -> None:
+    """A line in the log if divergences [N] of these rows [N] are NaN."""
+    if not values.isnan().any():
+        return
+    index = int(values.isnan().nonzero()[0, 0])
+    _LOG.warning(
+        "%d of %d divergences are NaN, first that of student row %d and teacher row %d: one of the rows"
+        " holds a NaN, +inf, or nothing but -inf",
+        int(values.isnan().sum()),
+        len(values),
+        int(student_rows[index]),
+        int(teacher_rows[index]),
+    )
 
 
 def _keep(ctx, inputs, output) -> None:

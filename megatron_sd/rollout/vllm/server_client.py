@@ -104,7 +104,7 @@ class Replica:
 
     async def generate(self, prompt_ids: TokenIds, sampling: Mapping[str, Any]) -> Mapping[str, Any]:
         """vLLM's choice for one request: token_ids, logprobs, finish_reason, stop_reason, weight_versions."""
-        body = {"token_ids": prompt_ids, "sampling_params": sampling}
+        body = {"token_ids": list(prompt_ids), "sampling_params": sampling}
         answer = await self._answer(GENERATE, self._sampling.post(GENERATE, json=body))
         return answer["choices"][0]
 

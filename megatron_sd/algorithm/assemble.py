@@ -41,8 +41,8 @@ def teach(
     gate: Gate,
     has_gradient: Callable[[GroupAdvantages], bool] = any_advantage,
 ) -> list[Teaching]:
-    """Of the groups with these numbers, in their order. No prompts where there is no block or the gate is
-    closed.
+    """What the teacher is shown of the groups with these numbers, in their order; no prompts where there is no
+    block or the gate is closed. Ranks call it with some numbers each: blocks may look at all groups.
 
     gate: which groups distil (samples.GATES). prompt_ids: of a question and the hindsight block in front of
     it (search.Environment.prompt_ids). has_gradient: of a group's advantages (advantages/table.py).

@@ -48,8 +48,8 @@ test: lint
 	@echo "== tests"
 	@$(PYTEST) -m "not slow"
 
-# one process more: real SLURM and real launchers wait more than they compute
-test-all: JOBS = 3
+# two processes more: real SLURM and real launchers wait more than they compute
+test-all: JOBS = 4
 test-all: lint
 	@echo "== all tests"
 	@$(PYTEST)

@@ -28,7 +28,7 @@ from megatron_sd.build import (
 from megatron_sd.build_policy import build_policy
 from megatron_sd.config import Config
 from megatron_sd.config.checks import engine_reads_policy
-from megatron_sd.distributed.collectives import share
+from megatron_sd.distributed.collectives import each, share
 from megatron_sd.distributed.parallel import Parallel
 from megatron_sd.distributed.world import World
 from megatron_sd.errors import DataError
@@ -215,9 +215,10 @@ def _validation(config: Config, parallel: Parallel, policy: Policy) -> Evaluatio
         [[()] * len(group.rollouts) for group in held_out],
         scope=SCOPES[config.distill.scope],
     )
-    (batch,) = own_batches(
-        samples, config=config.update, aggregation="token", layout=config.layout, place=parallel.batch
+    pack = functools.partial(
+        own_batches, config=config.update, aggregation="token", layout=config.layout, place=parallel.batch
     )
+    (batch,) = each(policy.world, lambda: pack(samples))  # a rank looks at its own episodes alone
     return Evaluation(
         every=config.log.eval_every,
         num_steps=config.num_steps,

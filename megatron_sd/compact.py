@@ -7,15 +7,19 @@ log-probability, here 4 and 8, and travel between ranks as bytes.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
+_LARGEST_ID = np.iinfo(np.int32).max
 
+
+@functools.total_ordering
 class Compact(Sequence[Any]):
-    """Never changes, equals and hashes as the tuple of its numbers. It adds up with tuples, and numpy takes it
-    as the array that it is."""
+    """Token ids (kept as int32) or float64. Never changes; equals, hashes, compares and adds up as the tuple of
+    its numbers, which tuple() gives. For numpy it is the array that the tuple would be: int64 or float64."""
 
     __slots__ = ("_values",)
 
@@ -38,17 +42,30 @@ class Compact(Sequence[Any]):
             return np.array_equal(self._values, other._values)
         return tuple(self) == other
 
+    def __lt__(self, other: Any) -> bool:
+        return tuple(self) < tuple(other) if isinstance(other, Compact | tuple) else NotImplemented
+
     def __hash__(self) -> int:
         return hash(tuple(self))
 
-    def __add__(self, other: Sequence[Any]) -> Compact:
-        return Compact(np.concatenate([self._values, np.asarray(other, dtype=self._values.dtype)]))
+    def __add__(self, other: Any) -> Compact:
+        added = self._alike(other)
+        return NotImplemented if added is None else Compact(np.concatenate([self._values, added._values]))
 
-    def __radd__(self, other: Sequence[Any]) -> Compact:
-        return Compact(np.concatenate([np.asarray(other, dtype=self._values.dtype), self._values]))
+    def __radd__(self, other: Any) -> Compact:
+        added = self._alike(other)
+        return NotImplemented if added is None else Compact(np.concatenate([added._values, self._values]))
+
+    def _alike(self, other: Any) -> Compact | None:
+        """The other's numbers, of the same kind; None for what a tuple does not add up with, arrays for one."""
+        if not isinstance(other, Compact | tuple | list):
+            return None
+        made = compact_ids(other) if self._values.dtype.kind == "i" else compact_floats(other)
+        return made if made._values.dtype == self._values.dtype else None
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        return np.array(self._values, dtype=dtype, copy=copy)
+        usual = np.int64 if self._values.dtype.kind == "i" else np.float64
+        return np.array(self._values, dtype=usual if dtype is None else dtype, copy=copy)
 
     def __repr__(self) -> str:
         return repr(tuple(self))
@@ -58,19 +75,35 @@ class Compact(Sequence[Any]):
 
 
 def compact_ids(ids: Sequence[int]) -> Compact:
-    """Token ids, four bytes each; what is compact stays as it is. Raises OverflowError for one that no
-    vocabulary holds (2^31 and more)."""
-    return ids if isinstance(ids, Compact) else Compact(np.array(ids, dtype=np.int32))
+    """Token ids, four bytes each; what is compact stays as it is. Raises ValueError for numbers that are no token
+    ids: fractions, negative ones, 2^31 and more."""
+    if isinstance(ids, Compact):
+        return ids
+    found = np.array(ids)
+    is_whole = found.dtype.kind in "iu" and found.ndim == 1
+    if len(found) and not (is_whole and found.min() >= 0 and found.max() <= _LARGEST_ID):
+        raise ValueError(f"found {_shown(ids)} as token ids, expected whole numbers from 0 to {_LARGEST_ID}")
+    return Compact(found.astype(np.int32))
 
 
 def compact_floats(values: Sequence[float]) -> Compact:
-    """Float64, so that nothing is lost of them."""
-    return values if isinstance(values, Compact) else Compact(np.array(values, dtype=np.float64))
+    """Float64, so that nothing is lost of them. Raises ValueError for what is no number."""
+    if isinstance(values, Compact):
+        return values
+    found = np.array(values)
+    if len(found) and not (found.dtype.kind in "iuf" and found.ndim == 1):
+        raise ValueError(f"found {_shown(values)} as log-probabilities, expected numbers")
+    return Compact(found.astype(np.float64))
 
 
 def as_fields(record: Any) -> dict[str, Any]:
     """A record's dataclasses.asdict, with tuples in the place of what is compact: ready for JSON."""
     return dataclasses.asdict(record, dict_factory=_plain)
+
+
+def _shown(values: Any) -> str:
+    text = str(values)
+    return text if len(text) <= 60 else f"{text[:60]}..."
 
 
 def _plain(fields: Iterable[tuple[str, Any]]) -> dict[str, Any]:

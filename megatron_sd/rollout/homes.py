@@ -32,13 +32,14 @@ class Homes:
         serve.
 
         A new prompt goes to the server whose turn it is; to the one with the fewest tokens under way where
-        the former has more than these by more than the prompt, or serves no longer."""
+        the former has more than these by more than the prompt, or serves no longer. So does a rollout or a
+        group whose server is lost."""
         home = self._of_session.get(session)
-        if home is None:
-            known = self._of_prompt.get(prompt_ids)
-            home = self._new_home(len(prompt_ids), living) if known is None else known
-            self._of_prompt.setdefault(prompt_ids, home)
-            self._of_session[session] = home
+        if home is None or not living[home]:
+            home = self._of_prompt.get(prompt_ids)
+            if home is None or not living[home]:
+                home = self._new_home(len(prompt_ids), living)
+            self._of_prompt[prompt_ids] = self._of_session[session] = home
         self._tokens[session] = len(prompt_ids)
         return home
 
@@ -61,10 +62,6 @@ class Homes:
         for session, home in list(self._of_session.items()):  # another thread ends sessions meanwhile
             loads[home] += self._tokens.get(session, 0)
         return loads
-
-    def move(self, session: str, place: int) -> None:
-        """Its server is lost; it goes on at this one."""
-        self._of_session[session] = place
 
     def end(self, session: str) -> None:
         """The rollout is over."""

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import pickle
 import random
 import shutil
@@ -20,6 +21,7 @@ from data_prep.passages.sourced import SourcedPassage
 from data_prep.passages.table import Origin, PassageTable, write_table
 from data_prep.vectors import encode as encode_module
 from data_prep.vectors.encode import EncodeConfig, encode_part, encode_passages, encoder_settings
+from data_prep.vectors.parts import remove_parts
 from data_prep.vectors.vectors import VectorShards
 from launch.data import encode as encode_command
 from megatron_sd.durable.resumable import locked
@@ -166,7 +168,7 @@ def test_parts_of_several_machines_are_joined_to_the_same_bytes(passages, encode
     expected = encode_passages(whole)
     joined = dataclasses.replace(whole, output=str(tmp_path / "joined"))
     first = encode_part(joined, (0, 3))
-    assert first == tmp_path / "joined.part-0-of-3"
+    assert first == tmp_path / "joined.parts/0-of-3"
     assert [path.name for path in sorted(first.glob("vectors-*"))] == [
         f"vectors-{number:05}.npy" for number in (0, 3, 6, 9)
     ]
@@ -185,20 +187,58 @@ def test_parts_of_several_machines_are_joined_to_the_same_bytes(passages, encode
         encode_part(joined, (2, 3))
 
 
+def test_a_join_takes_and_removes_its_own_parts_alone(passages, encoder_path, tmp_path, monkeypatch):
+    """Names that begin alike or hold glob characters, what lies beside the parts, and a part under way."""
+    whole = _config(passages, encoder_path, tmp_path / "whole")
+    expected = encode_passages(whole)
+    made = {name: dataclasses.replace(whole, output=str(tmp_path / name)) for name in ("v[12]", "v1", "v")}
+    other = encode_part(made["v1"], (0, 2))
+    own = [encode_part(made["v[12]"], (number, 2)) for number in (0, 1)]
+    foreign = own[0].parent / "notes-of-mine"
+    foreign.mkdir()
+    sealed = own[0].parent / "3-of-4"
+    (tmp_path / "whole").rename(sealed)  # whole vectors, which have no plan
+    with monkeypatch.context() as patched:
+        patched.setattr(Encoder, "encode", _interrupt)  # no shard is encoded again
+        assert encode_passages(made["v[12]"]) == expected
+    assert not own[0].exists() and not own[1].exists() and foreign.is_dir()
+    assert len(list(other.glob("vectors-*"))) == 5 and VectorShards(sealed).version == expected
+    monkeypatch.setattr(os, "link", _no_link)  # another disk: copied
+    assert encode_passages(made["v1"]) == expected
+    late = encode_part(made["v"], (0, 2))
+    with locked(late):
+        remove_parts(tmp_path / "v")
+    assert len(list(late.glob("vectors-*"))) == 5
+    remove_parts(tmp_path / "v")
+    assert not late.parent.exists()
+
+
+def test_a_part_keeps_what_a_killed_join_took(passages, encoder_path, tmp_path, monkeypatch):
+    config = _config(passages, encoder_path, tmp_path / "vectors")
+    part = encode_part(config, (0, 2))
+    (part / "vectors-00008.npy").unlink()
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Encoder, "encode", _interrupt)
+        encode_passages(config)
+    times = {path.name: path.stat().st_mtime_ns for path in part.glob("vectors-*")}
+    assert len(times) == 4
+    encode_part(config, (0, 2))
+    again = {path.name: path.stat().st_mtime_ns for path in part.glob("vectors-*")}
+    assert len(again) == 5 and times.items() <= again.items()
+
+
 def test_parts_that_do_not_fit_are_refused_and_kept(passages, encoder_path, tmp_path):
     config = _config(passages, encoder_path, tmp_path / "vectors")
     for part in ((3, 3), (-1, 2), (0, 0)):
         with pytest.raises(ConfigError, match=r"part: found \[-?\d, \d\], expected a number from 0"):
             encode_part(config, part)
     other = encode_part(dataclasses.replace(config, pooling="cls"), (0, 2))
-    with pytest.raises(
-        DataError, match=r"part-0-of-2 was begun from something else: settings\.pooling was 'cls'"
-    ):
+    with pytest.raises(DataError, match=r"0-of-2 was begun from something else: settings\.pooling was 'cls'"):
         encode_passages(config)
     assert len(list(other.glob("vectors-*"))) == 5
-    with pytest.raises(DataError, match=r"part-0-of-2 was begun from something else"):
+    with pytest.raises(DataError, match=r"0-of-2 was begun from something else"):
         encode_part(config, (0, 2))
-    with locked(other), pytest.raises(DataError, match=r"part-0-of-2 is being written by another process"):
+    with locked(other), pytest.raises(DataError, match=r"0-of-2 is being written by another process"):
         encode_passages(dataclasses.replace(config, pooling="cls"))
 
 
@@ -207,7 +247,7 @@ def test_a_part_is_asked_for_by_the_command(passages, encoder_path, tmp_path, ca
     argument += ["--max_tokens=16", "--rows_per_shard=60", "--devices=[cpu]"]
     for part in (0, 1):
         encode_command([*argument, f"--part=[{part}, 2]"])
-        assert capsys.readouterr().out == f"part {part} of 2 -> {tmp_path / 'vectors'}.part-{part}-of-2\n"
+        assert capsys.readouterr().out == f"part {part} of 2 -> {tmp_path / 'vectors'}.parts/{part}-of-2\n"
     encode_command(argument)
     assert capsys.readouterr().out.startswith("vectors version ")
 
@@ -238,6 +278,10 @@ def test_what_was_begun_from_something_else_is_refused(passages, encoder_path, t
         encode_passages(dataclasses.replace(begun, passage_format="{body}", output=str(tmp_path / "x")))
     with pytest.raises(DataError, match="no encoder directory"):
         encode_passages(dataclasses.replace(begun, encoder=str(tmp_path), output=str(tmp_path / "x")))
+
+
+def _no_link(*_arguments):
+    raise OSError(18, "Invalid cross-device link")
 
 
 def _interrupt(*_arguments):

@@ -197,3 +197,14 @@ def test_what_does_not_fit_is_refused():
         replace(case, query_rows=torch.tensor([0, 3, 7])).visits()
     with pytest.raises(ValueError, match=r"no native code for divergence='mse'"):
         replace(case, divergence=replace(JSD, kind="mse")).visits()
+    long, narrow = replace(case, targets=case.targets.repeat(2)), replace(case, teacher=case.teacher[:, 1:])
+    for misfit in (long, narrow, replace(case, teacher=case.teacher[1:])):
+        with pytest.raises(ValueError, match=r"expected \[R\], \[Q\], \[R, V\] and \[Q, V\]"):
+            misfit.visits()
+
+
+def test_rows_and_targets_may_be_any_integers():
+    case = make()
+    found = visited(replace(case, targets=case.targets.int(), query_rows=case.query_rows.int()))
+    for one, other in zip(found, visited(case), strict=True):
+        assert torch.equal(one, other)

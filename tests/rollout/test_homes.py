@@ -35,9 +35,6 @@ def test_groups_stay_together_and_rollouts_where_they_began():
     assert [homes.place(f"b{n}", prompt(n), ALL) for n in range(4)] == [0, 1, 2, 0]
     assert homes.place("a1", prompt(1, 900), ALL) == 1
     assert homes.loads() == [400, 1000, 200]
-    homes.move("a1", 2)
-    assert homes.place("a1", prompt(1, 950), ALL) == 2
-    assert homes.loads() == [400, 100, 1150]
     homes.forget()
     assert homes.loads() == [0, 0, 0] and homes.place("a1", prompt(7), ALL) == 0
 
@@ -69,7 +66,21 @@ def test_a_lost_server_gets_nothing_new_and_its_share_is_spread():
     living = [False, True, True]
     found = Counter(homes.place(f"s{n}", prompt(n), living) for n in range(8))
     assert set(found) == {1, 2} and abs(found[1] - found[2]) <= 2
-    assert homes.place("all lost", prompt(99), [False] * 3) in range(3)  # the caller says so
+
+
+def test_rollouts_of_a_lost_server_are_spread_and_counted_where_they_go_on():
+    """Four groups of five on two servers, of which the first is lost; then their next turns, longer by 100."""
+    homes = Homes(num_servers=4)
+    sessions = [(f"q{n}r{i}", n) for n in range(8) for i in range(5)]
+    for session, n in sessions:
+        homes.place(session, prompt(n), [True] * 4)
+    assert homes.loads() == [1000] * 4
+    living = [False, True, True, True]
+    places = {s: homes.place(s, prompt(n) + (0,) * 100, living) for s, n in sessions}
+    assert homes.loads()[0] == 0 and sum(homes.loads()) == 200 * 40
+    assert max(homes.loads()) - min(homes.loads()[1:]) <= 200 * 5
+    assert homes.place("late sibling", prompt(0), living) != 0
+    assert {s: homes.place(s, prompt(n) + (0,) * 150, [True] * 4) for s, n in sessions} == places
 
 
 def test_long_tails_leave_less_waiting():

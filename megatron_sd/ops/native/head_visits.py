@@ -86,13 +86,13 @@ class HeadVisits:
     the caller makes the divergence; write_gradient is the second.
 
     logits [R, V] and the teacher's matrix [Q, V]: float32 or bfloat16 on the CPU, adjacent columns. targets
-    [R], query_rows [Q]: int64. divergence: of the query rows; None: none. temperature: of log-probabilities
-    and entropies. teacher_is_difference: the teacher's matrix holds its logits minus the student's. The
-    library must be there (cpu_library.LIBRARY).
+    [R], query_rows [Q]: integers, each row at most once. divergence: of the query rows; None: none.
+    temperature: of log-probabilities and entropies. teacher_is_difference: the teacher's matrix holds its
+    logits minus the student's. The library must be there (cpu_library.LIBRARY).
 
     A row's bits depend neither on threads nor on other rows. A row with a NaN or +inf, or of nothing but
-    -inf, is NaN. Raises ValueError for targets and row numbers out of range, for columns of the logits that
-    are not adjacent, and for a divergence of all tokens that the library has not, and ConfigError for a top_k
+    -inf, is NaN. Raises ValueError for shapes that do not fit, targets and row numbers out of range, columns of the logits that
+    are not adjacent, and a divergence of all tokens that the library has not, and ConfigError for a top_k
     above V.
     """
 
@@ -110,6 +110,12 @@ class HeadVisits:
     ):
         if logits.stride(1) != 1:
             raise ValueError(f"logits of strides {logits.stride()}, expected adjacent columns")
+        if len(targets) != len(logits) or teacher.shape != (len(query_rows), logits.shape[1]):
+            raise ValueError(
+                f"{len(targets)} targets and {len(query_rows)} query rows for logits of {tuple(logits.shape)} and"
+                f" the teacher's {tuple(teacher.shape)}, expected [R], [Q], [R, V] and [Q, V]"
+            )
+        targets, query_rows = targets.to(torch.int64), query_rows.to(torch.int64)
         check_rows("targets", targets, logits.shape[1])
         check_rows("query_rows", query_rows, len(logits))
         num_rows, num_queries = len(logits), len(query_rows)

@@ -160,27 +160,26 @@ class VllmEngine:
         self._dialogue.check(request)
 
     async def _ask(self, request: GenerationRequest) -> Completion:
-        """From the replica that holds the rollout's keys and values; when it fails, from the others in
-        turn."""
-        living = [replica.failure is None for replica in self._replicas]
-        home = self._homes.place(request.session, request.prompt_ids, living)
-        for place in (*range(home, len(self._replicas)), *range(home)):
-            replica = self._replicas[place]
-            if replica.failure is None and replica.version != self._label:
-                replica.failure = (
-                    f"{replica.url} serves weights {replica.version!r}, expected {self._label!r}"
-                )
-            if replica.failure is not None:
-                continue
+        """From the replica that holds the rollout's keys and values; when it fails, from another."""
+        for _ in self._replicas:
+            living = [self._serves(replica) for replica in self._replicas]
+            if not any(living):
+                break
+            replica = self._replicas[self._homes.place(request.session, request.prompt_ids, living)]
             try:
                 choice = await replica.generate(request.prompt_ids, self._dialogue.sampling(request))
                 return self._completion(request, replica, choice)
             except ReplicaLost as error:
                 replica.failure = str(error)
                 _log.warning("left alone until the next publish: %s", error)
-            self._homes.move(request.session, (place + 1) % len(self._replicas))
         found = f"no vLLM server is left for {request.session!r}"
         raise RolloutError(f"{found}, expected 1 to {len(self._replicas)}: {self._failures()}")
+
+    def _serves(self, replica: Replica) -> bool:
+        """Whether it has not failed, and has this version's weights."""
+        if replica.failure is None and replica.version != self._label:
+            replica.failure = f"{replica.url} serves weights {replica.version!r}, expected {self._label!r}"
+        return replica.failure is None
 
     def _failures(self) -> str:
         """Why no server is left; of our own, with what their logs say."""

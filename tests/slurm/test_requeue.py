@@ -73,7 +73,7 @@ def test_a_run_that_gets_nowhere_is_given_up(cluster, tmp_path):
 
 
 def test_the_end_of_the_walltime_is_such_a_stop(cluster, tmp_path):
-    job = stand_in(tmp_path / "run", cluster, num_steps=10_000, time="1", grace_s=35)
+    job = stand_in(tmp_path / "run", cluster, num_steps=10_000, time="2", grace_s=60)  # told after a minute
     job.wait_for(
         lambda: job.attempts() and (job.attempts()[0] / "end.json").exists(), "end of the first attempt"
     )

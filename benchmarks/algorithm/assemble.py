@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import os
 import random
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -28,25 +27,14 @@ import torch.multiprocessing as mp
 
 from benchmarks.baseline import Comparison, report
 from benchmarks.resident import anonymous_bytes, extra_mib
+from megatron_sd import records
 
 GROUP, SEARCHES, VOCABULARY = 8, 3, 150_000
 MODEL = Path("data_prep/coldstart_model")  # its tokenizer reads the blocks
 
 
-def made_group(number: int) -> Any:
+def made_group(number: int) -> records.RolloutGroup:
     """A question's rollouts; half of them end right."""
-    from megatron_sd.records import (
-        SEARCH,
-        Action,
-        Hit,
-        Passage,
-        Question,
-        Rollout,
-        RolloutGroup,
-        StopReason,
-        Turn,
-    )
-
     rng = random.Random(number)
 
     def ids(count: int) -> list[int]:
@@ -55,32 +43,34 @@ def made_group(number: int) -> Any:
     def text(num_words: int) -> str:
         return " ".join(f"w{rng.randrange(5000)}" for _ in range(num_words))
 
-    passages = [Passage(id=f"{number}/{n}", title=text(3), text=text(100)) for n in range(12)]
+    passages = [records.Passage(id=f"{number}/{n}", title=text(3), text=text(100)) for n in range(12)]
 
-    def turn(place: int) -> Turn:
+    def turn(place: int) -> records.Turn:
         searches = place < SEARCHES
-        return Turn(
+        return records.Turn(
             completion_ids=ids(100),
             completion_logprobs=[-rng.random() for _ in range(100)],
             observation_ids=ids(1000) if searches else (),
-            action=Action(tool=SEARCH, text=text(5), span=(80, 92)) if searches else None,
-            hits=tuple(Hit(passage=one, score=1.0) for one in rng.sample(passages, 3)) if searches else (),
+            action=records.Action(tool=records.SEARCH, text=text(5), span=(80, 92)) if searches else None,
+            hits=tuple(records.Hit(passage=one, score=1.0) for one in rng.sample(passages, 3))
+            if searches
+            else (),
         )
 
     prompt = ids(300)
     rollouts = [
-        Rollout(
+        records.Rollout(
             question_id=str(number),
             index=index,
             prompt_ids=prompt,
             turns=tuple(turn(place) for place in range(SEARCHES + 1)),
-            stop_reason=StopReason.ANSWERED,
+            stop_reason=records.StopReason.ANSWERED,
             answer=f"gold {number}" if index % 2 else text(2),
         )
         for index in range(GROUP)
     ]
-    question = Question(id=str(number), text=text(12), golden_answers=(f"gold {number}",))
-    return RolloutGroup(question=question, rollouts=tuple(rollouts))
+    question = records.Question(id=str(number), text=text(12), golden_answers=(f"gold {number}",))
+    return records.RolloutGroup(question=question, rollouts=tuple(rollouts))
 
 
 def assembled(world: Any, own: list, *, shared: bool) -> Callable[[], Any]:
@@ -178,4 +168,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -90,8 +90,8 @@ def encode_passages(config: EncodeConfig) -> str:
     table = PassageTable(Path(config.passages))
     partial = partial_of(output)
     with locked(partial):
-        begin_vectors(partial, config, table)
-        take_shards(output, partial, _plan(config, table))
+        plan = begin_vectors(partial, config, table)
+        take_shards(output, partial, plan)
         _run(_tasks(config, partial, (0, 1)))
         vectors_version = seal_vectors(partial, config, table)
         partial.rename(output)
@@ -125,10 +125,11 @@ def _tasks(config: EncodeConfig, directory: Path, part: tuple[int, int]) -> list
 
 def begin_vectors(
     partial: Path, config: EncodeConfig, table: PassageTable, taken_from: Mapping[str, Any] | None = None
-) -> None:
+) -> Plan:
     """Lay down plan and encoder, or check that what lies there was begun from the same. taken_from: what
     the vectors are read from, where they are not made here."""
-    begin(partial, _plan(config, table, taken_from))
+    plan = _plan(config, table, taken_from)
+    begin(partial, plan)
     copy_encoder(Path(config.encoder), partial / passage_encoder(config))
     if config.query_encoder is not None:
         copy_encoder(Path(config.query_encoder), partial / "encoder")
@@ -141,6 +142,7 @@ def begin_vectors(
                 f"query_encoder: {config.query_encoder} makes vectors of {dims[0]} numbers, expected"
                 f" {dims[1]}, as {config.encoder}: give two encoders of one training"
             )
+    return plan
 
 
 def _plan(config: EncodeConfig, table: PassageTable, taken_from: Mapping[str, Any] | None = None) -> Plan:

@@ -97,15 +97,8 @@ def _reference_rows(
 ) -> RowDivergence:
     dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
     result = divergence_rows(student[student_rows].to(dtype), teacher[teacher_rows].to(dtype), divergence)
-    if student.device.type == "cpu" and not torch.compiler.is_compiling() and result.values.isnan().any():
-        index = int(result.values.isnan().nonzero()[0, 0])
-        pair = f"student row {int(student_rows[index])} and teacher row {int(teacher_rows[index])}"
-        _LOG.warning(
-            "%d of %d divergences are NaN, first that of %s",
-            int(result.values.isnan().sum()),
-            len(result.values),
-            pair,
-        )
+    if student.device.type == "cpu" and not torch.compiler.is_compiling():
+        torch_ops.warn_of_nan(result.values, student_rows, teacher_rows)
     return RowDivergence(result.values * weights.to(dtype), result.truncated_mass)
 
 

@@ -10,6 +10,7 @@ from megatron_sd.errors import ConfigError
 from megatron_sd.ops.head import one_pass
 from megatron_sd.ops.head.native_block import native_obstacle, visit_native_block
 from megatron_sd.ops.head.torch_block import visit_torch_block
+from megatron_sd.ops.head.types import HeadBlock
 from megatron_sd.ops.head.vocab_parallel import VocabShard
 from megatron_sd.ops.native import cpu_library
 from tests.ops.divergences import JSD, each_of
@@ -49,16 +50,9 @@ def bent(values):
 def visited(visit, case, row_loss=bent, **changes):
     """(values, gradient) of one block."""
     logits = case.logits.clone()
-    values = visit(
-        logits,
-        case.teacher.clone(),
-        case.targets,
-        case.query_rows,
-        row_loss=row_loss,
-        options=options(sampling_temperature=case.temperature, divergence=case.divergence, **changes),
-        teacher_is_difference=case.is_difference,
-    )
-    return values, logits
+    block = HeadBlock(logits, case.teacher.clone(), case.targets, case.query_rows, case.is_difference)
+    wanted = options(sampling_temperature=case.temperature, divergence=case.divergence, **changes)
+    return visit(block, row_loss, wanted), logits
 
 
 def assert_is_torchs(case):
@@ -246,18 +240,21 @@ class FloatWatch(Watch):
     ],
 )
 def test_what_native_code_does_not_know_is_named(changes, why):
-    logits = torch.zeros(2, 4)
-    assert native_obstacle(logits, logits, options(**changes), teacher_is_difference=True) == why
+    assert native_obstacle(block_of(torch.zeros(2, 4)), options(**changes)) == why
+
+
+def block_of(logits):
+    """In which every row is a query row."""
+    rows = torch.arange(len(logits))
+    return HeadBlock(logits, torch.zeros(logits.shape), rows, rows, True)
 
 
 def test_other_dtypes_and_devices_are_torchs(caplog):
     one_pass._say_once.cache_clear()
     logits = torch.zeros(2, 4)
     for dtype in (torch.float64, torch.float16):
-        found = native_obstacle(logits.to(dtype), logits, options(), teacher_is_difference=True)
-        assert found == f"student logits of {dtype}"
-    found = native_obstacle(logits.to("meta"), logits, options(), teacher_is_difference=True)
-    assert found == "tensors on meta"
+        assert native_obstacle(block_of(logits.to(dtype)), options()) == f"student logits of {dtype}"
+    assert native_obstacle(block_of(logits.to("meta")), options()) == "tensors on meta"
     with caplog.at_level(logging.INFO):
         run(4)
         run(4)

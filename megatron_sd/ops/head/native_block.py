@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -10,58 +9,51 @@ from torch import Tensor
 
 from megatron_sd.ops.divergence import SAMPLED, Divergence
 from megatron_sd.ops.head.sampled import sampled_divergence
-from megatron_sd.ops.head.types import HeadOptions, RowValues
+from megatron_sd.ops.head.types import BlockLoss, HeadBlock, HeadOptions, RowValues
 from megatron_sd.ops.jsd import jsd_rows
 from megatron_sd.ops.native import calls
 from megatron_sd.ops.native.head_visits import HeadVisits
 from megatron_sd.ops.native.torch_ops import warn_of_nan
 
 
-def native_obstacle(
-    logits: Tensor, teacher: Tensor, options: HeadOptions, *, teacher_is_difference: bool
-) -> str:
-    """What keeps the native visits from these logits [C, V] and the teacher's matrix [q, V], "" if nothing
-    does. The same with and without query rows, so that the policy's bits do not depend on the teacher."""
+def native_obstacle(block: HeadBlock, options: HeadOptions) -> str:
+    """What keeps the native visits from this block, "" if nothing does. The same with and without query rows,
+    so that the policy's bits do not depend on the teacher."""
     if options.shard is not None:
         return "a sharded vocabulary"
     if options.target != "teacher":
         return f"target={options.target!r}"
-    if logits.device.type != "cpu":
-        return f"tensors on {logits.device}"
+    if block.logits.device.type != "cpu":
+        return f"tensors on {block.logits.device}"
     # The divergence of the likeliest tokens, or of the sampled one, is of few numbers a row.
     is_of_few = options.divergence.kind == SAMPLED or options.divergence.top_k is not None
-    divergence = None if is_of_few else options.divergence
-    return calls.obstacle(logits, teacher, divergence, teacher_is_difference=teacher_is_difference)
+    return calls.obstacle(
+        block.logits,
+        block.teacher,
+        None if is_of_few else options.divergence,
+        teacher_is_difference=block.teacher_is_difference,
+    )
 
 
-def visit_native_block(  # noqa: PLR0913 (two matrices and their row numbers)
-    logits: Tensor,
-    teacher: Tensor,
-    targets: Tensor,
-    query_rows: Tensor,
-    *,
-    row_loss: Callable[[RowValues], Tensor] | None,
-    options: HeadOptions,
-    teacher_is_difference: bool,
-) -> RowValues:
-    """Values of a block of rows: logits [N, V], teacher [Q, V], targets [N], query_rows [Q]. With a row_loss,
-    the gradient of the loss takes the place of `logits`."""
+def visit_native_block(block: HeadBlock, row_loss: BlockLoss | None, options: HeadOptions) -> RowValues:
+    """Values of a block. With a row_loss, the gradient of the loss takes the place of its logits."""
     visits = HeadVisits(
-        logits,
-        teacher,
-        targets,
-        query_rows,
+        block.logits,
+        block.teacher,
+        block.targets,
+        block.query_rows,
         divergence=None if options.divergence.kind == SAMPLED else options.divergence,
         temperature=options.sampling_temperature,
-        teacher_is_difference=teacher_is_difference,
+        teacher_is_difference=block.teacher_is_difference,
     )
     numbers, wants_gradient = visits.numbers, row_loss is not None
-    third = numbers.divergences if visits.likeliest is None else visits.likeliest.student
-    leaves = numbers.logprobs, numbers.entropies, third
+    # of what the divergences are made: the second visit takes them further, to the logits
+    of_divergences = numbers.divergences if visits.likeliest is None else visits.likeliest.student
+    leaves = numbers.logprobs, numbers.entropies, of_divergences
     for leaf in leaves:
         leaf.requires_grad_(wants_gradient)
     with torch.set_grad_enabled(wants_gradient):
-        divergences, truncated_masses = _divergences(visits, query_rows, options.divergence)
+        divergences, truncated_masses = _divergences(visits, block.query_rows, options.divergence)
     values = RowValues(
         numbers.logprobs.new_zeros(()),
         numbers.logprobs,
@@ -78,7 +70,7 @@ def visit_native_block(  # noqa: PLR0913 (two matrices and their row numbers)
         # None: without a policy term, an entropy bonus or a query row, one of them has no part in the loss
         slopes = torch.autograd.grad(loss, leaves, allow_unused=True)
     visits.write_gradient(*slopes)
-    return RowValues(loss.detach(), *(column.detach() for column in values[1:]))
+    return values.detached(loss)
 
 
 def _divergences(visits: HeadVisits, query_rows: Tensor, divergence: Divergence) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -27,7 +26,7 @@ from megatron_sd.ops.head.products import add_outer_product, head_logits
 from megatron_sd.ops.head.row_cuts import Cut, cut_rows
 from megatron_sd.ops.head.sharded_block import visit_sharded_block
 from megatron_sd.ops.head.torch_block import visit_torch_block
-from megatron_sd.ops.head.types import HeadOptions, HeadRows, RowLoss, RowValues
+from megatron_sd.ops.head.types import HeadBlock, HeadOptions, HeadRows, RowLoss, RowValues, Visit
 from megatron_sd.ops.native import cpu_library
 from megatron_sd.ops.row_softmax import working_dtype
 
@@ -181,31 +180,21 @@ def _visit_chunk(
     is_difference = inputs.teacher_head is None and options.teacher_logits.endswith("delta")
     own, read = hidden[query_rows], inputs.teacher_hidden[chunk.queries]
     teacher = _teacher_product(inputs, own, read, options, is_difference=is_difference)
-    visit, block_rows = _visitor(logits, teacher, options, teacher_is_difference=is_difference)
+    whole = HeadBlock(logits, teacher, rows.targets[chunk.rows], query_rows, is_difference)
+    visit, block_rows = _visitor(whole, options)
     parts = []
-    for block in cut_rows(len(hidden), rows.host_query_rows[chunk.queries] - chunk.rows.start, block_rows):
-        at = Cut(_shifted(block.rows, chunk.rows), _shifted(block.queries, chunk.queries))
-        parts.append(
-            visit(
-                logits[block.rows],
-                teacher[block.queries],
-                rows.targets[at.rows],
-                query_rows[block.queries] - block.rows.start,
-                row_loss=None if row_loss is None else functools.partial(_loss_at, row_loss, at),
-                options=options,
-                teacher_is_difference=is_difference,
-            )
-        )
+    for cut in cut_rows(len(hidden), rows.host_query_rows[chunk.queries] - chunk.rows.start, block_rows):
+        at = Cut(_shifted(cut.rows, chunk.rows), _shifted(cut.queries, chunk.queries))
+        loss = None if row_loss is None else functools.partial(_loss_at, row_loss, at)
+        parts.append(visit(whole.part(*cut), loss, options))
     if gradients is not None:
         gradients.add(chunk, logits)  # every block has put its gradient in the place of its logits
     return parts
 
 
-def _visitor(
-    logits: Tensor, teacher: Tensor, options: HeadOptions, *, teacher_is_difference: bool
-) -> tuple[Callable[..., RowValues], int]:
-    """Who visits the logits of a chunk [C, V], and how many of its rows at one time."""
-    obstacle = native_obstacle(logits, teacher, options, teacher_is_difference=teacher_is_difference)
+def _visitor(chunk: HeadBlock, options: HeadOptions) -> tuple[Visit, int]:
+    """Who visits the rows of a chunk, and how many of them at one time."""
+    obstacle, logits = native_obstacle(chunk, options), chunk.logits
     _say_once("native code" if not obstacle else "torch", obstacle or cpu_library.INSTRUCTION_SET)
     if not obstacle:
         return visit_native_block, max(len(logits), 1)

@@ -3,31 +3,20 @@ it has all)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
-from torch import Tensor
 
 from megatron_sd.ops.divergence import SAMPLED
 from megatron_sd.ops.head.sampled import sampled_divergence
 from megatron_sd.ops.head.targets import target_logits
-from megatron_sd.ops.head.types import HeadOptions, RowValues
+from megatron_sd.ops.head.types import BlockLoss, HeadBlock, HeadOptions, RowValues
 from megatron_sd.ops.head.vocab_parallel import vocab_parallel_divergence, vocab_parallel_logprobs
 from megatron_sd.ops.row_softmax import working_dtype
 
 
-def visit_sharded_block(  # noqa: PLR0913 (two matrices and their row numbers)
-    logits: Tensor,
-    teacher: Tensor,
-    targets: Tensor,
-    query_rows: Tensor,
-    *,
-    row_loss: Callable[[RowValues], Tensor] | None,
-    options: HeadOptions,
-    teacher_is_difference: bool,
-) -> RowValues:
-    """Values of a block of rows, the same on every rank. logits [N, V_k], teacher [Q, V_k]: this rank's
-    columns. With a row_loss, the gradient of the loss takes the place of `logits`."""
+def visit_sharded_block(block: HeadBlock, row_loss: BlockLoss | None, options: HeadOptions) -> RowValues:
+    """Values of a block of this rank's columns, the same on every rank. With a row_loss, the gradient of the
+    loss takes the place of its logits."""
+    logits, teacher, targets, query_rows, teacher_is_difference = block
     wants_gradient, shard = row_loss is not None, options.shard
     if shard is None:
         raise ValueError("options.shard is None, expected this rank's part of a sharded vocabulary")
@@ -53,4 +42,4 @@ def visit_sharded_block(  # noqa: PLR0913 (two matrices and their row numbers)
         loss = row_loss(values)
         (gradient,) = torch.autograd.grad(loss, scaled, materialize_grads=True)
     logits.copy_(gradient)
-    return RowValues(loss.detach(), *(column.detach() for column in values[1:]))
+    return values.detached(loss)

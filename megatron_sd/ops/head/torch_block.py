@@ -3,7 +3,6 @@ the native visits (native_block.py) are judged against."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import cast
 
 import torch
@@ -12,23 +11,14 @@ from torch import Tensor
 from megatron_sd.ops.divergence import SAMPLED
 from megatron_sd.ops.head.sampled import sampled_divergence
 from megatron_sd.ops.head.targets import target_logits
-from megatron_sd.ops.head.types import HeadOptions, RowValues
+from megatron_sd.ops.head.types import BlockLoss, HeadBlock, HeadOptions, RowValues
 from megatron_sd.ops.jsd import jsd_rows
 from megatron_sd.ops.row_softmax import RowSoftmax, working_dtype
 
 
-def visit_torch_block(  # noqa: PLR0913 (two matrices and their row numbers)
-    logits: Tensor,
-    teacher: Tensor,
-    targets: Tensor,
-    query_rows: Tensor,
-    *,
-    row_loss: Callable[[RowValues], Tensor] | None,
-    options: HeadOptions,
-    teacher_is_difference: bool,
-) -> RowValues:
-    """Values of a block of rows: logits [N, V], teacher [Q, V], targets [N], query_rows [Q]. With a row_loss,
-    the gradient of the loss takes the place of `logits`."""
+def visit_torch_block(block: HeadBlock, row_loss: BlockLoss | None, options: HeadOptions) -> RowValues:
+    """Values of a block. With a row_loss, the gradient of the loss takes the place of its logits."""
+    logits, teacher, targets, query_rows, teacher_is_difference = block
     wants_gradient = row_loss is not None
     scaled = logits.to(working_dtype(logits.dtype))  # itself, when it has that dtype
     # Three leaves, so that autograd stops here: `student`, the query rows' logits, takes the divergence's
@@ -69,7 +59,7 @@ def visit_torch_block(  # noqa: PLR0913 (two matrices and their row numbers)
     if student_gradient is not None:
         gradient.index_add_(0, query_rows, student_gradient)
     logits.copy_(gradient)
-    return RowValues(loss.detach(), *(column.detach() for column in values[1:]))
+    return values.detached(loss)
 
 
 def _divergences(student: Tensor, teacher: Tensor, options: HeadOptions) -> tuple[Tensor, Tensor]:

@@ -65,6 +65,38 @@ class RowValues(NamedTuple):
     teacher_logprobs: Tensor
     truncated_masses: Tensor
 
+    def detached(self, loss: Tensor) -> RowValues:
+        """The values without their gradients, and what the row losses came to."""
+        return RowValues(loss.detach(), *(column.detach() for column in self[1:]))
+
+
+class HeadBlock(NamedTuple):
+    """Some rows in the head's pass. logits: [N, V], of the student; a visit may put their gradient in their
+    place. teacher: [Q, V], of the query rows: its logits, or with teacher_is_difference what they have more
+    than the student's. With a sharded vocabulary V is this rank's columns. targets: [N], query_rows: [Q] int64,
+    as in HeadRows."""
+
+    logits: Tensor
+    teacher: Tensor
+    targets: Tensor
+    query_rows: Tensor
+    teacher_is_difference: bool
+
+    def part(self, rows: slice, queries: slice) -> HeadBlock:
+        """These of the rows, and of the query rows those that lie among them."""
+        return HeadBlock(
+            self.logits[rows],
+            self.teacher[queries],
+            self.targets[rows],
+            self.query_rows[queries] - rows.start,
+            self.teacher_is_difference,
+        )
+
+
+BlockLoss = Callable[[RowValues], Tensor]  # of a block's values: its rows' share of the loss, a scalar
+# (block, its loss, what is wanted) -> its values; with a loss its gradient takes the place of the logits
+Visit = Callable[[HeadBlock, BlockLoss | None, HeadOptions], RowValues]
+
 
 # (values of some rows, which rows, which query rows) -> their share of the loss, a scalar.
 RowLoss = Callable[[RowValues, slice, slice], Tensor]

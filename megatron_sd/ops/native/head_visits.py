@@ -91,9 +91,9 @@ class HeadVisits:
     logits minus the student's. The library must be there (cpu_library.LIBRARY).
 
     A row's bits depend neither on threads nor on other rows. A row with a NaN or +inf, or of nothing but
-    -inf, is NaN. Raises ValueError for shapes that do not fit, targets and row numbers out of range, columns of the logits that
-    are not adjacent, and a divergence of all tokens that the library has not, and ConfigError for a top_k
-    above V.
+    -inf, is NaN. Raises ValueError for shapes that do not fit, targets and row numbers out of range, columns
+    of the logits that are not adjacent, and a divergence of all tokens that the library has not, and
+    ConfigError for a top_k above V.
     """
 
     def __init__(

@@ -49,9 +49,11 @@ from megatron_sd.retrieval.choice import open_retriever
 from megatron_sd.retrieval.corpus.directory import CorpusRetriever
 from megatron_sd.retrieval.retriever import Retriever
 from megatron_sd.rollout.bank import RolloutBank
+from megatron_sd.rollout.carrying import CarriedOver
 from megatron_sd.rollout.collecting import Collecting
 from megatron_sd.rollout.embedded.engine import TorchEngine
 from megatron_sd.rollout.embedded.weights import load_model
+from megatron_sd.rollout.pausable import PausableEngine
 from megatron_sd.rollout.rollouter import Rollouter
 from megatron_sd.rollout.sampling_order import InStep, OneAhead, OwnShare, SamplingOrder
 from megatron_sd.rollout.vllm.colocated_engine import ColocatedEngine
@@ -315,12 +317,31 @@ def _sampling_order(
     digest = hashlib.sha256(identity.encode()).hexdigest()
     mode = config.rollout.bank
     only_whole = mode == "whole" or (mode == "auto" and isinstance(side.engine, TorchEngine))
-    bank = RolloutBank(Path(config.run_dir) / "bank", rank=world.rank, identity=digest, only_whole=only_whole)
+    bank = RolloutBank(
+        Path(config.run_dir) / "bank",
+        rank=world.rank,
+        identity=digest,
+        only_whole=only_whole,
+        keep_steps=config.checkpoint.keep,
+    )
+    kept_in = None if mode == "off" else bank
+    if config.rollout.max_lag > 1:
+        engine = PausableEngine(side.engine)
+        return CarriedOver(
+            world=world,
+            questions=questions,
+            rollouter=side.rollouter.on(engine),
+            engine=engine,
+            bank=kept_in,
+            num_steps=config.num_steps,
+            max_lag=config.rollout.max_lag,
+            work=side.work,
+        )
     sample = OwnShare(
         world=world,
         questions=questions,
         rollouter=side.rollouter,
-        bank=None if mode == "off" else bank,
+        bank=kept_in,
         question_batches=config.rollout.question_batches,
     )
     if config.rollout.max_lag == 0:

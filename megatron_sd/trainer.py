@@ -196,16 +196,15 @@ class Trainer:
             self.step += 1
             self.publisher.publish(self.policy, self.engine, self.step)
             self.recorder.record(self.step, {"optim/refused_steps": 1.0})
+        outcome = f"back to step {self.step}" if goes_back else "its questions are passed over"
         if self.world.is_first:
-            logger.warning(
-                "%s; %s", error, f"back to step {self.step}" if goes_back else "its questions are passed over"
-            )
+            logger.warning("%s; %s", error, outcome)
 
     def save(self, *, wait: bool = True) -> None:
         """Commit a checkpoint of this step; without `wait`, perhaps later (checkpoint.background)."""
         self.world.pulse.move("save")
         state = {"alpha": self.alpha.state(), "stability": self.stability.state()}
-        state["evaluation_is_due"] = self.evaluation_is_due
+        state |= {"evaluation_is_due": self.evaluation_is_due, "sampling": self.sampling.state(self.step)}
         self.checkpoints.save(self.policy, step=self.step, state=state, wait=wait)
 
     def resume(self) -> None:
@@ -216,5 +215,6 @@ class Trainer:
             self.step, self.evaluation_is_due = state["step"], state["evaluation_is_due"]
             self.alpha.load_state(state["alpha"])
             self.stability.load_state(state["stability"])
+            self.sampling.load_state(state.get("sampling", {}), self.step)
         self.recorder.begin(self.step, self.checkpoints.plan_changes)
         self.publisher.publish(self.policy, self.engine, self.step)

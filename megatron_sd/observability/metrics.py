@@ -33,13 +33,16 @@ def rollout_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
 
 def lag_metrics(groups: Sequence[RolloutGroup], step: int) -> dict[str, float]:
     """How old the weights were that sampled the rollouts of a step: rollout/policy_version, the oldest, and
-    rollout/policy_lag_steps, the mean over turns of the optimiser steps taken since; 0 is on-policy."""
-    versions = [
-        turn.policy_version for group in groups for rollout in group.rollouts for turn in rollout.turns
+    rollout/policy_lag_steps, the mean over turns of the optimiser steps taken since; 0 is on-policy.
+    rollout/mixed_versions_share: of the rollouts, those that several versions sampled."""
+    by_rollout = [
+        [turn.policy_version for turn in rollout.turns] for group in groups for rollout in group.rollouts
     ]
+    versions = [version for own in by_rollout for version in own]
     if not versions:
         return {}
     return {
+        "rollout/mixed_versions_share": _mean(len(set(own)) > 1 for own in by_rollout),
         "rollout/policy_version": float(min(versions)),
         "rollout/policy_lag_steps": _mean(step - version for version in versions),
     }

@@ -1,8 +1,9 @@
-"""Finished rollouts of the step at work, on disk: a run that is killed or stopped within a step does not
-sample them again.
+"""Rollouts on disk, for a run that is started again.
 
-    run_dir/bank/step_00000041.rank_3.1764040000000000000.jsonl
+    run_dir/bank/step_00000041.rank_3.1764040000000000000.jsonl     finished ones of the step at work
+    run_dir/bank/under_way_00000040.rank_3.jsonl                    what is carried over a checkpoint (carrying.py)
 
+A run that is killed or stopped within a step does not sample finished rollouts again.
 The first line names the run, the step and the version of the weights; each further one is a rollout with
 its checksum. A file of another run, step or version is not used, and a torn line ends the file. Rollouts
 are found by question and place in the group, so that a run which starts again on another number of ranks
@@ -16,11 +17,12 @@ import logging
 import os
 import time
 import zlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
 from megatron_sd.compact import as_fields
+from megatron_sd.durable.files import write_whole
 from megatron_sd.records import Rollout
 from megatron_sd.rollout.stored import rollout_of
 
@@ -36,14 +38,33 @@ class RolloutBank:
 
     identity: of the run, so that other settings or another corpus find nothing. only_whole: use what is
     there of a step only when nothing is missing of a rank's part. An engine whose last bits depend on what
-    is batched together repeats a step bit for bit only as a whole.
+    is batched together repeats a step bit for bit only as a whole. keep_steps: of how many checkpoints it keeps
+    what they carry; 0: of all.
     """
 
-    def __init__(self, directory: Path, *, rank: int, identity: str, only_whole: bool):
+    def __init__(self, directory: Path, *, rank: int, identity: str, only_whole: bool, keep_steps: int = 0):
         self._directory = directory
         self._rank = rank
         self._identity = identity
         self._only_whole = only_whole
+        self._keep_steps = keep_steps
+
+    def carry(self, step: int, records: Iterable[Mapping[str, Any]]) -> None:
+        """Write down what is under way of this rank when a checkpoint of `step` is made. Raises OSError."""
+        self._directory.mkdir(parents=True, exist_ok=True)
+        title = {"run": self._identity, "step": step}
+        path = self._directory / f"{_under_way(step)}.rank_{self._rank}.jsonl"
+        write_whole(path, "".join(_sealed(json.dumps(record)) for record in (title, *records)))
+        steps = sorted({path.name.partition(".")[0] for path in self._directory.glob("under_way_*.jsonl")})
+        for name in steps[: -self._keep_steps] if self._keep_steps else ():
+            for path in self._directory.glob(f"{name}.*"):
+                path.unlink(missing_ok=True)  # another rank may be faster
+
+    def carried(self, step: int) -> dict[str, dict[str, Any]]:
+        """What all ranks wrote down for a checkpoint of `step`, by the rollout's name."""
+        title = {"run": self._identity, "step": step}
+        paths = sorted(self._directory.glob(f"{_under_way(step)}.*.jsonl"))
+        return {record["name"]: record for path in paths for record in _read(path, title)}
 
     def open(self, step: int, policy_version: int) -> BankedStep:
         """What is there of a step, sampled from these weights; files of other steps are removed."""
@@ -53,7 +74,8 @@ class RolloutBank:
         found: dict[RolloutKey, Rollout] = {}
         for path in sorted(self._directory.glob("step_*.jsonl")):
             if path.name.startswith(prefix):
-                found |= {(rollout.question_id, rollout.index): rollout for rollout in _read(path, title)}
+                rollouts = map(rollout_of, _read(path, title))
+                found |= {(rollout.question_id, rollout.index): rollout for rollout in rollouts}
             else:
                 path.unlink(missing_ok=True)  # another rank may be faster
         path = self._directory / f"{prefix}rank_{self._rank}.{time.time_ns()}.jsonl"
@@ -109,11 +131,15 @@ def _sealed(text: str) -> str:
     return f"{zlib.crc32(text.encode()):08x} {text}\n"
 
 
-def _read(path: Path, title: dict[str, Any]) -> Iterator[Rollout]:
-    """The rollouts of a file with this title, up to the first line that is not whole."""
+def _under_way(step: int) -> str:
+    return f"under_way_{step:08d}"
+
+
+def _read(path: Path, title: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The records of a file with this title, up to the first line that is not whole."""
     lines = path.read_bytes().split(b"\n")[:-1]
     texts = [line[9:] for line in lines]
     whole = [line[:8] == b"%08x" % zlib.crc32(text) for line, text in zip(lines, texts)]
     count = whole.index(False) if False in whole else len(whole)
     if count and json.loads(texts[0]) == title:
-        yield from (rollout_of(json.loads(text)) for text in texts[1:count])
+        yield from map(json.loads, texts[1:count])

@@ -4,47 +4,34 @@ one's search."""
 from __future__ import annotations
 
 import asyncio
+import copy
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from types import MappingProxyType
+from typing import NamedTuple
 
 from megatron_sd.distributed.collectives import check_stop
 from megatron_sd.distributed.world import World, lone_world
 from megatron_sd.errors import RetrievalError, RolloutError, ToolError
 from megatron_sd.observability.progress import SILENT, Task, Work
-from megatron_sd.records import (
-    SEARCH,
-    Action,
-    Hit,
-    Question,
-    Rollout,
-    RolloutGroup,
-    StopReason,
-    TokenIds,
-    Turn,
-)
+from megatron_sd.records import SEARCH, Action, Hit, Question, Rollout, RolloutGroup, StopReason, TokenIds
 from megatron_sd.retrieval.retriever import Retriever
 from megatron_sd.rollout.bank import BankedStep
 from megatron_sd.rollout.engine import Completion, GenerationRequest, InferenceEngine, awake
+from megatron_sd.rollout.running import RolloutStart, RunningRollout
 from megatron_sd.rollout.sampling import rollout_seed
-from megatron_sd.search.environment import Environment, Verdict
+from megatron_sd.search.environment import Environment
 from megatron_sd.search.tools import Tool, ToolCall
 
 STOP_CHECK_S = 0.1
 NO_TOOLS: Mapping[str, Tool] = MappingProxyType({})
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Attempt:
-    """What one rollout starts from."""
+class Outcome(NamedTuple):
+    """A rollout that has ended, and the error when it failed for infrastructure reasons."""
 
-    session: str
-    question_id: str
-    index: int
-    prompt_ids: TokenIds
-    seed: int
-    temperature: float
+    rollout: Rollout
+    error: Exception | None
 
 
 class Rollouter:
@@ -77,6 +64,12 @@ class Rollouter:
         self._work = work
         self._tools = tools
 
+    def on(self, engine: InferenceEngine) -> Rollouter:
+        """The same rollouter with another engine."""
+        other = copy.copy(self)
+        other._engine = engine
+        return other
+
     @property
     def policy_version(self) -> int:
         """Of the weights that the engine samples from."""
@@ -106,29 +99,30 @@ class Rollouter:
                 f"found {len(blocks)} hindsight blocks for {len(questions)} questions, expected one per"
                 " question"
             )
-        attempts = [
-            self._attempts(question, block, step=step, place=place, greedy=greedy)
+        starts = [
+            self.starts(question, block, step=step, place=place, greedy=greedy)
             for place, (question, block) in enumerate(zip(questions, blocks))
         ]
         if bank:
-            bank.ask_for([(attempt.question_id, attempt.index) for group in attempts for attempt in group])
-        flat = [attempt for group in attempts for attempt in group]
+            bank.ask_for([(start.question_id, start.index) for group in starts for start in group])
+        flat = [start for group in starts for start in group]
         with awake(self._engine), self._work.on("rollouts", len(flat), "ended") as task:
             outcomes = iter(asyncio.run(self._run_all(flat, bank, task)))
-        results = [[next(outcomes) for _ in group] for group in attempts]
-        self._refuse_many_failures([outcome for group in results for outcome in group])
+        results = [[next(outcomes) for _ in group] for group in starts]
+        self.refuse_many_failures([outcome for group in results for outcome in group])
         return [
             RolloutGroup(question=question, rollouts=tuple(rollout for rollout, _ in group))
             for question, group in zip(questions, results)
         ]
 
-    def _attempts(
-        self, question: Question, block: str, *, step: int, place: int, greedy: bool
-    ) -> list[_Attempt]:
+    def starts(
+        self, question: Question, block: str = "", *, step: int, place: int, greedy: bool = False
+    ) -> list[RolloutStart]:
+        """Of the rollouts of a question, by index. place: of the question in its step, for the name alone."""
         limits = self._environment.limits
         prompt_ids = self._environment.prompt_ids(question.text, block)
         return [
-            _Attempt(
+            RolloutStart(
                 session=f"step {step}, question {place} ({question.id}), rollout {index}",
                 question_id=question.id,
                 index=index,
@@ -140,15 +134,13 @@ class Rollouter:
         ]
 
     async def _run_all(
-        self, attempts: Sequence[_Attempt], bank: BankedStep | None, task: Task
-    ) -> list[tuple[Rollout, Exception | None]]:
+        self, starts: Sequence[RolloutStart], bank: BankedStep | None, task: Task
+    ) -> list[Outcome]:
         """One task per rollout, started in order; an unexpected error, and a request to stop, end them all
         and are raised."""
         try:
             async with asyncio.TaskGroup() as tasks:
-                running = [
-                    tasks.create_task(self._find_or_roll_out(attempt, bank, task)) for attempt in attempts
-                ]
+                running = [tasks.create_task(self._find_or_roll_out(start, bank, task)) for start in starts]
                 beside = [tasks.create_task(self._watch_for_stop()), tasks.create_task(task.keep_ticking())]
                 if running:
                     await asyncio.wait(running)
@@ -163,93 +155,100 @@ class Rollouter:
             check_stop(self._world)
             await asyncio.sleep(STOP_CHECK_S)
 
-    async def _find_or_roll_out(
-        self, attempt: _Attempt, bank: BankedStep | None, task: Task
-    ) -> tuple[Rollout, Exception | None]:
-        rollout, error = bank.find(attempt.question_id, attempt.index) if bank else None, None
-        if rollout is None:
-            rollout, error = await self._roll_out(attempt, task)
-            if bank and error is None:
-                bank.keep(rollout)
-        task.add(done=1)
-        return rollout, error
+    async def _find_or_roll_out(self, start: RolloutStart, bank: BankedStep | None, task: Task) -> Outcome:
+        banked = bank.find(start.question_id, start.index) if bank else None
+        if banked is not None:
+            task.add(done=1)
+            return Outcome(banked, None)
+        outcome = await self.finish(RunningRollout(start, start.prompt_ids), task)
+        if bank and outcome.error is None:
+            bank.keep(outcome.rollout)
+        return outcome
 
-    async def _roll_out(self, attempt: _Attempt, task: Task) -> tuple[Rollout, Exception | None]:
-        """One rollout to its end, and the error when it failed for infrastructure reasons."""
-        episode = _Episode(attempt, attempt.prompt_ids)
+    async def finish(self, running: RunningRollout, task: Task) -> Outcome:
+        """Take a rollout to its end, from wherever it stands."""
         try:
-            while episode.stop is None:
-                await self._take_turn(episode, task)
+            if running.unanswered is not None:
+                await self._answer(running, running.unanswered)
+            while running.stop is None:
+                await self._take_turn(running, task)
         except RolloutError as error:
-            return episode.rollout(StopReason.ENGINE_FAILED), error
+            return Outcome(running.rollout(StopReason.ENGINE_FAILED), error)
         except RetrievalError as error:
-            return episode.rollout(StopReason.RETRIEVAL_FAILED), error
+            return Outcome(running.rollout(StopReason.RETRIEVAL_FAILED), error)
         except ToolError as error:
-            return episode.rollout(StopReason.TOOL_FAILED), error
+            return Outcome(running.rollout(StopReason.TOOL_FAILED), error)
         finally:
-            self._engine.release(attempt.session)
-        return episode.rollout(episode.stop), None
+            self._engine.release(running.start.session)
+            task.add(done=1)
+        return Outcome(running.rollout(running.stop), None)
 
-    async def _take_turn(self, episode: _Episode, task: Task) -> None:
+    async def _take_turn(self, running: RunningRollout, task: Task) -> None:
         """Sample a completion, judge it, and append what the environment answers."""
         environment = self._environment
-        budget = environment.turn_budget(len(episode.ids))
+        budget = environment.turn_budget(len(running.ids))
         if budget == 0:
-            episode.stop = StopReason.TOKEN_LIMIT
+            running.stop = StopReason.TOKEN_LIMIT
             return
-        completion = await self._complete(episode, budget)
+        completion = await self._complete(running, budget)
         self._world.pulse.move()
         task.add(tokens=len(completion.ids))
         verdict = environment.judge(
             completion.ids,
-            turn=sum(turn.attempt == episode.number for turn in episode.turns),
+            turn=sum(turn.attempt == running.number for turn in running.turns),
             truncated=completion.finish == "length",
-            attempt=episode.number,
-            called=Counter(turn.action.tool for turn in episode.turns if turn.action is not None),
-            num_faults=episode.num_faults,
+            attempt=running.number,
+            called=Counter(turn.action.tool for turn in running.turns if turn.action is not None),
+            num_faults=running.num_faults,
         )
-        episode.act(
+        running.act(
             completion,
             verdict,
-            well_formed=environment.is_well_formed(completion.ids, turn=len(episode.turns)),
+            well_formed=environment.is_well_formed(completion.ids, turn=len(running.turns)),
             note=environment.note(completion.ids),
         )
-        if verdict.stop is not None:
-            return
-        hits: tuple[Hit, ...] = ()
-        observation = verdict.observation_ids
         if verdict.action is not None:
-            hits, observation = await self._serve(verdict.action, episode)
-        if environment.turn_budget(len(episode.ids) + len(observation)) == 0:
-            observation, episode.stop = (), StopReason.TOKEN_LIMIT
-        episode.observe(hits, observation)
+            await self._answer(running, verdict.action)
+        elif verdict.stop is None:
+            self._show(running, (), verdict.observation_ids)
 
-    async def _serve(self, action: Action, episode: _Episode) -> tuple[tuple[Hit, ...], TokenIds]:
+    async def _answer(self, running: RunningRollout, action: Action) -> None:
+        """Do what the last turn asked for."""
+        self._show(running, *await self._serve(action, running))
+
+    def _show(self, running: RunningRollout, hits: tuple[Hit, ...], observation: TokenIds) -> None:
+        """Append what the environment says, unless no token is left for another turn."""
+        if self._environment.turn_budget(len(running.ids) + len(observation)) == 0:
+            observation, running.stop = (), StopReason.TOKEN_LIMIT
+        running.observe(hits, observation)
+
+    async def _serve(self, action: Action, running: RunningRollout) -> tuple[tuple[Hit, ...], TokenIds]:
         """What a search found, and what the policy is shown."""
         if action.tool == SEARCH:
             (hits,) = await self._retriever.search([action.text], self._top_k)
             return hits, self._environment.observation_ids(hits)
-        call = ToolCall(question_id=episode.attempt.question_id, turns=tuple(episode.turns))
+        call = ToolCall(question_id=running.start.question_id, turns=tuple(running.turns))
         return (), self._environment.result_ids(await self._tools[action.tool].answer(action.text, call))
 
-    async def _complete(self, episode: _Episode, budget: int) -> Completion:
-        attempt = episode.attempt
+    async def _complete(self, running: RunningRollout, budget: int) -> Completion:
+        start = running.start
         request = GenerationRequest(
-            session=attempt.session,
-            prompt_ids=episode.ids,
+            session=start.session,
+            prompt_ids=running.ids,
             max_new_tokens=budget,
-            temperature=attempt.temperature,
-            seed=attempt.seed,
+            temperature=start.temperature,
+            seed=start.seed,
             stop=self._environment.protocol.stop_strings,
         )
         completion = await self._engine.generate(request)
         if not completion.ids:
             raise RolloutError(
-                f"the engine returned no token for {attempt.session}, expected 1 to {budget}; see its log"
+                f"the engine returned no token for {start.session}, expected 1 to {budget}; see its log"
             )
         return completion
 
-    def _refuse_many_failures(self, outcomes: Sequence[tuple[Rollout, Exception | None]]) -> None:
+    def refuse_many_failures(self, outcomes: Sequence[Outcome]) -> None:
+        """Raise RolloutError when more than `max_failed_share` failed for infrastructure reasons."""
         failures = [(rollout, error) for rollout, error in outcomes if error is not None]
         limit = self._environment.limits.max_failed_share
         if len(failures) <= limit * len(outcomes):
@@ -259,51 +258,3 @@ class Rollouter:
             f"{len(failures)} of {len(outcomes)} rollouts failed ({dict(counts)}), "
             f"expected at most {limit:.0%} (rollout.max_failed_share); the first cause: {failures[0][1]}"
         ) from failures[0][1]
-
-
-@dataclass
-class _Episode:
-    """A rollout while it runs. ids: everything the engine has to see before the next turn."""
-
-    attempt: _Attempt
-    ids: TokenIds
-    turns: list[Turn] = field(default_factory=list)
-    answer: str | None = None
-    stop: StopReason | None = None
-    number: int = 0  # of the attempt at work
-    num_faults: int = 0  # native calls that could not be read
-
-    def act(self, completion: Completion, verdict: Verdict, *, well_formed: bool, note: str) -> None:
-        """Append what the policy sampled."""
-        self.turns.append(
-            Turn(
-                completion_ids=completion.ids,
-                completion_logprobs=completion.logprobs,
-                action=verdict.action,
-                policy_version=completion.policy_version,
-                well_formed=well_formed,
-                note=note,
-                attempt=self.number,
-                answer=verdict.answer,
-            )
-        )
-        self.number += verdict.ends_attempt
-        self.num_faults += verdict.is_fault
-        self.ids = (*self.ids, *completion.ids)
-        self.answer, self.stop = verdict.answer, verdict.stop
-
-    def observe(self, hits: tuple[Hit, ...], observation_ids: TokenIds) -> None:
-        """Append what the environment answered to the last turn."""
-        self.turns[-1] = replace(self.turns[-1], hits=hits, observation_ids=observation_ids)
-        self.ids = (*self.ids, *observation_ids)
-
-    def rollout(self, stop_reason: StopReason) -> Rollout:
-        """The record of what happened so far."""
-        return Rollout(
-            question_id=self.attempt.question_id,
-            index=self.attempt.index,
-            prompt_ids=self.attempt.prompt_ids,
-            turns=tuple(self.turns),
-            stop_reason=stop_reason,
-            answer=self.answer,
-        )

@@ -1,12 +1,13 @@
-"""When a step's rollouts are sampled: within the step, or one step ahead, while the update before it runs."""
+"""When a step's rollouts are sampled: within the step, or one step ahead, while the update before it runs.
+carrying.py has the third order, in which they outlive steps."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -34,6 +35,15 @@ class SamplingOrder(Protocol):
         `take`."""
         ...
 
+    def state(self, step: int) -> dict[str, Any]:
+        """What a checkpoint of `step`, between two steps, keeps of what is being sampled, as JSON values.
+        Collective."""
+        ...
+
+    def load_state(self, state: Mapping[str, Any], step: int) -> None:
+        """Go on from such a checkpoint."""
+        ...
+
 
 @dataclass(frozen=True, kw_only=True)
 class OwnShare:
@@ -57,7 +67,18 @@ class OwnShare:
             return self.rollouter.run(mine, step=step, bank=banked)
 
 
-class InStep:
+class _Stateless:
+    """What is sampled begins and ends within a step, or is sampled anew."""
+
+    def state(self, step: int) -> dict[str, Any]:
+        """Nothing."""
+        return {}
+
+    def load_state(self, state: Mapping[str, Any], step: int) -> None:
+        """Nothing."""
+
+
+class InStep(_Stateless):
     """On-policy: a step's rollouts are sampled when it begins, from the weights it will update."""
 
     def __init__(self, sample: Sample):
@@ -71,7 +92,7 @@ class InStep:
         """Nothing runs between two steps."""
 
 
-class OneAhead:
+class OneAhead(_Stateless):
     """Rollouts of step n + 1 are sampled in a thread while step n is assembled and updated: from the
     weights of step n, so they are one optimiser step behind (the first step of a run, or of a resumed one,
     is not). Rollouts of a step that the run does not come to, because it goes back to a checkpoint, are

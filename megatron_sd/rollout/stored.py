@@ -129,7 +129,7 @@ def rollout_of(fields: dict[str, Any]) -> Rollout:
         question_id=fields["question_id"],
         index=fields["index"],
         prompt_ids=tuple(fields["prompt_ids"]),
-        turns=tuple(_turn_of(turn) for turn in fields["turns"]),
+        turns=tuple(turn_of(turn) for turn in fields["turns"]),
         stop_reason=StopReason(fields["stop_reason"]),
         answer=fields["answer"],
         scores=None if scores is None else _scores_of(scores),
@@ -140,7 +140,8 @@ def _scores_of(fields: dict[str, Any]) -> Scores:
     return Scores(**fields | {"em_by_attempt": tuple(fields.get("em_by_attempt", ()))})
 
 
-def _turn_of(fields: dict[str, Any]) -> Turn:
+def turn_of(fields: dict[str, Any]) -> Turn:
+    """The Turn whose as_fields() went through JSON; equal to it."""
     hits = tuple(Hit(passage=Passage(**hit["passage"]), score=hit["score"]) for hit in fields["hits"])
     tuples = {
         name: tuple(fields[name]) for name in ("completion_ids", "completion_logprobs", "observation_ids")

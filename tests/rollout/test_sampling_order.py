@@ -83,7 +83,11 @@ def test_lag_metrics():
     answered = rollout()
     answered = replace(answered, turns=(replace(answered.turns[0], policy_version=5),))
     found = lag_metrics([group([searched]), group([answered])], 5)
-    assert found == {"rollout/policy_version": 4.0, "rollout/policy_lag_steps": pytest.approx(1 / 3)}
+    assert found == {
+        "rollout/mixed_versions_share": 0.5,
+        "rollout/policy_version": 4.0,
+        "rollout/policy_lag_steps": pytest.approx(1 / 3),
+    }
     assert lag_metrics([], 5) == {}
 
 

@@ -54,7 +54,7 @@ def trainer(events: list, *, fails_at: tuple[str, int]) -> Trainer:
         schedule=Schedule(num_steps=3, eval_every=(), transcripts_every=0, checkpoint_every=0),
         world=lone_world(torch.device("cpu")),
         evaluation=None,
-        sampling=SimpleNamespace(take=take, settle=lambda: None),
+        sampling=SimpleNamespace(take=take, settle=lambda: None, state=lambda step: {}),
         collect=Collecting(RolloutConfig()),
         score=lambda groups: groups,
         advantages=lambda groups: [],

@@ -22,15 +22,15 @@ _PLACES = ("run_dir", "seed", "log.", "model.path", "data.train", "data.eval", "
 # training rollouts, over
 # all steps (early speed) and over the last quarter; searches a rollout; share of hops whose passage was
 # found.
-OUTCOMES = (
+OF_EVERY_RUN = (
     "eval_em",
     "eval_em_greedy",
     "train_em",
     "train_em_late",
     "eval_hop_hits",
     "eval_searches",
-    "train_entropy",
 )
+OUTCOMES = (*OF_EVERY_RUN, "train_entropy")  # the last of runs with a policy loss alone
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eval.grid.plan import OUTCOMES
+from eval.grid.plan import OF_EVERY_RUN
 from megatron_sd.durable.files import write_whole
 from megatron_sd.errors import DataError
 
@@ -46,7 +46,7 @@ def read_record(path: Path) -> RunRecord | None:
     """The record; None when the file is not there, or is only a part of one: its run is to be repeated."""
     try:
         record = RunRecord(**json.loads(path.read_text(encoding="utf-8")))
-        complete = set(OUTCOMES) <= set(record.outcomes)
+        complete = set(OF_EVERY_RUN) <= set(record.outcomes)
     except (OSError, ValueError, TypeError):
         return None
     return record if complete else None

@@ -183,6 +183,9 @@ def test_a_record_appears_whole_or_not_at_all(config, tmp_path, monkeypatch):
     monkeypatch.undo()
     write_record(path, record)
     assert read_record(path) == record
+    without = {name: value for name, value in record.outcomes.items() if name != "train_entropy"}
+    write_record(path, dataclasses.replace(record, outcomes=without))
+    assert read_record(path) is not None, "a run without a policy loss has no entropy, and is complete"
 
 
 def test_failures_are_reported_after_the_table(config, monkeypatch, capsys):

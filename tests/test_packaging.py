@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -11,26 +12,30 @@ import pytest
 
 from megatron_sd.observability.metrics_log import read_metrics
 from megatron_sd.observability.sinks.table import SERVICES
+from megatron_sd.ops.native import cpu_library
 from tests.whole_runs.test_own_functions import files_of_the_page
 
 ROOT = Path(__file__).resolve().parent.parent
+HAS_COMPILER = shutil.which("c++") or shutil.which("g++")
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    """The names in a wheel built from the files of this checkout (setuptools alone, nothing downloaded)."""
+    """Built from the files of this checkout (setuptools alone, nothing downloaded), the C++ library compiled
+    anew; tests/ops/test_cuda_build.py compiles for GPUs."""
     out = tmp_path_factory.mktemp("wheel")
     build = "import sys, setuptools.build_meta as backend; print(backend.build_wheel(sys.argv[1]))"
     source = out / "source"
     ignored = {".git", ".venv", "build", "dist", "runs", "data"}
     for path in ROOT.rglob("*"):
         relative = path.relative_to(ROOT)
-        if path.is_file() and relative.parts[0] not in ignored and "__pycache__" not in relative.parts:
+        is_made = path.suffix == ".so" or "__pycache__" in relative.parts
+        if path.is_file() and relative.parts[0] not in ignored and not is_made:
             (source / relative).parent.mkdir(parents=True, exist_ok=True)
             (source / relative).symlink_to(path)
-    done = subprocess.run(
-        [sys.executable, "-c", build, str(out)], cwd=source, capture_output=True, text=True, check=False
-    )
+    own = os.environ | {"MEGATRON_SD_CUDA": "0"}
+    command = [sys.executable, "-c", build, str(out)]
+    done = subprocess.run(command, cwd=source, env=own, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     (path,) = out.glob("*.whl")
     return zipfile.ZipFile(path)
@@ -74,6 +79,18 @@ def test_wheel_holds_the_packages_and_their_data(wheel):
                 assert path.relative_to(ROOT).as_posix() in names
     tops = {name.split("/")[0] for name in names}
     assert tops == {"megatron_sd", "data_prep", "eval", "launch", "megatron_sd-0.1.0.dist-info"}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not HAS_COMPILER, reason="no C++ compiler on this machine")
+def test_a_compiler_is_all_it_takes(installed):
+    path = installed / "megatron_sd/_C.so"
+    library, missing = cpu_library.load(path)
+    assert (
+        missing == "" and library.megatron_sd_instruction_set() in range(3) and library.megatron_sd_compiler()
+    )
+    needed = path.read_bytes()
+    assert b"libtorch" not in needed and b"libpython" not in needed
 
 
 @pytest.mark.slow

@@ -2,9 +2,6 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,14 +20,14 @@ from megatron_sd.config import Config
 from megatron_sd.config.load import load
 from megatron_sd.errors import ConfigError
 from megatron_sd.resharding.names import DecoderSizes, model_shape
-from tests.launch.test_launch import free_port
+from tests.nursery import run_ranks
 from tests.training.fakes import write_model
 
 LIMIT_S = 400
 SHAPE = {
     "hidden_size": 512,
     "intermediate_size": 2048,
-    "num_hidden_layers": 8,
+    "num_hidden_layers": 4,
     "num_attention_heads": 16,
     "num_key_value_heads": 16,
     "vocab_size": 32_768,
@@ -41,7 +38,7 @@ REQUIRED = PATHS | {"model.dtype": "float32", "policy_loss.kl_weight": 0}
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """50 million parameters."""
+    """34 million parameters."""
     return write_model(tmp_path_factory.mktemp("plan") / "model", **SHAPE, max_position_embeddings=2048)
 
 
@@ -52,35 +49,9 @@ def run_config(model: str, options: Sequence[str]) -> Config:
 def measured(model: Path, *options: str, num_samples: int, num_ranks: int = 1) -> dict[str, int]:
     """Bytes of the worst rank in update and step; sequences of 512 tokens."""
     output = model.parent / "measured"
-    command = [
-        "-m",
-        "tests.rank_programs.measure_memory",
-        str(model),
-        str(output),
-        str(num_samples),
-        "512",
-        *options,
-    ]
-    command += [f"--{key}={value}" for key, value in REQUIRED.items()]
-    if num_ranks > 1:
-        launcher = [
-            "-m",
-            "deepspeed.launcher.runner",
-            "--num_gpus",
-            str(num_ranks),
-            "--master_port",
-            str(free_port()),
-        ]
-        command = [*launcher, "--no_local_rank", "--module", *command[1:]]
-    environment = os.environ | {
-        "MALLOC_MMAP_THRESHOLD_": "65536",
-        "DS_ACCELERATOR": "cpu",
-        "OMP_NUM_THREADS": "1",
-    }
-    done = subprocess.run(
-        [sys.executable, *command], env=environment, capture_output=True, text=True, timeout=LIMIT_S
-    )
-    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
+    required = (f"--{key}={value}" for key, value in REQUIRED.items())
+    argv = [str(model), str(output), str(num_samples), "512", *options, *required]
+    run_ranks("tests.rank_programs.measure_memory:main", argv, ranks=num_ranks, limit_s=LIMIT_S)
     ranks = [json.loads(Path(f"{output}.{rank}").read_text()) for rank in range(num_ranks)]
     return {name: max(rank[name] for rank in ranks) for name in ranks[0]}
 
@@ -108,7 +79,7 @@ def planned(model: Path, *options: str, tokens: int, num_ranks: int = 1) -> dict
         ((), 4, 1),
         (("--model.gradient_checkpointing=true",), 4, 1),
         ((), 4, 2),
-        (("--model.lora.rank=8",), 2, 1),
+        (("--model.lora.rank=8",), 4, 1),
     ],
 )
 def test_memory_is_within_15_percent_of_what_is_measured(model, options, num_samples, num_ranks):

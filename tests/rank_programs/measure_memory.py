@@ -1,16 +1,14 @@
 """What an update really takes of a process's memory: grows of its resident set, from before the policy is
 loaded.
 
-    python -m tests.rank_programs.measure_memory MODEL OUTPUT NUM_SAMPLES LENGTH [--key=value ...]
-
-Linux only. Set MALLOC_MMAP_THRESHOLD_=65536, so that what is freed goes back at once.
+Linux only. main's arguments: MODEL OUTPUT NUM_SAMPLES LENGTH [--key=value ...]
 """
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,10 +18,11 @@ from megatron_sd.algorithm.packing.batches import pack
 from megatron_sd.build_policy import build_policy
 from megatron_sd.config.load import load
 from megatron_sd.distributed.parallel import Parallel
-from megatron_sd.distributed.world import end_process, join_world
+from megatron_sd.distributed.world import join_world
 from megatron_sd.records import TrainingSample
 
 BLOCK_TOKENS = 64
+M_MMAP_THRESHOLD = -3  # of mallopt
 
 
 def resident_bytes(field: str) -> int:
@@ -60,6 +59,7 @@ def samples(num: int, length: int, vocabulary: int) -> list[TrainingSample]:
 
 def main(argv: list[str]) -> None:
     model, output, num, length, *options = argv
+    assert ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 16), "what is freed would not go back at once"
     world = join_world()
     required = {"run_dir": "none", "model.path": model, "data.train": "none", "retriever.corpus": "none"}
     config = load([*(f"--{key}={value}" for key, value in required.items()), *options])
@@ -84,8 +84,3 @@ def main(argv: list[str]) -> None:
         policy.step()
         found["step"] = resident_bytes("VmHWM") - before
     Path(f"{output}.{world.rank}").write_text(json.dumps(found))
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
-    end_process(0)

@@ -2,7 +2,7 @@
 # make test    style, and the tests that guard daily work: all but those marked slow
 # make test-all   style and all tests: what continuous integration runs, with make test-vllm
 # make trust   kills, full disks, stuck ranks, bad numbers at full counts (an hour), and docs/trust.md with what came out
-# make test-vllm  the tests that need a real vLLM, in an environment of their own (.venv-vllm, 2.5 GB)
+# make test-vllm  the tests that need a real vLLM, in an environment of their own (.venv-vllm, 2.5 GB); -j2: as two halves
 # make demo-vllm  the demo with vLLM as the rollout engine, in that environment
 # make bench   benchmarks: ratios of two implementations in one run
 # make lint    style only
@@ -37,9 +37,12 @@ PIP     = $(BIN)/python -m pip --quiet --disable-pip-version-check install
 VLLM      := .venv-vllm/ready
 VLLM_PACKAGES := .venv-vllm/packages
 VLLM_LOCK := tests/vllm/cpu_lock.txt
+# Two halves that take equally long, so that `make -j2 test-vllm` runs them side by side.
+VLLM_SHARED := $(patsubst %,tests/vllm/test_vllm_%.py,engine failures publish gate)
 VLLM_PIP   = .venv-vllm/bin/python -m pip --quiet --disable-pip-version-check install
 
-.PHONY: demo demo-vllm test test-all trust test-vllm bench gpu-check gpu-check-train gpu-check-all lint docs wheel clean
+.PHONY: demo demo-vllm test test-all trust test-vllm test-vllm-shared test-vllm-own bench gpu-check gpu-check-train \
+  gpu-check-all lint docs wheel clean
 
 demo: $(READY)
 	@$(BIN)/sd-search demo
@@ -75,9 +78,15 @@ gpu-check-train:
 gpu-check-all:
 	@$(PYTHON) -m launch.doctor.first_hour
 
-test-vllm: $(VLLM)
-	@echo "== tests with vLLM"
-	@.venv-vllm/bin/python -m pytest tests/vllm
+test-vllm: test-vllm-shared test-vllm-own
+
+test-vllm-shared: $(VLLM)
+	@echo "== tests with vLLM: on servers that they share, and the gate"
+	@.venv-vllm/bin/python -m pytest $(VLLM_SHARED)
+
+test-vllm-own: $(VLLM)
+	@echo "== tests with vLLM: runs that start it themselves"
+	@.venv-vllm/bin/python -m pytest tests/vllm $(VLLM_SHARED:%=--ignore=%)
 
 demo-vllm: $(VLLM)
 	@.venv-vllm/bin/sd-search demo --engine vllm

@@ -7,9 +7,10 @@ LONGEST_FIRST = (
     "tests/whole_runs/test_presets.py",
     "tests/slurm/test_real_training.py",
     "tests/launch/test_launch_nodes.py",
-    "tests/whole_runs/test_trust.py",
+    "tests/whole_runs/",
+    "tests/test_packaging.py",
+    "tests/slurm/",
     "tests/launch/test_plan.py",
-    "tests/whole_runs/test_sft.py",
     "tests/launch/test_launch_sft.py",
     "tests/algorithm/test_variants.py",
     "tests/eval/test_gate.py",
@@ -18,6 +19,9 @@ LONGEST_FIRST = (
     "tests/training/",
     "tests/resharding/",
     "tests/eval/",
+    "tests/launch/",
+    "tests/data_prep/",
+    "tests/world/",
 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 import signal
 import time
@@ -24,6 +25,7 @@ LAST = "step_00000003"
 SMALL = ("--rollout.group_size=3", "--rollout.max_search_turns=2", "--rollout.max_turn_tokens=32")
 # an estimator, minibatches, a reading with a teacher of its own, a critic
 KILLED = ("gigpo", "gspo", "turnsight", "search_r1_ppo")
+EVERY = ("--checkpoint.every=1", "--checkpoint.keep=3")
 
 
 @pytest.fixture(scope="module")
@@ -68,13 +70,25 @@ def arguments(name: str, world: Path, run_dir: Path, *options: str) -> list[str]
     return expand([*argv, *options])[0]
 
 
+@pytest.fixture(scope="module")
+def straight(world, tmp_path_factory):
+    """By a method's name: its run on one rank, made once, which saves every step where one is killed beside it."""
+
+    @functools.cache
+    def made(name: str) -> Path:
+        run_dir = tmp_path_factory.mktemp(name) / "one"
+        run(1, arguments(name, world, run_dir, *(EVERY if name in KILLED else ())))
+        return run_dir
+
+    return made
+
+
 @pytest.mark.slow
 @pytest.mark.ranks
 @pytest.mark.parametrize("name", sorted(presets()))
-def test_a_method_takes_three_steps_on_one_rank_as_on_two(name, world, tmp_path):
-    run(1, arguments(name, world, tmp_path / "one"))
+def test_a_method_takes_three_steps_on_one_rank_as_on_two(name, world, straight, tmp_path):
     run(2, arguments(name, world, tmp_path / "two"))
-    one, two = without_clocks(tmp_path / "one"), without_clocks(tmp_path / "two")
+    one, two = without_clocks(straight(name)), without_clocks(tmp_path / "two")
     assert list(one) == [1, 2, 3] and any(metrics["optim/grad_norm"] > 0 for metrics in one.values())
     for step, metrics in one.items():
         figures = ("loss/policy", "loss/distill", "reward/mean", "rollout/searches", "optim/grad_norm")
@@ -82,8 +96,8 @@ def test_a_method_takes_three_steps_on_one_rank_as_on_two(name, world, tmp_path)
         for key in filter(metrics.__contains__, figures):
             assert two[step][key] == pytest.approx(metrics[key], abs=2e-5, rel=1e-3), (step, key)
     found, expected = (
-        {key: torch.from_numpy(array) for key, array in parameters(tmp_path / side, LAST).items()}
-        for side in ("two", "one")
+        {key: torch.from_numpy(array) for key, array in parameters(run_dir, LAST).items()}
+        for run_dir in (tmp_path / "two", straight(name))
     )
     before = {key: torch.from_numpy(a) for key, a in load_file(START_POLICY / "model.safetensors").items()}
     assert_same_movement(found, expected, before)
@@ -91,10 +105,8 @@ def test_a_method_takes_three_steps_on_one_rank_as_on_two(name, world, tmp_path)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", KILLED)
-def test_a_killed_run_of_a_method_resumes_bit_for_bit(name, world, tmp_path):
-    every = ("--checkpoint.every=1", "--checkpoint.keep=3")
-    run(1, arguments(name, world, tmp_path / "straight", *every))
-    argv = arguments(name, world, tmp_path / "killed", *every)
+def test_a_killed_run_of_a_method_resumes_bit_for_bit(name, world, straight, tmp_path):
+    argv = arguments(name, world, tmp_path / "killed", *EVERY)
     ranks, log = start(1, argv), tmp_path / "killed" / "metrics.jsonl"
     deadline = time.monotonic() + 240
     while time.monotonic() < deadline and not (log.exists() and '"step": 2' in log.read_text()):
@@ -102,17 +114,16 @@ def test_a_killed_run_of_a_method_resumes_bit_for_bit(name, world, tmp_path):
     ranks.signal(signal.SIGKILL)
     assert ranks.wait() == [-signal.SIGKILL]
     assert "resumed from" in run(1, argv)
-    expected, found = (parameters(tmp_path / side, LAST) for side in ("straight", "killed"))
+    expected, found = (parameters(run_dir, LAST) for run_dir in (straight(name), tmp_path / "killed"))
     for key, array in expected.items():
         assert np.array_equal(found[key], array), key
-    assert without_clocks(tmp_path / "killed") == without_clocks(tmp_path / "straight")
+    assert without_clocks(tmp_path / "killed") == without_clocks(straight(name))
 
 
 @pytest.mark.slow
 def test_the_policy_waits_while_its_critic_warms_up(world, tmp_path):
     """Two steps of the critic alone, on rollouts of the start policy; the third trains both."""
-    options = ("--critic.warmup_only_steps=2", "--checkpoint.every=1", "--checkpoint.keep=3")
-    run(1, arguments("search_r1_ppo", world, tmp_path, *options))
+    run(1, arguments("search_r1_ppo", world, tmp_path, "--critic.warmup_only_steps=2", *EVERY))
     start = load_file(START_POLICY / "model.safetensors")
     second, last = (parameters(tmp_path, step) for step in ("step_00000002", LAST))
     assert all(np.array_equal(second[key], array) for key, array in start.items())

@@ -113,12 +113,12 @@ $(READY): setup.py
 
 $(BENCH): $(READY)
 	@echo "== set-up: packages that only benchmarks need"
-	@$(PIP) --editable ".[bench]"
+	@MEGATRON_SD_NATIVE=keep $(PIP) --editable ".[bench]"
 	@touch $@
 
 $(DOCS): $(READY)
 	@echo "== set-up: packages that only the site needs"
-	@$(PIP) --editable ".[docs]"
+	@MEGATRON_SD_NATIVE=keep $(PIP) --editable ".[docs]"
 	@touch $@
 
 # Apart from the project itself, so that continuous integration can install these while other tests run.
@@ -130,9 +130,11 @@ $(VLLM_PACKAGES): $(VLLM_LOCK)
 	@$(VLLM_PIP) --no-deps -r $(VLLM_LOCK)
 	@touch $@
 
+# A library that .venv's set-up compiled of the same sources is taken as it is.
 $(VLLM): setup.py $(VLLM_PACKAGES)
 	@echo "== set-up 3/3: megatron-sd"
-	@MEGATRON_SD_CUDA=0 $(VLLM_PIP) --no-deps --no-build-isolation --editable .
+	@if [ -z "$$(find setup.py kernels/csrc -newer megatron_sd/_C.so 2>&1)" ]; then export MEGATRON_SD_NATIVE=keep; fi; \
+	  MEGATRON_SD_CUDA=0 $(VLLM_PIP) --no-deps --no-build-isolation --editable .
 	@touch $@
 
 clean:

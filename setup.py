@@ -9,6 +9,7 @@ Code for NVIDIA GPUs is a second library, megatron_sd/_C_cuda.so, compiled where
     MEGATRON_SD_CUDA        auto (default): with nvcc and if it succeeds. 1: or the installation fails. 0: never.
     MEGATRON_SD_CUDA_ARCHS  compute capabilities, ";" between them. Default "80;90a;100a", less what this nvcc does not know. The
                             newest is also kept as PTX, without its letter, for GPUs yet to come.
+    MEGATRON_SD_NATIVE      keep: neither is compiled, what lies in the checkout stays. For its second environment.
 """
 
 import os
@@ -156,6 +157,8 @@ class BuildNative(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         """The C++ library as setuptools does it, the CUDA library with nvcc."""
+        if os.environ.get("MEGATRON_SD_NATIVE") == "keep":
+            return print(f"{ext.name} is not compiled: MEGATRON_SD_NATIVE=keep")
         if ext is not NATIVE_CUDA:
             return super().build_extension(ext)
         return self._build_cuda(wish=os.environ.get("MEGATRON_SD_CUDA", "auto"))

@@ -39,6 +39,12 @@ def test_without_a_compiler_there_is_a_warning_and_no_library(tmp_path):
     assert not (tmp_path / "lib/megatron_sd/_C.so").exists()
 
 
+def test_what_is_to_be_kept_is_not_compiled(tmp_path):
+    done = build(tmp_path, MEGATRON_SD_NATIVE="keep")
+    assert done.returncode == 0 and "megatron_sd._C is not compiled: MEGATRON_SD_NATIVE=keep" in done.stdout
+    assert not (tmp_path / "lib/megatron_sd/_C.so").exists()
+
+
 def test_a_missing_or_broken_file_is_explained(tmp_path):
     assert cpu_library.load(tmp_path / "_C.so") == (
         None,

@@ -28,6 +28,7 @@ from launch.planner.memory import (
     Sizes,
     checkpoint_bytes,
     kv_bytes_per_token,
+    largest_microbatch,
     peak,
     rank_memory,
 )
@@ -45,7 +46,7 @@ from launch.planner.step_estimate import (
 from megatron_sd.config import Config
 from megatron_sd.config.command_line import parse
 from megatron_sd.errors import ConfigError
-from megatron_sd.resharding.names import UnknownArchitectureError, model_shape
+from megatron_sd.resharding.names import DecoderSizes, UnknownArchitectureError, model_shape
 from megatron_sd.resharding.plan import ITEM_BYTES
 from megatron_sd.rollout.vllm.memory import WorkerMemory, memory_share, worker_memory
 
@@ -178,6 +179,7 @@ def render_plan(layout: LayoutConfig, job: Job, model: Mapping[str, Any]) -> str
             f" {gpu.name}; {_who_samples(job)}"
         ),
         *_memory_lines(rank_memory(shape, config, world_size=world_size), gpu),
+        _microbatch_line(shape, config, world_size, gpu),
         *(_server_lines(config, model, gpu) if job.samples else ()),
         *(_cache_lines(config, model) if job.samples else ("",)),
         *kept,
@@ -205,6 +207,17 @@ def _memory_lines(parts: Sequence[Part], gpu: Gpu) -> list[str]:
             f" {RESERVED_GIB:g} reserved"
         ),
     ]
+
+
+def _microbatch_line(shape: DecoderSizes, config: Config, world_size: int, gpu: Gpu) -> str:
+    def needed(config: Config) -> float:
+        return peak(rank_memory(shape, config, world_size=world_size))[0]
+
+    largest = largest_microbatch(config, needed, (gpu.memory_gib - RESERVED_GIB) * GIB)
+    return (
+        f"  update.max_microbatch_tokens {config.update.max_microbatch_tokens:,}; the largest power of two that"
+        f" fits: {'none' if largest is None else f'{largest:,}'}"
+    )
 
 
 def _cache_lines(config: Config, model: Mapping[str, Any]) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from launch.cluster.job import Job, Program
 from launch.local import free_bytes
-from launch.planner.memory import GIB, RESERVED_GIB, Sizes
+from launch.planner.memory import GIB, RESERVED_GIB, Sizes, largest_microbatch
 from launch.planner.memory_check import LORA_RANK, needed_bytes
 from megatron_sd.config import Config
 from megatron_sd.errors import ConfigError
@@ -20,7 +20,6 @@ BLANKS: Mapping[Program, Mapping[str, str]] = {
     "train": {"--run_dir": "none", "--data.train": "none", "--retriever.corpus": "none"},
     "sft": {"--run_dir": "none", "--episodes": "none"},
 }
-MICROBATCHES = tuple(1 << power for power in range(9, 17))  # tokens, of which the largest that fits is told
 MOST_COLUMNS = 3
 
 
@@ -93,11 +92,9 @@ def ways(config: Config) -> Iterator[tuple[str, Config]]:
 
 
 def _place(config: Config, shape: DecoderSizes, num_ranks: int, *, free: float, on_cpu: bool) -> str:
-    def needed(tokens: int) -> float:
-        update = dataclasses.replace(config.update, max_microbatch_tokens=tokens)
-        return needed_bytes(shape, dataclasses.replace(config, update=update), num_ranks, on_cpu=on_cpu)[0]
+    def needed(config: Config) -> float:
+        return needed_bytes(shape, config, num_ranks, on_cpu=on_cpu)[0]
 
-    largest = max((tokens for tokens in MICROBATCHES if needed(tokens) <= free), default=None)
-    size = needed(config.update.max_microbatch_tokens)
+    largest, size = largest_microbatch(config, needed, free), needed(config)
     verdict = "fits" if size <= free else "no"
     return f"{size / GIB:.1f} {verdict} ({'none' if largest is None else f'{largest:,}'})"

@@ -278,8 +278,12 @@ def test_the_plan_of_a_large_model(capsys):
     publish = "publish           145.4 GB a step"
     for fragment in ("72.71 G parameters", "64 training ranks on 8 nodes", "fits in 79.1", publish, LOADING):
         assert fragment in printed, printed
+    assert "update.max_microbatch_tokens 16,384; the largest power of two that fits: 16,384" in printed, (
+        printed
+    )
     assert command_line(["plan", "--model", "qwen2.5-72b", "--gpus", "8"]) == 0
-    assert "DOES NOT FIT" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "DOES NOT FIT" in printed and "the largest power of two that fits: none" in printed
     assert command_line(["plan", "--model", "qwen2.5-7b", "--gpus", "8", *WITH_AUTOTP]) == 0
     whole = (
         "loading           15.2 GB read a node (every rank loads the whole model, of pages that they share)"

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -25,6 +26,7 @@ from megatron_sd.search.questions import MixedStream, QuestionStream
 
 Place = tuple[int, int]  # of a group: its batch of questions, and where it stands in that
 
+logger = logging.getLogger(__name__)
 _UNSEEN = Task(0, time.monotonic)  # whole groups are shown, not their rollouts
 
 
@@ -112,7 +114,10 @@ class CarriedOver:
         self._thread.run(self._engine.pause())
         self._put_back()
         if self._bank is not None:
-            self._bank.carry(step, self._thread.run(self._written()))
+            try:
+                self._bank.carry(step, self._thread.run(self._written()))
+            except OSError as error:  # a full disk, perhaps: the checkpoint that follows says so on all ranks
+                logger.warning("rollouts under way are not kept, a later start begins them anew: %s", error)
         places = [place for own in gather_objects(self._world, list(self._groups)) for place in own]
         return {"next_batch": self._next_batch, "under_way": sorted(places)}
 

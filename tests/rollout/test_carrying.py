@@ -221,6 +221,15 @@ def test_without_the_bank_what_is_under_way_begins_anew(tmp_path):
     assert [turn for session, turn in engine.asked if "(q1)" in session] == [0, 0, 1, 1]
 
 
+def test_a_bank_that_cannot_be_written_stops_nobody(tmp_path, caplog):
+    """The other ranks are in the collective that follows."""
+    (tmp_path / "bank").write_text("a file in the place of the directory")
+    own = order(Retriever(), bank=RolloutBank(tmp_path / "bank", rank=0, identity="run", only_whole=False))
+    own.take(0)
+    assert len(own.state(0)["under_way"]) == 4
+    assert "rollouts under way are not kept, a later start begins them anew" in caplog.text
+
+
 def test_what_a_step_took_is_under_way_again_when_the_step_was_not_taken():
     """An error or a stop between take and settle: the checkpoint that the trainer makes has lost nothing."""
     own = order(Retriever())

@@ -326,7 +326,7 @@ def _sampling_order(
     )
     kept_in = None if mode == "off" else bank
     if config.rollout.max_lag > 1:
-        engine = PausableEngine(side.engine)
+        engine = PausableEngine(side.engine, width=config.rollout.max_concurrent_sequences)
         return CarriedOver(
             world=world,
             questions=questions,
@@ -334,7 +334,7 @@ def _sampling_order(
             engine=engine,
             bank=kept_in,
             num_steps=config.num_steps,
-            max_lag=config.rollout.max_lag,
+            config=config.rollout,
             work=side.work,
         )
     sample = OwnShare(

@@ -126,7 +126,7 @@ class Trainer:
             updates = [self.learn(b, self.update, self.step) for b in self.reread(batches, self.policy)]
         self.step += 1
         with self.timers.phase("publish"):
-            self.sampling.settle()
+            together(self.world, self.sampling.settle)  # a server may be another rank's, too
             self.publisher.publish(self.policy, self.engine, self.step)
         self.record(groups, blocks, batches, mean_of(updates))
         self.side_work(groups, blocks)
@@ -188,7 +188,7 @@ class Trainer:
         """The step was refused: go back to the last checkpoint, or pass its questions over, or give up and
         raise."""
         goes_back = self.stability.refused(self.step, error) and self.checkpoints.newest_step() is not None
-        self.sampling.settle()
+        together(self.world, self.sampling.settle)
         if goes_back:
             self.recorder.close()
             self.resume()
@@ -215,6 +215,6 @@ class Trainer:
             self.step, self.evaluation_is_due = state["step"], state["evaluation_is_due"]
             self.alpha.load_state(state["alpha"])
             self.stability.load_state(state["stability"])
-            self.sampling.load_state(state.get("sampling", {}), self.step)
+            together(self.world, lambda: self.sampling.load_state(state.get("sampling", {}), self.step))
         self.recorder.begin(self.step, self.checkpoints.plan_changes)
         self.publisher.publish(self.policy, self.engine, self.step)

@@ -118,7 +118,7 @@ class RolloutConfig:
     # of the step is complete, so that the embedded engine repeats it bit for bit; auto: whole with that
     # engine, else all.
     bank: Literal["auto", "all", "whole", "off"] = "auto"
-    # optimiser steps that sampling may be behind: 1 rolls out the next batch during the update; from 2 on a step
+    # steps that sampling may be behind: 1 rolls out the next batch during the update; from 2 on a step
     # takes the groups that end first, and carries the others over (rollout/carrying.py)
     max_lag: Literal[0, 1, 2, 3, 4] = 0
     engine: Literal["torch", "vllm"] = "torch"  # embedded in the ranks, or vLLM

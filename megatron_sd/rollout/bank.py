@@ -49,20 +49,28 @@ class RolloutBank:
         self._only_whole = only_whole
         self._keep_steps = keep_steps
 
-    def carry(self, step: int, records: Iterable[Mapping[str, Any]]) -> None:
-        """Write down what is under way of this rank when a checkpoint of `step` is made. Raises OSError."""
+    def carry(self, step: int, records: Iterable[Mapping[str, Any]], *, num_ranks: int) -> None:
+        """Write down what is under way of this rank, of so many, before a checkpoint of `step` is made. Raises
+        OSError."""
         self._directory.mkdir(parents=True, exist_ok=True)
-        title = {"run": self._identity, "step": step}
+        title = {"run": self._identity, "step": step, "num_ranks": num_ranks}
         path = self._directory / f"{_under_way(step)}.rank_{self._rank}.jsonl"
         write_whole(path, "".join(_sealed(json.dumps(record)) for record in (title, *records)))
-        steps = sorted({path.name.partition(".")[0] for path in self._directory.glob("under_way_*.jsonl")})
-        for name in steps[: -self._keep_steps] if self._keep_steps else ():
+        self._prune(_under_way(step))
+
+    def _prune(self, newest: str) -> None:
+        """Of what is carried keep this one and those of the newest `keep_steps` checkpoints; later ones are of a
+        time that the run has gone back from."""
+        found = {path.name.partition(".")[0] for path in self._directory.glob("under_way_*.jsonl")}
+        earlier = sorted(name for name in found if name <= newest)
+        kept = earlier[-self._keep_steps - 1 :] if self._keep_steps else earlier
+        for name in found.difference(kept):
             for path in self._directory.glob(f"{name}.*"):
                 path.unlink(missing_ok=True)  # another rank may be faster
 
-    def carried(self, step: int) -> dict[str, dict[str, Any]]:
-        """What all ranks wrote down for a checkpoint of `step`, by the rollout's name."""
-        title = {"run": self._identity, "step": step}
+    def carried(self, step: int, *, num_ranks: int) -> dict[str, dict[str, Any]]:
+        """What all of the ranks that made a checkpoint of `step` wrote down, by the rollout's name."""
+        title = {"run": self._identity, "step": step, "num_ranks": num_ranks}
         paths = sorted(self._directory.glob(f"{_under_way(step)}.*.jsonl"))
         return {record["name"]: record for path in paths for record in _read(path, title)}
 

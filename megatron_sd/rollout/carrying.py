@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from megatron_sd.config import RolloutConfig
 from megatron_sd.distributed.collectives import check_stop, gather_objects, share
 from megatron_sd.distributed.world import World, use_device
 from megatron_sd.observability.progress import Task, Work
@@ -22,6 +23,7 @@ from megatron_sd.rollout.loop_thread import LoopThread
 from megatron_sd.rollout.pausable import PausableEngine
 from megatron_sd.rollout.rollouter import STOP_CHECK_S, Outcome, Rollouter
 from megatron_sd.rollout.running import RunningRollout
+from megatron_sd.rollout.sampling_order import warn_of_dropped
 from megatron_sd.search.questions import MixedStream, QuestionStream
 
 Place = tuple[int, int]  # of a group: its batch of questions, and where it stands in that
@@ -44,7 +46,7 @@ class CarriedOver:
     that end first.
 
     Questions of batch b begin with step b - 1, and are waited for in step b + max_lag - 1 at the latest: so no turn
-    that a step trains on is older than max_lag optimiser steps. Each question is trained on once. Rollouts stop
+    that a step trains on is older than max_lag steps. Each question is trained on once. Rollouts stop
     between two turns while weights change; each turn knows its version. `state` is taken between steps: what a step
     took counts as taken when it has settled.
 
@@ -60,7 +62,7 @@ class CarriedOver:
         engine: PausableEngine,
         bank: RolloutBank | None,
         num_steps: int,
-        max_lag: int,
+        config: RolloutConfig,
         work: Work,
     ):
         """rollouter: over this engine."""
@@ -70,7 +72,9 @@ class CarriedOver:
         self._engine = engine
         self._bank = bank
         self._num_steps = num_steps
-        self._patience = max_lag - 1  # steps that a group may be passed over
+        self._patience = config.max_lag - 1  # steps that a group may be passed over
+        self._own = share(world, range(config.questions_per_step))  # this rank's places in a batch
+        self._batch_size = config.questions_per_step
         self._work = work
         self._next_batch = 0
         self._groups: dict[Place, _Group] = {}
@@ -84,9 +88,9 @@ class CarriedOver:
         any longer. There is one round."""
         self._put_back()
         while self._next_batch <= min(step + 1, self._num_steps - 1):
-            self._begin([(self._next_batch, place) for place in self._own(self._next_batch)])
+            self._begin([(self._next_batch, place) for place in self._own])
             self._next_batch += 1
-        wanted = min(len(self._own(step)), len(self._groups))
+        wanted = min(len(self._own), len(self._groups))
         due = [place for place in self._groups if place[0] + self._patience <= step]
         with self._work.on("groups", wanted, "ended") as task:
             self._thread.run(self._engine.go_on())
@@ -115,34 +119,38 @@ class CarriedOver:
         self._put_back()
         if self._bank is not None:
             try:
-                self._bank.carry(step, self._thread.run(self._written()))
+                self._bank.carry(step, self._thread.run(self._written()), num_ranks=self._world.size)
             except OSError as error:  # a full disk, perhaps: the checkpoint that follows says so on all ranks
                 logger.warning("rollouts under way are not kept, a later start begins them anew: %s", error)
         places = [place for own in gather_objects(self._world, list(self._groups)) for place in own]
-        return {"next_batch": self._next_batch, "under_way": sorted(places)}
+        sizes = {"batch_size": self._batch_size, "num_ranks": self._world.size}
+        return {"next_batch": self._next_batch, "under_way": sorted(places), **sizes}
 
     def load_state(self, state: Mapping[str, Any], step: int) -> None:
         """Go on from a checkpoint of this step, on however many ranks."""
         self._thread.run(self._engine.pause())
         self._thread.run(self._drop())
+        size = self._batch_size
+        if state.get("batch_size", size) != size:
+            warn_of_dropped(
+                state, step, f"rollout.questions_per_step was {state['batch_size']} and is now {size}"
+            )
+            state = {}
         places = [(batch, place) for batch, place in state.get("under_way", ())]
         self._next_batch = state.get("next_batch", step)
-        size = len(self._questions.batch(0))
         parts = [share(self._world, places[n : n + size]) for n in range(0, len(places), size)]
-        written = self._bank.carried(step) if self._bank is not None else {}
+        has_bank = self._bank is not None and "num_ranks" in state
+        written = self._bank.carried(step, num_ranks=state["num_ranks"]) if has_bank else {}
         self._begin([place for part in parts for place in part], written)
-
-    def _own(self, batch: int) -> Sequence[int]:
-        """This rank's places in a batch of questions."""
-        return share(self._world, range(len(self._questions.batch(batch))))
 
     def _begin(self, places: Sequence[Place], written: Mapping[str, Mapping[str, Any]] = {}) -> None:
         self._thread.run(self._start(places, written))
 
     async def _start(self, places: Sequence[Place], written: Mapping[str, Mapping[str, Any]]) -> None:
         """Begin groups, or go on with what was written of them, by the names of their rollouts."""
+        batches = {batch: self._questions.batch(batch) for batch in {batch for batch, _ in places}}
         for batch, place in places:
-            question = self._questions.batch(batch)[place]
+            question = batches[batch][place]
             starts = self._rollouter.starts(question, step=batch, place=place)
             rollouts = [
                 RunningRollout.resumed(start, written[start.session])
@@ -155,10 +163,20 @@ class CarriedOver:
             self._groups[batch, place] = _Group(question, rollouts, work)
 
     async def _finish(self, rollouts: Sequence[RunningRollout]) -> list[Outcome]:
-        return list(await asyncio.gather(*(self._rollouter.finish(one, _UNSEEN) for one in rollouts)))
+        """To their ends; an unexpected error of one ends the others, and is raised."""
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                ends = [tasks.create_task(self._rollouter.finish(one, _UNSEEN)) for one in rollouts]
+        except ExceptionGroup as errors:
+            raise errors.exceptions[0] from None
+        return [end.result() for end in ends]
 
     def _ended(self) -> list[Place]:
-        return [place for place in sorted(self._groups) if self._groups[place].work.done()]
+        """Where groups have ended. An unexpected error of any rollout is raised at once."""
+        ended = [place for place in sorted(self._groups) if self._groups[place].work.done()]
+        for place in ended:
+            self._groups[place].work.result()
+        return ended
 
     def _found(self, due: Sequence[Place], wanted: int) -> list[Place] | None:
         """The places of the groups that make the step; None while too few have ended."""

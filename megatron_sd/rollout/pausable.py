@@ -9,10 +9,12 @@ from megatron_sd.rollout.engine import Completion, GenerationRequest, InferenceE
 
 class PausableEngine:
     """InferenceEngine over another one. It begins paused. All of it is called in one event loop; while it is
-    paused the engine below is called by nobody here, and may take new weights."""
+    paused the engine below is called by nobody here, and may take new weights. width: completions that the engine
+    samples at one time; others wait here, so that a pause does not wait for them."""
 
-    def __init__(self, engine: InferenceEngine):
+    def __init__(self, engine: InferenceEngine, *, width: int):
         self._engine = engine
+        self._room = asyncio.Semaphore(width)
         self._may_go = asyncio.Event()
         self._is_idle = asyncio.Event()
         self._is_idle.set()
@@ -42,16 +44,17 @@ class PausableEngine:
 
     async def generate(self, request: GenerationRequest) -> Completion:
         """Sample one completion, when it is not paused. Raises RolloutError when nothing can be returned."""
-        while not self._may_go.is_set():
-            await self._may_go.wait()
-        self._num_sampling += 1
-        self._is_idle.clear()
-        try:
-            return await self._engine.generate(request)
-        finally:
-            self._num_sampling -= 1
-            if not self._num_sampling:
-                self._is_idle.set()
+        async with self._room:
+            while not self._may_go.is_set():
+                await self._may_go.wait()
+            self._num_sampling += 1
+            self._is_idle.clear()
+            try:
+                return await self._engine.generate(request)
+            finally:
+                self._num_sampling -= 1
+                if not self._num_sampling:
+                    self._is_idle.set()
 
     def release(self, session: str) -> None:
         """The rollout is over; the engine hears of it when it may be called."""

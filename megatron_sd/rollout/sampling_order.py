@@ -4,6 +4,7 @@ carrying.py has the third order, in which they outlive steps."""
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -18,8 +19,20 @@ from megatron_sd.rollout.bank import RolloutBank
 from megatron_sd.rollout.rollouter import Rollouter
 from megatron_sd.search.questions import MixedStream, QuestionStream
 
+_log = logging.getLogger(__name__)
+
 # this rank's groups of a step, in the first or a further round (collecting.py)
 Sample = Callable[[int, int], list[RolloutGroup]]
+
+
+def warn_of_dropped(state: Mapping[str, Any], step: int, change: str) -> None:
+    """Say that rollouts which were carried are dropped, since the plan has changed."""
+    if state.get("under_way"):
+        _log.warning(
+            "%s: %d groups under way at step %d are dropped; some of their questions are not trained on, some"
+            " that were may come once more",
+            *(change, len(state["under_way"]), step),
+        )
 
 
 class SamplingOrder(Protocol):
@@ -75,7 +88,8 @@ class _Stateless:
         return {}
 
     def load_state(self, state: Mapping[str, Any], step: int) -> None:
-        """Nothing."""
+        """Nothing; what another order had under way is dropped, with a warning."""
+        warn_of_dropped(state, step, "rollout.max_lag was above 1")
 
 
 class InStep(_Stateless):

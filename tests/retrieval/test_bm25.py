@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from hypothesis import given, settings
@@ -92,6 +93,19 @@ def test_nothing_to_find_gives_no_hits(retriever, tmp_path):
     assert _search(retriever, "", "   ", "zzz ???", "\ud800") == [[], [], [], []]
     english = _open(_corpus(tmp_path / "english", index_settings=ENGLISH))
     assert _search(english, "the of and", "to") == [[], []]
+
+
+def test_threads_may_share_a_corpus(tmp_path):
+    """An evaluation searches while searches of training rollouts are under way. The corpus is large enough for two
+    searches to be at work at once."""
+    texts = {f"p{n:05d}": f"w{n % 7} w{n % 11} w{n % 13} w{n % 17}" for n in range(30_000)}
+    _corpus(tmp_path / "corpus", texts)
+    shared = _open(tmp_path / "corpus")
+    queries = [f"w{n} w{n + 1}" for n in range(16)]
+    alone = [shared.find([query], 5) for query in queries]
+    with ThreadPoolExecutor(4) as threads:
+        together = list(threads.map(lambda query: shared.find([query], 5), queries * 20))
+    assert together == alone * 20
 
 
 def test_top_k_below_one_is_refused(retriever):

@@ -8,6 +8,7 @@ import time
 import pytest
 import torch
 
+from megatron_sd.config import RolloutConfig
 from megatron_sd.distributed.control import StopRequest
 from megatron_sd.distributed.world import World
 from megatron_sd.errors import RolloutError, StopRequested
@@ -19,9 +20,10 @@ from megatron_sd.rollout.carrying import CarriedOver
 from megatron_sd.rollout.engine import Completion
 from megatron_sd.rollout.pausable import PausableEngine
 from megatron_sd.rollout.rollouter import Rollouter
+from megatron_sd.rollout.sampling_order import InStep
 from megatron_sd.search.questions import QuestionStream
 from tests.builders import question
-from tests.rollout.fakes import InlineRetriever, codec, environment
+from tests.rollout.fakes import InlineRetriever, codec, environment, request
 
 NUM_STEPS, BATCH = 4, 2
 
@@ -71,15 +73,17 @@ class Retriever(InlineRetriever):
         return await super().search(queries, top_k)
 
 
-def order(retriever, *, engine=None, max_lag=3, bank=None, stop=None, num_steps=NUM_STEPS, **limits):
+def order(
+    retriever, *, engine=None, max_lag=3, bank=None, stop=None, num_steps=NUM_STEPS, batch=BATCH, **limits
+):
     world = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"), stop=stop or StopRequest())
     questions = QuestionStream(
         questions=tuple(question(n) for n in range(2 * NUM_STEPS * BATCH)),
-        batch_size=BATCH,
+        batch_size=batch,
         seed=0,
         shuffle=False,
     )
-    engine = PausableEngine(engine or Engine())
+    engine = PausableEngine(engine or Engine(), width=100)
     own = environment(group_size=2, **{"max_failed_share": 0.0, **limits})
     return CarriedOver(
         world=world,
@@ -88,7 +92,7 @@ def order(retriever, *, engine=None, max_lag=3, bank=None, stop=None, num_steps=
         engine=engine,
         bank=bank,
         num_steps=num_steps,
-        max_lag=max_lag,
+        config=RolloutConfig(max_lag=max_lag, questions_per_step=batch),
         work=SILENT,
     )
 
@@ -106,6 +110,11 @@ def wait_for(condition):
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.001)
+
+
+async def running():
+    """Tasks that have not ended, but for this one."""
+    return len(asyncio.all_tasks()) - 1
 
 
 def after(seconds, action):
@@ -236,7 +245,7 @@ def test_what_a_step_took_is_under_way_again_when_the_step_was_not_taken():
     first = own.take(0)
     wait_for(all_but(own, []))
     state = own.state(0)
-    assert state == {"next_batch": 2, "under_way": [(0, 0), (0, 1), (1, 0), (1, 1)]}
+    assert state["under_way"] == [(0, 0), (0, 1), (1, 0), (1, 1)] and state["next_batch"] == 2
     assert own.take(0) == first
 
 
@@ -256,10 +265,16 @@ def test_too_many_failures_end_the_run_and_a_later_start_tries_them_again():
 def test_an_unexpected_error_is_raised():
     class Broken(Retriever):
         async def search(self, queries, top_k):
-            raise ZeroDivisionError("a bug")
+            if len(self.queries) == 0:
+                self.queries.append("the first")
+                raise ZeroDivisionError("a bug")
+            await asyncio.sleep(3600)
 
+    own = order(Broken())
     with pytest.raises(ZeroDivisionError, match="a bug"):
-        order(Broken()).take(0)
+        own.take(0)
+    own.load_state({}, 0)
+    assert own._thread.run(running()) == 0, "and the group's other rollouts are ended"
 
 
 def test_a_request_to_stop_ends_the_waiting():
@@ -284,11 +299,58 @@ def test_going_back_drops_what_is_under_way():
 
 def test_the_bank_keeps_what_belongs_to_the_newest_checkpoints(tmp_path):
     bank = RolloutBank(tmp_path, rank=0, identity="run", only_whole=False, keep_steps=2)
-    for step in (3, 4, 5):
-        bank.carry(step, [{"name": f"rollout {step}"}])
-    assert bank.carried(3) == {}
-    assert bank.carried(4) == {"rollout 4": {"name": "rollout 4"}}
-    assert RolloutBank(tmp_path, rank=7, identity="run", only_whole=False).carried(5) != {}
-    assert RolloutBank(tmp_path, rank=0, identity="another", only_whole=False).carried(5) == {}
+    for step in (9, 2, 3, 4, 5):
+        bank.carry(step, [{"name": f"rollout {step}"}], num_ranks=1)
+    kept = [step for step in range(10) if bank.carried(step, num_ranks=1)]
+    assert kept == [3, 4, 5], (
+        "those of two checkpoints, and of the one that is being made; 9 was gone back from"
+    )
+    assert bank.carried(4, num_ranks=1) == {"rollout 4": {"name": "rollout 4"}}
+    assert RolloutBank(tmp_path, rank=7, identity="run", only_whole=False).carried(5, num_ranks=1) != {}
+    assert RolloutBank(tmp_path, rank=0, identity="another", only_whole=False).carried(5, num_ranks=1) == {}
     bank.open(6, 6).close()
-    assert bank.carried(5) != {}, "a step's own rollouts are another matter"
+    assert bank.carried(5, num_ranks=1) != {}, "a step's own rollouts are another matter"
+
+
+def test_what_another_number_of_ranks_left_of_a_lost_branch_is_not_taken(tmp_path):
+    """Two ranks were killed before their checkpoint was there; one rank made it."""
+    ranks = [RolloutBank(tmp_path, rank=rank, identity="run", only_whole=False) for rank in (0, 1)]
+    for rank in ranks:
+        rank.carry(4, [{"name": "rollout", "of": "the lost branch"}], num_ranks=2)
+    ranks[0].carry(4, [{"name": "rollout", "of": "this one"}], num_ranks=1)
+    assert ranks[1].carried(4, num_ranks=1) == {"rollout": {"name": "rollout", "of": "this one"}}
+
+
+def test_a_changed_plan_drops_what_is_under_way_and_says_so(caplog):
+    own = order(Retriever())
+    own.take(0)
+    state = own.state(0)
+    smaller = order(Retriever(), batch=1)
+    smaller.load_state(state, 3)
+    assert numbers(smaller.take(3)) == [3]
+    assert (
+        "rollout.questions_per_step was 2 and is now 1: 4 groups under way at step 3 are dropped"
+        in caplog.text
+    )
+    InStep(lambda step, number: []).load_state(state, 3)
+    assert "rollout.max_lag was above 1: 4 groups under way at step 3 are dropped" in caplog.text
+
+
+def test_a_pause_waits_for_what_is_sampled_not_for_what_waits():
+    class Slow(Engine):
+        async def generate(self, request):
+            await asyncio.sleep(0.05)
+            return await super().generate(request)
+
+    async def pause_among(num_requests):
+        engine = PausableEngine(Slow(), width=1)
+        await engine.go_on()
+        asked = [asyncio.create_task(engine.generate(request(str(n), (5, 6)))) for n in range(num_requests)]
+        await asyncio.sleep(0.02)
+        await engine.pause()
+        num_ended = sum(one.done() for one in asked)
+        await engine.go_on()
+        await asyncio.gather(*asked)
+        return num_ended
+
+    assert asyncio.run(pause_among(8)) <= 1

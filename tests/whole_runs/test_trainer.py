@@ -12,6 +12,7 @@ from megatron_sd import trainer as trainer_module
 from megatron_sd.algorithm.distill_loss import POLICY_TERM
 from megatron_sd.algorithm.packing.microbatches import build_microbatch
 from megatron_sd.config import RolloutConfig, SafetyConfig
+from megatron_sd.distributed.collectives import together
 from megatron_sd.distributed.world import lone_world
 from megatron_sd.errors import BarrenStepError, ReshardError, RolloutError, StopRequested
 from megatron_sd.observability.progress import SILENT
@@ -98,6 +99,22 @@ def test_a_run_without_failures_publishes_every_version_and_saves_once():
     trainer(events, fails_at=("never", 0)).train()
     assert [version for phase, version in events if phase == "publish"] == [0, 1, 2, 3]
     assert [event for event in events if event[0] in ("save", "close")] == [("save", 3), ("close", None)]
+
+
+def test_no_rank_publishes_before_all_have_stopped_sampling(monkeypatch):
+    """Ranks may share a server, whose new weights end what it samples for the others."""
+    events: list = []
+    own = trainer(events, fails_at=("never", 0))
+    own.sampling.settle = lambda: events.append(("settle", own.step))
+    monkeypatch.setattr(
+        "megatron_sd.trainer.together",
+        lambda world, action: (together(world, action), events.append(("meet", own.step)))[0],
+    )
+    own.train()
+    told = [event for event in events if event[0] in ("settle", "meet", "publish")]
+    assert told.count(("settle", 2)) == 1
+    place = told.index(("settle", 2))
+    assert told[place : place + 3] == [("settle", 2), ("meet", 2), ("publish", 2)]
 
 
 def test_a_step_without_a_sampled_token_is_passed_over_and_counted():

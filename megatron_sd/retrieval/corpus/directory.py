@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -36,7 +37,7 @@ class CorpusRetriever:
     reranker's order where one is configured.
 
     `corpus_version` is the SHA-256 of the manifest, or of that and of the reranker, `passages` the store,
-    `method` how it is searched. One object serves one thread.
+    `method` how it is searched. Threads may share one: they search in turn.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class CorpusRetriever:
             for name in PARTS[self.method]
         ]
         self._search = search
+        self._one_at_a_time = threading.Lock()
         self._reranker = _open_reranker(search, say)
         if self._reranker is not None:
             told = f"{self.corpus_version} reranked by {self._reranker.digest}"
@@ -79,11 +81,12 @@ class CorpusRetriever:
         """
         if top_k < 1:
             raise RetrievalError(f"top_k is {top_k}, expected at least 1")
-        if self._reranker is None:
-            return [self._hits(ranking) for ranking in self._rank(queries, top_k)]
-        depth = max(top_k, self._reranker.depth)
-        found = [self._hits(ranking) for ranking in self._rank(queries, depth)]
-        return self._reranker.rerank(queries, found, top_k)
+        with self._one_at_a_time:
+            if self._reranker is None:
+                return [self._hits(ranking) for ranking in self._rank(queries, top_k)]
+            depth = max(top_k, self._reranker.depth)
+            found = [self._hits(ranking) for ranking in self._rank(queries, depth)]
+            return self._reranker.rerank(queries, found, top_k)
 
     @property
     def rerank_depth(self) -> int:

@@ -42,13 +42,11 @@ class _Group:
 
 
 class CarriedOver:
-    """A SamplingOrder in which two steps' questions are under way at a time, and a step takes those of its rank
-    that end first.
+    """A SamplingOrder in which the questions of two steps are under way, and a step takes those that end first.
 
-    Questions of batch b begin with step b - 1, and are waited for in step b + max_lag - 1 at the latest: so no turn
-    that a step trains on is older than max_lag steps. Each question is trained on once. Rollouts stop
-    between two turns while weights change; each turn knows its version. `state` is taken between steps: what a step
-    took counts as taken when it has settled.
+    Questions of batch b begin in step b - 1, and step b + max_lag - 1 waits for them: no turn that a step trains
+    on is older than max_lag steps, and each question is trained on once. Rollouts pause between two turns while
+    weights change; each turn knows its version. What a step took is given up when the step settles.
 
     bank: where rollouts under way wait for a run that goes on from a checkpoint; None: they are begun anew.
     """

@@ -112,13 +112,22 @@ def _kl(logprobs: Tensor, reference_logprobs: Tensor | None, ratio: Tensor, kind
     off policy too. d itself (k1) has an expected gradient of 0, so it is no loss: k1_reward takes it off the
     rewards (refinements.py), and is 0 here.
     """
-    if reference_logprobs is None or kind == "k1_reward":
+    if reference_logprobs is None:
         return torch.zeros_like(logprobs)
-    log_reference_ratio = reference_logprobs - logprobs
-    if kind == "k2":
-        return 0.5 * log_reference_ratio.square()
-    k3 = log_reference_ratio.expm1() - log_reference_ratio
-    return k3 * ratio if kind == "k3_ratio" else k3
+    return KL_LOSSES[kind](reference_logprobs - logprobs, ratio)
+
+
+def _k3(log_reference_ratio: Tensor) -> Tensor:
+    return log_reference_ratio.expm1() - log_reference_ratio
+
+
+# by policy_loss.kl: of (log pi_ref - log pi, the policy loss's ratio)
+KL_LOSSES: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "k3": lambda log_reference_ratio, ratio: _k3(log_reference_ratio),
+    "k2": lambda log_reference_ratio, ratio: 0.5 * log_reference_ratio.square(),
+    "k3_ratio": lambda log_reference_ratio, ratio: _k3(log_reference_ratio) * ratio,
+    "k1_reward": lambda log_reference_ratio, ratio: torch.zeros_like(log_reference_ratio),
+}
 
 
 PolicyLoss = Callable[..., PolicyRows]  # with the parameters of policy_rows

@@ -18,7 +18,7 @@ from megatron_sd.algorithm.advantages.table import ADVANTAGES
 from megatron_sd.algorithm.blocks import BLOCKS
 from megatron_sd.algorithm.distill_aggregation import DISTILL_AGGREGATIONS
 from megatron_sd.algorithm.hindsight import RENDERERS
-from megatron_sd.algorithm.policy_loss import POLICY_LOSSES
+from megatron_sd.algorithm.policy_loss import KL_LOSSES, POLICY_LOSSES
 from megatron_sd.algorithm.refinements import MODULATIONS
 from megatron_sd.algorithm.samples import GATES, SCOPES
 from megatron_sd.build import build_trainer
@@ -48,6 +48,7 @@ VOCABULARY = json.loads((START_POLICY / "config.json").read_text())["vocab_size"
         (AdvantageConfig, "estimator", ADVANTAGES),
         (AdvantageConfig, "state", STATES),
         (PolicyLossConfig, "objective", POLICY_LOSSES),
+        (PolicyLossConfig, "kl", KL_LOSSES),
         (RewardConfig, "shape", REWARD_SHAPES),
         (RolloutConfig, "keep_groups", KEEPERS),
         (AdvantageConfig, "modulation", {"none", *MODULATIONS}),

@@ -4,6 +4,7 @@
 import asyncio
 import dataclasses
 import math
+import socket
 
 import numpy as np
 import pytest
@@ -40,6 +41,20 @@ def folder(tmp_path_factory):
     paths = {"passages": f"{folder}/passages", "encoder": f"{folder}/encoder", "output": f"{folder}/vectors"}
     encode_passages(EncodeConfig(**paths, rows_per_shard=16, devices=("cpu",)))
     return folder
+
+
+def test_a_server_that_never_answers_is_asked_once():
+    """A deadline is of the search, retries included."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        config = OpenSearchConfig(
+            url=f"http://127.0.0.1:{listening.getsockname()[1]}", index="none", deadline_s=0.3
+        )
+        with pytest.raises(RetrievalError, match="gave no answer|no answer|Timeout"):
+            open_retriever(RetrieverConfig(opensearch=config))
+        listening.settimeout(0.2)
+        listening.accept()[0].close()
+        with pytest.raises(TimeoutError):
+            listening.accept()
 
 
 @pytest.fixture

@@ -236,8 +236,8 @@ def connect(config: OpenSearchConfig) -> OpenSearch:
             hosts=[config.url],
             http_auth=login,
             timeout=config.deadline_s,
-            max_retries=3,
-            retry_on_timeout=True,
+            max_retries=3,  # of connections that fail at once; a deadline that has passed is not begun again
+            retry_on_timeout=False,
             retry_on_status=_RETRIED,
             **certificates,
         )

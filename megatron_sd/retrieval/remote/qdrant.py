@@ -7,6 +7,7 @@ it came from; an answer from other vectors is refused. Needs the extra `[qdrant]
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -93,7 +94,7 @@ def connect(config: QdrantConfig) -> QdrantClient:
     read."""
     token = None if config.token_file is None else read_token(config.token_file)
     try:
-        return QdrantClient(url=config.url, api_key=token, timeout=max(1, round(config.deadline_s)))
+        return QdrantClient(url=config.url, api_key=token, timeout=math.ceil(config.deadline_s))
     except ValueError as error:
         raise DataError(
             f"retriever.qdrant.url: found {config.url!r} ({error}), expected http://host:port"

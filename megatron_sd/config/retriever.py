@@ -65,7 +65,7 @@ class QdrantConfig:
     # the vectors directory it was filled from: its encoder reads the queries, its version is the corpus
     # version
     vectors: str
-    deadline_s: float = 60.0  # of one search, retries included
+    deadline_s: float = 60.0  # of one search; whole seconds, rounded up
     device: Literal["auto", "cpu", "cuda"] = "auto"  # of the query encoder
     token_file: str | None = None  # a file with the server's API key
 

@@ -4,8 +4,8 @@
     run_dir/bank/under_way_00000040.rank_3.jsonl                    what is carried over a checkpoint (carrying.py)
 
 A run that is killed or stopped within a step does not sample finished rollouts again.
-The first line names the run, the step and the version of the weights; each further one is a rollout with
-its checksum. A file of another run, step or version is not used, and a torn line ends the file. Rollouts
+The first line names the run and the step, and the version of the weights or the number of ranks; each further
+one is a rollout with its checksum. A file that names others is not used, and a torn line ends it. Rollouts
 are found by question and place in the group, so that a run which starts again on another number of ranks
 finds them, too.
 """

@@ -19,6 +19,7 @@ from megatron_sd.config import QdrantConfig, RetrieverConfig
 from megatron_sd.config.ranges import check_ranges
 from megatron_sd.errors import ConfigError, DataError, RetrievalError
 from megatron_sd.retrieval.corpus.encoder import Encoder, EncoderSettings, choose_device
+from megatron_sd.retrieval.remote import qdrant
 from megatron_sd.retrieval.remote.qdrant import QdrantRetriever
 from tests.retrieval.fakes import WORDS
 from tests.retrieval.fakes_encoder import tiny_encoder
@@ -107,3 +108,11 @@ def test_passages_come_from_one_place(config):
             match=f"retriever.corpus, .endpoints, .qdrant, .opensearch, .web, .function: found {found}",
         ):
             check_ranges(Holder(RetrieverConfig(**options)))
+
+
+@pytest.mark.parametrize(("deadline_s", "timeout"), [(0.2, 1), (2.5, 3), (60.0, 60)])
+def test_a_deadline_is_rounded_up_to_the_clients_whole_seconds(deadline_s, timeout, monkeypatch):
+    asked = []
+    monkeypatch.setattr(qdrant, "QdrantClient", lambda **options: asked.append(options["timeout"]))
+    qdrant.connect(QdrantConfig(url="http://127.0.0.1:1", collection="c", vectors="v", deadline_s=deadline_s))
+    assert asked == [timeout]

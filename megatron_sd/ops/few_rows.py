@@ -42,7 +42,8 @@ def linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     where no gradient is wanted, for float32 on CPUs, at most MAX_ROWS rows and at least MIN_WEIGHTS
     weights."""
     if not _gains(rows, weight):
-        return functional.linear(rows, weight, bias)
+        # Of rows in strides (the last tokens of prompts) torch makes a product each, with a copy of the weights.
+        return functional.linear(rows.contiguous(), weight, bias)
     out = native_linear(rows.reshape(-1, weight.shape[1]), weight).view(*rows.shape[:-1], weight.shape[0])
     return out if bias is None else out.add_(bias)
 

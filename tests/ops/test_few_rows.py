@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_sd.ops import few_rows
 from megatron_sd.ops.few_rows import MAX_ROWS, MIN_WEIGHTS, linear, native_linear, speed_up
@@ -104,3 +105,26 @@ def test_the_product_is_float32_whatever_torchs_default():
         assert linear(rows, weight).dtype == torch.float32
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+class Operators(TorchDispatchMode):
+    """What torch is asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        self.names.append(function.overloadpacket.__name__)
+        return function(*arguments, **(options or {}))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_last_tokens_of_many_prompts_make_one_product(dtype):
+    """[m, 1, depth] in strides: torch alone copies the weights m times, which took a real model's head 12 s."""
+    hidden, weight = torch.randn(MAX_ROWS + 1, 3, 64, dtype=dtype), torch.randn(96, 64, dtype=dtype)
+    with Operators() as seen:
+        out = linear(hidden[:, -1:], weight)
+    assert "bmm" not in seen.names and seen.names.count("mm") == 1
+    torch.testing.assert_close(out[:, 0], hidden[:, -1].clone() @ weight.T)

@@ -22,12 +22,16 @@ from megatron_sd.config.ranges import check_ranges
 from megatron_sd.distributed.collectives import hold_together, share, together
 from megatron_sd.distributed.world import World, end_process, lone_world, world_of_program
 from megatron_sd.door import exit_code_of
+from megatron_sd.durable.files import write_whole
 from megatron_sd.errors import MegatronSdError
+from megatron_sd.observability.names import TRANSCRIPTS_NAME
+from megatron_sd.observability.transcripts import Decode, group_record
 from megatron_sd.records import Question, RolloutGroup
 from megatron_sd.search.questions import load_questions
 from megatron_sd.search.rewards.reward import score
 
 REPORT_NAME = "gate.json"
+TRANSCRIPTS = Path(TRANSCRIPTS_NAME) / "gate.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,9 +140,19 @@ def _measure(config: GateConfig, questions: Sequence[Question], world: World) ->
         size = config.rollout.questions_per_step
         sampler = RolloutSampler(side=side, world=world, reward=config.reward, slice_size=size, draws=draws)
         report = measure_lift(sampler, questions, config.lift)
-    if output is not None and world.is_first:
-        (output / REPORT_NAME).write_text(json.dumps(report.to_json(), indent=1) + "\n", encoding="utf-8")
+        if output is not None and world.is_first:
+            groups = score(Draws(output).whole(questions, draw=0), config.reward)
+            _write(output, report, groups, side.environment.codec.decode)
     return report
+
+
+def _write(output: Path, report: LiftReport, groups: Sequence[RolloutGroup], decode: Decode) -> None:
+    """The figures, and for `report` and `credit` the rollouts without a block that blocks were made of."""
+    path = output / TRANSCRIPTS
+    path.parent.mkdir(exist_ok=True)
+    lines = [json.dumps(group_record(group, [""] * len(group.rollouts), decode)) for group in groups]
+    write_whole(path, "".join(line + "\n" for line in lines))
+    write_whole(output / REPORT_NAME, json.dumps(report.to_json(), indent=1) + "\n")
 
 
 def _begin(output: Path, identity: Mapping[str, Any], draws: Draws) -> None:

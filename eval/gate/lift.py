@@ -45,8 +45,8 @@ class Sampler(Protocol):
 class LiftConfig:
     """correct_above: rho of the labels. block_format: a key of RENDERERS, the one the model was or will be
     trained with. num_resamples: of the bootstrap over questions. variants: keys of VARIANTS, or blocks of
-    your own (module:function or file.py:function). only_mixed: blocks are shown for questions with both
-    outcomes alone, for a model whose rollouts take long.
+    your own (module:function or file.py:function). only_mixed: the comparison and the blocks are drawn for
+    questions with both outcomes alone, for a model whose rollouts take long.
 
     Raises ConfigError for a variant that does not exist or is missing.
     """
@@ -144,15 +144,16 @@ def measure_lift(sample: Sampler, questions: Sequence[Question], config: LiftCon
     """
     builders = [VARIANT_SEAM.choose(name) for name in config.variants]
     source = list(sample(questions, None, 0))
-    second = list(sample(questions, None, 1))
-    without = _success_by_question(second)
     kinds = [group_kind(group, config.correct_above) for group in source]
+    compared = [i for i, kind in enumerate(kinds) if kind == "mixed" or not config.only_mixed]
+    second = list(sample([questions[i] for i in compared], None, 1))
+    without = np.full(len(questions), np.nan)
+    without[compared] = _success_by_question(second)
+    of_all = source if config.only_mixed else second  # the draw that has every question
     lifts: dict[str, np.ndarray] = {}
     for draw, (name, build) in enumerate(zip(config.variants, builders, strict=True), start=2):
         blocks = [_block(build, source, i, config) for i in range(len(source))]
-        shown = [
-            i for i, block in enumerate(blocks) if block and (kinds[i] == "mixed" or not config.only_mixed)
-        ]
+        shown = [i for i in compared if blocks[i]]
         groups = sample([questions[i] for i in shown], [blocks[i] for i in shown], draw)
         lifts[name] = np.full(len(questions), np.nan)
         lifts[name][shown] = _success_by_question(groups) - without[shown]
@@ -167,8 +168,8 @@ def measure_lift(sample: Sampler, questions: Sequence[Question], config: LiftCon
     is_mixed = np.array([kind == "mixed" for kind in kinds], dtype=bool)
     difference = (lifts["linked"] - lifts["shuffled"])[is_mixed]
     return LiftReport(
-        success=float(np.nanmean(without)),
-        form=_form_share([*source, *second]),
+        success=float(np.nanmean(_success_by_question(of_all))),
+        form=_form_share(source if config.only_mixed else [*source, *second]),
         mixed_share=kinds.count("mixed") / len(kinds),
         all_wrong_share=kinds.count("all_wrong") / len(kinds),
         overall=estimates(lambda kind: True),

@@ -15,6 +15,7 @@ from data_prep.world.tokenizer import save_tokenizer
 from data_prep.world.world import WorldConfig, build_world
 from eval.gate.command import GateConfig, gate, main
 from eval.gate.lift import LiftConfig
+from eval.report import ReportConfig, make_report
 from eval.samples import read_lines
 from launch.local import gate as gate_on_ranks
 from megatron_sd.config import ModelConfig, ProtocolConfig, RetrieverConfig, RewardConfig, RolloutConfig
@@ -103,6 +104,14 @@ def test_a_killed_gate_goes_on_and_reports_the_same(world, tmp_path, monkeypatch
     assert asked[3] == asked[4] and [draw for draw, _ in asked[:5]] == [0, 0, 1, 1, 1]
     one, other = ((tmp_path / name / "gate.json").read_text() for name in ("straight", "out"))
     assert one == other and json.loads(one)["success"] == round(straight.success, 4)
+    one, other = (read_lines(tmp_path / name / "transcripts" / "gate.jsonl") for name in ("straight", "out"))
+    assert one == other and [len(record["rollouts"]) for record in one] == [3] * 6
+    assert [record["question"]["id"] for record in one] == [name for _, names in asked[:2] for name in names]
+    assert all(
+        rollout["hindsight"] == "" and rollout["scores"] for record in one for rollout in record["rollouts"]
+    )
+    page = make_report(ReportConfig(run_dir=str(tmp_path / "out")))
+    assert one[0]["question"]["text"] in page.read_text(encoding="utf-8")
     count = len(asked)
     assert gate(config).lines() == straight.lines() and len(asked) == count, "nothing is left to sample"
     with pytest.raises(ConfigError, match="holds an evaluation whose temperature is 1.0, now it is 0.5"):

@@ -155,8 +155,12 @@ def test_blocks_for_mixed_groups_alone_give_the_same_lifts_there():
     )
     assert alone.mixed == everything.mixed == alone.overall
     num_mixed = alone.linked_minus_shuffled.num_questions
-    assert asked[7:9] == [300, 300] and max(asked[9:]) == num_mixed < 300
+    assert asked[7:9] == [300, num_mixed] and max(asked[9:]) == num_mixed < 300
     assert alone.failures == []
+    assert alone.success == pytest.approx(everything.success, abs=0.03), (
+        "of all questions, not of the mixed ones"
+    )
+    assert alone.form == everything.form == 1
 
 
 def test_any_block_can_be_a_variant_and_what_is_none_is_refused():

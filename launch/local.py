@@ -19,7 +19,7 @@ from types import FrameType
 import psutil
 
 from launch.presets import expand, listing
-from megatron_sd.config import Config
+from megatron_sd.config import AUTO, Config
 from megatron_sd.config.load import load
 from megatron_sd.distributed.control import STARTER
 from megatron_sd.door import STOPPED_EXIT_CODE
@@ -45,6 +45,9 @@ def main(argv: Sequence[str]) -> None:
     num_ranks, rest = split_num_ranks(argv)
     rest, preset = expand(rest)
     config = load(rest)  # a typo ends here, once, before any process starts
+    if settled := settle(config, num_ranks):
+        rest = [*rest, *settled]
+        config = load(rest)
     if preset is not None:
         print(f"as {preset.name}: {preset.about}; differs: {preset.differs}", flush=True)
     check_packages(config.log.sinks)
@@ -72,6 +75,9 @@ def sft(argv: Sequence[str]) -> None:
 
     num_ranks, rest = split_num_ranks(argv)
     own, config = load_sft(rest)
+    if settled := settle(planned_config(own, config), num_ranks):
+        rest = [*rest, *settled]
+        own, config = load_sft(rest)
     check_packages(config.log.sinks)
     refuse_held(Path(config.run_dir))
     remarks = check_memory(planned_config(own, config), num_ranks)
@@ -104,6 +110,24 @@ def split_num_ranks(argv: Sequence[str]) -> tuple[int, list[str]]:
             f"--num-ranks: found {found!r}, expected the number of ranks on this machine, 1 or more"
         )
     return int(found), rest
+
+
+def settle(config: Config, num_ranks: int) -> list[str]:
+    """The option that update.max_microbatch_tokens auto stands for on this machine, which is printed; none
+    where a number was asked for. Raises ConfigError where nothing fits, or nobody knows."""
+    if config.update.max_microbatch_tokens != AUTO:
+        return []
+    device_bytes = free_bytes()
+    if device_bytes is None:
+        raise ConfigError(
+            "update.max_microbatch_tokens: found auto, but nvidia-smi does not say how much memory the GPUs"
+            " have free; expected it to work here, or a number"
+        )
+    from launch.planner.microbatch import words_here
+
+    words = words_here(config, num_ranks=num_ranks, device_bytes=device_bytes, on_cpu=not has_gpu())
+    print(f"update.max_microbatch_tokens auto: {' '.join(words)}", flush=True)
+    return words
 
 
 def check_memory(config: Config, num_ranks: int) -> tuple[str, ...]:

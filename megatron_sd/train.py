@@ -46,7 +46,8 @@ def _train(argv: Sequence[str], stop: StopRequest) -> int:
 
 
 def train_run(config: Config, stop: StopRequest, build: Callable[[Config, World], Trainer]) -> int:
-    """Join the ranks, build and train; the exit code."""
+    """Join the ranks, build and train; the exit code. Raises ConfigError for what is not settled."""
+    config.update.microbatch_tokens  # noqa: B018 - an error before anything is built
     stop.watch(Path(config.run_dir), config.safety.stop_after_s)
     from megatron_sd.distributed.collectives import hold_together
     from megatron_sd.distributed.world import join_world, leave_world

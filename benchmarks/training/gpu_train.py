@@ -149,7 +149,7 @@ def measure(
     description = model_config(str(model))
     num_questions, scale = (1, 0.1) if tiny else (shape.num_questions, 1.0)
     made = samples(num_questions, description["vocab_size"], lengths=Lengths().scaled(scale))
-    (batch,) = pack(made, max_tokens=config.update.max_microbatch_tokens, world_size=1, aggregation="token")
+    (batch,) = pack(made, max_tokens=config.update.microbatch_tokens, world_size=1, aggregation="token")
     alpha = 1.0 if arm == "sd" else 0.0
     weights = TermWeights(policy=1.0, distill_spread=alpha, distill_no_spread=alpha)
     passes, steps = [], []

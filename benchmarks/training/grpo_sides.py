@@ -110,7 +110,7 @@ class OurStep:
         nothing = [[()] * self.work.group_size for _ in groups]
         advantages = grpo(groups, self.config.advantage)
         samples = to_samples(groups, advantages, nothing, scope=query_tokens)
-        limits = {"max_tokens": self.config.update.max_microbatch_tokens, "world_size": self.world.size}
+        limits = {"max_tokens": self.config.update.microbatch_tokens, "world_size": self.world.size}
         batch = pack(samples, aggregation="token", layout=self.config.layout, **limits)[self.world.rank]
         for microbatch in batch:
             self.policy.accumulate(

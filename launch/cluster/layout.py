@@ -217,9 +217,9 @@ def _remarks_on_rollouts(layout: LayoutConfig, config: Config) -> tuple[str, ...
             f"rollout.questions_per_step {rollout.questions_per_step} is no multiple of {world_size} ranks:"
             f" {rest} of them roll out one question more, and the others wait"
         )
-    if config.update.max_microbatch_tokens < rollout.max_rollout_tokens:
+    if config.update.microbatch_tokens < rollout.max_rollout_tokens:
         remarks.append(
-            f"update.max_microbatch_tokens {config.update.max_microbatch_tokens} is less than"
+            f"update.max_microbatch_tokens {config.update.microbatch_tokens} is less than"
             f" rollout.max_rollout_tokens {rollout.max_rollout_tokens}: a rollout that is longer has a"
             " microbatch of its own, and needs its memory"
         )

@@ -32,6 +32,7 @@ from launch.planner.memory import (
     peak,
     rank_memory,
 )
+from launch.planner.microbatch import words_on_nodes
 from launch.planner.models import model_config
 from launch.planner.step_estimate import (
     DECODE_EFFICIENCY,
@@ -103,7 +104,10 @@ def main(argv: Sequence[str]) -> None:
     if plan.gpus % per_node:
         raise ConfigError(f"gpus: found {plan.gpus}, expected a multiple of gpus_per_node {per_node}")
     layout = LayoutConfig(cluster="slurm", nodes=plan.gpus // per_node, gpus_per_node=per_node, gpu=plan.gpu)
-    print(render_plan(layout, planned_job(plan, rest, BLANKS), model_config(plan.model)))
+    job = planned_job(plan, rest, BLANKS)
+    if settled := words_on_nodes(layout, job.config):
+        job = planned_job(plan, [*rest, *settled], BLANKS)
+    print(render_plan(layout, job, model_config(plan.model)))
 
 
 def planned_job(plan: PlanConfig, argv: Sequence[str], blanks: Blanks) -> Job:
@@ -215,7 +219,7 @@ def _microbatch_line(shape: DecoderSizes, config: Config, world_size: int, gpu: 
 
     largest = largest_microbatch(config, needed, (gpu.memory_gib - RESERVED_GIB) * GIB)
     return (
-        f"  update.max_microbatch_tokens {config.update.max_microbatch_tokens:,}; the largest power of two that"
+        f"  update.max_microbatch_tokens {config.update.microbatch_tokens:,}; the largest power of two that"
         f" fits: {'none' if largest is None else f'{largest:,}'}"
     )
 

@@ -75,13 +75,15 @@ class Sizes:
 def largest_microbatch(config: Config, needed: Callable[[Config], float], free: float) -> int | None:
     """The largest power of two for update.max_microbatch_tokens with which what is needed is at most what is free;
     None where the smallest is too large."""
+    fitting = (tokens for tokens in MICROBATCHES if needed(with_microbatch(config, tokens)) <= free)
+    return max(fitting, default=None)
 
-    def with_tokens(tokens: int) -> Config:
-        return dataclasses.replace(
-            config, update=dataclasses.replace(config.update, max_microbatch_tokens=tokens)
-        )
 
-    return max((tokens for tokens in MICROBATCHES if needed(with_tokens(tokens)) <= free), default=None)
+def with_microbatch(config: Config, tokens: int) -> Config:
+    """The run with another update.max_microbatch_tokens."""
+    return dataclasses.replace(
+        config, update=dataclasses.replace(config.update, max_microbatch_tokens=tokens)
+    )
 
 
 def rank_memory(
@@ -268,7 +270,7 @@ def _update(shape: DecoderSizes, config: Config, *, world_size: int, on_gpu: boo
         ITEM_BYTES[config.model.dtype],
         config.update.sequence_parallel_size,
     )
-    tokens = math.ceil(config.update.max_microbatch_tokens / sharers)
+    tokens = math.ceil(config.update.microbatch_tokens / sharers)
     # all slices' last hidden states, and a gradient
     joined = 2 * item * tokens * sharers * shape.hidden if sharers > 1 else 0
     layer = saved_bytes_per_token(shape, item)

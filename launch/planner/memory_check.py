@@ -86,7 +86,7 @@ def _smaller_runs(config: Config, *, on_cpu: bool) -> Iterator[tuple[str, Config
             "model.gradient_checkpointing true",
             replace(config, model=replace(model, gradient_checkpointing=True)),
         )
-    tokens = update.max_microbatch_tokens // 2
+    tokens = update.microbatch_tokens // 2
     while tokens >= SMALLEST_MICROBATCH:
         yield (
             f"update.max_microbatch_tokens {tokens}",

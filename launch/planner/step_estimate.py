@@ -136,7 +136,7 @@ def _rollout_seconds(work: _Sampling, config: Config, model: Mapping[str, Any], 
 def tokens_of_full_microbatches(layout: LayoutConfig, config: Config) -> int:
     """Positions of one full microbatch on every rank, or on every group of ranks that share one."""
     num_batches = layout.nodes * ranks_per_node(layout, config) // config.update.ranks_per_batch
-    return config.update.max_microbatch_tokens * num_batches
+    return config.update.microbatch_tokens * num_batches
 
 
 def update_seconds(
@@ -162,7 +162,7 @@ def update_seconds(
     product_seconds = products / (world_size * gpu.tflops * 1e12 * UPDATE_EFFICIENCY)
     positions = rollout_tokens + teacher_tokens
     num_batches = world_size // config.update.ranks_per_batch
-    num_microbatches = max(-(-positions // (config.update.max_microbatch_tokens * num_batches)), 1)
+    num_microbatches = max(-(-positions // (config.update.microbatch_tokens * num_batches)), 1)
     # a forward and a backward gather what they need, and a backward reduces what it made
     num_gathers = epochs * (2 + (config.policy_loss.kl_weight > 0.0)) + reads_anew
     moved = sizes.total * (num_gathers + epochs) + critic * (1 + 3 * epochs)

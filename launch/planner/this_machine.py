@@ -9,9 +9,16 @@ from typing import Any
 
 from launch.cluster.job import Job, Program
 from launch.local import free_bytes
-from launch.planner.memory import GIB, RESERVED_GIB, Sizes, largest_microbatch
+from launch.planner.memory import (
+    GIB,
+    MICROBATCHES,
+    RESERVED_GIB,
+    Sizes,
+    largest_microbatch,
+    with_microbatch,
+)
 from launch.planner.memory_check import LORA_RANK, needed_bytes
-from megatron_sd.config import Config
+from megatron_sd.config import AUTO, Config
 from megatron_sd.errors import ConfigError
 from megatron_sd.machine import has_gpu
 from megatron_sd.resharding.names import DecoderSizes, model_shape
@@ -65,6 +72,9 @@ def render(job: Job, shape: DecoderSizes, *, free: int, on_cpu: bool, num_places
     lines = [
         "   ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in (heads, *rows)
     ]
+    microbatches = f"microbatches of {config.update.max_microbatch_tokens} tokens"
+    if config.update.max_microbatch_tokens == AUTO:
+        microbatches = "the largest microbatches"
     size = f"{config.rollout.questions_per_step * config.rollout.group_size} rollouts"
     if job.program == "sft":
         size = f"{job.batch[1]} episodes"
@@ -72,8 +82,8 @@ def render(job: Job, shape: DecoderSizes, *, free: int, on_cpu: bool, num_places
         [
             f"{Sizes.of(shape).total / 1e9:.2f} G parameters in {config.model.dtype}; this machine: {where}",
             (
-                f"planned GiB at the worst moment of a step of {size}, with microbatches of "
-                f"{config.update.max_microbatch_tokens} tokens; in brackets the largest microbatch that fits"
+                f"planned GiB at the worst moment of a step of {size}, with {microbatches};"
+                " in brackets the largest microbatch that fits"
             ),
             "",
             *lines,
@@ -95,6 +105,9 @@ def _place(config: Config, shape: DecoderSizes, num_ranks: int, *, free: float, 
     def needed(config: Config) -> float:
         return needed_bytes(shape, config, num_ranks, on_cpu=on_cpu)[0]
 
-    largest, size = largest_microbatch(config, needed, free), needed(config)
+    largest = largest_microbatch(config, needed, free)
+    if config.update.max_microbatch_tokens == AUTO:
+        config = with_microbatch(config, largest or MICROBATCHES[0])
+    size = needed(config)
     verdict = "fits" if size <= free else "no"
     return f"{size / GIB:.1f} {verdict} ({'none' if largest is None else f'{largest:,}'})"

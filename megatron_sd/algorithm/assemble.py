@@ -107,7 +107,7 @@ def own_batches(
         batch = own_batch(
             part,
             place=place,
-            max_tokens=config.max_microbatch_tokens,
+            max_tokens=config.microbatch_tokens,
             aggregation=aggregation,
             most_tokens=most_tokens,
             layout=layout,

@@ -32,9 +32,10 @@ from megatron_sd.config.rollout import (
     VllmConfig,
 )
 from megatron_sd.config.run import CheckpointConfig, Config, DataConfig, LogConfig, MixConfig, SafetyConfig
-from megatron_sd.config.update import OptimizerConfig, PublishConfig, UpdateConfig
+from megatron_sd.config.update import AUTO, OptimizerConfig, PublishConfig, UpdateConfig
 
 __all__ = [
+    "AUTO",
     "AdvantageConfig",
     "AlphaConfig",
     "CheckpointConfig",

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from megatron_sd.config.update import AUTO
 from megatron_sd.errors import ConfigError
 
 _RANGES: dict[str, tuple[str, ...]] = {
@@ -199,7 +200,7 @@ def check_ranges(config: Any) -> None:
         for key in keys:
             value = _value(config, key)
             if not all(
-                map(in_range, value if isinstance(value, tuple) else [] if value is None else [value])
+                map(in_range, value if isinstance(value, tuple) else [] if value in (None, AUTO) else [value])
             ):
                 raise ConfigError(f"{key}: found {value!r}, expected {expected}")
     optimizer = _value(config, "optimizer")

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Final, Literal
+
+from megatron_sd.errors import ConfigError
+
+AUTO: Final = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +32,8 @@ class OptimizerConfig:
 class UpdateConfig:
     """How a batch is cut into microbatches and sharded."""
 
-    max_microbatch_tokens: int = 16384  # student and teacher positions, padding included
+    # student and teacher positions, padding included; auto: the most that the planner says fits
+    max_microbatch_tokens: int | Literal["auto"] = 16384
     # optimiser steps that a batch is cut into, by question, and how often it is gone through
     minibatches: int = 1
     epochs: int = 1  # how often a batch is gone through
@@ -44,6 +49,16 @@ class UpdateConfig:
     sequence_parallel_size: int = 1
     # neighbouring ranks that hold a part of each layer (training/parallel/tensor.py)
     tensor_parallel_size: int = 1
+
+    @property
+    def microbatch_tokens(self) -> int:
+        """max_microbatch_tokens, settled. Raises ConfigError for auto, which those who start ranks settle."""
+        if isinstance(self.max_microbatch_tokens, str):
+            raise ConfigError(
+                "update.max_microbatch_tokens: found auto, expected a number in a rank: `sd-search train`, `sft`"
+                " and `launch`, which know the machine, settle it"
+            )
+        return self.max_microbatch_tokens
 
     @property
     def updates_per_batch(self) -> int:

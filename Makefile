@@ -29,10 +29,9 @@ BENCHMARKS := kernels.jsd kernels.linear_jsd kernels.head_visits kernels.few_row
   training.memory training.overhead algorithm.assemble training.checkpoint algorithm.estimators training.publish rollout.turns rollout.vllm_turns \
   retrieval.bm25 retrieval.bm25_size retrieval.service \
   retrieval.import_memory
-# Modules are compiled when they are first imported, not all of them at once: half of the set-up.
 # Without a CUDA GPU torch goes first and alone, so that a CPU build that pip can see is taken.
 TORCH  := torch==2.13.0
-PIP     = $(BIN)/python -m pip --quiet --disable-pip-version-check install --no-compile
+PIP     = $(BIN)/python -m pip --quiet --disable-pip-version-check install
 
 # vLLM's environment: exact versions, since vLLM pins torch and transformers tightly.
 VLLM      := .venv-vllm/ready
@@ -40,7 +39,7 @@ VLLM_PACKAGES := .venv-vllm/packages
 VLLM_LOCK := tests/vllm/cpu_lock.txt
 # Two halves that take equally long, so that `make -j2 test-vllm` runs them side by side.
 VLLM_SHARED := $(patsubst %,tests/vllm/test_vllm_%.py,engine failures publish gate)
-VLLM_PIP   = .venv-vllm/bin/python -m pip --quiet --disable-pip-version-check install --no-compile
+VLLM_PIP   = .venv-vllm/bin/python -m pip --quiet --disable-pip-version-check install
 
 .PHONY: demo demo-vllm test test-all trust test-vllm test-vllm-shared test-vllm-own bench gpu-check gpu-check-train \
   gpu-check-all lint docs wheel clean

@@ -123,9 +123,9 @@ def settle(config: Config, num_ranks: int) -> list[str]:
             "update.max_microbatch_tokens: found auto, but nvidia-smi does not say how much memory the GPUs"
             " have free; expected it to work here, or a number"
         )
-    from launch.planner.microbatch import words_here
+    from launch.planner.microbatch import settle_auto
 
-    words = words_here(config, num_ranks=num_ranks, device_bytes=device_bytes, on_cpu=not has_gpu())
+    words = settle_auto(config, num_ranks=num_ranks, device_bytes=device_bytes, on_cpu=not has_gpu())
     print(f"update.max_microbatch_tokens auto: {' '.join(words)}", flush=True)
     return words
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.gate.draws import Draws
-from eval.gate.lift import LiftConfig, LiftReport, measure_lift
+from eval.gate.lift import SOURCE_DRAW, LiftConfig, LiftReport, measure_lift
 from eval.identity import claim, own_code, questions_version, rollouts_identity
 from megatron_sd.build import RolloutSide, build_rollout_side
 from megatron_sd.config import ModelConfig, ProtocolConfig, RetrieverConfig, RewardConfig, RolloutConfig
@@ -139,10 +139,19 @@ def _measure(config: GateConfig, questions: Sequence[Question], world: World) ->
         draws.read()
         size = config.rollout.questions_per_step
         sampler = RolloutSampler(side=side, world=world, reward=config.reward, slice_size=size, draws=draws)
-        report = measure_lift(sampler, questions, config.lift)
+        source: list[RolloutGroup] = []
+
+        def sample(
+            asked: Sequence[Question], hindsight: Sequence[str] | None, draw: int
+        ) -> list[RolloutGroup]:
+            groups = sampler(asked, hindsight, draw)
+            if draw == SOURCE_DRAW:
+                source.extend(groups)
+            return groups
+
+        report = measure_lift(sample, questions, config.lift)
         if output is not None and world.is_first:
-            groups = score(Draws(output).whole(questions, draw=0), config.reward)
-            _write(output, report, groups, side.environment.codec.decode)
+            _write(output, report, source, side.environment.codec.decode)
     return report
 
 
@@ -150,8 +159,8 @@ def _write(output: Path, report: LiftReport, groups: Sequence[RolloutGroup], dec
     """The figures, and for `report` and `credit` the rollouts without a block that blocks were made of."""
     path = output / TRANSCRIPTS
     path.parent.mkdir(exist_ok=True)
-    lines = [json.dumps(group_record(group, [""] * len(group.rollouts), decode)) for group in groups]
-    write_whole(path, "".join(line + "\n" for line in lines))
+    records = [group_record(group, [""] * len(group.rollouts), decode) for group in groups]
+    write_whole(path, "".join(json.dumps(record) + "\n" for record in records))
     write_whole(output / REPORT_NAME, json.dumps(report.to_json(), indent=1) + "\n")
 
 

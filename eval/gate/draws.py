@@ -51,14 +51,6 @@ class Draws:
             for question, own in zip(questions, rollouts, strict=True)
         ]
 
-    def whole(self, questions: Sequence[Question], *, draw: int) -> list[RolloutGroup]:
-        """All groups of a draw that asked all `questions`, in their order, as the file has them now."""
-        self.read()
-        slices = sorted(start for found, start in self._found if found == draw)
-        stops = [*slices[1:], len(questions)]
-        parts = [self.find(draw, start, questions[start:stop]) for start, stop in zip(slices, stops)]
-        return [group for part in parts for group in part or ()]
-
     def keep(self, draw: int, start: int, groups: Sequence[RolloutGroup]) -> None:
         """Write a slice down, and wait until the disk has it."""
         if self._path is not None:

@@ -27,6 +27,7 @@ MIN_MIXED = 20  # questions with both outcomes below which the bootstrap's inter
 
 VARIANTS: Mapping[str, BlockBuilder] = {"linked": BLOCKS["paper"], **BLOCKS}
 VARIANT_SEAM = dataclasses.replace(BLOCK_SEAM, key="lift.variants", table=VARIANTS)
+SOURCE_DRAW = 0  # the sample that blocks are made of
 NEEDED_VARIANTS = ("linked", "shuffled", "wrong_question")
 
 
@@ -143,7 +144,7 @@ def measure_lift(sample: Sampler, questions: Sequence[Question], config: LiftCon
     A question with an empty block takes no part in a variant.
     """
     builders = [VARIANT_SEAM.choose(name) for name in config.variants]
-    source = list(sample(questions, None, 0))
+    source = list(sample(questions, None, SOURCE_DRAW))
     kinds = [group_kind(group, config.correct_above) for group in source]
     compared = [i for i, kind in enumerate(kinds) if kind == "mixed" or not config.only_mixed]
     second = list(sample([questions[i] for i in compared], None, 1))

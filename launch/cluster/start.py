@@ -19,7 +19,7 @@ from launch.cluster.layout import LayoutConfig, check_layout, ranks_per_node
 from launch.cluster.render import render_files, script_of
 from launch.options import split_options
 from launch.planner.estimate import check_memory
-from launch.planner.microbatch import words_on_nodes
+from launch.planner.microbatch import settle_on_nodes
 from launch.planner.models import model_config
 from megatron_sd.config.command_line import parse
 from megatron_sd.errors import ConfigError, MegatronSdError
@@ -65,7 +65,7 @@ def read_launch_options(argv: Sequence[str]) -> tuple[LayoutConfig, Job]:
     there = ["--model.dtype=bfloat16"] if layout.gpus_per_node else []
     words = [*there, *rest]
     job = JOBS[layout.program](words)
-    if settled := words_on_nodes(layout, job.config):
+    if settled := settle_on_nodes(layout, job.config):
         job = JOBS[layout.program]([*words, *settled])
     return layout, job
 

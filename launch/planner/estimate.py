@@ -28,11 +28,10 @@ from launch.planner.memory import (
     Sizes,
     checkpoint_bytes,
     kv_bytes_per_token,
-    largest_microbatch,
     peak,
     rank_memory,
 )
-from launch.planner.microbatch import words_on_nodes
+from launch.planner.microbatch import largest_microbatch, settle_on_nodes
 from launch.planner.models import model_config
 from launch.planner.step_estimate import (
     DECODE_EFFICIENCY,
@@ -105,7 +104,7 @@ def main(argv: Sequence[str]) -> None:
         raise ConfigError(f"gpus: found {plan.gpus}, expected a multiple of gpus_per_node {per_node}")
     layout = LayoutConfig(cluster="slurm", nodes=plan.gpus // per_node, gpus_per_node=per_node, gpu=plan.gpu)
     job = planned_job(plan, rest, BLANKS)
-    if settled := words_on_nodes(layout, job.config):
+    if settled := settle_on_nodes(layout, job.config):
         job = planned_job(plan, [*rest, *settled], BLANKS)
     print(render_plan(layout, job, model_config(plan.model)))
 
@@ -214,10 +213,8 @@ def _memory_lines(parts: Sequence[Part], gpu: Gpu) -> list[str]:
 
 
 def _microbatch_line(shape: DecoderSizes, config: Config, world_size: int, gpu: Gpu) -> str:
-    def needed(config: Config) -> float:
-        return peak(rank_memory(shape, config, world_size=world_size))[0]
-
-    largest = largest_microbatch(config, needed, (gpu.memory_gib - RESERVED_GIB) * GIB)
+    free = (gpu.memory_gib - RESERVED_GIB) * GIB
+    largest = largest_microbatch(shape, config, world_size, free=free, on_cpu=False)
     return (
         f"  update.max_microbatch_tokens {config.update.microbatch_tokens:,}; the largest power of two that"
         f" fits: {'none' if largest is None else f'{largest:,}'}"

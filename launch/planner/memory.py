@@ -8,9 +8,8 @@ take.
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -34,7 +33,6 @@ PHASES: tuple[Phase, ...] = ("rollout", "head", "backward", "reduce", "step")
 GIB = 2**30
 RESERVED_GIB = 4.0  # CUDA's context, NCCL's buffers, and what the allocator cannot use
 STEP_COPIES = 1  # float32, of the elements being stepped over: the gradient, put together; AdamW is fused
-MICROBATCHES = tuple(1 << power for power in range(9, 18))  # tokens, of which the largest that fits is told
 # of the embedding: the gradients of head and embedding, their sum, and what the reduction packs and gets
 REDUCE_COPIES = 5
 BLOCK_COPIES = 4  # float32, of the logits being worked on
@@ -70,20 +68,6 @@ class Sizes:
         embedding = shape.vocabulary * shape.hidden
         total = shape.num_layers * layer + embedding * (1 if shape.tied else 2) + shape.hidden
         return cls(layer=layer, num_layers=shape.num_layers, embedding=embedding, total=total)
-
-
-def largest_microbatch(config: Config, needed: Callable[[Config], float], free: float) -> int | None:
-    """The largest power of two for update.max_microbatch_tokens with which what is needed is at most what is free;
-    None where the smallest is too large."""
-    fitting = (tokens for tokens in MICROBATCHES if needed(with_microbatch(config, tokens)) <= free)
-    return max(fitting, default=None)
-
-
-def with_microbatch(config: Config, tokens: int) -> Config:
-    """The run with another update.max_microbatch_tokens."""
-    return dataclasses.replace(
-        config, update=dataclasses.replace(config.update, max_microbatch_tokens=tokens)
-    )
 
 
 def rank_memory(

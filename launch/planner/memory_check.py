@@ -64,6 +64,12 @@ def needed_bytes(shape: DecoderSizes, config: Config, num_ranks: int, *, on_cpu:
     return needed * (num_ranks if on_cpu else 1), phase
 
 
+def with_microbatch(config: Config, tokens: int) -> Config:
+    """The run with another update.max_microbatch_tokens."""
+    update = dataclasses.replace(config.update, max_microbatch_tokens=tokens)
+    return dataclasses.replace(config, update=update)
+
+
 def _variants(config: Config, num_ranks: int, *, on_cpu: bool) -> Iterator[tuple[str, Config, int]]:
     """Changes that lower the memory, those that cost least first: words, the run with it, its ranks."""
     for words, changed in _smaller_runs(config, on_cpu=on_cpu):
@@ -88,10 +94,7 @@ def _smaller_runs(config: Config, *, on_cpu: bool) -> Iterator[tuple[str, Config
         )
     tokens = update.microbatch_tokens // 2
     while tokens >= SMALLEST_MICROBATCH:
-        yield (
-            f"update.max_microbatch_tokens {tokens}",
-            replace(config, update=replace(update, max_microbatch_tokens=tokens)),
-        )
+        yield f"update.max_microbatch_tokens {tokens}", with_microbatch(config, tokens)
         tokens //= 2
     if not on_cpu and update.offload_optimizer == "none":
         yield "update.offload_optimizer cpu", replace(config, update=replace(update, offload_optimizer="cpu"))

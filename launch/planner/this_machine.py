@@ -9,15 +9,9 @@ from typing import Any
 
 from launch.cluster.job import Job, Program
 from launch.local import free_bytes
-from launch.planner.memory import (
-    GIB,
-    MICROBATCHES,
-    RESERVED_GIB,
-    Sizes,
-    largest_microbatch,
-    with_microbatch,
-)
-from launch.planner.memory_check import LORA_RANK, needed_bytes
+from launch.planner.memory import GIB, RESERVED_GIB, Sizes
+from launch.planner.memory_check import LORA_RANK, needed_bytes, with_microbatch
+from launch.planner.microbatch import MICROBATCHES, USED_SHARE, largest_microbatch
 from megatron_sd.config import AUTO, Config
 from megatron_sd.errors import ConfigError
 from megatron_sd.machine import has_gpu
@@ -74,7 +68,7 @@ def render(job: Job, shape: DecoderSizes, *, free: int, on_cpu: bool, num_places
     ]
     microbatches = f"microbatches of {config.update.max_microbatch_tokens} tokens"
     if config.update.max_microbatch_tokens == AUTO:
-        microbatches = "the largest microbatches"
+        microbatches = "the microbatches that auto takes"
     size = f"{config.rollout.questions_per_step * config.rollout.group_size} rollouts"
     if job.program == "sft":
         size = f"{job.batch[1]} episodes"
@@ -102,12 +96,11 @@ def ways(config: Config) -> Iterator[tuple[str, Config]]:
 
 
 def _place(config: Config, shape: DecoderSizes, num_ranks: int, *, free: float, on_cpu: bool) -> str:
-    def needed(config: Config) -> float:
-        return needed_bytes(shape, config, num_ranks, on_cpu=on_cpu)[0]
+    def largest(share: float) -> int | None:
+        return largest_microbatch(shape, config, num_ranks, free=share * free, on_cpu=on_cpu)
 
-    largest = largest_microbatch(config, needed, free)
-    if config.update.max_microbatch_tokens == AUTO:
-        config = with_microbatch(config, largest or MICROBATCHES[0])
-    size = needed(config)
+    tokens = config.update.max_microbatch_tokens
+    own = with_microbatch(config, largest(USED_SHARE) or MICROBATCHES[0]) if tokens == AUTO else config
+    fitting, size = largest(1.0), needed_bytes(shape, own, num_ranks, on_cpu=on_cpu)[0]
     verdict = "fits" if size <= free else "no"
-    return f"{size / GIB:.1f} {verdict} ({'none' if largest is None else f'{largest:,}'})"
+    return f"{size / GIB:.1f} {verdict} ({'none' if fitting is None else f'{fitting:,}'})"

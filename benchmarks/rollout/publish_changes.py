@@ -87,6 +87,11 @@ def send(sender: ShardSender, versions: list[dict[str, torch.Tensor]], n: int) -
     return sender.send(versions[n % 2], n)
 
 
+def receive(receiver: ShardReceiver, n: int) -> int:
+    """Round n; deliveries are counted from 1."""
+    return receiver.receive(n, n + 1)
+
+
 def worker_actions(party: Party, plan: ReshardPlan) -> tuple[dict[str, Action], dict[str, Any]]:
     """A worker's part on each side, and its tensors there."""
     worker = WorkerId(replica=0, tp_rank=party.number - NUM_RANKS, tp_size=NUM_WORKERS)
@@ -97,7 +102,7 @@ def worker_actions(party: Party, plan: ReshardPlan) -> tuple[dict[str, Action], 
         live[side] = {t.spec.name: torch.zeros(t.spec.shape, dtype=torch.bfloat16) for t in tensors}
         address = party.store.get(side).decode()
         receiver = ShardReceiver(live[side], worker=worker, address=address, timeout_s=TIMEOUT_S)
-        actions[side] = receiver.receive
+        actions[side] = functools.partial(receive, receiver)
     return actions, live
 
 

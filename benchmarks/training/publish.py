@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import itertools
 import json
 import os
 import socket
@@ -23,10 +24,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from datetime import timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
@@ -35,6 +37,10 @@ import torch.distributed as dist
 
 from benchmarks.baseline import Comparison, report
 from benchmarks.tiny_model import write_model
+from megatron_sd.rollout.engine import Delivery
+
+if TYPE_CHECKING:
+    from megatron_sd.resharding.receiver import ShardReceiver
 
 NUM_RANKS, NUM_WORKERS = 2, 2
 VOCABULARY, HIDDEN, LAYERS = 32_768, 1024, 10
@@ -81,6 +87,11 @@ class Party:
         return seconds
 
 
+def receive_next(receiver: ShardReceiver, deliveries: Iterator[int]) -> None:
+    """The next of the trainer's deliveries, whose version is always 0."""
+    receiver.receive(0, next(deliveries))
+
+
 # ---- a trainer rank ----
 
 
@@ -90,7 +101,7 @@ class NoWorkers:
     def begin_update(self) -> None:
         """Nothing to forget."""
 
-    def start_receiving(self, address: str, policy_version: int) -> Future:
+    def start_receiving(self, delivery: Delivery) -> Future:
         """Nothing to wait for."""
         done: Future = Future()
         done.set_result(None)
@@ -236,7 +247,7 @@ def serve(party: Party, rounds: int) -> None:
     methods = {"broadcast": broadcast, "reload": reload}
     for wire, address in offer["addresses"].items():
         receiver = ShardReceiver(live[wire], worker=worker, address=address, timeout_s=TIMEOUT_S)
-        methods[wire] = functools.partial(receiver.receive, 0)
+        methods[wire] = functools.partial(receive_next, receiver, itertools.count(1))
     party.run(methods, rounds)
     for method in METHODS[1:]:
         for name, expected in live[METHODS[0]].items():

@@ -14,7 +14,7 @@ from megatron_sd.resharding.exchange import Inbox, staged_checksums, synchronize
 from megatron_sd.resharding.layout import WorkerId
 from megatron_sd.resharding.plan import ReshardPlan
 from megatron_sd.resharding.staging import padding_views
-from megatron_sd.resharding.transport import MeetingPoint, Session
+from megatron_sd.resharding.transport import MeetingPoint, Session, session_of
 
 NO_VERSION = -1
 
@@ -36,22 +36,21 @@ class ShardReceiver:
         self._timeout_s = timeout_s
         self._device = next(iter(self._tensors.values())).device
         self._meeting = MeetingPoint.join(address, timeout_s=timeout_s)
-        self._number = 1  # of the session that was open, or the next one
         self._connection: _Connection | None = None
         self._retire_predecessor()
 
-    def receive(self, policy_version: int) -> int:
+    def receive(self, policy_version: int, delivery: int) -> int:
         """Take part in the hand-over of a version; blocks until it is in the live tensors. Returns the
-        bytes that came.
+        bytes that came. delivery: the number of this attempt, as the trainer counts them.
 
         Every worker calls it while every trainer rank sends, with no generation in flight. Raises
-        ReshardError, with the live tensors untouched, when trainer, this worker or another one failed; call
-        it again for the next attempt.
+        ReshardError, with the live tensors untouched, when trainer, this worker or another one failed, be it
+        before this worker came; call it again for the next attempt.
         """
-        if self._connection is not None and self._connection.session.closed() is not None:
-            self._disconnect()
-        session = self._open_session()
+        session = self._session_of(delivery)
         with session.ended_by_errors(self._disconnect):
+            if (reason := session.closed()) is not None:
+                raise ReshardError(reason)
             connection = self._connection = self._connection or self._connect(session)
             connection.transfer += 1
             t = connection.transfer
@@ -85,21 +84,20 @@ class ShardReceiver:
     def _retire_predecessor(self) -> None:
         """A worker of this number that died and was replaced may still be expected in an open session: end
         that."""
-        while self._meeting.has(f"{self._number}/open", f"{self._number}/closed"):
-            self._number += 1
-        session = Session(self._meeting, self._number, self._timeout_s)
+        number = 1
+        while self._meeting.has(f"{number}/open", f"{number}/closed"):
+            number += 1
+        session = Session(self._meeting, number, self._timeout_s)
         if session.has(f"worker/{self._worker.number}"):
             session.close(f"{self._worker} was restarted: publish again")
 
-    def _open_session(self) -> Session:
-        if self._connection is not None:
+    def _session_of(self, delivery: int) -> Session:
+        """Where the delivery takes place; a connection of another session ends."""
+        number = session_of(delivery, Session.of_everybody(self._meeting, self._timeout_s))
+        if self._connection is not None and self._connection.session.number == number:
             return self._connection.session
-        while True:
-            session = Session(self._meeting, self._number, self._timeout_s)
-            if session.closed() is None:
-                session.wait_for({"open": "trainer rank 0"})
-                return session
-            self._number += 1
+        self._disconnect()
+        return Session(self._meeting, number, self._timeout_s)
 
     def _connect(self, session: Session) -> _Connection:
         (offer,) = session.wait_for({"open": "trainer rank 0"})

@@ -13,14 +13,14 @@ from megatron_sd.errors import ReshardError
 from megatron_sd.resharding.connection import make_outbox, open_session, ranks, whereabouts, workers
 from megatron_sd.resharding.exchange import Outbox, sent_checksums
 from megatron_sd.resharding.plan import ReshardPlan
-from megatron_sd.resharding.transport import MeetingPoint, Session
+from megatron_sd.resharding.transport import MeetingPoint, Session, delivery_key, session_of
 
 
 class ShardSender:
     """Trainer rank `rank` of the plan. Rank 0 hosts the meeting point and decides whether a version is taken.
 
-    device: of the shards. num_changed: in the last version, as the outbox says. The first `send`, and the
-    first after a failure, connects to the workers.
+    device: of the shards. num_changed: in the last version, as the outbox says. num_deliveries: calls of
+    `send`, equal on all ranks. The first `send`, and the first after a failure, connects to the workers.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class ShardSender:
         self._rank = rank
         self._device = device
         self.num_changed: int | None = None
-        self._num_sends = 0
+        self.num_deliveries = 0
         self._session: Session | None = None
         self._outbox: Outbox | None = None
         self._transfer = 0  # within the session
@@ -84,14 +84,13 @@ class ShardSender:
 
     def _agree_on_session(self) -> Session:
         """The open session, or a new one when it has ended; rank 0 decides which."""
-        self._num_sends += 1
-        key, owner = f"send/{self._num_sends}", "trainer rank 0"
-        everybody = Session(self._meeting, 0, self._terms.timeout_s)  # never ends
+        self.num_deliveries += 1
+        everybody = Session.of_everybody(self._meeting, self._terms.timeout_s)
         if self._rank == 0:
             current = self._session
             number = 1 if current is None else current.number + (current.closed() is not None)
-            everybody.post(key, number)
-        (number,) = everybody.wait_for({key: owner}, patience=4)
+            everybody.post(delivery_key(self.num_deliveries), number)
+        number = session_of(self.num_deliveries, everybody, patience=4)
         if self._session is None or self._session.number != number:
             self._drop()
             self._session, self._transfer = Session(self._meeting, number, self._terms.timeout_s), 0

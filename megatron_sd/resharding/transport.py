@@ -128,6 +128,11 @@ class Session:
         self.number = number
         self.timeout_s = timeout_s
 
+    @classmethod
+    def of_everybody(cls, meeting: MeetingPoint, timeout_s: float) -> Session:
+        """What is said outside of sessions; it never ends."""
+        return cls(meeting, 0, timeout_s)
+
     def post(self, key: str, value: Any = None) -> None:
         """Say something, once."""
         self.meeting.post(f"{self.number}/{key}", value)
@@ -181,6 +186,18 @@ class Session:
                 raise ReshardError(self.closed()) from error
             finally:
                 let_go()
+
+
+def delivery_key(number: int) -> str:
+    """Under which trainer rank 0 says, outside of sessions, in which of them a delivery takes place."""
+    return f"delivery/{number}"
+
+
+def session_of(delivery: int, everybody: Session, *, patience: float = 1.0) -> int:
+    """The number of the session in which a delivery takes place, once trainer rank 0 has said it. Raises
+    ReshardError when it does not, as `Session.wait_for` does."""
+    (number,) = everybody.wait_for({delivery_key(delivery): "trainer rank 0"}, patience=patience)
+    return int(number)
 
 
 def until_completed(work: Any, peer: str, session: Session) -> None:

@@ -114,13 +114,25 @@ class WeightSharer(BucketReceiver, Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """One attempt to hand a version over, as workers are told of it.
+
+    address: of the trainer's meeting point. number: of the attempt, counted from 1 by the trainer.
+    """
+
+    address: str
+    number: int
+    policy_version: int
+
+
 class ShardedEngine(WeightReceiver, Protocol):
     """An engine whose workers hold a resharding ShardReceiver each. Every rank has a handle; the handles of
     ranks that own no worker do nothing."""
 
-    def start_receiving(self, address: str, policy_version: int) -> Future[None]:
-        """Make every worker of this handle call ShardReceiver.receive(policy_version) at the meeting point
-        of this address, and return at once. The future ends when all have returned, and with the first
+    def start_receiving(self, delivery: Delivery) -> Future[None]:
+        """Make every worker of this handle call ShardReceiver.receive with the delivery's version and number
+        at its meeting point, and return at once. The future ends when all have returned, and with the first
         error of one as soon as it is known."""
         ...
 

@@ -22,7 +22,7 @@ from megatron_sd.resharding.plan import make_plan
 from megatron_sd.resharding.sender import ShardSender
 from megatron_sd.resharding.staging import host_id
 from megatron_sd.resharding.transport import MeetingPoint, publish_host
-from megatron_sd.rollout.engine import BucketReceiver, ShardedEngine, WeightSharer
+from megatron_sd.rollout.engine import BucketReceiver, Delivery, ShardedEngine, WeightSharer
 from megatron_sd.training.lora import FullAdapter, adapter_of, merged, with_their_adapters
 from megatron_sd.training.parallel.local_shards import LocalShards, full_numel, shard_layout, whole_shard
 from megatron_sd.training.parallel.tensor import joined
@@ -199,7 +199,9 @@ class ShardPublisher:
             adapters=adapters,
         )
         receiver.begin_update()
-        receiving = receiver.start_receiving(self.address, policy_version)
+        receiving = receiver.start_receiving(
+            Delivery(self.address, self._sender.num_deliveries + 1, policy_version)
+        )
         receiving.add_done_callback(self._notice_failure)
         try:
             self.num_bytes = self._sender.send(shards, policy_version)

@@ -23,6 +23,7 @@ from megatron_sd.resharding.staging import handle_parts, open_cuda_memory
 from megatron_sd.resharding.transport import publish_host
 from megatron_sd.retrieval.corpus import dense
 from megatron_sd.retrieval.corpus.encoder import choose_device
+from megatron_sd.rollout.engine import Delivery
 from megatron_sd.rollout.vllm.colocated_engine import ColocatedEngine
 from megatron_sd.rollout.vllm.connect import sharers_of
 
@@ -75,7 +76,7 @@ def test_the_thread_that_serves_colocated_uses_its_ranks_gpu(monkeypatch):
     engine.wake()
     engine.sleep()
     assert used[1:] == [(GPU, "vllm")]
-    engine.start_receiving("", 1).result()
+    engine.start_receiving(Delivery("", number=1, policy_version=1)).result()
     assert used[2:] == [(GPU, "shards_0"), ("update_weights", "shards_0")]
 
 

@@ -17,7 +17,7 @@ from megatron_sd.build import choose_publisher
 from megatron_sd.distributed.collectives import gather_objects
 from megatron_sd.distributed.world import end_process, join_world, leave_world
 from megatron_sd.errors import RolloutError
-from megatron_sd.rollout.engine import awake
+from megatron_sd.rollout.engine import Delivery, awake
 from megatron_sd.rollout.vllm.connect import connect_vllm
 from megatron_sd.search.tokens import load_codec
 from megatron_sd.training.publisher import ShardPublisher
@@ -101,7 +101,7 @@ def refusals(engine) -> list[str]:
 def failed_update(engine) -> str:
     """An update whose trainer cannot be found; the engine samples on from what it had."""
     engine.begin_update()
-    error = engine.start_receiving("127.0.0.1:1", 10).exception()
+    error = engine.start_receiving(Delivery("127.0.0.1:1", number=1, policy_version=10)).exception()
     engine.cancel_update()
     return type(error).__name__
 

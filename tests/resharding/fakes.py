@@ -18,6 +18,7 @@ from megatron_sd.errors import ReshardError
 from megatron_sd.resharding import receiver as receiver_module
 from megatron_sd.resharding.connection import worker_id
 from megatron_sd.resharding.layout import WorkerId, WorkerLayout
+from megatron_sd.rollout.engine import Delivery
 
 if TYPE_CHECKING:  # DeepSpeed takes seconds to import, and no worker needs it
     from megatron_sd.training.publisher import ShardPublisher
@@ -112,13 +113,15 @@ class WorkerGroup:
     def begin_update(self) -> None:
         self.log.append("begin")
 
-    def start_receiving(self, address: str, policy_version: int) -> Future:
+    def start_receiving(self, delivery: Delivery) -> Future:
         self.received = [0] * len(self.workers)
         done, left = Future(), set(range(len(self.workers)))
 
         def receive(number: int) -> None:
             try:
-                self.received[number] = self.workers[number].call(self.action, policy_version=policy_version)
+                self.received[number] = self.workers[number].call(
+                    self.action, policy_version=delivery.policy_version, delivery=delivery.number
+                )
             except ReshardError as error:
                 self.errors.append(str(error))
                 if not done.done():
@@ -177,8 +180,8 @@ class _Worker:
             self.live, worker=worker, address=address, timeout_s=WAIT_S
         )
 
-    def receive(self, policy_version: int) -> int:
-        num_bytes = self.receiver.receive(policy_version)
+    def receive(self, policy_version: int, delivery: int) -> int:
+        num_bytes = self.receiver.receive(policy_version, delivery)
         assert self.receiver.policy_version == policy_version
         return num_bytes
 
@@ -193,8 +196,8 @@ class _Worker:
 
     # ---- faults, once each ----
 
-    def receive_measured(self, policy_version: int) -> int:
-        return peak_bytes(lambda: self.receive(policy_version))
+    def receive_measured(self, policy_version: int, delivery: int) -> int:
+        return peak_bytes(lambda: self.receive(policy_version, delivery))
 
     def die_when_staged(self) -> None:
         """The process is killed in the next update, with everything received and nothing decided."""

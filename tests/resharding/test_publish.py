@@ -2,6 +2,7 @@
 test_ranks.py."""
 
 import logging
+import time
 
 import pytest
 import torch
@@ -145,6 +146,28 @@ def test_an_element_that_changed_on_the_way_is_named(tmp_path, group):
     assert_published(policy, publisher, group)
 
 
+def test_a_worker_that_comes_when_a_version_has_failed_is_told_so_at_once(tmp_path, group, monkeypatch):
+    """It would wait for a delivery that comes only after it has answered."""
+    policy, publisher = begin(write_model(tmp_path / "model"), group, checksums=True)
+    publisher.publish(policy, group, 0)
+    take_step(policy)
+    group.workers[1].call("damage", name="model.layers.1.mlp.down_proj.weight", index=7)
+    late = group.workers[0]
+    call = late.call
+
+    def call_late(action: str, **arguments):
+        while not group.errors:
+            time.sleep(0.01)
+        return call(action, **arguments)
+
+    with monkeypatch.context() as patched, pytest.raises(ReshardError, match="checksums differ in 1 param"):
+        patched.setattr(late, "call", call_late)
+        publisher.publish(policy, group, 1)
+    assert len(group.errors) == 2 and group.errors[0] == group.errors[1]
+    publisher.publish(policy, group, 1)
+    assert_published(policy, publisher, group)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -190,8 +213,9 @@ class Colocated(WorkerGroup):
                 self.live, worker=self.worker, address=publisher.address, timeout_s=60.0
             )
 
-        def call(self, action: str, policy_version: int) -> int:
-            return self.receiver.receive(policy_version if self.group.told is None else self.group.told)
+        def call(self, action: str, policy_version: int, delivery: int) -> int:
+            told = policy_version if self.group.told is None else self.group.told
+            return self.receiver.receive(told, delivery)
 
         def tensors(self):
             return self.live

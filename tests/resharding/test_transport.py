@@ -67,7 +67,7 @@ def test_a_rank_may_leave_after_rank_0_has_gone():
     host = MeetingPoint.host("127.0.0.1", timeout_s=20)
     meeting = MeetingPoint.join(host.address, timeout_s=20)
     sender = ShardSender(meeting, None, PublishConfig(timeout_s=1), rank=1, device=torch.device("cpu"))
-    host.post("0/send/1", 1)
+    host.post("0/delivery/1", 1)
     sender._agree_on_session()
     del host
     with pytest.raises(ReshardError, match="the meeting point at .* is gone"):

@@ -6,6 +6,7 @@ import signal
 import pytest
 
 from megatron_sd.errors import RolloutError
+from megatron_sd.rollout.engine import Delivery
 from tests.vllm.servers import (
     CLOSE,
     START_TIMEOUT_S,
@@ -85,7 +86,8 @@ def test_a_sharded_update_that_fails_leaves_the_old_version_serving(one_served):
         publish(engine, one_served.weights, 60)
         engine.begin_update()
         with pytest.raises(RolloutError, match="with 500"):
-            engine.start_receiving("127.0.0.1:1", 61).result()  # nobody is there
+            nowhere = Delivery("127.0.0.1:1", number=1, policy_version=61)
+            engine.start_receiving(nowhere).result()
         engine.cancel_update()
         requests = [ask(f"r{n}", prompt(40, n), seed=n) for n in range(3)]
         completions = serve(engine, *requests)

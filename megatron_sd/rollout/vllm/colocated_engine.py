@@ -12,6 +12,7 @@ import asyncio
 import threading
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +20,7 @@ import torch
 from megatron_sd.distributed.lockstep import Lockstep, News
 from megatron_sd.distributed.world import World, use_device
 from megatron_sd.errors import RolloutError
-from megatron_sd.rollout.engine import Completion, GenerationRequest
+from megatron_sd.rollout.engine import Completion, Delivery, GenerationRequest
 from megatron_sd.rollout.vllm.colocated_start import EngineMemory, RequestOutbox
 from megatron_sd.rollout.vllm.request import Answer, Dialogue, ServedPolicy
 from megatron_sd.search.tokens import TextCodec
@@ -209,12 +210,10 @@ class ColocatedEngine:
         self._attempt("finish_weight_update")
         self._open(policy_version)
 
-    def start_receiving(self, address: str, policy_version: int) -> Future[None]:
+    def start_receiving(self, delivery: Delivery) -> Future[None]:
         """Make this rank's worker take its shard from the meeting point, and return at once."""
-        shards = {
-            "address": address,
+        shards = asdict(delivery) | {
             "replica": self._lockstep.number,
-            "policy_version": policy_version,
             "timeout_s": self._timeout_s / 4,  # a worker waits up to three times as long, and then says why
         }
         self._receiving = self._receiver.submit(self._rpc, "update_weights", {"shards": shards})

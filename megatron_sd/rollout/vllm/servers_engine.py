@@ -12,13 +12,13 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
 from megatron_sd.errors import ConfigError, RolloutError
-from megatron_sd.rollout.engine import Completion, GenerationRequest
+from megatron_sd.rollout.engine import Completion, Delivery, GenerationRequest
 from megatron_sd.rollout.homes import Homes
 from megatron_sd.rollout.loop_thread import LoopThread
 from megatron_sd.rollout.vllm.request import Answer, Dialogue, ReplicaLost, ServedPolicy
@@ -246,16 +246,16 @@ class VllmEngine:
                 replica.version = label
         self._label, self.policy_version, self._updating = label, policy_version, False
 
-    def start_receiving(self, address: str, policy_version: int) -> Future[None]:
+    def start_receiving(self, delivery: Delivery) -> Future[None]:
         """Make the workers of every server take their shards from the meeting point, while the trainer
         sends them, and return at once. The future ends with the first error."""
-        return self._thread.start(self._receive(address, policy_version))
+        return self._thread.start(self._receive(delivery))
 
-    async def _receive(self, address: str, policy_version: int) -> None:
+    async def _receive(self, delivery: Delivery) -> None:
         if self._publishes:
             # a worker waits up to three times as long, and then says why
             patience_s = self._request_timeout_s / 4
-            terms = {"address": address, "policy_version": policy_version, "timeout_s": patience_s}
+            terms = asdict(delivery) | {"timeout_s": patience_s}
             self._receiving = [
                 asyncio.create_task(replica.update(shards=terms | {"replica": self._first_replica + place}))
                 for place, replica in enumerate(self._replicas)

@@ -102,7 +102,7 @@ class PolicyWeights(WeightTransferEngine[PolicyInfo, UpdateInfo]):
                 tensors=parameters, worker=worker, address=shards["address"], timeout_s=shards["timeout_s"]
             )
             self._trainer = shards["address"]
-        self._receiver.receive(shards["policy_version"])
+        self._receiver.receive(shards["policy_version"], shards["number"])
         self._taken = set(parameters)
 
     def finish_weight_update(self) -> None:

@@ -25,7 +25,7 @@ from eval.credit.scorer import ScoreOptions, score_group
 from eval.credit.store import Scored
 from eval.credit.transcripts import read_groups
 from eval.credit.usefulness import usefulness_of_group
-from eval.gate.lift import rounded
+from eval.gate.lift import group_kind, rounded
 from eval.identity import claim, model_version, own_code
 from megatron_sd.algorithm.blocks import BLOCK_SEAM, BLOCKS, BY_TURN
 from megatron_sd.algorithm.hindsight import RENDERERS, BlockBuilder, BlockContext
@@ -57,7 +57,8 @@ class CreditConfig:
 
     block: a key of BLOCKS that is the same for every turn, or a block of your own. beta, temperature: of the
     divergence. num_resamples: of the bootstrap over questions. batch_tokens: padded tokens of one forward,
-    which bounds its memory. What is scored is kept in `output`: the same command goes on where it was killed.
+    which bounds its memory. only_mixed: groups that ended alike are not scored; other groups' blocks may
+    still be theirs. What is scored is kept in `output`: the same command goes on where it was killed.
     """
 
     model: ModelConfig
@@ -70,6 +71,7 @@ class CreditConfig:
     temperature: float = 1.0
     num_resamples: int = 2000
     seed: int = 0  # of the bootstrap
+    only_mixed: bool = False  # score questions with both outcomes alone, where credit has something to tell
     batch_tokens: int = 8192
     # how much likelier each search's result makes the gold answer, too (Toolformer): three more forwards a search
     usefulness: bool = False
@@ -112,10 +114,11 @@ def credit(config: CreditConfig, world: World | None = None) -> CreditTable:
     with hold_together(world, Path(config.output)):
         store = Scored(Path(config.output), rank=world.rank)
         together(world, lambda: _begin(config, groups, store) if world.is_first else None)
-        _score_missing(config, groups, store, environment, world)
+        wanted = _wanted(config, groups)
+        _score_missing(config, groups, wanted, store, environment, world)
         together(world, lambda: None)  # until every rank has written what it scored
         by_group = store.read()
-        credits = [query for number in range(len(groups)) for query in by_group[number]]
+        credits = [query for number in sorted(wanted) for query in by_group[number]]
         if not credits:
             raise DataError(
                 f"{source}: no query of {len(groups)} groups can be judged by a block, expected rollouts that"
@@ -126,7 +129,7 @@ def credit(config: CreditConfig, world: World | None = None) -> CreditTable:
             records = [
                 with_log_ratios(
                     group_record(group, _blocks(groups, n, config), environment.codec.decode),
-                    by_group[n],
+                    by_group.get(n, []),
                     environment,
                 )
                 for n, group in enumerate(groups)
@@ -135,9 +138,31 @@ def credit(config: CreditConfig, world: World | None = None) -> CreditTable:
     return result
 
 
+def _wanted(config: CreditConfig, groups: Sequence[RolloutGroup]) -> set[int]:
+    """The numbers of the groups to score."""
+    if not config.only_mixed:
+        return set(range(len(groups)))
+    mixed = {n for n, group in enumerate(groups) if group_kind(group, config.correct_above) == "mixed"}
+    if not mixed:
+        raise DataError(
+            f"{config.transcripts}: only_mixed found none of {len(groups)} questions with rollouts above and"
+            f" below correct_above ({config.correct_above:g}), expected some; set only_mixed false"
+        )
+    return mixed
+
+
 def _begin(config: CreditConfig, groups: Sequence[RolloutGroup], store: Scored) -> None:
     """Make the output this scoring's, or go on with it."""
-    names = ("block", "block_format", "correct_above", "beta", "temperature", "seed", "usefulness")
+    names = (
+        "block",
+        "block_format",
+        "correct_above",
+        "beta",
+        "temperature",
+        "seed",
+        "usefulness",
+        "only_mixed",
+    )
     identity = {
         "credit": {name: getattr(config, name) for name in names},
         "transcripts_version": file_entry(Path(config.transcripts)).xxh3_128,
@@ -156,14 +181,15 @@ def _begin(config: CreditConfig, groups: Sequence[RolloutGroup], store: Scored) 
 def _score_missing(
     config: CreditConfig,
     groups: Sequence[RolloutGroup],
+    wanted: set[int],
     store: Scored,
     environment: Environment,
     world: World,
 ) -> None:
-    """This rank's share of the groups that nobody has scored yet."""
+    """This rank's share of the wanted groups, by number, that nobody has scored yet."""
     # one list for all ranks, made before any of them writes
     done = together(world, lambda: set(store.read()))[0]
-    missing = [number for number in range(len(groups)) if number not in done]
+    missing = sorted(wanted - done)
     if not missing:
         return
     check_head(load_config(config.model.path), config.model.path)

@@ -202,6 +202,32 @@ def test_a_killed_scoring_goes_on_and_reports_the_same(tmp_path, monkeypatch):
         credit(replace(config, block="shuffled"))
 
 
+def test_only_questions_with_both_outcomes_are_scored(tmp_path):
+    """Each as it is among all of them, where other groups' blocks come from."""
+    path = many_groups(tmp_path / "t.jsonl", count=3)
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows[2]["response"] = rows[3]["response"]  # question 1: both wrong
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = CreditConfig(
+        model=EXACT,
+        transcripts=str(path),
+        output=str(tmp_path / "all"),
+        protocol=COMPACT,
+        block="wrong_question",
+    )
+    credit(config)
+    table = credit(replace(config, output=str(tmp_path / "mixed"), only_mixed=True))
+    every, mixed = (read_lines(tmp_path / name / "queries.jsonl") for name in ("all", "mixed"))
+    assert [row["question_id"] for row in mixed] == ["0"] * 3 + ["2"] * 3
+    assert mixed == [row for row in every if row["question_id"] != "1"]
+    assert table.within["mixed"]["log_ratio"].num_questions == 2 and table.num_queries == 6
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows[2:4]))
+    with pytest.raises(
+        DataError, match=r"only_mixed found none of 1 questions with rollouts above and below"
+    ):
+        credit(replace(config, output=str(tmp_path / "none"), only_mixed=True))
+
+
 @pytest.mark.slow
 @pytest.mark.ranks
 def test_two_ranks_score_what_one_does(tmp_path, monkeypatch):

@@ -1,5 +1,5 @@
-"""What SD-Search costs over GRPO: one trainer of each, from the same start policy on the synthetic world,
-step by step in turn.
+"""What SD-Search and PPO cost over GRPO: one trainer of each, from the same start policy on the synthetic
+world, step by step in turn.
 
     python -m benchmarks.training.overhead [--json FILE]
 
@@ -39,6 +39,11 @@ ARMS = {
     "GRPO": ("--distill.block=none",),
     "SD-Search, gated": (),
     "SD-Search, every group": ("--distill.gate=none",),
+    "PPO with a critic": (
+        "--distill.block=none",
+        "--advantage.estimator=gae",
+        "--critic.learning_rate=1e-12",
+    ),
 }
 MEASURED = "update with measurement"
 

@@ -80,6 +80,8 @@ def planned(model: Path, *options: str, tokens: int, num_ranks: int = 1) -> dict
         (("--model.gradient_checkpointing=true",), 4, 1),
         ((), 4, 2),
         (("--model.lora.rank=8",), 4, 1),
+        (("--advantage.estimator=gae",), 4, 1),
+        (("--advantage.estimator=gae",), 4, 2),
     ],
 )
 def test_memory_is_within_15_percent_of_what_is_measured(model, options, num_samples, num_ranks):
@@ -87,6 +89,8 @@ def test_memory_is_within_15_percent_of_what_is_measured(model, options, num_sam
     grows."""
     found = measured(model, *options, num_samples=num_samples, num_ranks=num_ranks)
     expected = planned(model, *options, tokens=512 * num_samples // num_ranks, num_ranks=num_ranks)
+    if "critic" in found:  # which works while the policy rests: the planner has no moment of its own for it
+        expected["critic"] = expected["update"]
     print(
         {
             name: f"planned {expected[name] / 2**30:.2f} GiB, measured {found[name] / 2**30:.2f}"

@@ -9,17 +9,19 @@ from __future__ import annotations
 import ctypes
 import gc
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from megatron_sd.algorithm.distill_loss import TermWeights
 from megatron_sd.algorithm.packing.batches import pack
-from megatron_sd.build_policy import build_policy
+from megatron_sd.build_policy import build_critic, build_policy
 from megatron_sd.config.load import load
 from megatron_sd.distributed.parallel import Parallel
 from megatron_sd.distributed.world import join_world
-from megatron_sd.records import TrainingSample
+from megatron_sd.records import Batch, Microbatch, TrainingSample, UpdateResult
+from megatron_sd.training.critic.critic import Critic
 
 BLOCK_TOKENS = 64
 M_MMAP_THRESHOLD = -3  # of mallopt
@@ -57,6 +59,12 @@ def samples(num: int, length: int, vocabulary: int) -> list[TrainingSample]:
     ]
 
 
+def with_values_of(critic: Critic, microbatch: Microbatch) -> Microbatch:
+    """What the critic is to learn takes the same room whatever it is."""
+    values = critic.read(microbatch)["values"]
+    return replace(microbatch, returns=values + 1.0, old_values=values)
+
+
 def main(argv: list[str]) -> None:
     model, output, num, length, *options = argv
     assert ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 16), "what is freed would not go back at once"
@@ -66,8 +74,23 @@ def main(argv: list[str]) -> None:
     vocabulary = json.loads((Path(model) / "config.json").read_text())["vocab_size"]
     gc.collect()
     before = resident_bytes("VmRSS")
-    policy = build_policy(config, Parallel.of(config.update, world))
-    found = {}
+    parallel = Parallel.of(config.update, world)
+    policy, critic = build_policy(config, parallel), build_critic(config, parallel)
+    found: dict[str, int] = {}
+
+    def closes(moment: str) -> None:
+        found[moment] = resident_bytes("VmHWM") - before
+        reset_peak()
+
+    def update(batch: Batch) -> UpdateResult:
+        for microbatch in batch:
+            weights = TermWeights(policy=1.0, distill_spread=1.0, distill_no_spread=1.0)
+            policy.accumulate(microbatch, batch.totals, weights)
+        closes("update")
+        result = policy.step()
+        closes("step")
+        return result
+
     for _ in range(2):  # the first step allocates AdamW's moments
         batches = pack(
             samples(int(num), int(length), vocabulary),
@@ -75,12 +98,13 @@ def main(argv: list[str]) -> None:
             world_size=world.size,
             aggregation="token",
         )
+        batch = batches[world.rank]
         reset_peak()
-        for microbatch in batches[world.rank]:
-            weights = TermWeights(policy=1.0, distill_spread=1.0, distill_no_spread=1.0)
-            policy.accumulate(microbatch, batches[world.rank].totals, weights)
-        found["update"] = resident_bytes("VmHWM") - before
-        reset_peak()
-        policy.step()
-        found["step"] = resident_bytes("VmHWM") - before
+        if critic is None:
+            update(batch)
+            continue
+        critic.learn(
+            replace(batch, microbatches=tuple(with_values_of(critic, m) for m in batch)), update, step=0
+        )
+        closes("critic")
     Path(f"{output}.{world.rank}").write_text(json.dumps(found))

@@ -26,7 +26,7 @@ from eval.samples import SAMPLES_NAME, QuestionResult, append_results, read_resu
 from eval.strategies.runner import Strategy
 from eval.strategies.table import build_strategy, form_of
 from eval.summary import dumps, summarize, to_markdown
-from megatron_sd.build import RolloutSide, build_rollout_side
+from megatron_sd.building.rollout_side import RolloutSide, build_rollout_side
 from megatron_sd.config import (
     JudgeConfig,
     ModelConfig,

@@ -26,7 +26,7 @@ from typing import Any, Literal
 from eval.identity import check_causal, claim, questions_version, read_identity, rollouts_identity
 from eval.run import refuse_many_failures
 from eval.strategies.table import build_strategy, form_of
-from megatron_sd.build import RolloutSide, build_rollout_side
+from megatron_sd.building.rollout_side import RolloutSide, build_rollout_side
 from megatron_sd.config import ModelConfig, ProtocolConfig, RetrieverConfig, RewardConfig, RolloutConfig
 from megatron_sd.config.command_line import parse
 from megatron_sd.config.ranges import check_ranges

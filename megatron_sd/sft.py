@@ -33,7 +33,7 @@ def _train(argv: Sequence[str], stop: StopRequest) -> int:
 
     def build(config: Config, world: World) -> Trainer:
         # imports DeepSpeed, which must see join_world's device
-        from megatron_sd.build_sft import build_sft_trainer
+        from megatron_sd.building.sft import build_sft_trainer
 
         return build_sft_trainer(config, own, world)
 

@@ -38,7 +38,9 @@ def _train(argv: Sequence[str], stop: StopRequest) -> int:
     from megatron_sd.config.load import load
 
     def build(config: Config, world: World) -> Trainer:
-        from megatron_sd.build import build_trainer  # imports DeepSpeed, which must see join_world's device
+        from megatron_sd.building.trainer import (
+            build_trainer,  # imports DeepSpeed, which must see join_world's device
+        )
 
         return build_trainer(config, world)
 
@@ -65,7 +67,7 @@ def _train_alone(config: Config, world: World, build: Callable[[Config, World], 
     trainer = build(config, world)
     if world.is_first:  # where anybody may put STOP
         (Path(config.run_dir) / "control").mkdir(parents=True, exist_ok=True)
-    from megatron_sd.build import build_watchdog
+    from megatron_sd.building.trainer import build_watchdog
     from megatron_sd.distributed.collectives import gather_objects
 
     watchdog = build_watchdog(config, world)

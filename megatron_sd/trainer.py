@@ -1,5 +1,5 @@
 """The story: one loop, four phases. Rollout, assemble, update, publish; every part is handed in by
-build.py."""
+building/trainer.py."""
 
 from __future__ import annotations
 

@@ -17,9 +17,7 @@ FLOORS = {
     "data_prep": 5,
     "megatron_sd.train": 4,
     "megatron_sd.sft": 4,
-    "megatron_sd.build": 4,
-    "megatron_sd.build_policy": 4,
-    "megatron_sd.build_sft": 4,
+    "megatron_sd.building": 4,
     "megatron_sd.sft_config": 4,
     "megatron_sd.trainer": 3,
     **{f"megatron_sd.{room}": 2 for room in ("training", "rollout", "resharding", "distributed")},
@@ -74,7 +72,7 @@ HOMES = {
 }
 # Who may take the whole configuration: who hands it out, and who is about it.
 TAKES_ALL = (
-    *("megatron_sd/config/", "megatron_sd/build", "megatron_sd/train.py", "megatron_sd/sft"),
+    *("megatron_sd/config/", "megatron_sd/building/", "megatron_sd/train.py", "megatron_sd/sft"),
     "megatron_sd/training/state/",  # a checkpoint holds it; what a run's identity is, is said of its keys
 )
 MAX_LINES = 400
@@ -188,7 +186,7 @@ def a_file_imports_from_its_own_floor_or_below(path: Path) -> None:
             continue
         message = f"{where(path)}:{line} (floor {floor}) imports {name} (floor {FLOORS[known]})"
         assert FLOORS[known] <= floor, (
-            f"{message}: move it up, hand the object in from build.py, or lower what it needs"
+            f"{message}: move it up, hand the object in from building/, or lower what it needs"
         )
         is_neighbour = FLOORS[known] == floor <= 2 and package_of(name) != package_of(own)
         if is_neighbour and longest_prefix(name, SHARED_WITHIN_FLOOR) is None:
@@ -284,7 +282,7 @@ def a_room_takes_sections_of_the_configuration(path: Path) -> None:
             whole = [a.arg for a in arguments if a.annotation and ast.unparse(a.annotation) == "Config"]
             assert not whole, (
                 f"{where(path)}:{node.lineno}: {node.name} takes the whole Config as {whole[0]}: name the"
-                " sections it reads; build.py and its like hand them out"
+                " sections it reads; building/ hands them out"
             )
 
 

@@ -78,7 +78,7 @@ def assembled(world: Any, own: list, *, shared: bool) -> Callable[[], Any]:
     ranks' batches included, as before the work was shared out."""
     from megatron_sd.algorithm.assemble import own_batches, teach
     from megatron_sd.algorithm.samples import GATES, SCOPES, to_samples
-    from megatron_sd.build import estimator_of, hindsight_of
+    from megatron_sd.building.trainer import estimator_of, hindsight_of
     from megatron_sd.config.load import load
     from megatron_sd.distributed.collectives import shared_out, together
     from megatron_sd.distributed.world import lone_world

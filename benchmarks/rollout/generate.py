@@ -33,7 +33,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 import torch
 
 from benchmarks.baseline import Comparison, report
-from megatron_sd.build import build_engine
+from megatron_sd.building.rollout_side import build_engine
 from megatron_sd.config import ModelConfig, ProtocolConfig, RolloutConfig, VllmConfig
 from megatron_sd.distributed.world import lone_world
 from megatron_sd.pretrained.loading import load_causal_lm

@@ -42,8 +42,8 @@ Sampled = list[tuple[tuple[int, ...], Any]]  # prompt ids and completion
 
 def run_here(model_dir: str, tp_size: int, rounds: int, output: Path) -> None:
     """One rank: rank 0 prints seconds and MiB by way, and the largest gaps."""
-    from megatron_sd.build import build_engine
-    from megatron_sd.build_policy import build_policy
+    from megatron_sd.building.policy import build_policy
+    from megatron_sd.building.rollout_side import build_engine
     from megatron_sd.config import VllmConfig
     from megatron_sd.config.load import load
     from megatron_sd.distributed.collectives import gather_objects, sum_floats

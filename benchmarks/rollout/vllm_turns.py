@@ -16,7 +16,7 @@ from pathlib import Path
 from benchmarks.baseline import Comparison, report
 from benchmarks.rollout.turns import LIMITS, MEDIAN_LATENCY_S, Bench, SlowRetriever, in_turn
 from benchmarks.tiny_model import write_model
-from megatron_sd.build import build_engine
+from megatron_sd.building.rollout_side import build_engine
 from megatron_sd.config import ModelConfig, RolloutConfig, VllmConfig
 from megatron_sd.distributed.world import lone_world
 from megatron_sd.errors import ConfigError

@@ -32,7 +32,7 @@ def main() -> None:
     """Measure and report."""
     from megatron_sd.algorithm.distill_loss import POLICY_TERM
     from megatron_sd.algorithm.packing.batches import pack
-    from megatron_sd.build_policy import build_policy
+    from megatron_sd.building.policy import build_policy
     from megatron_sd.config.load import load
     from megatron_sd.distributed.parallel import Parallel
     from megatron_sd.distributed.world import join_world

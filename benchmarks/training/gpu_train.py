@@ -138,7 +138,7 @@ def measure(
     from launch.planner.models import model_config
     from megatron_sd.algorithm.distill_loss import TermWeights
     from megatron_sd.algorithm.packing.batches import pack
-    from megatron_sd.build_policy import build_policy
+    from megatron_sd.building.policy import build_policy
     from megatron_sd.distributed.parallel import Parallel
     from megatron_sd.distributed.world import join_world
 

@@ -61,8 +61,8 @@ class OurStep:
     engine."""
 
     def __init__(self, model: Path, work: Work):
-        from megatron_sd.build import choose_publisher
-        from megatron_sd.build_policy import build_policy
+        from megatron_sd.building.policy import build_policy
+        from megatron_sd.building.trainer import choose_publisher
         from megatron_sd.config.checks import engine_reads_policy
         from megatron_sd.config.load import load
         from megatron_sd.distributed.parallel import Parallel

@@ -62,7 +62,7 @@ def ours(model: Path) -> float:
     """One update through the policy, under DeepSpeed ZeRO-3."""
     from megatron_sd.algorithm.distill_loss import TermWeights
     from megatron_sd.algorithm.packing.batches import pack
-    from megatron_sd.build_policy import build_policy
+    from megatron_sd.building.policy import build_policy
     from megatron_sd.config.load import load
     from megatron_sd.distributed.parallel import Parallel
     from megatron_sd.distributed.world import join_world

@@ -50,7 +50,7 @@ MEASURED = "update with measurement"
 
 def build(world: Path, run_dir: Path, *overrides: str):
     """A trainer of the demo's recipe that writes nothing but its metrics."""
-    from megatron_sd.build import build_trainer
+    from megatron_sd.building.trainer import build_trainer
     from megatron_sd.config.load import load
     from megatron_sd.distributed.world import join_world
 

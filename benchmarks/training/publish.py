@@ -116,7 +116,7 @@ class NoWorkers:
 
 def train(party: Party, model: Path, rounds: int) -> None:
     """Rank 0 prints the seconds of each round, the bytes that ours moves and those of the model."""
-    from megatron_sd.build_policy import build_policy
+    from megatron_sd.building.policy import build_policy
     from megatron_sd.config.load import load
     from megatron_sd.distributed.parallel import Parallel
     from megatron_sd.distributed.world import join_world

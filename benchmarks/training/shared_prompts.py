@@ -42,7 +42,7 @@ NUM_WARM_UP, NUM_ROUNDS = 1, 3
 
 def build(model: Path, run_dir: Path, layout: str):
     """A policy under DeepSpeed, and its configuration."""
-    from megatron_sd.build_policy import build_policy
+    from megatron_sd.building.policy import build_policy
     from megatron_sd.config.load import load
     from megatron_sd.distributed.parallel import Parallel
     from megatron_sd.distributed.world import join_world

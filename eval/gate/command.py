@@ -15,7 +15,7 @@ from typing import Any
 from eval.gate.draws import Draws
 from eval.gate.lift import SOURCE_DRAW, LiftConfig, LiftReport, measure_lift
 from eval.identity import claim, own_code, questions_version, rollouts_identity
-from megatron_sd.build import RolloutSide, build_rollout_side
+from megatron_sd.building.rollout_side import RolloutSide, build_rollout_side
 from megatron_sd.config import ModelConfig, ProtocolConfig, RetrieverConfig, RewardConfig, RolloutConfig
 from megatron_sd.config.command_line import parse
 from megatron_sd.config.ranges import check_ranges

@@ -65,7 +65,7 @@ def train_run(run: Run, order: Mapping[str, Any], world: World) -> None:
     """Train a run in a directory that is gone afterwards, evaluate its last policy, and write its record to
     order["path"]."""
     # imports DeepSpeed, which must see the device that join_world chose
-    from megatron_sd.build import build_trainer
+    from megatron_sd.building.trainer import build_trainer
 
     directory = Path(tempfile.mkdtemp(prefix="grid-"))
     try:

@@ -13,7 +13,7 @@ from eval.strategies.search_o1 import search_o1
 from eval.strategies.self_ask import self_ask
 from eval.strategies.single import chain_of_thought, direct, rag
 from eval.strategies.thinker import thinker
-from megatron_sd.build import RolloutSide
+from megatron_sd.building.rollout_side import RolloutSide
 from megatron_sd.records import Rollout
 from megatron_sd.search.rewards.form import format_valid
 

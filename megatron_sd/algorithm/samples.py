@@ -86,12 +86,26 @@ def first_query_tokens(rollout: Rollout) -> list[tuple[int, int]]:
     return [span if number == first else (0, 0) for number, span in enumerate(spans)]
 
 
+def last_query_tokens(rollout: Rollout) -> list[tuple[int, int]]:
+    """Those of the last turn that searched alone, as IGSD has it (arXiv 2609.32694)."""
+    spans = query_tokens(rollout)
+    last = max(
+        (number for number, turn in enumerate(rollout.turns) if turn.query_span is not None), default=-1
+    )
+    return [span if number == last else (0, 0) for number, span in enumerate(spans)]
+
+
 def all_tokens(rollout: Rollout) -> list[tuple[int, int]]:
     """Every token that the policy sampled: thoughts, tags, queries and answers."""
     return [(0, len(turn.completion_ids)) for turn in rollout.turns]
 
 
-SCOPES: dict[str, Scope] = {"query": query_tokens, "all": all_tokens, "first_query": first_query_tokens}
+SCOPES: dict[str, Scope] = {
+    "query": query_tokens,
+    "all": all_tokens,
+    "first_query": first_query_tokens,
+    "last_query": last_query_tokens,
+}
 
 
 def apply_gate(

@@ -15,6 +15,17 @@ def check_distill(config: Config) -> None:
     _check_divergence(config)
     _check_weights(config)
     _check_teacher(config)
+    _check_evidence(config)
+
+
+def settings_of_hops(config: Config) -> list[str]:
+    """Those of this run that look at which passages serve a question's hops."""
+    found = {
+        "advantage.estimator stepsearch": config.advantage.estimator == "stepsearch",
+        "advantage.turn_rewards stepsearch": config.advantage.turn_rewards == "stepsearch",
+        "distill.queries evidence": config.distill.queries == "evidence",
+    }
+    return [setting for setting, is_chosen in found.items() if is_chosen]
 
 
 def _check_teacher(config: Config) -> None:
@@ -39,6 +50,40 @@ def _check_teacher(config: Config) -> None:
             "distill.teacher: found ema with model.lora.rank above 0, expected live, frozen or other: W does"
             " not move"
         )
+
+
+def _check_evidence(config: Config) -> None:
+    """What the engine that is asked for the teacher's queries has to be."""
+    if config.distill.queries == "all":
+        return
+    wanted = {
+        "distill.block": (
+            config.distill.block,
+            config.distill.block != "none",
+            "a block that the teacher reads",
+        ),
+        "distill.scope": (
+            config.distill.scope,
+            config.distill.scope != "all",
+            "query, first_query or last_query",
+        ),
+        "distill.teacher": (
+            config.distill.teacher,
+            config.distill.teacher == "live",
+            "live, whose weights it has",
+        ),
+        "rollout.max_lag": (
+            config.rollout.max_lag,
+            config.rollout.max_lag == 0,
+            "0: else it samples the next step",
+        ),
+    }
+    for key, (found, fits, expected) in wanted.items():
+        if not fits:
+            raise ConfigError(
+                f"{key}: found {found} with distill.queries evidence, which asks the engine for the teacher's"
+                f" queries, expected {expected}"
+            )
 
 
 def _check_divergence(config: Config) -> None:

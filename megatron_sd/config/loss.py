@@ -149,7 +149,10 @@ class DistillConfig:
     correct_above: float = 0.0  # rho: a rollout is CORRECT when its answer's token F1 exceeds this
     # which groups distil
     gate: Literal["none", "has_correct", "mixed", "reward_spread"] | OwnFunction = "none"
-    scope: Literal["query", "all", "first_query"] = "query"  # which sampled tokens distil
+    scope: Literal["query", "all", "first_query", "last_query"] = "query"  # which sampled tokens distil
+    # of these, all queries, or those for which the teacher's own greedy query finds passages of more hops
+    # (algorithm/evidence.py): one more turn is sampled and searched for each
+    queries: Literal["all", "evidence"] = "all"
     # L_SD is the mean over rollouts of the means over their tokens, or the mean over all tokens
     aggregation: Literal["rollout", "token"] = "rollout"
     # of the student (ops/head/targets.py)

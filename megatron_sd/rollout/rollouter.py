@@ -6,10 +6,11 @@ from __future__ import annotations
 import asyncio
 import copy
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
+from megatron_sd.algorithm.evidence import AskedTurn
 from megatron_sd.distributed.collectives import check_stop
 from megatron_sd.distributed.world import World, lone_world
 from megatron_sd.errors import RetrievalError, RolloutError, ToolError
@@ -22,6 +23,8 @@ from megatron_sd.rollout.running import RolloutStart, RunningRollout
 from megatron_sd.rollout.sampling import rollout_seed
 from megatron_sd.search.environment import Environment
 from megatron_sd.search.tools import Tool, ToolCall
+
+Result = TypeVar("Result")
 
 STOP_CHECK_S = 0.1
 NO_TOOLS: Mapping[str, Tool] = MappingProxyType({})
@@ -107,7 +110,11 @@ class Rollouter:
             bank.ask_for([(start.question_id, start.index) for group in starts for start in group])
         flat = [start for group in starts for start in group]
         with awake(self._engine), self._work.on("rollouts", len(flat), "ended") as task:
-            outcomes = iter(asyncio.run(self._run_all(flat, bank, task)))
+            outcomes = iter(
+                asyncio.run(
+                    self._run_all([self._find_or_roll_out(start, bank, task) for start in flat], task)
+                )
+            )
         results = [[next(outcomes) for _ in group] for group in starts]
         self.refuse_many_failures([outcome for group in results for outcome in group])
         return [
@@ -133,14 +140,72 @@ class Rollouter:
             for index in range(1 if greedy else limits.group_size)
         ]
 
-    async def _run_all(
-        self, starts: Sequence[RolloutStart], bank: BankedStep | None, task: Task
-    ) -> list[Outcome]:
-        """One task per rollout, started in order; an unexpected error, and a request to stop, end them all
-        and are raised."""
+    def search_again(self, asked: Sequence[AskedTurn]) -> list[tuple[Hit, ...] | None]:
+        """What each turn's search finds when its query is sampled anew, greedily, behind the asked prompt;
+        None where no query came of it.
+
+        As `run`, it runs its own event loop, and raises StopRequested. A search that fails counts as none;
+        raises RolloutError when more than `max_failed_share` failed, and for a failure of the engine.
+        """
+        with awake(self._engine), self._work.on("teacher's queries", len(asked), "ended") as task:
+            work = [self._search_again(number, one, task) for number, one in enumerate(asked)]
+            outcomes = asyncio.run(self._run_all(work, task))
+        failures = [outcome for outcome in outcomes if isinstance(outcome, RetrievalError)]
+        limit = self._environment.limits.max_failed_share
+        if len(failures) > limit * len(asked):
+            raise RolloutError(
+                f"{len(failures)} of {len(asked)} searches by the teacher's queries failed, expected at most"
+                f" {limit:.0%} (rollout.max_failed_share); the first cause: {failures[0]}"
+            ) from failures[0]
+        return [None if isinstance(outcome, RetrievalError) else outcome for outcome in outcomes]
+
+    async def _search_again(
+        self, number: int, asked: AskedTurn, task: Task
+    ) -> tuple[Hit, ...] | RetrievalError | None:
+        turns, environment = asked.rollout.turns[: asked.turn], self._environment
+        turn = asked.rollout.turns[asked.turn]
+        begun = tuple(turn.completion_ids[: turn.query_span[0]])
+        ids = [*asked.prompt_ids]
+        for before in turns:
+            ids += [*before.completion_ids, *before.observation_ids]
+        budget = environment.turn_budget(len(ids)) - len(begun)
+        session = f"teacher's query {number} for {asked.rollout.question_id}, rollout {asked.rollout.index}"
+        try:
+            if budget <= 0:
+                return None
+            completion = await self._engine.generate(
+                GenerationRequest(
+                    session=session,
+                    prompt_ids=(*ids, *begun),
+                    max_new_tokens=budget,
+                    temperature=0.0,
+                    seed=0,
+                    stop=environment.protocol.stop_strings,
+                )
+            )
+            self._world.pulse.move()
+            verdict = environment.judge(
+                (*begun, *completion.ids),
+                turn=sum(before.attempt == turn.attempt for before in turns),
+                truncated=completion.finish == "length",
+                attempt=turn.attempt,
+            )
+            if verdict.action is None or verdict.action.tool != SEARCH:
+                return None
+            (hits,) = await self._retriever.search([verdict.action.text], self._top_k)
+            return hits
+        except RetrievalError as error:
+            return error
+        finally:
+            self._engine.release(session)
+            task.add(done=1)
+
+    async def _run_all(self, work: Sequence[Coroutine[Any, Any, Result]], task: Task) -> list[Result]:
+        """One task each, started in order; an unexpected error, and a request to stop, end them all and are
+        raised."""
         try:
             async with asyncio.TaskGroup() as tasks:
-                running = [tasks.create_task(self._find_or_roll_out(start, bank, task)) for start in starts]
+                running = [tasks.create_task(one) for one in work]
                 beside = [tasks.create_task(self._watch_for_stop()), tasks.create_task(task.keep_ticking())]
                 if running:
                     await asyncio.wait(running)

@@ -128,6 +128,23 @@ def training_stream(
     return MixedStream(streams=streams, weights=weights, batch_size=batch_size, seed=seed)
 
 
+def check_hops(stream: QuestionStream[Question] | MixedStream[Question], needed_by: Sequence[str]) -> None:
+    """Settings that compare what searches found with the passages of each hop say nothing of questions that name
+    none: a warning where these are some, DataError where they are all. needed_by: such settings, of this run."""
+    streams = stream.streams if isinstance(stream, MixedStream) else [stream]
+    questions = [question for own in streams for question in own.questions]
+    nameless = sum(not question.supporting for question in questions)
+    if not needed_by or not nameless:
+        return
+    told = f"{nameless} of {len(questions)} training questions name no supporting passages"
+    if nameless == len(questions):
+        raise DataError(
+            f"{' and '.join(needed_by)}: {told}, expected some that do (`supporting`; `sd-search data import"
+            " --passages` finds the ids of titles), for these settings look at nothing else"
+        )
+    logger.warning("%s: %s does nothing for them", told, " and ".join(needed_by))
+
+
 def read_pass_rates(path: Path) -> dict[str, float]:
     """question id -> share of its answers that were right (exact match), of an evaluation's samples.jsonl,
     whose last line of a question counts. Raises DataError."""

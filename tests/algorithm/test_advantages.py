@@ -36,7 +36,7 @@ def group_of(*rollouts):
 
 
 def of(name, *groups, **settings):
-    return ADVANTAGES[name](groups, config=AdvantageConfig(estimator=name, **settings))  # as build.py asks
+    return ADVANTAGES[name](groups, config=AdvantageConfig(estimator=name, **settings))  # as building/ asks
 
 
 def near(*values):

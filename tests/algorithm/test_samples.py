@@ -102,7 +102,12 @@ def test_records_that_do_not_fit(changes, words):
 
 @pytest.mark.parametrize(
     ("scope", "ids"),
-    [("query", [11, 12, 17]), ("first_query", [11, 12]), ("all", [10, 11, 12, 13, 14, 15, 16, 17, 18])],
+    [
+        ("query", [11, 12, 17]),
+        ("first_query", [11, 12]),
+        ("last_query", [17]),
+        ("all", [10, 11, 12, 13, 14, 15, 16, 17, 18]),
+    ],
 )
 def test_scopes_name_the_tokens_that_distil(scope, ids):
     turns = (

@@ -21,7 +21,7 @@ from megatron_sd.algorithm.hindsight import RENDERERS
 from megatron_sd.algorithm.policy_loss import KL_LOSSES, POLICY_LOSSES
 from megatron_sd.algorithm.refinements import MODULATIONS
 from megatron_sd.algorithm.samples import GATES, SCOPES
-from megatron_sd.build import build_trainer
+from megatron_sd.building.trainer import build_trainer
 from megatron_sd.config import AdvantageConfig, DistillConfig, PolicyLossConfig, RewardConfig, RolloutConfig
 from megatron_sd.config.command_line import literals
 from megatron_sd.config.load import load
@@ -117,6 +117,8 @@ VARIANTS = [
     *({"block": name} for name in BLOCKS),
     {"scope": "all"},
     {"scope": "first_query"},
+    {"scope": "last_query"},
+    {"queries": "evidence"},
     {"target": "uniform"},
     {"target": "shuffled_vocabulary"},
     {"divergence": "mse"},

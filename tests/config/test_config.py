@@ -123,6 +123,22 @@ PPO = ("--advantage.estimator=gae", "--rollout.group_size=1", "--distill.block=n
             "update.minibatches: found 300 with rollout.questions_per_step 256, expected",
         ),
         (
+            ["--distill.queries=evidence", "--distill.block=none"],
+            "distill.block: found none with distill.queries evidence, which asks the engine",
+        ),
+        (
+            ["--distill.queries=evidence", "--distill.scope=all"],
+            "distill.scope: found all with distill.queries evidence, which asks the engine",
+        ),
+        (
+            ["--distill.queries=evidence", "--distill.teacher=frozen"],
+            "distill.teacher: found frozen with distill.queries evidence, which asks the engine",
+        ),
+        (
+            ["--distill.queries=evidence", "--rollout.max_lag=1"],
+            "rollout.max_lag: found 1 with distill.queries evidence, which asks the engine",
+        ),
+        (
             ["--advantage.modulation=turnsight", "--distill.block=none"],
             "advantage.modulation: found turnsight with",
         ),

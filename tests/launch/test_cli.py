@@ -89,7 +89,7 @@ def test_the_demo_empties_no_directory_but_its_own(tmp_path, capsys):
 def test_a_run_directory_that_is_a_file_is_refused_before_the_model_is_read(tmp_path):
     import torch
 
-    from megatron_sd.build import build_trainer
+    from megatron_sd.building.trainer import build_trainer
     from megatron_sd.distributed.world import World
     from tests.training.fakes import make_config
 

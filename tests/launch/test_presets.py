@@ -13,7 +13,7 @@ def own(*argv):
 
 
 TAUGHT = {"gkd", "hinton", "on_policy_distillation", "minillm"}  # by another model
-KEEPS_POLICY_LOSS = {"sd_search", "turnsight", "hca", "minillm"}
+KEEPS_POLICY_LOSS = {"sd_search", "igsd", "turnsight", "hca", "minillm"}
 DISTILLED = (
     TAUGHT
     | KEEPS_POLICY_LOSS

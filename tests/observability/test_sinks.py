@@ -72,7 +72,7 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(monkeypatc
 
 def test_a_run_says_so_before_its_model_is_read(monkeypatch, capsys):
     from launch.cli import main as command
-    from megatron_sd.build import check_run_dir
+    from megatron_sd.building.trainer import check_run_dir
     from megatron_sd.config.load import load
 
     monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)

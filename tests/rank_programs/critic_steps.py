@@ -14,7 +14,7 @@ import torch
 
 from megatron_sd.algorithm.packing.batches import pack
 from megatron_sd.algorithm.refinements import Read, Reading, with_values
-from megatron_sd.build_policy import build_critic
+from megatron_sd.building.policy import build_critic
 from megatron_sd.config import AdvantageConfig, Config, CriticConfig
 from megatron_sd.distributed.collectives import gather_objects
 from megatron_sd.distributed.parallel import Parallel

@@ -16,7 +16,7 @@ import numpy as np
 
 from megatron_sd.algorithm.distill_loss import TermWeights
 from megatron_sd.algorithm.packing.batches import pack
-from megatron_sd.build_policy import build_critic, build_policy
+from megatron_sd.building.policy import build_critic, build_policy
 from megatron_sd.config.load import load
 from megatron_sd.distributed.parallel import Parallel
 from megatron_sd.distributed.world import join_world

@@ -24,7 +24,7 @@ from typing import Any, NoReturn
 from megatron_sd.distributed.world import RANK_VARIABLES, end_process
 
 MODULES = (
-    *("megatron_sd.build", "megatron_sd.build_sft", "megatron_sd.train", "megatron_sd.sft"),
+    *("megatron_sd.building.trainer", "megatron_sd.building.sft", "megatron_sd.train", "megatron_sd.sft"),
     *("tests.rank_programs.trust", "tests.rank_programs.publish_shards", "torch.utils.tensorboard"),
     "deepspeed.runtime.zero.muon.muon_optimizer",  # which the first engine of a process imports: 5 seconds
 )

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_sd.build import choose_publisher
+from megatron_sd.building.trainer import choose_publisher
 from megatron_sd.distributed.collectives import gather_objects
 from megatron_sd.distributed.world import end_process, join_world, leave_world
 from megatron_sd.errors import RolloutError

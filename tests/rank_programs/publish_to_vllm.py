@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
-from megatron_sd.build import choose_publisher
+from megatron_sd.building.trainer import choose_publisher
 from megatron_sd.distributed.collectives import gather_objects
 from megatron_sd.distributed.world import World, end_process, join_world, leave_world
 from megatron_sd.rollout.vllm.connect import connect_vllm

@@ -6,12 +6,20 @@ import json
 import pytest
 
 from megatron_sd.config import DataConfig, MixConfig
+from megatron_sd.config.distill_checks import settings_of_hops
 from megatron_sd.config.load import load
 from megatron_sd.errors import ConfigError, DataError
 from megatron_sd.records import Question
 from megatron_sd.search import questions
-from megatron_sd.search.questions import MixedStream, QuestionStream, load_questions, training_stream
+from megatron_sd.search.questions import (
+    MixedStream,
+    QuestionStream,
+    check_hops,
+    load_questions,
+    training_stream,
+)
 from megatron_sd.training.state.identity import kind_of
+from tests import builders
 
 
 def write(tmp_path, lines):
@@ -210,3 +218,34 @@ def test_a_mistake_in_a_mixture_is_told(option, words):
 def test_where_a_set_lies_is_no_identity_and_what_it_holds_is(tmp_path):
     assert kind_of("data.mix.b.train") == "knob" and kind_of("data.mix.b.weight") == "identity"
     assert kind_of("data.pass_rates") == "knob" and kind_of("data.pass_range") == "identity"
+
+
+def test_settings_that_look_at_hops_need_questions_that_name_them(caplog):
+    def stream(*supporting):
+        asked = [builders.question(n, supporting=own) for n, own in enumerate(supporting)]
+        return QuestionStream(questions=asked, batch_size=1, seed=0, shuffle=False)
+
+    named, nameless = stream([["p1"]]), stream([], [])
+    setting = ["distill.queries evidence"]
+    check_hops(nameless, [])
+    check_hops(named, setting)
+    assert not caplog.records
+    with pytest.raises(
+        DataError, match=r"distill.queries evidence: 2 of 2 training questions name no supporting"
+    ):
+        check_hops(nameless, setting)
+    check_hops(MixedStream(streams=[named, nameless], weights=(1.0, 1.0), batch_size=1, seed=0), setting)
+    assert (
+        "2 of 3 training questions name no supporting passages: distill.queries evidence does" in caplog.text
+    )
+
+
+def test_which_settings_look_at_hops():
+    required = [f"--{key}=x" for key in ("run_dir", "model.path", "data.train", "retriever.corpus")]
+    assert settings_of_hops(load(required)) == []
+    assert settings_of_hops(
+        load([*required, "--advantage.estimator=stepsearch", "--distill.queries=evidence"])
+    ) == [
+        "advantage.estimator stepsearch",
+        "distill.queries evidence",
+    ]

@@ -16,7 +16,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from megatron_sd.build_policy import build_policy
+from megatron_sd.building.policy import build_policy
 from megatron_sd.config import (
     AlphaConfig,
     CheckpointConfig,

@@ -11,7 +11,7 @@ import torch
 from deepspeed.utils import safe_get_full_grad
 from safetensors.torch import load_file
 
-from megatron_sd.build_policy import build_critic
+from megatron_sd.building.policy import build_critic
 from megatron_sd.distributed.parallel import Parallel
 from megatron_sd.distributed.world import join_world
 from megatron_sd.errors import CheckpointError, NonFiniteError

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megatron_sd.algorithm.distill_loss import TermWeights
-from megatron_sd.build_policy import head_options
+from megatron_sd.building.policy import head_options
 from megatron_sd.config import AlphaConfig, DistillConfig
 from megatron_sd.distributed.world import join_world
 from megatron_sd.errors import ConfigError

@@ -8,7 +8,7 @@ import torch
 from deepspeed.runtime.zero.linear import zero3_linear_wrap
 
 from megatron_sd.algorithm.distill_loss import TermWeights
-from megatron_sd.build_policy import head_options
+from megatron_sd.building.policy import head_options
 from megatron_sd.distributed.world import join_world
 from megatron_sd.errors import ConfigError, DataError
 from megatron_sd.training.clipped_adamw import ClippedAdamW

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from megatron_sd.algorithm.distill_loss import TermWeights
 from megatron_sd.algorithm.packing.batches import pack
-from megatron_sd.build_policy import head_options
+from megatron_sd.building.policy import head_options
 from megatron_sd.errors import ConfigError, DataError
 from megatron_sd.training.microbatch import DeviceMicrobatch
 from megatron_sd.training.policy_module import (

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from megatron_sd.algorithm.distill_loss import TermWeights
-from megatron_sd.build_policy import check_same_tokens
+from megatron_sd.building.policy import check_same_tokens
 from megatron_sd.config import AdvantageConfig, CriticConfig, DistillConfig
 from megatron_sd.distributed.world import join_world
 from megatron_sd.errors import CheckpointError, ConfigError, DataError

@@ -9,7 +9,7 @@ import pytest
 
 from launch import local
 from launch.cli import main as command_line_of
-from megatron_sd.build_sft import Evaluation, measured, other_keys
+from megatron_sd.building.sft import Evaluation, measured, other_keys
 from megatron_sd.errors import ConfigError
 from megatron_sd.rollout.stored import read_record
 from megatron_sd.sft_config import load

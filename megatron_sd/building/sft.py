@@ -1,4 +1,4 @@
-"""The composition root of `sd-search sft`: the trainer of build.py with stored episodes in the place of
+"""The composition root of `sd-search sft`: the trainer of trainer.py with stored episodes in the place of
 sampled rollouts."""
 
 from __future__ import annotations
@@ -16,16 +16,15 @@ from typing import Any
 from megatron_sd.algorithm.advantages.table import ADVANTAGES
 from megatron_sd.algorithm.assemble import own_batches, teach_nothing
 from megatron_sd.algorithm.samples import SCOPES, to_samples
-from megatron_sd.build import (
-    RolloutSide,
-    build_rollout_side,
+from megatron_sd.building.policy import build_policy
+from megatron_sd.building.rollout_side import RolloutSide, build_rollout_side
+from megatron_sd.building.trainer import (
     check_run_dir,
     choose_publisher,
     greedy_evaluation,
     recorder_of,
     schedule_of,
 )
-from megatron_sd.build_policy import build_policy
 from megatron_sd.config import Config
 from megatron_sd.config.checks import engine_reads_policy
 from megatron_sd.distributed.collectives import each, share

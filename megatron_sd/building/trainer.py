@@ -1,70 +1,58 @@
-"""The composition root: the only file that knows every class. Configuration in, objects out; nothing runs
-here."""
+"""The composition root: the trainer of a run. Configuration in, objects out; nothing runs here."""
 
 from __future__ import annotations
 
 import functools
 import hashlib
 import json
-import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
-from transformers.utils.logging import disable_progress_bar
 
 from megatron_sd.algorithm.advantages.estimator import GroupAdvantages
 from megatron_sd.algorithm.advantages.table import ESTIMATOR_SEAM, gradient_test
 from megatron_sd.algorithm.assemble import own_batches, teach
 from megatron_sd.algorithm.blocks import BLOCK_SEAM, BY_TURN, PLAIN
+from megatron_sd.algorithm.evidence import Teach, teach_by_evidence
 from megatron_sd.algorithm.hindsight import RENDERERS, HindsightBlocks
 from megatron_sd.algorithm.refinements import refinements
 from megatron_sd.algorithm.samples import GATE_SEAM, SCOPES, to_samples
-from megatron_sd.build_policy import build_critic, build_policy, check_same_tokens
+from megatron_sd.building.policy import build_critic, build_policy, check_same_tokens
+from megatron_sd.building.rollout_side import Engine, RolloutSide, build_rollout_side
 from megatron_sd.config import (
     AdvantageConfig,
     Config,
     DistillConfig,
-    ModelConfig,
-    ProtocolConfig,
-    RetrieverConfig,
-    RolloutConfig,
 )
 from megatron_sd.config.checks import engine_reads_policy
+from megatron_sd.config.distill_checks import settings_of_hops
 from megatron_sd.config.load import dump
 from megatron_sd.distributed.collectives import each, shared_out
 from megatron_sd.distributed.parallel import Parallel
 from megatron_sd.distributed.watchdog import Watchdog
-from megatron_sd.distributed.world import World, lone_world
+from megatron_sd.distributed.world import World
 from megatron_sd.errors import ConfigError
 from megatron_sd.observability.metrics import rollout_metrics
-from megatron_sd.observability.progress import Work
 from megatron_sd.observability.recorder import Recorder
 from megatron_sd.observability.sinks.packages import check_packages
 from megatron_sd.observability.timers import Timers
 from megatron_sd.records import Batch, RolloutGroup, TrainingSample
-from megatron_sd.retrieval.choice import open_retriever
-from megatron_sd.retrieval.corpus.directory import CorpusRetriever
-from megatron_sd.retrieval.retriever import Retriever
 from megatron_sd.rollout.bank import RolloutBank
 from megatron_sd.rollout.carrying import CarriedOver
 from megatron_sd.rollout.collecting import Collecting
 from megatron_sd.rollout.embedded.engine import TorchEngine
-from megatron_sd.rollout.embedded.weights import load_model
 from megatron_sd.rollout.pausable import PausableEngine
 from megatron_sd.rollout.rollouter import Rollouter
 from megatron_sd.rollout.sampling_order import InStep, OneAhead, OwnShare, SamplingOrder
-from megatron_sd.rollout.vllm.colocated_engine import ColocatedEngine
-from megatron_sd.rollout.vllm.connect import connect_vllm
-from megatron_sd.rollout.vllm.servers_engine import VllmEngine
-from megatron_sd.search.environment import Environment
-from megatron_sd.search.protocol_choice import build_protocol
-from megatron_sd.search.questions import MixedStream, QuestionStream, load_questions, training_stream
+from megatron_sd.search.questions import (
+    MixedStream,
+    QuestionStream,
+    check_hops,
+    load_questions,
+    training_stream,
+)
 from megatron_sd.search.rewards.reward import own_scores, score
-from megatron_sd.search.tokens import TextCodec, load_codec
-from megatron_sd.search.tools import open_tools
+from megatron_sd.search.tokens import TextCodec
 from megatron_sd.trainer import Schedule, Trainer
 from megatron_sd.training.critic.critic import Critic, policy_alone
 from megatron_sd.training.policy import Policy
@@ -81,98 +69,6 @@ from megatron_sd.training.state.checkpoint import Checkpoints
 from megatron_sd.training.state.identity import contents_of, run_identity
 from megatron_sd.training.teacher_side.gradient_ratio import AlphaController
 
-disable_progress_bar()  # of weight loading: one bar for every model and rank says nothing
-
-
-Engine = TorchEngine | VllmEngine | ColocatedEngine
-
-
-@dataclass(frozen=True, kw_only=True)
-class RolloutSide:
-    """Everything that samples rollouts; training and evaluation share it."""
-
-    engine: Engine
-    environment: Environment
-    retriever: Retriever
-    rollouter: Rollouter
-    work: Work
-
-    def close(self) -> None:
-        """End what the engine started."""
-        self.engine.close()
-
-
-def build_rollout_side(
-    model: ModelConfig,
-    protocol: ProtocolConfig,
-    rollout: RolloutConfig,
-    retriever: RetrieverConfig,
-    *,
-    seed: int,
-    output: Path,
-    world: World | None = None,
-    on_demand: bool = False,
-) -> RolloutSide:
-    """Engine, environment, retriever and the rollouter over them. output: of the run, for the engine's
-    logs. world: None is this process alone, on the first CUDA device or the CPU. on_demand: the embedded
-    engine need not load weights, since a policy will be published to it.
-
-    Raises DataError for a missing model or corpus, RetrievalError for servers that cannot be reached,
-    ConfigError for an engine that cannot be had as configured.
-    """
-    world = world or lone_world()
-    texts = build_protocol(protocol)
-    codec = load_codec(model.path, texts.chat)
-    environment = Environment(codec, texts, rollout)
-    passages = open_retriever(retriever)
-    engine = build_engine(model, rollout, codec, world, output=output, on_demand=on_demand)
-    work = Work(sys.stderr if world.is_first else None)
-    rollouter = Rollouter(
-        engine,
-        passages,
-        environment,
-        top_k=retriever.top_k,
-        seed=seed,
-        world=world,
-        work=work,
-        tools=open_tools(
-            environment.protocol.tools, passages if isinstance(passages, CorpusRetriever) else None
-        ),
-    )
-    return RolloutSide(
-        engine=engine, environment=environment, retriever=passages, rollouter=rollouter, work=work
-    )
-
-
-def _torch_engine(
-    model: ModelConfig, rollout: RolloutConfig, codec: TextCodec, world: World, *, on_demand: bool
-) -> TorchEngine:
-    options = {"attention": "eager" if model.attention == "eager" else "sdpa", "on_demand": on_demand}
-    weights = load_model(model.path, dtype=getattr(torch, model.dtype), device=world.device, **options)
-    engine = TorchEngine(weights, codec, max_rows=rollout.max_concurrent_sequences)
-    if rollout.max_rollout_tokens > engine.max_length:
-        raise ConfigError(
-            f"rollout.max_rollout_tokens is {rollout.max_rollout_tokens}, expected at most"
-            f" {engine.max_length}, the positions of the model in {model.path}"
-        )
-    return engine
-
-
-def build_engine(
-    model: ModelConfig,
-    rollout: RolloutConfig,
-    codec: TextCodec,
-    world: World,
-    *,
-    output: Path,
-    on_demand: bool = False,
-) -> Engine:
-    """The engine that rollout.engine names; collective. Raises ConfigError for one that cannot be had as
-    configured."""
-    if rollout.engine == "torch":
-        return _torch_engine(model, rollout, codec, world, on_demand=on_demand)
-    return connect_vllm(model, rollout, codec, world, log_dir=output / "vllm")
-
 
 def build_trainer(config: Config, world: World) -> Trainer:
     """The trainer of a run. Raises ConfigError or DataError before anything is trained."""
@@ -186,6 +82,7 @@ def build_trainer(config: Config, world: World) -> Trainer:
     shares = engine_reads_policy(config, world.size)
     side = build_rollout_side(*parts, seed=config.seed, output=run_dir, world=world, on_demand=shares)
     questions = training_stream(config.data, batch_size=config.rollout.questions_per_step, seed=config.seed)
+    check_hops(questions, settings_of_hops(config))
     check_same_tokens(config, side.environment.codec)
     critic, has_gradient = build_critic(config, parallel), gradient_test(config.advantage.estimator)
     policy = build_policy(config, parallel, critic)
@@ -199,12 +96,16 @@ def build_trainer(config: Config, world: World) -> Trainer:
         collect=Collecting(config.rollout),
         score=functools.partial(score, config=config.reward),
         advantages=advantages,
-        teach=functools.partial(
-            teach,
-            hindsight=hindsight,
-            prompt_ids=side.environment.prompt_ids,
-            gate=gate,
-            has_gradient=has_gradient,
+        teach=teaching_of(
+            config.distill,
+            functools.partial(
+                teach,
+                hindsight=hindsight,
+                prompt_ids=side.environment.prompt_ids,
+                gate=gate,
+                has_gradient=has_gradient,
+            ),
+            side.rollouter,
         ),
         to_samples=functools.partial(
             to_samples, scope=SCOPES[config.distill.scope], has_gradient=has_gradient
@@ -231,6 +132,15 @@ def estimator_of(config: AdvantageConfig) -> Callable[[Sequence[RolloutGroup]], 
     """From a step's scored groups to a number for each turn."""
     estimator = ESTIMATOR_SEAM.choose(config.estimator)
     return lambda groups: estimator(groups, config)
+
+
+def teaching_of(distill: DistillConfig, show: Teach, rollouter: Rollouter) -> Teach:
+    """What the teacher is shown of groups; show: of those that distil."""
+    if distill.queries == "all":
+        return show
+    return functools.partial(
+        teach_by_evidence, teach=show, scope=SCOPES[distill.scope], ask=rollouter.search_again
+    )
 
 
 def packing_of(config: Config, parallel: Parallel) -> Callable[[Sequence[TrainingSample]], list[Batch]]:

@@ -2,29 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from xml.sax.saxutils import escape
 
-import numpy as np
-
+from eval.grid.curves import draw_curves
 from eval.grid.plan import GridConfig
 from eval.grid.records import RunRecord
 from eval.grid.table import Contrast, GridSummary
 
 WIDTH, LABEL, ROW, TITLE, MARGIN = 760, 250, 20, 34, 24
-CURVES_HEIGHT, LEGEND_ROW = 260, 16
-COLOURS = (
-    "#222222",
-    "#1f77b4",
-    "#d62728",
-    "#2ca02c",
-    "#9467bd",
-    "#ff7f0e",
-    "#17becf",
-    "#8c564b",
-    "#e377c2",
-    "#777777",
-)
 
 
 def draw(records: Sequence[RunRecord], summary: GridSummary, config: GridConfig) -> str:
@@ -35,11 +21,11 @@ def draw(records: Sequence[RunRecord], summary: GridSummary, config: GridConfig)
         if contrasts:
             parts.append(f'<g transform="translate(0,{y})">{_intervals(outcome, contrasts)}</g>')
             y += TITLE + ROW * len(contrasts) + MARGIN
-    curves = {arm: [r.curves["em"] for r in records if r.arm == arm] for arm in config.arms}
-    parts.append(
-        f'<g transform="translate(0,{y})">{_curves({arm: own for arm, own in curves.items() if own})}</g>'
+    curves, height = draw_curves(
+        {arm: [r for r in records if r.arm == arm] for arm in config.arms}, config.baseline
     )
-    y += TITLE + max(CURVES_HEIGHT, LEGEND_ROW * len(curves)) + 2 * MARGIN
+    parts.append(f'<g transform="translate(0,{y})">{curves}</g>')
+    y += height + MARGIN
     style = (
         "text { font: 12px sans-serif } .title { font-weight: bold } .small { font-size: 10px } .axis {"
         " stroke: #999 }"
@@ -78,41 +64,6 @@ def _intervals(outcome: str, contrasts: Sequence[Contrast]) -> str:
             ),
             f'<circle cx="{x(d.value):.1f}" cy="{y}" r="4" fill="{colour}"/>',
         ]
-    return "".join(parts)
-
-
-def _curves(curves: Mapping[str, Sequence[Sequence[float]]]) -> str:
-    """Mean success of each arm's training rollouts by step, over its runs."""
-    means = {
-        arm: np.mean([own[: min(map(len, runs))] for own in runs], axis=0) for arm, runs in curves.items()
-    }
-    values = np.concatenate(list(means.values())) if means else np.zeros(1)
-    low, high, last = (
-        float(values.min()),
-        float(values.max()),
-        max((len(own) for own in means.values()), default=1),
-    )
-    right = WIDTH - LABEL
-
-    def place(step: int, value: float) -> str:
-        x = MARGIN + 20 + (right - 2 * MARGIN) * step / max(last - 1, 1)
-        return f"{x:.1f},{TITLE + CURVES_HEIGHT * (1 - (value - low) / ((high - low) or 1.0)):.1f}"
-
-    parts = [_text(MARGIN, 20, "success of the training rollouts by step, mean over runs", "title")]
-    parts += [
-        _text(2, TITLE + 8, f"{high:.2f}", "small"),
-        _text(2, TITLE + CURVES_HEIGHT, f"{low:.2f}", "small"),
-    ]
-    parts += [_text(right - MARGIN, TITLE + CURVES_HEIGHT + 14, f"step {last}", "small")]
-    for number, (arm, own) in enumerate(means.items()):
-        colour, y = COLOURS[number % len(COLOURS)], TITLE + LEGEND_ROW * number
-        points = " ".join(place(step, float(value)) for step, value in enumerate(own))
-        parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="1.5"/>')
-        parts.append(
-            f'<line x1="{right + 10}" x2="{right + 30}" y1="{y}" y2="{y}" stroke="{colour}"'
-            ' stroke-width="3"/>'
-        )
-        parts.append(_text(right + 36, y + 4, f"{arm} ({len(curves[arm])} runs)"))
     return "".join(parts)
 
 

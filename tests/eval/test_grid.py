@@ -12,6 +12,7 @@ import pytest
 
 from data_prep.world.world import WorldConfig
 from eval.grid import main as grid_main
+from eval.grid.curves import curve_of
 from eval.grid.main import read_cells, run_grid, write_results
 from eval.grid.plan import OUTCOMES, GridConfig, contrasts_of, digest, plan
 from eval.grid.records import RunRecord, read_record, write_record
@@ -44,7 +45,7 @@ def record_of(run, config, value=0.5, **changes):
     fields = {
         "arm": run.arm, "start": run.start, "seed": run.seed, "digest": run.digest, "settings": {},
         "outcomes": outcomes, "curves": {"em": [0.1, value]}, "ratios": {"1": {"grad_ratio": 0.25}},
-        "cost": {"train_cpu_s": 2.0}, "made_by": {},
+        "cost": {"train_cpu_s": 2.0, "num_rollouts": 40.0}, "made_by": {},
     }  # fmt: skip
     return RunRecord(**(fields | changes))
 
@@ -310,3 +311,30 @@ def test_real_runs_are_paired_recorded_and_not_repeated(tmp_path):
     assert grpo.made_by["start_weights"] == sd.made_by["start_weights"]
     before = [cell.path.stat().st_mtime_ns for cell in read_cells(config)]
     assert run_grid(config) == {} and [cell.path.stat().st_mtime_ns for cell in read_cells(config)] == before
+
+
+def test_a_curve_is_the_mean_over_runs_with_its_band():
+    """Means .25 and .5; sample deviations .35355 and 0 over two runs; 10 rollouts and 3 CPU seconds a step."""
+    shared = {
+        "arm": "sd",
+        "start": "one",
+        "digest": "",
+        "settings": {},
+        "outcomes": {},
+        "ratios": {},
+        "made_by": {},
+    }
+    runs = [
+        RunRecord(
+            seed=0, curves={"em": [0.0, 0.5]}, cost={"num_rollouts": 20.0, "train_cpu_s": 4.0}, **shared
+        ),
+        RunRecord(
+            seed=1, curves={"em": [0.5, 0.5, 1.0]}, cost={"num_rollouts": 30.0, "train_cpu_s": 12.0}, **shared
+        ),
+    ]
+    curve = curve_of(runs, "train_cpu_s")
+    np.testing.assert_allclose(curve.mean, [0.25, 0.5])
+    np.testing.assert_allclose(curve.half, [1.96 * 0.353553 / np.sqrt(2), 0.0], atol=1e-6)
+    np.testing.assert_allclose(curve.cost, [3.0, 6.0])
+    np.testing.assert_allclose(curve_of(runs, "num_rollouts").cost, [10.0, 20.0])
+    assert curve_of(runs[:1], "num_rollouts").half.tolist() == [0.0, 0.0]

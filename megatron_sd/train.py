@@ -38,9 +38,8 @@ def _train(argv: Sequence[str], stop: StopRequest) -> int:
     from megatron_sd.config.load import load
 
     def build(config: Config, world: World) -> Trainer:
-        from megatron_sd.building.trainer import (
-            build_trainer,  # imports DeepSpeed, which must see join_world's device
-        )
+        # here, because it imports DeepSpeed, which must see join_world's device
+        from megatron_sd.building.trainer import build_trainer
 
         return build_trainer(config, world)
 
@@ -49,7 +48,7 @@ def _train(argv: Sequence[str], stop: StopRequest) -> int:
 
 def train_run(config: Config, stop: StopRequest, build: Callable[[Config, World], Trainer]) -> int:
     """Join the ranks, build and train; the exit code. Raises ConfigError for what is not settled."""
-    config.update.microbatch_tokens  # noqa: B018 - an error before anything is built
+    config.update.check_settled()
     stop.watch(Path(config.run_dir), config.safety.stop_after_s)
     from megatron_sd.distributed.collectives import hold_together
     from megatron_sd.distributed.world import join_world, leave_world

@@ -50,15 +50,19 @@ class UpdateConfig:
     # neighbouring ranks that hold a part of each layer (training/parallel/tensor.py)
     tensor_parallel_size: int = 1
 
-    @property
-    def microbatch_tokens(self) -> int:
-        """max_microbatch_tokens, settled. Raises ConfigError for auto, which those who start ranks settle."""
+    def check_settled(self) -> None:
+        """Raise ConfigError while max_microbatch_tokens is auto, which those who start ranks settle."""
         if isinstance(self.max_microbatch_tokens, str):
             raise ConfigError(
                 "update.max_microbatch_tokens: found auto, expected a number in a rank: `sd-search train`, `sft`"
                 " and `launch`, which know the machine, settle it"
             )
-        return self.max_microbatch_tokens
+
+    @property
+    def microbatch_tokens(self) -> int:
+        """max_microbatch_tokens, settled. Raises what check_settled does."""
+        self.check_settled()
+        return int(self.max_microbatch_tokens)
 
     @property
     def updates_per_batch(self) -> int:

@@ -30,7 +30,7 @@ from megatron_sd.building.rollout_side import RolloutSide, build_rollout_side
 from megatron_sd.config import ModelConfig, ProtocolConfig, RetrieverConfig, RewardConfig, RolloutConfig
 from megatron_sd.config.command_line import parse
 from megatron_sd.config.ranges import check_ranges
-from megatron_sd.distributed.collectives import each, hold_together, shared_out, together
+from megatron_sd.distributed.collectives import hold_together, shared_out, together
 from megatron_sd.distributed.world import World, end_process, lone_world, world_of_program
 from megatron_sd.door import exit_code_of
 from megatron_sd.durable.files import append_lines, cut_torn_line
@@ -144,8 +144,11 @@ def _sample_missing(
             asked = questions[start : start + size]
             missing = [question for question in asked if question.id not in done]
             if missing:
-                sampled = shared_out(world, missing, lambda mine: strategy.run(mine, step=0, greedy=False))
-                groups = each(world, lambda sampled=sampled: score(sampled, config.reward))
+                groups = shared_out(
+                    world,
+                    missing,
+                    lambda mine: score(strategy.run(mine, step=0, greedy=False), config.reward),
+                )
                 if world.is_first:
                     append_lines(path, [fields_of(group) for group in groups if group.usable])
                 refuse_many_failures(groups, config.rollout.max_failed_share)

@@ -154,10 +154,10 @@ class Trainer:
         return update
 
     def sample(self, round_number: int) -> list[RolloutGroup]:
-        """Every rank samples its share; every rank gets all groups, scored, in question order, or the error
-        of one."""
-        parts = together(self.world, lambda: self.sampling.take(self.step, round_number))
-        return each(self.world, lambda: self.score([group for part in parts for group in part]))
+        """Every rank samples and scores its share; every rank gets all groups, in question order, or the
+        error of one."""
+        parts = together(self.world, lambda: self.score(self.sampling.take(self.step, round_number)))
+        return [group for part in parts for group in part]
 
     def record(self, groups: Groups, blocks: Texts, batches: Sequence[Batch], update: UpdateResult) -> None:
         """One line of metrics for the step that just ended."""

@@ -101,7 +101,11 @@ def assembled(world: Any, own: list, *, shared: bool) -> Callable[[], Any]:
 
     def action() -> Any:
         workers = world if shared else lone_world(world.device)
-        groups = score([one for part in together(world, lambda: own) for one in part], config.reward)
+        if shared:
+            parts = together(world, lambda: score(own, config.reward))
+            groups = [group for part in parts for group in part]
+        else:
+            groups = score([group for part in together(world, lambda: own) for group in part], config.reward)
         advantages = estimator_of(config.advantage)(groups)
 
         def taught(numbers: Any) -> list:

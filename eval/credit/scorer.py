@@ -3,6 +3,7 @@ forwards batched."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -10,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from eval.credit.queries import QueryCredit, query_facts
 from eval.gate.lift import group_kind
@@ -34,10 +35,12 @@ class ScoreOptions:
 
 
 class RowsToRead(NamedTuple):
-    """A sequence and the positions whose next token is asked for: ids [L], positions [Q], int64."""
+    """A sequence and the positions whose next token is asked for: ids [L], positions [Q], int64. opening: how
+    many of its first tokens other sequences may begin with, too; none of them is asked for."""
 
     ids: np.ndarray
     positions: np.ndarray
+    opening: int = 0
 
 
 @torch.no_grad()
@@ -73,33 +76,67 @@ def score_group(
 
 
 def _student(sample: TrainingSample) -> RowsToRead:
-    return RowsToRead(sample.ids, sample.query_positions - 1)
+    return RowsToRead(sample.ids, sample.query_positions - 1, opening=sample.prompt_length - 1)
 
 
 def _teacher(sample: TrainingSample) -> RowsToRead:
     (view,) = sample.teacher_views
     ids = np.concatenate([np.array(view.prompt_ids[:-1], dtype=np.int64), view.continuation])
-    return RowsToRead(ids, len(view.prompt_ids) - 1 + view.offsets)
+    opening = len(view.prompt_ids) - 1
+    return RowsToRead(ids, opening + view.offsets, opening=opening)
 
 
+@torch.no_grad()
 def hidden_rows(model: PreTrainedModel, readings: Sequence[RowsToRead], batch_tokens: int) -> list[Tensor]:
-    """[Q, H] of each reading, before the head. Readings of like lengths share a forward of at most
+    """[Q, H] of each reading, before the head.
+
+    An opening that several readings share is read once. The rest, of like lengths, shares a forward of at most
     `batch_tokens` padded tokens (one that is longer has its own); what pads a sequence stands behind it,
     where causal attention does not look."""
     rows: list[Tensor] = [torch.empty(0)] * len(readings)
+    by_opening: dict[bytes, list[int]] = {}
+    for number, reading in enumerate(readings):
+        by_opening.setdefault(reading.ids[: reading.opening].tobytes(), []).append(number)
+    for numbers in by_opening.values():
+        own = [readings[number] for number in numbers]
+        opening = _opening(model, own[0]) if len(own) > 1 and own[0].opening else None
+        for number, found in zip(numbers, _after(model, own, opening, batch_tokens), strict=True):
+            rows[number] = found
+    return rows
+
+
+def _opening(model: PreTrainedModel, reading: RowsToRead) -> DynamicCache | None:
+    """Keys and values of a reading's opening; None for a model that keeps something else."""
+    ids = torch.from_numpy(reading.ids[None, : reading.opening]).to(model.device)
+    cache = model.get_decoder()(input_ids=ids, use_cache=True).past_key_values
+    return cache if type(cache) is DynamicCache and not any((*cache.is_linear, *cache.is_sliding)) else None
+
+
+def _after(
+    model: PreTrainedModel, readings: Sequence[RowsToRead], opening: DynamicCache | None, batch_tokens: int
+) -> list[Tensor]:
+    """`hidden_rows` of readings that begin alike; opening: what was read of that, if anything."""
+    rows: list[Tensor] = [torch.empty(0)] * len(readings)
+    begin = 0 if opening is None else readings[0].opening
     order = sorted(range(len(readings)), key=lambda n: len(readings[n].ids), reverse=True)
     while order:
-        longest = len(readings[order[0]].ids)
+        longest = len(readings[order[0]].ids) - begin
         size = max(1, batch_tokens // longest)
         batch, order = order[:size], order[size:]
         ids = np.zeros((len(batch), longest), dtype=np.int64)
         for row, n in enumerate(batch):
-            ids[row, : len(readings[n].ids)] = readings[n].ids
+            ids[row, : len(readings[n].ids) - begin] = readings[n].ids[begin:]
+        cache = None
+        if opening is not None:
+            cache = copy.deepcopy(opening)  # which the forward goes on with
+            cache.batch_repeat_interleave(len(batch))
         hidden = model.get_decoder()(
-            input_ids=torch.from_numpy(ids).to(model.device), use_cache=False
+            input_ids=torch.from_numpy(ids).to(model.device),
+            past_key_values=cache,
+            use_cache=cache is not None,
         ).last_hidden_state
         for row, n in enumerate(batch):
-            rows[n] = hidden[row, torch.from_numpy(readings[n].positions).to(model.device)]
+            rows[n] = hidden[row, torch.from_numpy(readings[n].positions - begin).to(model.device)]
     return rows
 
 

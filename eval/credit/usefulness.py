@@ -43,7 +43,8 @@ def usefulness_of_group(
     for rollout in group.usable:
         for number, contexts in enumerate(_contexts(rollout, environment)):
             places.append((rollout.index, number))
-            readings += [_reading((*context, *opening), answer) for context in contexts]
+            shared = len(rollout.prompt_ids) - 1
+            readings += [_reading((*context, *opening), answer, shared) for context in contexts]
     losses = []
     for hidden in hidden_rows(model, readings, batch_tokens):
         logprobs = model.get_output_embeddings()(hidden).float().log_softmax(-1)
@@ -64,6 +65,7 @@ def _contexts(rollout: Rollout, environment: Environment) -> Iterator[tuple[Toke
         before = after
 
 
-def _reading(context: TokenIds, answer: TokenIds) -> RowsToRead:
+def _reading(context: TokenIds, answer: TokenIds, shared: int) -> RowsToRead:
+    """The answer behind the context, whose first `shared` tokens others have, too."""
     ids = np.array((*context, *answer), dtype=np.int64)
-    return RowsToRead(ids, np.arange(len(context) - 1, len(ids) - 1))
+    return RowsToRead(ids, np.arange(len(context) - 1, len(ids) - 1), opening=shared)

@@ -27,7 +27,7 @@ from megatron_sd.config import (
 from megatron_sd.config.checks import engine_reads_policy
 from megatron_sd.config.distill_checks import settings_of_hops
 from megatron_sd.config.load import dump
-from megatron_sd.distributed.collectives import each, shared_out
+from megatron_sd.distributed.collectives import shared_out
 from megatron_sd.distributed.parallel import Parallel
 from megatron_sd.distributed.watchdog import Watchdog
 from megatron_sd.distributed.world import World
@@ -36,7 +36,7 @@ from megatron_sd.observability.metrics import rollout_metrics
 from megatron_sd.observability.recorder import Recorder
 from megatron_sd.observability.sinks.packages import check_packages
 from megatron_sd.observability.timers import Timers
-from megatron_sd.records import Batch, RolloutGroup, TrainingSample
+from megatron_sd.records import Batch, Question, RolloutGroup, TrainingSample
 from megatron_sd.rollout.bank import RolloutBank
 from megatron_sd.rollout.carrying import CarriedOver
 from megatron_sd.rollout.collecting import Collecting
@@ -286,9 +286,11 @@ def greedy_evaluation(config: Config, world: World, side: RolloutSide) -> Callab
     Raises DataError for questions that are none."""
     questions = load_questions(config.data.eval, config.data.eval_split, config.data.max_eval_questions)
 
+    def answer(mine: Sequence[Question], step: int) -> list[RolloutGroup]:
+        return score(side.rollouter.run(mine, step=step, greedy=True), config.reward)
+
     def evaluate(step: int) -> dict[str, float]:
-        sampled = shared_out(world, questions, lambda mine: side.rollouter.run(mine, step=step, greedy=True))
-        groups = each(world, lambda: score(sampled, config.reward))
+        groups = shared_out(world, questions, lambda mine: answer(mine, step))
         return {f"eval/{name}": value for name, value in rollout_metrics(groups).items()}
 
     return evaluate

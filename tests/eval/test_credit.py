@@ -12,7 +12,7 @@ from scipy.stats import mannwhitneyu
 from eval.credit.auc import auc, credit_table
 from eval.credit.main import CreditConfig, credit
 from eval.credit.queries import QueryCredit, query_facts
-from eval.credit.scorer import ScoreOptions, score_group
+from eval.credit.scorer import RowsToRead, ScoreOptions, hidden_rows, score_group
 from eval.credit.transcripts import read_groups
 from eval.report import ReportConfig, make_report
 from eval.samples import read_lines
@@ -160,6 +160,38 @@ def test_batches_change_nothing(environment, transcripts):
     for one, other in zip(alone, together):
         np.testing.assert_allclose(one.log_ratios, other.log_ratios, atol=1e-5)
         assert one.jsd == pytest.approx(other.jsd, abs=1e-6) and abs(one.log_ratio) > 0.01
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 25, 1000])
+def test_an_opening_that_is_shared_is_read_once(batch_tokens):
+    """Sequences of 9 to 30 tokens, of which three begin with the same 8, and one with 8 others."""
+    model = load_model(MODEL, dtype=torch.float32, device=torch.device("cpu"))
+    rng = np.random.default_rng(0)
+    opening, other = rng.integers(5, 200, (2, 8))
+    bodies = [rng.integers(5, 200, length) for length in (1, 12, 22, 15)]
+    beginnings = [opening, opening, opening, other]
+    readings = [
+        RowsToRead(np.concatenate([first, body]), np.array([8, 7 + len(body)]), opening=8)
+        for first, body in zip(beginnings, bodies)
+    ]
+    read: list[int] = []
+    hook = model.get_decoder().register_forward_pre_hook(
+        lambda _, __, given: read.append(given["input_ids"].numel()), with_kwargs=True
+    )
+    found = hidden_rows(model, readings, batch_tokens)
+    hook.remove()
+    for own, reading in zip(found, readings):
+        expected = model.get_decoder()(input_ids=torch.from_numpy(reading.ids[None])).last_hidden_state[0]
+        torch.testing.assert_close(own, expected[reading.positions], atol=1e-5, rtol=1e-5)
+    alone = 8 + 15  # has no one to share with
+    assert (
+        read
+        == {
+            1: [8, 22, 12, 1, alone],
+            25: [8, 22, 12 * 2, alone],
+            1000: [8, 22 * 3, alone],
+        }[batch_tokens]
+    )
 
 
 def many_groups(path, count=5):

@@ -52,7 +52,7 @@ from megatron_sd.search.tokens import load_codec
 
 @dataclass(frozen=True, kw_only=True)
 class CreditConfig:
-    """Score `transcripts` (jsonl of training, of `sd-search eval`, or of Search-R1's kind) with `model` as
+    """Score `transcripts` (jsonl of training, of `sd-search eval`, `gate` or `sample`, or of Search-R1's kind) with `model` as
     teacher and student.
 
     block: a key of BLOCKS that is the same for every turn, or a block of your own. beta, temperature: of the

@@ -1,4 +1,5 @@
-"""Stored rollouts: our own transcripts, and the text transcripts of Search-R1 and its relatives.
+"""Stored rollouts: our own transcripts, what `sd-search sample` left, and the text transcripts of Search-R1 and
+its relatives.
 
 Ours hold token ids, and are scored as they were sampled. Foreign rows hold text alone and are encoded anew:
 
@@ -21,10 +22,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from eval.identity import IDENTITY_NAME
 from eval.samples import read_lines
 from megatron_sd.errors import ConfigError, DataError
 from megatron_sd.records import Hit, Passage, Question, Rollout, RolloutGroup, StopReason, Turn
-from megatron_sd.rollout.stored import rollout_of
+from megatron_sd.rollout.stored import (
+    ROLLOUTS_NAME,
+    SAMPLE_NAME,
+    StoredGroups,
+    check_tokenizer,
+    read_record,
+    rollout_of,
+)
 from megatron_sd.search.environment import Environment
 from megatron_sd.search.parsing import parse_completion
 
@@ -39,10 +48,12 @@ _PASSAGE = re.compile(
 
 
 def read_groups(path: Path, environment: Environment) -> list[RolloutGroup]:
-    """The groups of a transcript file of either kind; rollouts of foreign ones have no scores yet.
+    """The groups of a file of any kind; rollouts of foreign ones have no scores yet.
 
-    Raises DataError that names file and line, for a row of neither kind, and for ids of another tokenizer.
+    Raises DataError that names file and line, for a row of no kind, and for ids of another tokenizer.
     """
+    if path.name == ROLLOUTS_NAME and (path.parent / IDENTITY_NAME).is_file():
+        return _sampled(path, read_record(path.parent / SAMPLE_NAME, "sd-search sample"), environment)
     try:
         records = read_lines(path, is_ours=False)
     except OSError as error:
@@ -54,6 +65,17 @@ def read_groups(path: Path, environment: Environment) -> list[RolloutGroup]:
             _own(record, f"{path}:{number}", environment) for number, record in enumerate(records, start=1)
         ]
     return list(_foreign(records, path, environment))
+
+
+def _sampled(path: Path, record: Mapping[str, Any], environment: Environment) -> list[RolloutGroup]:
+    """Of `sd-search sample`. record: what the directory says of itself."""
+    check_tokenizer(environment.codec.fingerprint, record, path.parent)
+    if record["strategy"] not in (None, "agent"):
+        raise DataError(
+            f"{path.parent} holds rollouts of the strategy {record['strategy']}, expected those of agent: the"
+            " contexts of a prompted strategy are not one sequence"
+        )
+    return list(StoredGroups(path))
 
 
 def _own(record: Mapping[str, Any], place: str, environment: Environment) -> RolloutGroup:

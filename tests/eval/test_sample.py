@@ -12,6 +12,7 @@ from data_prep.episodes.select import SelectConfig, check_same_form, select
 from data_prep.episodes.selection import Selection
 from data_prep.world.tokenizer import save_tokenizer, train_tokenizer
 from data_prep.world.world import WorldConfig
+from eval.credit.transcripts import read_groups
 from eval.sample import SampleConfig, sample
 from eval.samples import read_lines
 from launch import local
@@ -90,6 +91,24 @@ def test_rollouts_are_whole_and_pass_rates_follow_from_them(sampled):
     assert report["pass_rate"] == pytest.approx(sum(rights) / 48, abs=1e-4) and 0 < sum(rights) < 48
     assert report["mixed"] == pytest.approx(sum(0 < right < 4 for right in rights) / 12, abs=1e-4)
     assert report["tokenizer"] == environment.codec.fingerprint and report["strategy"] == "agent"
+
+
+def test_credit_reads_them_as_they_were_sampled(sampled, tmp_path):
+    environment = Environment(load_codec(MODEL), build_protocol(COMPACT), LIMITS)
+    assert read_groups(sampled / "rollouts.jsonl", environment) == list(
+        StoredGroups(sampled / "rollouts.jsonl")
+    )
+    other = shutil.copytree(sampled, tmp_path / "other")
+    report = json.loads((other / "report.json").read_text())
+    (other / "report.json").write_text(json.dumps({**report, "strategy": "ircot"}))
+    with pytest.raises(DataError, match="holds rollouts of the strategy ircot, expected those of agent"):
+        read_groups(other / "rollouts.jsonl", environment)
+    (other / "report.json").write_text(json.dumps({**report, "tokenizer": "another"}))
+    with pytest.raises(DataError, match="holds ids of another tokenizer"):
+        read_groups(other / "rollouts.jsonl", environment)
+    (other / "report.json").unlink()
+    with pytest.raises(DataError, match="a directory that `sd-search sample` finished"):
+        read_groups(other / "rollouts.jsonl", environment)
 
 
 def test_killed_and_torn_sampling_goes_on_and_leaves_the_same_bytes(world, sampled, tmp_path, monkeypatch):

@@ -4,7 +4,8 @@ position alone would give.
 Early queries of a multi-hop question find something more often than late ones, so any score that falls
 along the rollout looks informed. Hence three figures: within rollouts, the same for "earlier is better",
 and between queries of the same place in different rollouts of a question that ended alike
-(position-matched).
+(position-matched). And a block that shows a query makes it certain: the less likely the policy found it, the more
+it gains, whatever it is worth. So "likelier is better" stands beside them, which knows the policy alone.
 """
 
 from __future__ import annotations
@@ -26,6 +27,11 @@ SCORES: Mapping[str, Score] = {
     "log_ratio": lambda query: query.log_ratio,
     "jsd": lambda query: query.jsd,
     POSITION: lambda query: -float(query.number),
+}
+# of queries of which they are known
+OPTIONAL_SCORES: Mapping[str, Callable[[QueryCredit], float | None]] = {
+    "likelier_is_better": lambda query: query.student_logprob,
+    "usefulness": lambda query: query.usefulness,
 }
 
 
@@ -68,9 +74,9 @@ def _shown(area: Estimate) -> str:
 def credit_table(queries: Sequence[QueryCredit], *, num_resamples: int, seed: int) -> CreditTable:
     """All figures. Queries of which nobody knows whether they hit take no part in the areas."""
     known = [query for query in queries if query.hit is not None]
-    scores = dict(SCORES)
-    if known and all(query.usefulness is not None for query in known):
-        scores["usefulness"] = lambda query: query.usefulness or 0.0
+    scores = dict(SCORES) | {
+        name: own for name, own in OPTIONAL_SCORES.items() if all(own(query) is not None for query in known)
+    }
 
     def estimates(cut: Callable[[Iterable[QueryCredit]], list[list[QueryCredit]]], names: Sequence[str]):
         return {

@@ -15,10 +15,10 @@ class QueryCredit:
     """One search query. number: its place among the rollout's queries, from 0. group_kind: mixed, all_wrong
     or all_right.
 
-    log_ratios: [Q] nats, teacher minus student, of its tokens; log_ratio: their mean. jsd: mean over its
-    tokens, nats. hit: it found something that the rollout needed and did not have; None where nobody knows.
-    usefulness: nats by which the gold answer's loss falls (usefulness.py); None where it was not measured.
-    leak: it holds a gold answer that neither the question nor an earlier passage does. copy: another
+    log_ratios: [Q] nats, teacher minus student, of its tokens; log_ratio: their mean. jsd, student_logprob:
+    means over its tokens, nats. hit: it found something that the rollout needed and did not have; None
+    where nobody knows. usefulness: nats by which the gold answer's loss falls (usefulness.py); None where it
+    was not measured. leak: it holds a gold answer that neither the question nor an earlier passage does. copy: another
     rollout of the question searched for the same.
     """
 
@@ -34,6 +34,7 @@ class QueryCredit:
     log_ratios: tuple[float, ...]
     jsd: float
     usefulness: float | None = None
+    student_logprob: float | None = None
 
     @property
     def log_ratio(self) -> float:

@@ -43,6 +43,15 @@ class RowsToRead(NamedTuple):
     opening: int = 0
 
 
+class QueryFigures(NamedTuple):
+    """Of query tokens, each [Q], in nats: the student's log-probability, the teacher's less that, and their
+    divergence."""
+
+    logprobs: Tensor
+    ratios: Tensor
+    divergences: Tensor
+
+
 @torch.no_grad()
 def score_group(
     model: PreTrainedModel,
@@ -142,29 +151,25 @@ def _after(
 
 def _at_query_tokens(
     model: PreTrainedModel, sample: TrainingSample, student: Tensor, teacher: Tensor, options: ScoreOptions
-) -> tuple[Tensor, Tensor]:
-    """[Q] teacher minus student log-probability, and [Q] divergence, of the query tokens, in nats. student,
-    teacher: [Q, H]."""
+) -> QueryFigures:
+    """student, teacher: [Q, H]."""
     head = model.get_output_embeddings()
     logits, teacher_logits = head(student).float(), head(teacher).float()
     targets = torch.from_numpy(sample.ids[sample.query_positions])[:, None].to(logits.device)
-    ratios = (teacher_logits.log_softmax(-1).gather(1, targets) - logits.log_softmax(-1).gather(1, targets))[
-        :, 0
-    ]
+    own, other = (of.log_softmax(-1).gather(1, targets)[:, 0] for of in (logits, teacher_logits))
     rows, weights = (
         torch.arange(len(logits), device=logits.device),
         torch.ones(len(logits), device=logits.device),
     )
     divergence = Divergence(kind="jsd", beta=options.beta, temperature=options.temperature)
     divergences = jsd_rows(logits, teacher_logits, rows, rows, weights, divergence=divergence).values
-    return ratios.cpu(), divergences.cpu()
+    return QueryFigures(own.cpu(), (other - own).cpu(), divergences.cpu())
 
 
 def _of_rollout(
-    group: RolloutGroup, rollout: Rollout, figures: tuple[Tensor, Tensor], correct_above: float
+    group: RolloutGroup, rollout: Rollout, figures: QueryFigures, correct_above: float
 ) -> Iterator[QueryCredit]:
-    """figures: [Q] log-ratios and [Q] divergences of the rollout's query tokens."""
-    ratios, divergences = figures
+    """figures: of the rollout's query tokens."""
     _, turns = scoped_positions(rollout, query_tokens)
     searches = [number for number, turn in enumerate(rollout.turns) if turn.query is not None]
     for number, (turn, facts) in enumerate(zip(searches, query_facts(group, rollout), strict=True)):
@@ -178,6 +183,7 @@ def _of_rollout(
                 group_kind=group_kind(group, correct_above),
                 correct=is_correct(rollout, correct_above),
                 **vars(facts),
-                log_ratios=tuple(ratios[own].tolist()),
-                jsd=divergences[own].mean().item(),
+                student_logprob=figures.logprobs[own].mean().item(),
+                log_ratios=tuple(figures.ratios[own].tolist()),
+                jsd=figures.divergences[own].mean().item(),
             )

@@ -86,6 +86,21 @@ def test_position_alone_is_told_from_credit():
     assert credit_table(other_end, num_resamples=50, seed=0).matched["all"]["log_ratio"].num_questions == 0
 
 
+def test_what_the_policy_alone_knows_stands_beside():
+    """A block that makes every query certain: the log-ratio is what the policy lacked."""
+    queries = [
+        replace(query(n, 0, hit=hit, log_ratio=-logprob, question_id=asked), student_logprob=logprob)
+        for n, (asked, hit, logprob) in enumerate(
+            [("a", True, -0.5), ("a", False, -2.0), ("b", True, -1.0), ("b", False, -3.0), ("b", False, -0.5)]
+        )
+    ]
+    matched = credit_table(queries, num_resamples=50, seed=0).matched["all"]
+    assert matched["likelier_is_better"].mean == pytest.approx((1.0 + 0.5) / 2)
+    assert matched["log_ratio"].mean == pytest.approx((0.0 + 0.5) / 2)
+    unknown = [*queries[1:], replace(queries[0], student_logprob=None)]
+    assert "likelier_is_better" not in credit_table(unknown, num_resamples=50, seed=0).matched["all"]
+
+
 def test_flags_of_a_rollout():
     asked = question(supporting=[["p1"], ["p2", "p3"]], answers=["Riga"])
     one = rollout(0, ["guide", "guide again", "Riga port", "city"])
@@ -142,6 +157,7 @@ def test_log_ratios_are_those_of_two_plain_forwards(transcripts, environment, tm
         places = range(len(prompt) + start, len(prompt) + stop)
         logprobs.append(torch.stack([scored[place - 1, ids[0, place]] for place in places]))
     np.testing.assert_allclose(rows[2]["log_ratios"], (logprobs[0] - logprobs[1]).detach(), atol=2e-5)
+    assert rows[2]["student_logprob"] == pytest.approx(logprobs[1].mean().item(), abs=2e-5)
     page = make_report(ReportConfig(run_dir=str(tmp_path / "out"))).read_text()
     assert page.count('title="teacher ') == sum(len(row["log_ratios"]) for row in rows)
 
@@ -310,79 +326,3 @@ def test_what_does_not_fit_is_named(transcripts, environment, tmp_path):
         DataError, match="in the transcript 'other words'; expected the model, or at least the tokenizer"
     ):
         credit(config)
-
-
-RETRY = (
-    "\nMy previous action is invalid. If I want to search, I should put the query between <search> and"
-    " </search>. If I want to give the final answer, I should put the answer between <answer> and </answer>."
-    " Let me try again.\n"
-)
-
-
-def groups_of(path, environment, *rows, end="\n"):
-    path.write_text("\n".join(json.dumps(row) for row in rows) + end)
-    return read_groups(path, environment)
-
-
-def queries_of(group, rollout=0):
-    return [turn.query for turn in group.rollouts[rollout].turns if turn.query]
-
-
-def test_the_environments_messages_are_not_the_policys_words(environment, tmp_path):
-    row = {"id": 1, "question": "q?", "answer": "Riga", "response": f"I will look.{RETRY}{SECOND}"}
-    (group,) = groups_of(tmp_path / "t.jsonl", environment, row)
-    observed = environment.codec.decode(group.rollouts[0].turns[0].observation_ids)
-    assert queries_of(group) == ["Ana  GUIDE"] and "is invalid" in observed
-
-
-def test_two_questions_with_one_id_are_two_groups(environment, tmp_path):
-    """Ids of FlashRAG's files are test_0 in every data set."""
-    one, two = (
-        {"id": "test_0", "question": f"{name}?", "answer": name, "response": SECOND}
-        for name in ("Riga", "Oslo")
-    )
-    first, second = groups_of(tmp_path / "t.jsonl", environment, one, two, one)
-    assert (len(first.rollouts), len(second.rollouts)) == (2, 1) and first.question.id != second.question.id
-    assert second.question.golden_answers == ("Oslo",)
-
-
-def test_a_last_line_without_a_line_break_is_a_line(environment, tmp_path):
-    row = {"id": 1, "question": "q?", "answer": "Riga", "response": SECOND}
-    (group,) = groups_of(tmp_path / "t.jsonl", environment, row, row, end="")
-    assert len(group.rollouts) == 2
-
-
-@pytest.mark.parametrize(
-    "row",
-    [
-        {"input": "Answer it. Question: q?\n", "output": SECOND, "gts": {"target": ["Riga"]}, "score": 1.0, "step": 3},
-        {"prompt": [{"role": "user", "content": "Answer it. Question: q?\n"}], "response": SECOND, "answer": "Riga"},
-        {"prompt": "Use <search> x </search>. Question: q?\n", "golden_answers": ["Riga"],
-         "sequence": "Use <search> x </search>. Question: q?\n" + SECOND},
-    ],
-)  # fmt: skip
-def test_dumps_of_verl_chats_and_whole_sequences_are_read(environment, tmp_path, row):
-    (group,) = groups_of(tmp_path / "t.jsonl", environment, row)
-    assert (group.question.text, group.question.golden_answers, queries_of(group)) == (
-        "q?",
-        ("Riga",),
-        ["Ana  GUIDE"],
-    )
-
-
-def test_titles_may_hold_parentheses_and_quotes(environment, tmp_path):
-    passages = 'Doc 1(Title: "Lena Hart (artist)") She paints.\nDoc 2(Title: Oslo) A city.'
-    shown = f"<search>a</search><information>{passages}</information>"
-    (group,) = groups_of(
-        tmp_path / "t.jsonl", environment, {"question": "q?", "answer": "x", "response": shown}
-    )
-    assert [hit.passage.title for hit in group.rollouts[0].turns[0].hits] == ["Lena Hart (artist)", "Oslo"]
-
-
-def test_the_form_of_a_foreign_rollout_is_judged(environment, tmp_path):
-    rows = [
-        {"question": "q?", "answer": "x", "response": text}
-        for text in ("<answer>x</answer", "no tags at all")
-    ]
-    (group,) = groups_of(tmp_path / "t.jsonl", environment, *rows)
-    assert [rollout.turns[0].well_formed for rollout in group.rollouts] == [False, False]

@@ -58,8 +58,14 @@ def test_it_is_that_of_plain_forwards(transcripts, environment):  # noqa: F811
 def test_credit_reports_it_when_asked(transcripts, tmp_path):  # noqa: F811
     paths = {"model": EXACT, "transcripts": str(transcripts), "protocol": COMPACT}
     table = credit(CreditConfig(**paths, output=str(tmp_path / "with"), usefulness=True))
-    assert list(table.within["all"]) == ["log_ratio", "jsd", "earlier_is_better", "usefulness"]
-    assert list(table.matched["all"]) == ["log_ratio", "jsd", "usefulness"]
+    assert list(table.within["all"]) == [
+        "log_ratio",
+        "jsd",
+        "earlier_is_better",
+        "likelier_is_better",
+        "usefulness",
+    ]
+    assert list(table.matched["all"]) == ["log_ratio", "jsd", "likelier_is_better", "usefulness"]
     rows = [json.loads(line) for line in (tmp_path / "with" / "queries.jsonl").read_text().splitlines()]
     assert all(isinstance(row["usefulness"], float) for row in rows)
     assert list(credit_table([query(hit=True)], num_resamples=5, seed=0).matched["all"]) == [

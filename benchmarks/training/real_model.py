@@ -1,14 +1,15 @@
 """A GRPO step of a real model, full float32 training: seconds and peak memory against TRL's GRPOTrainer on
 the same tokens.
 
-    python -m benchmarks.training.real_model MODEL_DIR [--sides one trl two] [--json FILE]     needs trl
+    python -m benchmarks.training.real_model MODEL_DIR [--sides one trl two] [--sampled 400] [--json FILE]
 
-20 rollouts (4 prompts x 5) of 200 prompt tokens and 400 sampled ones; microbatches of at most 2,048 tokens
-(TRL: as many whole rollouts as fit); gradient checkpointing on both sides, no KL, one optimiser step. Each
-side has a process of its own, one after the other; `two` is ours on two ranks, whose memory is summed.
-Memory is the resident set's peak, libraries included (Linux); pages of the model's file that ranks share
-count for each of them. The generation of both sides is in the step. A minute of work on the smallest
-models, half an hour on one of 0.5B parameters and two cores.
+It needs trl. 20 rollouts (4 prompts x 5) of 600 tokens, 400 of them sampled and the others prompt;
+microbatches of at most 2,048 tokens (TRL: as many whole rollouts as fit); gradient checkpointing on both
+sides, no KL, two optimiser steps: seconds are the second's, and so is the memory that counts, since AdamW's
+moments are there from the end of the first on. Each side has a process of its own, one after the other; `two`
+is ours on two ranks, whose memory is summed. Memory is the resident set's peak, libraries included (Linux);
+pages of the model's file that ranks share count for each of them. The generation of both sides is in the
+step. Two minutes of work on the smallest models, an hour on one of 0.5B parameters and two cores.
 """
 
 from __future__ import annotations
@@ -27,14 +28,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 from benchmarks.baseline import Comparison, report
 from benchmarks.training.grpo_sides import OurStep, Work, run_trl
 
-WORK = Work(
-    num_prompts=4,
-    group_size=5,
-    prompt_tokens=200,
-    completion_tokens=400,
-    microbatch_tokens=2048,
-    gradient_checkpointing=True,
-)
+NUM_TOKENS = 600  # of a rollout
 RANKS = {"one": 1, "trl": 1, "two": 2}
 MARK = "FIGURES "
 
@@ -45,12 +39,25 @@ def peak_gib() -> float:
     return int(next(line for line in status if line.startswith("VmHWM:")).split()[1]) / 2**20
 
 
-def measure_here(model: Path, side: str) -> None:
-    """One process of a side: one step, then its figures as a line."""
+def work_of(num_sampled: int) -> Work:
+    """The step's rollouts, of which so many tokens are sampled."""
+    return Work(
+        num_prompts=4,
+        group_size=5,
+        prompt_tokens=NUM_TOKENS - num_sampled,
+        completion_tokens=num_sampled,
+        microbatch_tokens=2048,
+        gradient_checkpointing=True,
+    )
+
+
+def measure_here(model: Path, side: str, work: Work) -> None:
+    """One process of a side: two steps, then its figures as a line."""
     if side == "trl":
-        (seconds,) = run_trl(model, WORK, 1)
+        seconds = run_trl(model, work, 2)[-1]
     else:
-        step = OurStep(model, WORK)
+        step = OurStep(model, work)
+        step()
         started = time.perf_counter()
         step()
         seconds = time.perf_counter() - started
@@ -58,7 +65,7 @@ def measure_here(model: Path, side: str) -> None:
     os._exit(0)
 
 
-def measure(model: Path, side: str) -> tuple[float, float]:
+def measure(model: Path, side: str, num_sampled: int) -> tuple[float, float]:
     """Seconds of the slowest process of a side, and GiB of all."""
     from launch.local import free_port
 
@@ -81,6 +88,8 @@ def measure(model: Path, side: str) -> tuple[float, float]:
         str(model),
         "--here",
         side,
+        "--sampled",
+        str(num_sampled),
     ]
     environment = os.environ | {"OMP_NUM_THREADS": str(max((os.cpu_count() or 1) // ranks, 1))}
     finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -93,7 +102,7 @@ def measure(model: Path, side: str) -> tuple[float, float]:
         )
     seconds, gib = max(own["seconds"] for own in found), sum(own["gib"] for own in found)
     print(
-        f"{side:>4}: {seconds:7.1f} s a step, {WORK.num_tokens / seconds:7.1f} tokens/s, peak {gib:6.2f} GiB",
+        f"{side:>4}: {seconds:7.1f} s a step, {work_of(num_sampled).num_tokens / seconds:7.1f} tokens/s, peak {gib:6.2f} GiB",
         flush=True,
     )
     return seconds, gib
@@ -107,19 +116,20 @@ def main() -> None:
     )
     parser.add_argument("--sides", nargs="+", choices=RANKS, default=list(RANKS))
     parser.add_argument("--here", choices=RANKS, help="of one process, started by this program")
+    parser.add_argument("--sampled", type=int, default=400, help="of a rollout's 600 tokens")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     if arguments.model is None:
         print("not measured: it needs the directory of a pretrained model")
         return
     if arguments.here:
-        measure_here(arguments.model, arguments.here)
+        measure_here(arguments.model, arguments.here, work_of(arguments.sampled))
     with tempfile.TemporaryDirectory() as directory:  # for what the sides write beside the model
         model = Path(directory) / "model"
         model.mkdir()
         for file in arguments.model.iterdir():
             (model / file.name).symlink_to(file)
-        found = {side: measure(model, side) for side in arguments.sides}
+        found = {side: measure(model, side, arguments.sampled) for side in arguments.sides}
     if "trl" not in found:
         return
     theirs = found["trl"]

@@ -19,7 +19,8 @@ _DEEPSPEEDS_LIVE_ELEMENTS = 1_000_000_000
 class CommunicationSizes:
     """Elements that ZeRO-3 moves at one time. Layers are gathered whole (placement.gather_layers_whole), so
     between GPUs, where they travel while others compute, sizes follow from the largest layer: less would leave
-    the rest of it exposed. On hosts nothing overlaps, and the buckets' memory counts."""
+    the rest of it exposed. On hosts nothing overlaps, and memory counts: a few layers live, and what comes is
+    gathered when it is there."""
 
     prefetch: int  # gathered ahead of its use
     live: int  # gathered and not yet given back
@@ -29,7 +30,7 @@ class CommunicationSizes:
     def of(cls, layer: int, device_type: str) -> CommunicationSizes:
         """layer: elements of the largest decoder layer. device_type: "cuda" or "cpu"."""
         if device_type == "cpu":
-            return cls(prefetch=50_000_000, live=_DEEPSPEEDS_LIVE_ELEMENTS, reduce_bucket=16_000_000)
+            return cls(prefetch=layer, live=_LIVE_LAYERS * layer, reduce_bucket=8_000_000)
         return cls(
             prefetch=max(50_000_000, layer * 6 // 5),
             live=max(_DEEPSPEEDS_LIVE_ELEMENTS, _LIVE_LAYERS * layer),
@@ -108,6 +109,8 @@ def _zero(stage: int, device_type: str, layer: int) -> dict[str, Any]:
     sharded = {
         "stage3_prefetch_bucket_size": sizes.prefetch,
         "stage3_max_live_parameters": sizes.live,
+        # what is used again sooner stays gathered
+        "stage3_max_reuse_distance": min(sizes.live, _DEEPSPEEDS_LIVE_ELEMENTS),
         "sub_group_size": SUB_GROUP_ELEMENTS,
         "stage3_param_persistence_threshold": PERSISTENT_PARAMETER_ELEMENTS,
         "stage3_gather_16bit_weights_on_model_save": False,

@@ -89,8 +89,8 @@ def test_memory_is_within_15_percent_of_what_is_measured(model, options, num_sam
     grows."""
     found = measured(model, *options, num_samples=num_samples, num_ranks=num_ranks)
     expected = planned(model, *options, tokens=512 * num_samples // num_ranks, num_ranks=num_ranks)
-    if "critic" in found:  # which works while the policy rests: the planner has no moment of its own for it
-        expected["critic"] = expected["update"]
+    if "critic" in found:  # it works while the policy rests, which the planner takes for the greater moment
+        found["update"] = max(found["update"], found.pop("critic"))
     print(
         {
             name: f"planned {expected[name] / 2**30:.2f} GiB, measured {found[name] / 2**30:.2f}"

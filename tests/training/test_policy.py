@@ -291,7 +291,10 @@ def test_between_gpus_whole_layers_travel_while_others_compute(model_path, layer
     assert zero["cuda"]["stage3_prefetch_bucket_size"] >= 1.2 * layer
     assert zero["cuda"]["stage3_max_live_parameters"] >= 3 * layer
     assert zero["cuda"]["reduce_bucket_size"] >= layer
-    assert zero["cpu"]["reduce_bucket_size"] == 16_000_000
+    assert zero["cuda"]["stage3_max_reuse_distance"] == 1_000_000_000
+    assert zero["cpu"]["reduce_bucket_size"] == 8_000_000
+    kept = ("stage3_max_live_parameters", "stage3_max_reuse_distance")
+    assert [zero["cpu"][key] for key in kept] == [3 * layer, min(3 * layer, 1_000_000_000)]
 
 
 def test_the_largest_layer_is_counted_whole_and_in_shards(world, model_path):

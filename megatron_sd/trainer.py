@@ -61,8 +61,7 @@ class Schedule:
 
 @dataclass(kw_only=True)
 class Trainer:
-    """Trains a policy by GRPO with hindsight self-distillation. All ranks run the same loop on the same
-    groups."""
+    """Trains a policy by GRPO with hindsight self-distillation; all ranks run the same loop."""
 
     schedule: Schedule
     world: World
@@ -88,6 +87,7 @@ class Trainer:
     work: Work
     stability: Stability
     attempts: Attempts
+    rest: Callable[[], None] = lambda: None  # of what samples, until the next publish
     step: int = 0
     evaluation_is_due: bool = False
     rollouter: Rollouter | None = None  # for who asks more of the trained policy; None where nobody samples
@@ -123,6 +123,7 @@ class Trainer:
         with self.timers.phase("assemble"):
             blocks, batches = self.assemble(groups)
         with self.timers.phase("update"):
+            self.rest()
             updates = [self.learn(b, self.update, self.step) for b in self.reread(batches, self.policy)]
         self.step += 1
         with self.timers.phase("publish"):
@@ -154,8 +155,7 @@ class Trainer:
         return update
 
     def sample(self, round_number: int) -> list[RolloutGroup]:
-        """Every rank samples and scores its share; every rank gets all groups, in question order, or the
-        error of one."""
+        """Every rank samples and scores its share; all get all groups, in question order, or one's error."""
         parts = together(self.world, lambda: self.score(self.sampling.take(self.step, round_number)))
         return [group for part in parts for group in part]
 

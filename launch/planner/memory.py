@@ -16,7 +16,7 @@ from typing import Literal
 from launch.planner.models import model_config
 from megatron_sd.algorithm.advantages.table import FROM_VALUES
 from megatron_sd.config import Config
-from megatron_sd.config.checks import engine_reads_policy
+from megatron_sd.config.checks import engine_reads_policy, engine_rests
 from megatron_sd.ops.head.one_pass import BLOCK_ELEMENTS
 from megatron_sd.resharding.connection import OPEN_MEMORY
 from megatron_sd.resharding.names import DecoderSizes, model_shape
@@ -291,9 +291,9 @@ def _update(shape: DecoderSizes, config: Config, *, world_size: int, on_gpu: boo
 
 
 def _rollout(shape: DecoderSizes, config: Config, world_size: int) -> list[Part]:
-    """Of the embedded engine, or of vLLM in the rank, which sleeps while the rank trains; the memory of
-    vLLM's servers is their own (megatron_sd/rollout/vllm/memory.py). Both give their keys and values back
-    while the rank trains."""
+    """Of the embedded engine, whose own copy of the weights goes while the rank trains, or of vLLM in the rank,
+    which sleeps then; the memory of vLLM's servers is their own (megatron_sd/rollout/vllm/memory.py). Both give
+    their keys and values back while the rank trains."""
     item, rollout, total = ITEM_BYTES[config.model.dtype], config.rollout, Sizes.of(shape).total
     own = rollout.vllm
     if rollout.engine == "vllm" and own.placement != "colocated":
@@ -315,7 +315,11 @@ def _rollout(shape: DecoderSizes, config: Config, world_size: int) -> list[Part]
     if engine_reads_policy(config, world_size):  # but of weights with adapters, it has merged copies
         total = adapted_elements(shape, config)
     return [
-        Part(name="embedded engine", num_bytes=item * total),
+        Part(
+            name="embedded engine",
+            num_bytes=item * total,
+            phases=("rollout",) if engine_rests(config, world_size) else (),
+        ),
         Part(name="embedded engine: keys and values", num_bytes=cache, phases=("rollout",)),
     ]
 

@@ -76,8 +76,14 @@ def settle_on_nodes(layout: LayoutConfig, config: Config) -> list[str]:
 
 
 def _of_checkpoint(run_dir: Path) -> int | None:
-    """What a run with a checkpoint was started with."""
+    """What a run with a checkpoint was started with. Raises ConfigError where its file does not say it."""
     path = run_dir / CONFIG_NAME
     if not committed(run_dir / "checkpoints") or not path.is_file():
         return None
-    return int(yaml.safe_load(path.read_text(encoding="utf-8"))["update"]["max_microbatch_tokens"])
+    try:
+        return int(yaml.safe_load(path.read_text(encoding="utf-8"))["update"]["max_microbatch_tokens"])
+    except (KeyError, TypeError, ValueError, yaml.YAMLError) as error:
+        raise ConfigError(
+            f"{KEY}: auto goes on with the number that the run was started with, and {path} does not say it"
+            f" ({type(error).__name__}: {error}), expected the file that the run wrote; give the number"
+        ) from error

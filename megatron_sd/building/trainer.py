@@ -24,7 +24,7 @@ from megatron_sd.config import (
     Config,
     DistillConfig,
 )
-from megatron_sd.config.checks import engine_reads_policy
+from megatron_sd.config.checks import engine_reads_policy, engine_rests
 from megatron_sd.config.distill_checks import settings_of_hops
 from megatron_sd.config.load import dump
 from megatron_sd.distributed.collectives import shared_out
@@ -124,6 +124,7 @@ def build_trainer(config: Config, world: World) -> Trainer:
         timers=Timers(world.pulse.move),
         work=side.work,
         stability=Stability(config.safety),
+        rest=side.engine.rest if engine_rests(config, world.size) else lambda: None,
         attempts=Attempts(run_dir / ATTEMPTS_NAME, world, limit=config.safety.max_idle_attempts),
     )
 

@@ -325,3 +325,9 @@ def engine_reads_policy(config: Config, num_ranks: int) -> bool:
     nothing samples while they change."""
     is_alone = num_ranks == 1 and config.update.zero_stage == 3 and config.update.offload_parameters == "none"
     return is_alone and config.rollout.engine == "torch" and config.rollout.max_lag == 0
+
+
+def engine_rests(config: Config, num_ranks: int) -> bool:
+    """The embedded engine has a copy of the weights, which nobody asks while the policy is updated."""
+    has_copy = config.rollout.engine == "torch" and not engine_reads_policy(config, num_ranks)
+    return has_copy and config.rollout.max_lag == 0

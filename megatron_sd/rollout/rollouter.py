@@ -144,39 +144,40 @@ class Rollouter:
         """What each turn's search finds when its query is sampled anew, greedily, behind the asked prompt;
         None where no query came of it.
 
-        As `run`, it runs its own event loop, and raises StopRequested. A search that fails counts as none;
-        raises RolloutError when more than `max_failed_share` failed, and for a failure of the engine.
+        As `run`, it runs its own event loop, and raises StopRequested. A search that fails, by the retriever or
+        the engine, counts as none; raises RolloutError when more than `max_failed_share` did.
         """
         with awake(self._engine), self._work.on("teacher's queries", len(asked), "ended") as task:
             work = [self._search_again(number, one, task) for number, one in enumerate(asked)]
             outcomes = asyncio.run(self._run_all(work, task))
-        failures = [outcome for outcome in outcomes if isinstance(outcome, RetrievalError)]
+        failures = [outcome for outcome in outcomes if isinstance(outcome, Exception)]
         limit = self._environment.limits.max_failed_share
         if len(failures) > limit * len(asked):
             raise RolloutError(
                 f"{len(failures)} of {len(asked)} searches by the teacher's queries failed, expected at most"
                 f" {limit:.0%} (rollout.max_failed_share); the first cause: {failures[0]}"
             ) from failures[0]
-        return [None if isinstance(outcome, RetrievalError) else outcome for outcome in outcomes]
+        return [None if isinstance(outcome, Exception) else outcome for outcome in outcomes]
 
     async def _search_again(
         self, number: int, asked: AskedTurn, task: Task
-    ) -> tuple[Hit, ...] | RetrievalError | None:
+    ) -> tuple[Hit, ...] | RetrievalError | RolloutError | None:
         turns, environment = asked.rollout.turns[: asked.turn], self._environment
         turn = asked.rollout.turns[asked.turn]
         begun = tuple(turn.completion_ids[: turn.query_span[0]])
-        ids = [*asked.prompt_ids]
+        seen: list[int] = []
         for before in turns:
-            ids += [*before.completion_ids, *before.observation_ids]
-        budget = environment.turn_budget(len(ids)) - len(begun)
+            seen += [*before.completion_ids, *before.observation_ids]
+        # as much as the policy had, whose prompt is shorter
+        budget = environment.turn_budget(len(asked.rollout.prompt_ids) + len(seen)) - len(begun)
         session = f"teacher's query {number} for {asked.rollout.question_id}, rollout {asked.rollout.index}"
         try:
             if budget <= 0:
                 return None
-            completion = await self._engine.generate(
+            completion = await self._generate(
                 GenerationRequest(
                     session=session,
-                    prompt_ids=(*ids, *begun),
+                    prompt_ids=(*asked.prompt_ids, *seen, *begun),
                     max_new_tokens=budget,
                     temperature=0.0,
                     seed=0,
@@ -194,7 +195,7 @@ class Rollouter:
                 return None
             (hits,) = await self._retriever.search([verdict.action.text], self._top_k)
             return hits
-        except RetrievalError as error:
+        except (RetrievalError, RolloutError) as error:
             return error
         finally:
             self._engine.release(session)
@@ -305,10 +306,14 @@ class Rollouter:
             seed=start.seed,
             stop=self._environment.protocol.stop_strings,
         )
+        return await self._generate(request)
+
+    async def _generate(self, request: GenerationRequest) -> Completion:
         completion = await self._engine.generate(request)
         if not completion.ids:
             raise RolloutError(
-                f"the engine returned no token for {start.session}, expected 1 to {budget}; see its log"
+                f"the engine returned no token for {request.session}, expected 1 to"
+                f" {request.max_new_tokens}; see its log"
             )
         return completion
 

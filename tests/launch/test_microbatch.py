@@ -76,6 +76,10 @@ def test_a_run_with_a_checkpoint_keeps_its_number_for_its_sums_are_cut_there(tmp
     assert tokens_of(settle_auto(config, **options)) == anew != 4096, "it ended before its first checkpoint"
     (tmp_path / "checkpoints" / "step_00000002").mkdir(parents=True)
     assert tokens_of(settle_auto(config, **options)) == 4096
+    for damaged in ("", "update: {}", "update: {max_microbatch_tokens: auto}", "update: [", "3"):
+        (tmp_path / "config.yaml").write_text(damaged)
+        with pytest.raises(ConfigError, match=r"auto goes on with .* and .*config.yaml does not say it"):
+            settle_auto(config, **options)
 
 
 def test_train_gives_the_ranks_a_number_and_a_rank_refuses_auto(tmp_path, monkeypatch, capsys):

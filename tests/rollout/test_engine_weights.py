@@ -89,3 +89,34 @@ def test_model_of_a_directory(tmp_path):
     )
     with pytest.raises(DataError, match="absent"):
         load_model(str(tmp_path / "absent"), dtype=torch.float32, device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize("kind", ["qwen2-tied", "qwen2-untied"])
+def test_an_engine_at_rest_holds_no_weights_and_samples_on_after_an_update(kind):
+    own, other = engine(kind), model(kind, seed=1)
+    parameters = [*own._weights._parameters.values()]
+    assert serve(own, request())[0].ids
+    own.rest()
+    own.rest()  # once more is nothing more
+    assert {parameter.numel() for parameter in parameters} == {0}
+    with pytest.raises(RolloutError, match="call finish_update first"):
+        serve(own, request())
+    own.begin_update()
+    own.load_bucket(other.named_parameters())
+    own.finish_update(5)
+    found = serve(own, request())[0]
+    assert found.ids == serve(TorchEngine(model(kind, seed=1), codec(), max_rows=2), request())[0].ids
+    assert found.policy_version == 5
+
+
+def test_no_rest_while_completions_are_in_flight():
+    own = engine()
+
+    async def run():
+        task = asyncio.create_task(own.generate(request()))
+        await asyncio.sleep(0)
+        with pytest.raises(RolloutError, match="1 completions are in flight"):
+            own.rest()
+        return await task
+
+    assert asyncio.run(run()).ids

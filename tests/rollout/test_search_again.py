@@ -1,5 +1,7 @@
 """A search that is made again with a query sampled behind another prompt."""
 
+from dataclasses import replace
+
 import pytest
 
 from megatron_sd.algorithm.evidence import AskedTurn
@@ -41,6 +43,34 @@ def test_what_comes_to_no_search_is_none():
     long = len(turn.completion_ids[: turn.query_span[0]])
     _, rollouter, engine, _ = asked_again(" mayor of Nice </search>", max_turn_tokens=long)
     assert rollouter.search_again([asked]) == [None] and engine.requests == []
+
+
+def test_an_engine_that_fails_for_one_query_ends_nothing():
+    asked, rollouter, engine, _ = asked_again(" mayor of Nice </search>", max_failed_share=0.5)
+    other = replace(asked, prompt_ids=codec().encode("A third prompt: "))
+    generate = engine.generate
+
+    async def fails_once(request):
+        if request.prompt_ids[: len(other.prompt_ids)] == other.prompt_ids:
+            raise RolloutError("the server is lost")
+        return await generate(request)
+
+    engine.generate = fails_once
+    assert rollouter.search_again([asked, other]) == [(hit("p0", "about mayor of Nice"),), None]
+    with pytest.raises(
+        RolloutError, match="1 of 1 searches by the teacher's queries failed.*the server is lost"
+    ):
+        rollouter.search_again([other])
+
+
+def test_the_teachers_longer_prompt_takes_no_room_from_its_query():
+    asked, *_ = asked_again("")
+    first, second, _ = asked.rollout.turns
+    held = sum(map(len, (asked.rollout.prompt_ids, first.completion_ids, first.observation_ids)))
+    long = replace(asked, prompt_ids=codec().encode("A long block of others' attempts. ") * 20)
+    _, rollouter, engine, _ = asked_again(" mayor of Nice </search>", max_rollout_tokens=held + 60)
+    assert rollouter.search_again([long]) == [(hit("p0", "about mayor of Nice"),)]
+    assert engine.requests[0].max_new_tokens == 60 - second.query_span[0]
 
 
 def test_searches_that_fail_are_none_unless_too_many_do():

@@ -287,6 +287,13 @@ class TorchEngine:
 
     # ---- weights ----
 
+    def rest(self) -> None:
+        """Give back the memory of the weights, too: nobody asks for tokens before the next update, which
+        brings them. Raises RolloutError when a generation is in flight."""
+        self.begin_update()
+        self._weights.give_back()
+        give_back_memory()
+
     def begin_update(self) -> None:
         """Forget every cache. Raises RolloutError when a generation is in flight."""
         if self._jobs and self._loop is not None and self._loop.is_running():

@@ -31,10 +31,23 @@ class WeightTable:
     def __init__(self, model: torch.nn.Module):
         self._parameters = dict(model.named_parameters(remove_duplicate=False))
         self._written: set[int] = set()
+        self._given_back: dict[str, torch.Size] = {}  # shapes of what has no memory
+
+    def give_back(self) -> None:
+        """Let go of every parameter's memory until `begin`. A model that goes on reading them fails."""
+        if not self._given_back:
+            self._given_back = {name: parameter.shape for name, parameter in self._parameters.items()}
+            for parameter in self._parameters.values():
+                parameter.data = parameter.data.new_empty(0)
 
     def begin(self) -> None:
-        """Expect every parameter anew."""
+        """Expect every parameter anew, in memory of its own."""
         self._written = set()
+        given_back, self._given_back = self._given_back, {}
+        for name, shape in given_back.items():
+            parameter = self._parameters[name]
+            if parameter.shape != shape:  # a tied one has it under another name
+                parameter.data = parameter.data.new_empty(shape)
 
     def share(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Read full parameters where they are from now on, in the memory given. Raises RolloutError for an

@@ -63,7 +63,7 @@ class OurStep:
     def __init__(self, model: Path, work: Work):
         from megatron_sd.building.policy import build_policy
         from megatron_sd.building.trainer import choose_publisher
-        from megatron_sd.config.checks import engine_reads_policy
+        from megatron_sd.config.checks import engine_reads_policy, engine_rests
         from megatron_sd.config.load import load
         from megatron_sd.distributed.parallel import Parallel
         from megatron_sd.distributed.world import join_world
@@ -90,6 +90,7 @@ class OurStep:
         self.world = join_world()
         self.codec = load_codec(str(model))
         shares = engine_reads_policy(self.config, self.world.size)
+        self.rests = engine_rests(self.config, self.world.size)
         weights = load_model(str(model), dtype=torch.float32, device=self.world.device, on_demand=shares)
         self.engine = TorchEngine(weights, self.codec, max_rows=work.num_rollouts)
         self.engine._is_eos[:] = False
@@ -112,6 +113,8 @@ class OurStep:
         samples = to_samples(groups, advantages, nothing, scope=query_tokens)
         limits = {"max_tokens": self.config.update.microbatch_tokens, "world_size": self.world.size}
         batch = pack(samples, aggregation="token", layout=self.config.layout, **limits)[self.world.rank]
+        if self.rests:
+            self.engine.rest()
         for microbatch in batch:
             self.policy.accumulate(
                 microbatch, batch.totals, TermWeights(policy=1.0, distill_spread=0.0, distill_no_spread=0.0)

@@ -5,8 +5,8 @@ against vLLM.
                                           [--dtype bfloat16] [--questions 160]
 
 40 questions, each once and all at one time, in the prompt `few_shot` and the model's chat template, float32,
-temperature 1; a completion ends at a closing tag, at the end of sequence, or after 64 tokens. Each side has a process of its
-own, one after the other, and all the machine's threads. Loading is not counted. Seconds are for a sampled
+temperature 1; a completion ends at a closing tag, at the end of sequence, or after 64 tokens. Each side has
+a process of its own, one after the other, and all the machine's threads. Loading is not counted. Seconds are for a sampled
 token, so a side gains nothing by short completions. vLLM is measured where it is installed (make
 .venv-vllm/ready).
 """

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from eval.metrics import answer_in_passages, holds_answer
+from megatron_sd.algorithm.evidence import hops_served
 from megatron_sd.records import Hit, Question, Rollout, RolloutGroup
 
 
@@ -76,17 +77,11 @@ def query_facts(group: RolloutGroup, rollout: Rollout) -> list[QueryFacts]:
 
 def _is_hit(question: Question, seen: Sequence[Hit], found: Sequence[Hit]) -> bool | None:
     if question.supporting:
-        served = _hops_served(question, seen)
-        return bool(_hops_served(question, found) - served)
+        return bool(hops_served(question, found) - hops_served(question, seen))
     if not question.golden_answers:
         return None
     golds = question.golden_answers
     return bool(answer_in_passages(found, golds)) and not answer_in_passages(seen, golds)
-
-
-def _hops_served(question: Question, hits: Sequence[Hit]) -> set[int]:
-    ids = {hit.passage.id for hit in hits}
-    return {number for number, hop in enumerate(question.supporting) if ids.intersection(hop)}
 
 
 def _leaks(question: Question, seen: Sequence[Hit], query: str) -> bool:

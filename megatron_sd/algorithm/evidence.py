@@ -74,14 +74,15 @@ def teach_by_evidence(
 def finds_more(question: Question, rollout: Rollout, turn: int, hits: Sequence[Hit]) -> bool:
     """Whether the passages serve more hops of the question than those of the rollout's own turn, of hops that
     no earlier turn served. Never, where the question does not name its passages."""
-    earlier = [hit for before in rollout.turns[:turn] for hit in before.hits]
-    open_hops = [hop for hop in question.supporting if not _serve(earlier, hop)]
-    own = rollout.turns[turn].hits
-    return sum(_serve(hits, hop) for hop in open_hops) > sum(_serve(own, hop) for hop in open_hops)
+    before = hops_served(question, [hit for earlier in rollout.turns[:turn] for hit in earlier.hits])
+    found, own = (hops_served(question, some) - before for some in (hits, rollout.turns[turn].hits))
+    return len(found) > len(own)
 
 
-def _serve(hits: Sequence[Hit], hop: Sequence[str]) -> bool:
-    return any(hit.passage.id in hop for hit in hits)
+def hops_served(question: Question, hits: Sequence[Hit]) -> set[int]:
+    """The numbers of the question's hops of which a serving passage is among the hits."""
+    ids = {hit.passage.id for hit in hits}
+    return {number for number, hop in enumerate(question.supporting) if ids.intersection(hop)}
 
 
 def _asked_turns(

@@ -24,8 +24,7 @@ from megatron_sd.config import (
     Config,
     DistillConfig,
 )
-from megatron_sd.config.checks import engine_reads_policy, engine_rests
-from megatron_sd.config.distill_checks import settings_of_hops
+from megatron_sd.config.checks import engine_reads_policy, engine_rests, settings_of_hops
 from megatron_sd.config.load import dump
 from megatron_sd.distributed.collectives import shared_out
 from megatron_sd.distributed.parallel import Parallel

@@ -331,3 +331,13 @@ def engine_rests(config: Config, num_ranks: int) -> bool:
     """The embedded engine has a copy of the weights, which nobody asks while the policy is updated."""
     has_copy = config.rollout.engine == "torch" and not engine_reads_policy(config, num_ranks)
     return has_copy and config.rollout.max_lag == 0
+
+
+def settings_of_hops(config: Config) -> list[str]:
+    """Those of this run that look at which passages serve a question's hops."""
+    found = {
+        "advantage.estimator stepsearch": config.advantage.estimator == "stepsearch",
+        "advantage.turn_rewards stepsearch": config.advantage.turn_rewards == "stepsearch",
+        "distill.queries evidence": config.distill.queries == "evidence",
+    }
+    return [setting for setting, is_chosen in found.items() if is_chosen]

@@ -18,16 +18,6 @@ def check_distill(config: Config) -> None:
     _check_evidence(config)
 
 
-def settings_of_hops(config: Config) -> list[str]:
-    """Those of this run that look at which passages serve a question's hops."""
-    found = {
-        "advantage.estimator stepsearch": config.advantage.estimator == "stepsearch",
-        "advantage.turn_rewards stepsearch": config.advantage.turn_rewards == "stepsearch",
-        "distill.queries evidence": config.distill.queries == "evidence",
-    }
-    return [setting for setting, is_chosen in found.items() if is_chosen]
-
-
 def _check_teacher(config: Config) -> None:
     distill = config.distill
     if distill.teacher == "other" and distill.teacher_path is None:

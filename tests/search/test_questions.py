@@ -6,7 +6,7 @@ import json
 import pytest
 
 from megatron_sd.config import DataConfig, MixConfig
-from megatron_sd.config.distill_checks import settings_of_hops
+from megatron_sd.config.checks import settings_of_hops
 from megatron_sd.config.load import load
 from megatron_sd.errors import ConfigError, DataError
 from megatron_sd.records import Question

@@ -23,8 +23,8 @@ from tests.whole_runs.runs import START_POLICY, on_the_world, parameters, run, s
 LAST = "step_00000003"
 # the demo's rollouts, fewer and shorter
 SMALL = ("--rollout.group_size=3", "--rollout.max_search_turns=2", "--rollout.max_turn_tokens=32")
-# an estimator, minibatches, a reading with a teacher of its own, a critic
-KILLED = ("gigpo", "gspo", "turnsight", "search_r1_ppo")
+# an estimator, minibatches, a reading with a teacher of its own, a critic, queries that the engine is asked for
+KILLED = ("gigpo", "gspo", "turnsight", "search_r1_ppo", "igsd")
 EVERY = ("--checkpoint.every=1", "--checkpoint.keep=3")
 
 
